@@ -1,0 +1,22 @@
+"""The errors that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class EmtError(Exception):
+    """Something the user gave cannot be used, said in one message.
+
+    Args:
+        problem: What was given and what is wrong with it, naming the file or value.
+        hint: What is allowed and what to type next; empty if `problem` says it all.
+    """
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(f"{problem}\n{hint}" if hint else problem)
+        self.problem = problem
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[EmtError], tuple[str, str]]:
+        # Exceptions cross process and thread boundaries in the batch runtime; the default
+        # pickling would pass the joined message as `problem`.
+        return type(self), (self.problem, self.hint)

@@ -1,0 +1,1 @@
+"""The `emt` program."""

@@ -1,0 +1,1 @@
+"""Compiled engines that execute the network."""

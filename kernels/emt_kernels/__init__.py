@@ -1,0 +1,1 @@
+"""GPU kernels of `emt`, each with its PyTorch reference."""
