@@ -1,0 +1,319 @@
+"""What EfficientMT adds to AnimateDiff: motion modules with a scaler and the temporal integration.
+
+Everything here works on tokens: (batch, frames, height·width, channels), the channels-last memory of the
+convolutions around it, so that neither spatial nor temporal attention needs a permuted copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emt_kernels.temporal_attention import temporal_attention_reference
+
+if TYPE_CHECKING:
+    from emt.unet import MotionTransferUNet
+
+
+def sinusoidal_positions(frames: int, channels: int) -> Tensor:
+    """Sinusoidal encoding over time, sine and cosine interleaved (Vaswani et al. 2017, section 3.5).
+
+    Returns:
+        (frames, channels), float32.
+    """
+    time = torch.arange(frames, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, channels, 2, dtype=torch.float32) * (-math.log(10_000.0) / channels))
+    positions = torch.zeros(frames, channels)
+    positions[:, 0::2] = torch.sin(time * rate)
+    positions[:, 1::2] = torch.cos(time * rate)
+    return positions
+
+
+@dataclass
+class PreparedReference:
+    """What one temporal attention needs of a reference at every step, computed once (`MotionFeatures.prepare`).
+
+    With s the scale of a token, f its feature and p its position: ``W(s·f + p) = s·(W f) + W p``.
+    """
+
+    key: Tensor  # W_k f: (n, frames, tokens, channels)
+    value: Tensor  # W_v f: (n, frames, tokens, channels)
+    position_key: Tensor  # W_k p: (frames, channels)
+    position_value: Tensor  # W_v p: (frames, channels)
+    scaler: Tensor  # the reference's half of the scaler's first convolution: (n, frames, channels/4, height, width)
+
+
+@dataclass
+class PreparedMotion:
+    """A reference's motion, ready for denoising: two `PreparedReference` for each motion module that takes it."""
+
+    layers: dict[str, tuple[PreparedReference, PreparedReference]]
+
+    def prepare(self, unet: MotionTransferUNet) -> PreparedMotion:
+        """Itself: it is prepared."""
+        return self
+
+
+@dataclass
+class MotionFeatures:
+    """The motion of a reference: what `MotionTransferUNet.encode_reference` read in one pass over it.
+
+    `layers` maps the path of a motion module, such as ``up_blocks.1.motion_modules.0``, to the layer-normed
+    hidden states before its two temporal attentions, each (n, frames, height, width, channels), n references at
+    once, before the position encoding is added.
+    """
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+
+    def prepare(self, unet: MotionTransferUNet) -> PreparedMotion:
+        """Compute once what does not change from step to step. Results are those of the unprepared features."""
+        modules = unet.fusion_modules()
+        if modules.keys() != self.layers.keys():
+            raise ValueError(
+                f"the motion was read in {sorted(self.layers)}, but this network takes it in {sorted(modules)}"
+            )
+        return PreparedMotion({path: module.prepare(self.layers[path]) for path, module in modules.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MotionFeatures:
+        """The same features on another device or in another type."""
+        return MotionFeatures(
+            {path: (a.to(device, dtype), b.to(device, dtype)) for path, (a, b) in self.layers.items()}
+        )
+
+
+class Scaler(nn.Module):
+    """Scale map of the reference: which tokens carry motion (EfficientMT, section 3.3).
+
+    Convolutions over [clip features, reference features] along channels, with a sinusoidal encoding over time of
+    double width: 3×3 2C → C/4, GELU, 3×3 C/4 → C/16, GELU, 3×3 C/16 → 1, then ``sigmoid(x − 5)``.
+    """
+
+    positions: Tensor
+
+    def __init__(self, channels: int, max_frames: int) -> None:
+        super().__init__()
+        middle, narrow = max(channels // 4, 1), max(channels // 16, 1)
+        self.spatial_convs = nn.ModuleList(
+            [
+                nn.Conv2d(2 * channels, middle, 3, padding=1),
+                nn.Conv2d(middle, narrow, 3, padding=1),
+                nn.Conv2d(narrow, 1, 3, padding=1),
+            ]
+        )
+        self.register_buffer("positions", sinusoidal_positions(max_frames, 2 * channels), persistent=False)
+
+    def _half(self, x: Tensor, height: int, width: int, first: bool) -> Tensor:
+        # The first convolution is linear, so that the clip's half and the reference's can be computed apart.
+        conv, frames, channels = self.spatial_convs[0], x.shape[1], x.shape[3]
+        half = slice(0, channels) if first else slice(channels, 2 * channels)
+        x = x + self.positions[:frames, None, half]
+        image = x.flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return F.conv2d(image, conv.weight[:, half], None if first else conv.bias, padding=1)
+
+    def prepare(self, feature: Tensor) -> Tensor:
+        """The reference's half: (n, frames, height, width, channels) → (n, frames, channels/4, height, width)."""
+        n, frames, height, width, _ = feature.shape
+        return self._half(feature.flatten(2, 3), height, width, first=False).unflatten(0, (n, frames))
+
+    def forward(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """Scale of every reference token for clips `x`.
+
+        Args:
+            x: the clip's layer-normed features, (batch, frames, tokens, channels).
+            prepared: the reference's half, (n, frames, channels/4, height, width); n divides batch.
+
+        Returns:
+            (batch, frames, tokens), between 0 and 1.
+        """
+        batch, n, (height, width) = x.shape[0], prepared.shape[0], prepared.shape[3:]
+        own = self._half(x, height, width, first=True).unflatten(0, (batch // n, n, -1))
+        h = F.gelu((own + prepared).flatten(0, 2))
+        h = self.spatial_convs[2](F.gelu(self.spatial_convs[1](h)))
+        return torch.sigmoid(h - 5).flatten(1).unflatten(0, (batch, -1))
+
+
+class QKV(nn.Module):
+    """Query, key and value projections without biases."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(channels, channels, bias=False)
+        self.to_v = nn.Linear(channels, channels, bias=False)
+
+
+class TemporalAttention(QKV):
+    """Attention over time at every pixel, with a second set of projections where the adapter is trained.
+
+    The backbone's own projections read the reference; the adapter's denoise, and see
+    [own frames, scale · reference frames] (EfficientMT, section 3.3, temporal integration).
+    """
+
+    positions: Tensor
+
+    def __init__(self, channels: int, heads: int, max_frames: int, adapter: bool) -> None:
+        super().__init__(channels)
+        self.heads = heads
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.adapter = QKV(channels) if adapter else None
+        self.register_buffer("positions", sinusoidal_positions(max_frames, channels), persistent=False)
+
+    def projections(self, adapted: bool) -> QKV:
+        """The adapter's projections if they are wanted and exist, otherwise the backbone's."""
+        return self.adapter if adapted and self.adapter is not None else self
+
+    def prepare(self, feature: Tensor, scaler: Tensor) -> PreparedReference:
+        """Project the reference's feature, (n, frames, height, width, channels), once."""
+        qkv = self.projections(adapted=True)
+        feature = feature.flatten(2, 3)
+        # The positions of the reference part start again at 0.
+        positions = self.positions[: feature.shape[1]].to(feature.dtype)
+        return PreparedReference(qkv.to_k(feature), qkv.to_v(feature), qkv.to_k(positions), qkv.to_v(positions), scaler)
+
+    def forward(self, x: Tensor, reference: PreparedReference | None, scale: Tensor | None, adapted: bool) -> Tensor:
+        """(batch, frames, tokens, channels) → the same; `scale` is (batch, frames, tokens)."""
+        qkv = self.projections(adapted)
+        x = x + self.positions[: x.shape[1], None]
+        q, k, v = qkv.to_q(x), qkv.to_k(x), qkv.to_v(x)
+        if reference is None:
+            out = temporal_attention_reference(q, k, v, self.heads)
+        else:
+            out = temporal_attention_reference(
+                q,
+                k,
+                v,
+                self.heads,
+                reference.key,
+                reference.value,
+                reference.position_key,
+                reference.position_value,
+                scale,
+            )
+        return self.to_out[0](out)
+
+
+class GEGLU(nn.Module):
+    """Gated GELU (Shazeer 2020): twice the width out of one product, one half gating the other."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, channels) → (…, inner)."""
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a linear layer back, four times the width between."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # Published names count the dropout between the two: `net.0.proj` and `net.2`.
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, channels) → (…, channels)."""
+        return self.net[2](self.net[0](x))
+
+
+class TemporalTransformerBlock(nn.Module):
+    """Two temporal attentions and a feed-forward layer; one scaler serves both attentions."""
+
+    def __init__(self, channels: int, heads: int, max_frames: int, adapter: bool) -> None:
+        super().__init__()
+        self.attention_blocks = nn.ModuleList(
+            [TemporalAttention(channels, heads, max_frames, adapter) for _ in range(2)]
+        )
+        self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(2)])
+        self.ff = FeedForward(channels)
+        self.ff_norm = nn.LayerNorm(channels)
+        self.scaler = Scaler(channels, max_frames) if adapter else None
+
+    def forward(
+        self, x: Tensor, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(batch, frames, tokens, channels) → the same, and the features that a reference pass keeps."""
+        features = []
+        for i, (attention, norm) in enumerate(zip(self.attention_blocks, self.norms, strict=True)):
+            h = norm(x)
+            features.append(h)
+            prepared = reference[i] if reference else None
+            scale = self.scaler(h, prepared.scaler) if prepared else None
+            x = x + attention(h, prepared, scale, adapted)
+        return x + self.ff(self.ff_norm(x)), (features[0], features[1])
+
+
+class TemporalTransformer(nn.Module):
+    """Group norm, projection in, temporal transformer block, projection out, residual."""
+
+    def __init__(self, channels: int, heads: int, groups: int, max_frames: int, adapter: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TemporalTransformerBlock(channels, heads, max_frames, adapter)])
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(
+        self, x: Tensor, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(batch·frames, channels, height, width) → the same, and the block's features in image shape.
+
+        Raises:
+            ValueError: if the reference has another number of frames or another size than the clip.
+        """
+        height, width = x.shape[2:]
+        if reference is not None and reference[0].scaler.shape[1:2] + reference[0].scaler.shape[3:] != (
+            frames,
+            height,
+            width,
+        ):
+            raise ValueError(
+                f"the motion has (frames, height, width) = {tuple(reference[0].scaler.shape[1:2] + reference[0].scaler.shape[3:])} "
+                f"where the sample has {(frames, height, width)}: sample and reference must have the same shape"
+            )
+        h = self.norm(x)  # per frame: the published network folds frames into the batch here
+        h = h.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, frames))  # (batch, frames, tokens, channels)
+        h, features = self.transformer_blocks[0](self.proj_in(h), reference, adapted)
+        h = self.proj_out(h).flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return x + h, (features[0].unflatten(2, (height, width)), features[1].unflatten(2, (height, width)))
+
+
+class MotionModule(nn.Module):
+    """AnimateDiff's motion module (Guo et al. 2023), with the temporal integration where `adapter` is set.
+
+    `path` is the module's own name in the network, the key of its layer in `MotionFeatures`.
+    """
+
+    def __init__(self, path: str, channels: int, heads: int, groups: int, max_frames: int, adapter: bool) -> None:
+        super().__init__()
+        self.path = path
+        self.temporal_transformer = TemporalTransformer(channels, heads, groups, max_frames, adapter)
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names (within this module) and parameters of what EfficientMT trains: adapter projections and scaler."""
+        for name, parameter in self.named_parameters():
+            if ".adapter." in name or ".scaler." in name:
+                yield name, parameter
+
+    def prepare(self, features: tuple[Tensor, Tensor]) -> tuple[PreparedReference, PreparedReference]:
+        """What denoising needs of a reference, from its two features (n, frames, height, width, channels)."""
+        block = self.temporal_transformer.transformer_blocks[0]
+        first, second = (
+            attention.prepare(feature, block.scaler.prepare(feature))
+            for attention, feature in zip(block.attention_blocks, features, strict=True)
+        )
+        return first, second
+
+    def forward(
+        self, x: Tensor, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(batch·frames, channels, height, width) → the same, and the features that a reference pass keeps."""
+        return self.temporal_transformer(x, frames, reference, adapted)

@@ -1,0 +1,504 @@
+"""The adapted network of EfficientMT, top to bottom.
+
+A Stable Diffusion 1.5 UNet with AnimateDiff's motion modules (`emt.temporal`), in which the up blocks take a
+reference's motion. Inside, frames are folded into the batch, (batch·frames, channels, height, width) in
+channels-last memory, which is (batch·frames, tokens, channels) to the attentions without a copy.
+Parameter names are the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from emt.errors import EmtError
+from emt.temporal import (
+    FeedForward,
+    MotionFeatures,
+    MotionModule,
+    PreparedMotion,
+    PreparedReference,
+    sinusoidal_positions,
+)
+
+
+@dataclass
+class TextFeatures:
+    """Cross-attention keys and values of a prompt, constants over steps and frames.
+
+    `layers` maps the path of a spatial transformer to its keys and values, each (batch, tokens, channels).
+    """
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of the timestep through two linear layers."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, out_channels)
+        self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(batch,) → (batch, out_channels)."""
+        # The sinusoids are computed in float32 whatever the type of the weights: half precision cannot count to 999.
+        embedding = get_timestep_embedding(timestep, self.channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return self.linear_2(F.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype))))
+
+
+class ResnetBlock(nn.Module):
+    """Group norm, SiLU, 3×3 convolution, twice, with the timestep added in between."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """`x` (batch·frames, in, height, width) and `time` (batch·frames, time channels) → (…, out, height, width)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1×1 convolution, as checkpoints store it, applied to tokens (…, channels) as the linear map that it is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, channels) → (…, channels)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class SpatialAttention(nn.Module):
+    """Multi-head attention over the tokens of a frame, or from them to the tokens of the prompt."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Queries of `x` (batch, tokens, channels) to projected `key` and `value` (batch, others, channels)."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), key, value))
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SpatialTransformerBlock(nn.Module):
+    """Self-attention within a frame, cross-attention to the prompt, feed-forward."""
+
+    def __init__(self, channels: int, text_channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = SpatialAttention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = SpatialAttention(channels, text_channels, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """`x` (batch·frames, tokens, channels), `text` keys and values (batch, text tokens, channels)."""
+        h = self.norm1(x)
+        x = x + self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h))
+        # All frames of a clip see the same prompt: they are queries of one attention.
+        per_clip = self.norm2(x).unflatten(0, (text[0].shape[0], -1)).flatten(1, 2)
+        x = x + self.attn2(per_clip, *text).reshape(x.shape)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Stable Diffusion's transformer of a frame; `path` is its own name, the key of its layer in `TextFeatures`."""
+
+    def __init__(self, path: str, channels: int, text_channels: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.path = path
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = PointwiseConv(channels)
+        self.transformer_blocks = nn.ModuleList([SpatialTransformerBlock(channels, text_channels, heads)])
+        self.proj_out = PointwiseConv(channels)
+
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a prompt: (batch, tokens, width) → two (batch, tokens, channels)."""
+        attention = self.transformer_blocks[0].attn2
+        return attention.to_k(text), attention.to_v(text)
+
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """(batch·frames, channels, height, width) → the same."""
+        height, width = x.shape[2:]
+        h = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+        h = self.proj_out(self.transformer_blocks[0](h, text))
+        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class Resample(nn.Module):
+    """The convolution of a down- or upsampler, under its published name `conv`."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch·frames, channels, height, width) → (…, height/stride, width/stride), rounded up."""
+        return self.conv(x)
+
+
+class Block(nn.Module):
+    """The parts of a down, mid or up block; `MotionTransferUNet.forward` says how they are run."""
+
+    def __init__(
+        self,
+        path: str,
+        resnets: Sequence[tuple[int, int]],
+        config: Any,
+        spatial: int,
+        temporal: int,
+        fusion: bool,
+        resample: int,
+    ) -> None:
+        super().__init__()
+        c, channels = config, resnets[-1][1]
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(i, o, 4 * c.block_out_channels[0], c.norm_num_groups) for i, o in resnets]
+        )
+        self.attentions = nn.ModuleList(
+            [
+                SpatialTransformer(
+                    f"{path}.attentions.{i}", channels, c.cross_attention_dim, c.attention_heads, c.norm_num_groups
+                )
+                for i in range(spatial)
+            ]
+        )
+        self.motion_modules = nn.ModuleList(
+            [
+                MotionModule(
+                    f"{path}.motion_modules.{i}",
+                    channels,
+                    c.motion_attention_heads,
+                    c.norm_num_groups,
+                    c.motion_max_frames,
+                    adapter=fusion,
+                )
+                for i in range(temporal)
+            ]
+        )
+        self.downsamplers = nn.ModuleList([Resample(channels, 2)] if resample < 0 else [])
+        self.upsamplers = nn.ModuleList([Resample(channels, 1)] if resample > 0 else [])
+
+
+class MotionTransferUNet(ModelMixin, ConfigMixin):
+    """SD 1.5 UNet with AnimateDiff motion modules, the scaler and the temporal integration of EfficientMT.
+
+    Args:
+        in_channels: latent channels in.
+        out_channels: latent channels out.
+        block_out_channels: channels of each level, highest resolution first; any number of levels.
+        layers_per_block: residual blocks in a down block (an up block has one more).
+        cross_attention_dim: width of the text encoding.
+        attention_heads: heads of the spatial attentions (8 in SD 1.5, where diffusers calls it `attention_head_dim`).
+        motion_attention_heads: heads of the temporal attentions.
+        norm_num_groups: groups of every group norm.
+        motion_mid_block: whether the mid block has a motion module (AnimateDiff v2 has, v1 and v3 have not).
+        motion_max_frames: positions of the temporal encoding, the largest number of frames.
+        attention_levels: levels with spatial transformers; None for all but the lowest, as in SD 1.5.
+        fusion_blocks: up blocks that take the reference, 0 the lowest; None for all (table 2 of the paper ablates it).
+
+    Raises:
+        ValueError: if channels are not divisible by groups or heads, or a level or block does not exist.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        cross_attention_dim: int = 768,
+        attention_heads: int = 8,
+        motion_attention_heads: int = 8,
+        norm_num_groups: int = 32,
+        motion_mid_block: bool = False,
+        motion_max_frames: int = 32,
+        attention_levels: Sequence[int] | None = None,
+        fusion_blocks: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        levels = len(block_out_channels)
+        attended = set(range(levels - 1)) if attention_levels is None else set(attention_levels)
+        fused = set(range(levels)) if fusion_blocks is None else set(fusion_blocks)
+        _check_config(levels, attended, fused, self.config)
+
+        widths, layers, config = list(block_out_channels), layers_per_block, self.config
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            previous, last = widths[max(level - 1, 0)], level == levels - 1
+            resnets = [(previous if i == 0 else width, width) for i in range(layers)]
+            spatial = layers if level in attended else 0
+            path = f"down_blocks.{level}"
+            self.down_blocks.append(Block(path, resnets, config, spatial, layers, False, 0 if last else -1))
+            skips += [width] * (layers if last else layers + 1)
+
+        width = widths[-1]
+        self.mid_block = Block("mid_block", [(width, width)] * 2, config, 1, int(motion_mid_block), False, 0)
+
+        self.up_blocks = nn.ModuleList()
+        channels = width
+        for index, width in enumerate(reversed(widths)):
+            resnets = []
+            for _ in range(layers + 1):
+                resnets.append((channels + skips.pop(), width))
+                channels = width
+            spatial = layers + 1 if levels - 1 - index in attended else 0
+            path, resample = f"up_blocks.{index}", 0 if index == levels - 1 else 1
+            self.up_blocks.append(Block(path, resnets, config, spatial, layers + 1, index in fused, resample))
+
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    # ------------------------------------------------------------------------------------------------ the network
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None = None,
+        *,
+        adapted: bool = True,
+    ) -> Tensor:
+        """Predict the noise (or velocity) of a noisy clip, moved by a reference.
+
+        Args:
+            sample: noisy latents, (batch, channels, frames, height, width).
+            timestep: one for all, or (batch,).
+            text: the prompts' encoding, (batch, tokens, width), or `encode_text` of it.
+            motion: the motion of n references, n a divisor of batch: sample i follows reference i mod n, so that the
+                two halves of guidance share one. None generates without a reference.
+            adapted: False runs the backbone with its own temporal projections, as the reference pass does.
+
+        Returns:
+            (batch, out_channels, frames, height, width).
+
+        Raises:
+            ValueError: for a wrong shape, which it names.
+        """
+        return self._run(sample, timestep, text, motion, adapted)[0]
+
+    def encode_reference(
+        self, latents: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
+    ) -> MotionFeatures:
+        """Read the motion of references in one pass of the backbone (EfficientMT, section 3.2; published t = 400).
+
+        Args:
+            latents: the references' latents with noise of `timestep` added, (n, channels, frames, height, width).
+            timestep: one for all, or (n,).
+            text: encoding of the empty prompt, (n, tokens, width), or `encode_text` of it.
+
+        Raises:
+            ValueError: for a wrong shape, which it names.
+        """
+        features = self._run(latents, timestep, text, None, adapted=False)[1]
+        return MotionFeatures({path: features[path] for path in self.fusion_modules()})
+
+    def encode_text(self, text: Tensor) -> TextFeatures:
+        """Keys and values of all cross-attentions for prompts (batch, tokens, width)."""
+        width = self.config.cross_attention_dim
+        if text.ndim != 3 or text.shape[2] != width:
+            raise ValueError(f"text has shape {tuple(text.shape)}, expected (batch, tokens, {width})")
+        return TextFeatures({m.path: m.encode_text(text) for m in self.modules() if isinstance(m, SpatialTransformer)})
+
+    def _run(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None,
+        adapted: bool,
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The forward pass; also returns the features that stand before the temporal attentions, by module path."""
+        if isinstance(text, Tensor):
+            text = self.encode_text(text)
+        references = motion.prepare(self).layers if motion is not None else {}
+        self._check_inputs(sample, text, references)
+        batch, _, frames, _, _ = sample.shape
+        features: dict[str, tuple[Tensor, Tensor]] = {}
+
+        time = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        time = self.time_embedding(time).repeat_interleave(frames, 0)  # (batch·frames, time channels)
+
+        def layer(block: Block, i: int, x: Tensor) -> Tensor:
+            # Gradient checkpointing recomputes one such layer at a time.
+            x = block.resnets[i](x, time)
+            if block.attentions:
+                transformer = block.attentions[i]
+                x = transformer(x, text.layers[transformer.path])
+            if block.motion_modules:
+                module = block.motion_modules[i]
+                x, features[module.path] = module(x, frames, references.get(module.path), adapted)
+            return x
+
+        def run(block: Block, i: int, x: Tensor) -> Tensor:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return self._gradient_checkpointing_func(layer, block, i, x)
+            return layer(block, i, x)
+
+        x = sample.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)  # (batch·frames, channels, height, width) from here on
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = run(block, i, x)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+
+        x = run(self.mid_block, 0, x)
+        x = self.mid_block.resnets[1](x, time)
+
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = run(block, i, torch.cat([x, skips.pop()], dim=1))
+            for upsample in block.upsamplers:
+                # An odd size was rounded up on the way down: the skip connection knows it.
+                x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return x.unflatten(0, (batch, frames)).transpose(1, 2), features
+
+    # -------------------------------------------------------------------------------------------------- its parts
+
+    def fusion_modules(self) -> dict[str, MotionModule]:
+        """The motion modules that take the reference, by path, in the order in which they run."""
+        return {
+            module.path: module
+            for block in self.up_blocks
+            for module in block.motion_modules
+            if module.temporal_transformer.transformer_blocks[0].scaler is not None
+        }
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What EfficientMT trains: the adapter's temporal q/k/v and the scalers, by name in the state dict."""
+        for path, module in self.fusion_modules().items():
+            for name, parameter in module.adapter_parameters():
+                yield f"{path}.{name}", parameter
+
+    @torch.no_grad()
+    def initialize_adapter(self) -> None:
+        """Start the adapter's projections from the backbone's, as training does."""
+        for module in self.fusion_modules().values():
+            for attention in module.temporal_transformer.transformer_blocks[0].attention_blocks:
+                for name in ("to_q", "to_k", "to_v"):
+                    getattr(attention.adapter, name).weight.copy_(getattr(attention, name).weight)
+
+    def load_published(self, backbone: Mapping[str, Tensor], adapter: Mapping[str, Tensor] | None = None) -> None:
+        """Load weights by their published names, strictly.
+
+        Args:
+            backbone: the SD 1.5 UNet and the motion module, in one dict.
+            adapter: the temporal q/k/v and scalers of the up blocks as EfficientMT publishes them; None starts the
+                adapter from the backbone's projections and leaves the scalers as they were initialised.
+
+        Raises:
+            EmtError: naming every missing, unexpected or mis-shaped key.
+        """
+        names = {name for name, _ in self.adapter_parameters()}
+        wanted = {
+            "backbone": {n: n for n in self.state_dict() if n not in names},
+            "adapter": {n.replace(".adapter.", "."): n for n in names},
+        }
+        state: dict[str, Tensor] = {}
+        for part, given in (("backbone", backbone), ("adapter", adapter)):
+            if given is not None:
+                given = _without_positions(given)
+                _check_keys(part, given, {k: self.state_dict()[n].shape for k, n in wanted[part].items()})
+                state |= {n: given[k] for k, n in wanted[part].items()}
+        self.load_state_dict(state, strict=False)
+        if adapter is None:
+            self.initialize_adapter()
+
+    def _check_inputs(
+        self,
+        sample: Tensor,
+        text: TextFeatures,
+        references: Mapping[str, tuple[PreparedReference, PreparedReference]],
+    ) -> None:
+        channels, most = self.config.in_channels, self.config.motion_max_frames
+        shape = tuple(sample.shape)
+        if sample.ndim != 5 or sample.shape[1] != channels:
+            raise ValueError(f"sample has shape {shape}, expected (batch, {channels}, frames, height, width)")
+        if not 2 <= sample.shape[2] <= most:
+            raise ValueError(f"sample has {sample.shape[2]} frames in shape {shape}, allowed are 2 to {most}")
+        for key, _ in text.layers.values():
+            if key.shape[0] != sample.shape[0]:
+                raise ValueError(f"text has batch {key.shape[0]}, sample has batch {sample.shape[0]} in shape {shape}")
+        for first, _ in references.values():
+            if sample.shape[0] % first.key.shape[0]:
+                raise ValueError(
+                    f"{first.key.shape[0]} motions do not divide the batch of sample, {sample.shape[0]} in shape {shape}"
+                )
+
+
+def _check_config(levels: int, attended: set[int], fused: set[int], config: Any) -> None:
+    for name, chosen in (("attention_levels", attended), ("fusion_blocks", fused)):
+        if not chosen <= set(range(levels)):
+            raise ValueError(f"{name} is {sorted(chosen)}, allowed are 0 to {levels - 1}: there are {levels} levels")
+    for name in ("norm_num_groups", "attention_heads", "motion_attention_heads"):
+        bad = [w for w in config.block_out_channels if w % config[name]]
+        if bad:
+            raise ValueError(f"block_out_channels {bad} are not divisible by {name}={config[name]}")
+
+
+def _without_positions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop stored sinusoidal encodings, which are computed here, after checking that they are the same."""
+    for name, stored in state.items():
+        if name.endswith(".pe"):
+            table = stored.reshape(-1, stored.shape[-1]).float()
+            if not torch.allclose(table, sinusoidal_positions(*table.shape), atol=1e-2):
+                raise EmtError(
+                    f"{name} is not the sinusoidal position encoding that AnimateDiff uses",
+                    "Give a motion module whose position encoding is sinusoidal.",
+                )
+    return {name: tensor for name, tensor in state.items() if not name.endswith(".pe")}
+
+
+def _check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
+    problems = [f"missing: {k} {tuple(wanted[k])}" for k in sorted(wanted.keys() - given.keys())]
+    problems += [f"unexpected: {k} {tuple(given[k].shape)}" for k in sorted(given.keys() - wanted.keys())]
+    problems += [
+        f"wrong shape: {k} is {tuple(given[k].shape)}, expected {tuple(wanted[k])}"
+        for k in sorted(wanted.keys() & given.keys())
+        if given[k].shape != wanted[k]
+    ]
+    if problems:
+        raise EmtError(
+            f"the {part} does not fit this network, {len(problems)} keys differ:\n  " + "\n  ".join(problems),
+            "Give weights of the same architecture (SD 1.5 with an AnimateDiff motion module).",
+        )
