@@ -1,0 +1,301 @@
+"""A rendered world in which the same motion is played by different subjects over different scenes.
+
+Everything is drawn on the device in batches: scenes are sampled from painted canvases and subjects from a sprite
+atlas, both with trilinear filtering. Two renderings of the same `Motions` with different `Appearances` are an exact
+pair, and the motion of every clip is known exactly.
+
+    python -m emt.train.world sheet world.png       # what it looks like
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from emt.train.motions import (
+    CAMERA_FAMILIES,
+    FAMILIES,
+    FRAME,
+    HELD_OUT_CAMERA_FAMILIES,
+    HELD_OUT_FAMILIES,
+    Motions,
+    choose,
+    draw_motions,
+    uniform,
+)
+from emt.train.scenes import CANVAS, PLACES, SCENES, paint_scenes
+from emt.train.sprites import BORDER, COLOURS, SIDE, SUBJECTS, blur, finish, load_sprites, recolour
+
+__all__ = [
+    "CAMERA_FAMILIES",
+    "COLOURS",
+    "FAMILIES",
+    "HELD_OUT_CAMERA_FAMILIES",
+    "HELD_OUT_FAMILIES",
+    "SCENES",
+    "SUBJECTS",
+    "Appearances",
+    "Motions",
+    "World",
+    "words",
+]
+
+_CHUNK = 96
+"""Clips drawn at once, which bounds the memory of a large batch (about 35 MB a clip)."""
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def words() -> list[str]:
+    """Every word that a caption can contain, sorted."""
+    found = {"a", "an", "and", *SUBJECTS, *COLOURS}
+    for place in PLACES.values():
+        found.update(place.split())
+    return sorted(found)
+
+
+def held_out_combinations() -> Tensor:
+    """Which combinations training never shows: (subjects, colours, scenes) bool.
+
+    A tenth of the subject-colour, of the colour-scene and of the subject-scene pairs is held out, chosen by a hash of
+    the names, so that it does not change when names are added. A combination is held out if any of its pairs is.
+    """
+
+    def held(first: tuple[str, ...], second: tuple[str, ...]) -> Tensor:
+        return torch.tensor([[zlib.crc32(f"{a} {b}".encode()) % 10 == 0 for b in second] for a in first])
+
+    return (
+        held(SUBJECTS, COLOURS)[:, :, None] | held(COLOURS, SCENES)[None] | held(SUBJECTS, SCENES)[:, None, :]
+    )
+
+
+@dataclass
+class Appearances:
+    """What a batch of clips shows; every tensor has the clips as its first dimension.
+
+    Attributes:
+        subject: (n, 2) index into `SUBJECTS`; the second is ignored where a clip has one subject.
+        colour: (n, 2) index into `COLOURS`.
+        scene: (n,) index into `SCENES`.
+        variant: (n,) which painting of the scene.
+        view: (n, 4) where the camera stands in frame 0: offset x and y in canvas pixels, log zoom, and -1 or 1 for a
+            mirrored canvas.
+    """
+
+    subject: Tensor
+    colour: Tensor
+    scene: Tensor
+    variant: Tensor
+    view: Tensor
+
+    def __len__(self) -> int:
+        return self.subject.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> Appearances:
+        """The clips that `index` selects along the first dimension: a slice, a mask or a list of numbers."""
+        return Appearances(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def to(self, device: torch.device | str) -> Appearances:
+        """A copy with every tensor on `device`."""
+        return Appearances(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+class World:
+    """Draws motions and appearances, and renders them.
+
+    Args:
+        device: Where canvases live and rendering happens.
+        size: Side of the rendered frames in pixels.
+        frames: Frames of a clip.
+        seed: Seed of the painted textures.
+        variants: Paintings of each scene; fewer paint faster.
+    """
+
+    def __init__(
+        self, device: torch.device | str = "cpu", size: int = 128, frames: int = 16, seed: int = 0, variants: int = 8
+    ) -> None:
+        self.device = torch.device(device)
+        self.size = size
+        self.frames = frames
+        self.seed = seed
+        self.variants = variants
+        sprites = recolour(load_sprites().to(self.device))
+        self._sprites = finish(sprites.flatten(0, 1)).unflatten(0, sprites.shape[:2])
+        canvases = paint_scenes(variants).to(self.device).flatten(0, 1)
+        # One volume for all canvases, each a sharp plane followed by a blurred one: (1, 3, 2 * canvases, H, W).
+        # Sampling at an integer depth reads one canvas; between the two planes it reads the right sharpness.
+        self._canvases = torch.stack([canvases, blur(canvases, 0.9)], 1).flatten(0, 1).transpose(0, 1)[None].contiguous()
+        held = held_out_combinations().to(self.device)
+        self._allowed = {None: torch.ones_like(held), True: held, False: ~held}
+
+    def motions(
+        self,
+        n: int,
+        generator: torch.Generator,
+        *,
+        held_out: bool = False,
+        two_subjects: float = 0.2,
+        camera: float = 0.4,
+    ) -> Motions:
+        """Draw `n` motions on this world's device.
+
+        Args:
+            n: How many clips.
+            generator: Source of all randomness, on the CPU or on this world's device.
+            held_out: Draw only object and camera families that training never draws.
+            two_subjects: Share of clips with two subjects.
+            camera: Share of clips with a moving camera.
+        """
+        return draw_motions(
+            n,
+            generator,
+            frames=self.frames,
+            held_out=held_out,
+            two_subjects=two_subjects,
+            camera=camera,
+            device=self.device,
+        )
+
+    def appearances(
+        self, motions: Motions | int, generator: torch.Generator, *, held_out: bool | None = None
+    ) -> Appearances:
+        """Draw what the clips show; two subjects of a clip differ in kind and in colour.
+
+        Args:
+            motions: The motions to dress, or how many clips.
+            generator: Source of all randomness.
+            held_out: False draws only combinations of subject, colour and scene meant for training, True only
+                combinations never seen in training (for each subject of a clip), None draws from all.
+        """
+        n = motions if isinstance(motions, int) else len(motions)
+        device = self.device
+        allowed = self._allowed[held_out]
+        scene = choose(torch.ones(len(SCENES), device=device), n, generator)
+        pairs = allowed.permute(2, 0, 1)[scene].float()  # (n, subjects, colours)
+
+        def draw(weights: Tensor) -> tuple[Tensor, Tensor]:
+            bounds = weights.flatten(1).cumsum(1)
+            at = uniform((n, 1), generator, device) * bounds[:, -1:]
+            pair = torch.searchsorted(bounds, at, right=True)[:, 0].clamp(max=bounds.shape[1] - 1)
+            return pair // len(COLOURS), pair % len(COLOURS)
+
+        subject, colour = draw(pairs)
+        other = torch.arange(len(SUBJECTS), device=device) != subject[:, None]
+        others = torch.arange(len(COLOURS), device=device) != colour[:, None]
+        second_subject, second_colour = draw(pairs * other[:, :, None] * others[:, None])
+        r = uniform((n, 5), generator, device)
+        centre = torch.stack(
+            [(r[:, 0] * 2 - 1) * 0.16 * CANVAS, (r[:, 1] * 2 - 1) * 0.05 * CANVAS, (r[:, 2] - 0.5) * 0.3], -1
+        )
+        mirror = torch.where(r[:, 3:4] < 0.5, -1.0, 1.0)
+        return Appearances(
+            subject=torch.stack([subject, second_subject], -1),
+            colour=torch.stack([colour, second_colour], -1),
+            scene=scene,
+            variant=(r[:, 4] * self.variants).long().clamp(max=self.variants - 1),
+            view=torch.cat([centre, mirror], -1),
+        )
+
+    def captions(self, appearances: Appearances, motions: Motions) -> list[str]:
+        """One caption a clip, naming subjects, colours and scene but never the motion."""
+        out = []
+        for subjects, colours, scene, count in zip(
+            appearances.subject.tolist(), appearances.colour.tolist(), appearances.scene.tolist(), motions.subjects.tolist()
+        ):
+            named = [f"{_article(COLOURS[c])} {COLOURS[c]} {SUBJECTS[s]}" for s, c in zip(subjects, colours)]
+            out.append(f"{' and '.join(named[:count])} {PLACES[SCENES[scene]]}")
+        return out
+
+    @torch.no_grad()
+    def render(
+        self,
+        motions: Motions,
+        appearances: Appearances,
+        *,
+        realism: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw clips: (n, frames, 3, size, size) uint8.
+
+        Args:
+            motions: n motions.
+            appearances: What the n clips show.
+            realism: Probability that a clip looks like real footage instead of its `appearances`.
+            generator: Source of what realism draws; by default seeded with this world's seed.
+
+        Raises:
+            ValueError: If the two batches differ in length.
+        """
+        if len(motions) != len(appearances):
+            raise ValueError(f"{len(motions)} motions cannot be dressed in {len(appearances)} appearances")
+        out = torch.empty(len(motions), self.frames, 3, self.size, self.size, dtype=torch.uint8, device=self.device)
+        for start in range(0, len(motions), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            video = self._draw(motions[part], appearances[part])
+            out[part] = (video.transpose(1, 2) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+        return out
+
+    def _pixels(self) -> tuple[Tensor, Tensor]:
+        """Centres of the pixels in coordinates of a 128 frame relative to its centre: x (1, size) and y (size, 1)."""
+        at = (torch.arange(self.size, device=self.device) + 0.5) * (FRAME / self.size) - FRAME / 2
+        return at[None], at[:, None]
+
+    def _draw(self, motions: Motions, appearances: Appearances) -> Tensor:
+        plane = 2 * (appearances.scene * self.variants + appearances.variant)
+        video = self._scene(motions, plane, appearances.view)
+        for i in range(int(motions.subjects.max())):
+            sprite = self._sprites[appearances.subject[:, i], appearances.colour[:, i]]
+            video = self._over(video, motions, i, sprite)
+        return video
+
+    def _scene(self, motions: Motions, plane: Tensor, view: Tensor) -> Tensor:
+        """The scene under the moving camera: (n, 3, frames, size, size). `plane` (n,) is a depth of the volume."""
+        x, y = self._pixels()
+        pan_x, pan_y, zoom, roll = (part[..., None, None] for part in motions.camera.unbind(-1))
+        # From the screen back to frame 0, then to the canvas.
+        gain = torch.exp(-zoom)
+        dx, dy = x - pan_x, y - pan_y
+        from_x = gain * (torch.cos(roll) * dx + torch.sin(roll) * dy)
+        from_y = gain * (torch.cos(roll) * dy - torch.sin(roll) * dx)
+        offset_x, offset_y, start, mirror = (part[:, None, None, None] for part in view.unbind(-1))
+        stretch = torch.exp(-start)
+        canvas_x = mirror * (stretch * from_x + offset_x)
+        canvas_y = stretch * from_y + offset_y
+        # Canvas pixels that one screen pixel spans decide the sharpness.
+        level = torch.log2(gain * stretch * FRAME / self.size).clamp(0, 1)
+        depth = plane[:, None, None, None] + level
+        planes = self._canvases.shape[2]
+        depth = ((2 * depth + 1) / planes - 1).expand_as(canvas_x)
+        grid = torch.stack([canvas_x * (2 / CANVAS), canvas_y * (2 / CANVAS), depth], -1)
+        video = F.grid_sample(
+            self._canvases, grid.flatten(0, 1)[None], padding_mode="reflection", align_corners=False
+        )
+        return video[0].unflatten(1, grid.shape[:2]).transpose(0, 1)
+
+    def _over(self, video: Tensor, motions: Motions, i: int, sprite: Tensor) -> Tensor:
+        """Lay subject `i` over `video`; `sprite` (n, 4, levels, side, side) premultiplied."""
+        x, y = self._pixels()
+        centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in motions.position.unbind(-1))
+        scale, rotation = motions.scale[:, :, i, None, None], motions.rotation[:, :, i, None, None]
+        unit = (2 * SIDE / (SIDE + 2 * BORDER)) / scale.clamp(min=1.0)
+        dx, dy = x - centre_x, y - centre_y
+        u = unit * (torch.cos(rotation) * dx + torch.sin(rotation) * dy)
+        v = unit * (torch.cos(rotation) * dy - torch.sin(rotation) * dx)
+        levels = sprite.shape[2]
+        level = torch.log2(SIDE / scale.clamp(min=1.0) * (FRAME / self.size)).clamp(0, levels - 1)
+        depth = ((2 * level + 1) / levels - 1).expand_as(u)
+        drawn = F.grid_sample(sprite, torch.stack([u, v, depth], -1), padding_mode="zeros", align_corners=False)
+        if i == 1:
+            drawn = drawn * (motions.subjects == 2)[:, None, None, None, None]
+        return drawn[:, :3] + video * (1 - drawn[:, 3:])
