@@ -184,7 +184,12 @@ def _paths(family: str, t: Tensor, r: Tensor) -> Path:
         return radius * torch.cos(angle), radius * torch.sin(angle), zero, zero
     if family == "square":
         side = torch.remainder(sign * t * p(0, 0.8, 1.1) + p(1), 1)
-        return (_triangle(side) * 2).clamp(-1, 1), (_triangle(side + 0.25) * 2).clamp(-1, 1) * p(2, 0.6, 1.0), zero, zero
+        return (
+            (_triangle(side) * 2).clamp(-1, 1),
+            (_triangle(side + 0.25) * 2).clamp(-1, 1) * p(2, 0.6, 1.0),
+            zero,
+            zero,
+        )
     if family == "pendulum":
         angle = p(0, 0.5, 1.0) * torch.cos(tau * p(1, 0.8, 1.6) + 2 * math.pi * p(2))
         return -torch.sin(angle), torch.cos(angle), zero, angle
@@ -340,9 +345,9 @@ def draw_motions(
     rotation = rotation + torch.where(q(7) < 0.6, lean, 0.0)
 
     pair = two[:, None, None, None]
-    side = torch.where(pair, q(11, 24.0, 36.0), q(11, 27.0, 50.0))
+    side = torch.where(pair, q(11, 28.0, 40.0), q(11, 32.0, 56.0))
     log_size = log_size - log_size.mean(-1, keepdim=True)
-    scale = (side * torch.exp(log_size)).clamp(18.0, 76.0)
+    scale = (side * torch.exp(log_size)).clamp(20.0, 80.0)
     # Fit the path between margins that keep nearly all of the subject in the frame.
     margin = 0.46 * scale.amax(-1, keepdim=True)
     half_x, half_y = _range(x) / 2, _range(y) / 2

@@ -137,7 +137,20 @@ def _polygon(name: str) -> list[tuple[float, float]]:
         return [(0, -1), (1, 0.75), (-1, 0.75)]
     if name == "cross":
         a, b = 0.3, 0.95
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     if name == "diamond":
         return [(0, -1), (0.66, 0), (0, 1), (-0.66, 0)]
     return [(0, -1), (0.9, 0), (0.36, 0), (0.36, 0.95), (-0.36, 0.95), (-0.36, 0), (-0.9, 0)]  # arrow

@@ -75,9 +75,7 @@ def held_out_combinations() -> Tensor:
     def held(first: tuple[str, ...], second: tuple[str, ...]) -> Tensor:
         return torch.tensor([[zlib.crc32(f"{a} {b}".encode()) % 10 == 0 for b in second] for a in first])
 
-    return (
-        held(SUBJECTS, COLOURS)[:, :, None] | held(COLOURS, SCENES)[None] | held(SUBJECTS, SCENES)[:, None, :]
-    )
+    return held(SUBJECTS, COLOURS)[:, :, None] | held(COLOURS, SCENES)[None] | held(SUBJECTS, SCENES)[:, None, :]
 
 
 @dataclass
@@ -135,7 +133,9 @@ class World:
         canvases = paint_scenes(variants).to(self.device).flatten(0, 1)
         # One volume for all canvases, each a sharp plane followed by a blurred one: (1, 3, 2 * canvases, H, W).
         # Sampling at an integer depth reads one canvas; between the two planes it reads the right sharpness.
-        self._canvases = torch.stack([canvases, blur(canvases, 0.9)], 1).flatten(0, 1).transpose(0, 1)[None].contiguous()
+        self._canvases = (
+            torch.stack([canvases, blur(canvases, 0.9)], 1).flatten(0, 1).transpose(0, 1)[None].contiguous()
+        )
         held = held_out_combinations().to(self.device)
         self._allowed = {None: torch.ones_like(held), True: held, False: ~held}
 
@@ -211,7 +211,10 @@ class World:
         """One caption a clip, naming subjects, colours and scene but never the motion."""
         out = []
         for subjects, colours, scene, count in zip(
-            appearances.subject.tolist(), appearances.colour.tolist(), appearances.scene.tolist(), motions.subjects.tolist()
+            appearances.subject.tolist(),
+            appearances.colour.tolist(),
+            appearances.scene.tolist(),
+            motions.subjects.tolist(),
         ):
             named = [f"{_article(COLOURS[c])} {COLOURS[c]} {SUBJECTS[s]}" for s, c in zip(subjects, colours)]
             out.append(f"{' and '.join(named[:count])} {PLACES[SCENES[scene]]}")
@@ -278,9 +281,7 @@ class World:
         planes = self._canvases.shape[2]
         depth = ((2 * depth + 1) / planes - 1).expand_as(canvas_x)
         grid = torch.stack([canvas_x * (2 / CANVAS), canvas_y * (2 / CANVAS), depth], -1)
-        video = F.grid_sample(
-            self._canvases, grid.flatten(0, 1)[None], padding_mode="reflection", align_corners=False
-        )
+        video = F.grid_sample(self._canvases, grid.flatten(0, 1)[None], padding_mode="reflection", align_corners=False)
         return video[0].unflatten(1, grid.shape[:2]).transpose(0, 1)
 
     def _over(self, video: Tensor, motions: Motions, i: int, sprite: Tensor) -> Tensor:
