@@ -430,15 +430,16 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             EmtError: naming every missing, unexpected or mis-shaped key.
         """
         names = {name for name, _ in self.adapter_parameters()}
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
         wanted = {
-            "backbone": {n: n for n in self.state_dict() if n not in names},
+            "backbone": {n: n for n in shapes if n not in names},
             "adapter": {n.replace(".adapter.", "."): n for n in names},
         }
         state: dict[str, Tensor] = {}
         for part, given in (("backbone", backbone), ("adapter", adapter)):
             if given is not None:
-                given = _without_positions(given)
-                _check_keys(part, given, {k: self.state_dict()[n].shape for k, n in wanted[part].items()})
+                given = without_positions(given)
+                check_keys(part, given, {k: shapes[n] for k, n in wanted[part].items()})
                 state |= {n: given[k] for k, n in wanted[part].items()}
         self.load_state_dict(state, strict=False)
         if adapter is None:
@@ -461,9 +462,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
                 raise ValueError(f"text has batch {key.shape[0]}, sample has batch {sample.shape[0]} in shape {shape}")
         for first, _ in references.values():
             if sample.shape[0] % first.key.shape[0]:
-                raise ValueError(
-                    f"{first.key.shape[0]} motions do not divide the batch of sample, {sample.shape[0]} in shape {shape}"
-                )
+                raise ValueError(f"{first.key.shape[0]} motions do not divide the batch of sample, shape {shape}")
 
 
 def _check_config(levels: int, attended: set[int], fused: set[int], config: Any) -> None:
@@ -476,7 +475,7 @@ def _check_config(levels: int, attended: set[int], fused: set[int], config: Any)
             raise ValueError(f"block_out_channels {bad} are not divisible by {name}={config[name]}")
 
 
-def _without_positions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_positions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drop stored sinusoidal encodings, which are computed here, after checking that they are the same."""
     for name, stored in state.items():
         if name.endswith(".pe"):
@@ -489,7 +488,8 @@ def _without_positions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith(".pe")}
 
 
-def _check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
+def check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
+    """Raise an `EmtError` that names every missing, unexpected and mis-shaped key of `part`, if there is one."""
     problems = [f"missing: {k} {tuple(wanted[k])}" for k in sorted(wanted.keys() - given.keys())]
     problems += [f"unexpected: {k} {tuple(given[k].shape)}" for k in sorted(given.keys() - wanted.keys())]
     problems += [
