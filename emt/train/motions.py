@@ -34,7 +34,7 @@ FAMILIES: tuple[str, ...] = (
 )
 """Families of object motion to train on. `still` is drawn only where the camera moves."""
 
-HELD_OUT_FAMILIES: tuple[str, ...] = ("figure-eight", "spiral", "square", "pendulum")
+HELD_OUT_FAMILIES: tuple[str, ...] = ("figure-eight", "spiral", "rectangle", "pendulum")
 """Families of object motion that training never draws."""
 
 CAMERA_FAMILIES: tuple[str, ...] = ("static", "pan", "zoom", "roll", "shake", "pan-zoom", "zoom-roll", "drift")
@@ -46,7 +46,7 @@ HELD_OUT_CAMERA_FAMILIES: tuple[str, ...] = ("circle", "dolly", "pan-roll")
 _WEIGHTS = {"spline": 4.0, "still": 2.0, "line": 1.5, "orbit": 1.5}
 _CAMERA_WEIGHTS = {"static": 0.0, "pan": 1.5, "drift": 2.0, "roll": 1.5, "zoom": 1.5, "shake": 0.7}
 _STATIONARY = ("still", "grow", "shrink", "spin")
-_UPRIGHT = ("still", "bounce", "sway", "jump", "walk", "square", "pendulum")
+_UPRIGHT = ("still", "bounce", "sway", "jump", "walk", "rectangle", "pendulum")
 _CANDIDATES = 24
 
 
@@ -56,6 +56,7 @@ class Motions:
 
     Attributes:
         position: (n, frames, 2 subjects, 2) centre of each subject on the screen, x and y in pixels of a 128 frame.
+            Of two subjects the first is the one that starts further left.
         scale: (n, frames, 2) side of each subject's sprite on the screen in pixels; 0 for an absent second subject.
         rotation: (n, frames, 2) radians, clockwise on the screen, 0 is upright.
         subjects: (n,) how many subjects the clip has, 1 or 2.
@@ -63,7 +64,7 @@ class Motions:
             frame 0 is seen at `c + pan + exp(zoom) * R(roll) @ (p - c)` with `c` the centre of the frame.
         family: (n, 2) index into `FAMILIES + HELD_OUT_FAMILIES`; -1 for an absent second subject.
         camera_family: (n,) index into `CAMERA_FAMILIES + HELD_OUT_CAMERA_FAMILIES`.
-        attached: (n,) whether the subjects stand in the scene and so move with it (True) or are independent of the camera.
+        attached: (n,) whether the subjects stand in the scene and so move with it; else the camera leaves them alone.
     """
 
     position: Tensor
@@ -131,7 +132,7 @@ Path = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _paths(family: str, t: Tensor, r: Tensor) -> Path:
-    """The path of one family. `t` (…, frames) is progress from 0 to 1 (or back), `r` (…, 16) in [0, 1) the shape of it."""
+    """The path of one family. `t` (…, frames) is progress from 0 to 1 (or back), `r` (…, 16) in [0, 1) its shape."""
     zero = torch.zeros_like(t)
     tau = 2 * math.pi * t
 
@@ -182,7 +183,7 @@ def _paths(family: str, t: Tensor, r: Tensor) -> Path:
         angle = sign * tau * p(0, 1.2, 1.8) + 2 * math.pi * p(1)
         radius = 0.15 + 0.85 * t
         return radius * torch.cos(angle), radius * torch.sin(angle), zero, zero
-    if family == "square":
+    if family == "rectangle":
         side = torch.remainder(sign * t * p(0, 0.8, 1.1) + p(1), 1)
         return (
             (_triangle(side) * 2).clamp(-1, 1),
@@ -376,10 +377,15 @@ def draw_motions(
     cost = cost + torch.where(two[:, None], (-gap.amin(-1)).clamp(min=0), 0.0)
     # Among equals the first: an order that does not depend on how a device breaks ties.
     best = (cost + 1e-4 * torch.arange(k, device=device)).argmin(1)
-    row = torch.arange(n, device=device)
+    row = torch.arange(n, device=device)[:, None]
+    # Captions are all that tells two subjects apart: the first one named is the one that starts further left.
+    start = x[row[:, 0], best, :, 0]  # (n, 2)
+    swapped = (two & (start[:, 1] < start[:, 0])).long()
+    order = torch.stack([swapped, 1 - swapped], -1)
+    family = family.gather(1, order)
 
     def pick(value: Tensor) -> Tensor:
-        return value[row, best].transpose(1, 2)  # (n, frames, 2)
+        return value[row, best[:, None], order].transpose(1, 2)  # (n, frames, 2)
 
     present = torch.stack([torch.ones_like(two), two], -1)  # (n, 2)
     return Motions(

@@ -89,7 +89,7 @@ class Brush:
         self.pen.line(scaled, fill=_ink(colour), width=max(1, round(width * _OVER)), joint="curve")
 
     def ridge(self, y: float, height: float, length: float, sharp: float = 0.0) -> Callable[[float], float]:
-        """A random skyline: a function from x to y, waves of `length` and `height`, `sharp` from rolling 0 to peaked 1."""
+        """A random skyline, a function from x to y: waves of `length` and `height`, from rolling (0) to peaked (1)."""
         phases = self.rng.uniform(0, 2 * math.pi, 3)
         lengths = length * np.array([1.0, 0.53, 0.29]) * self.rng.uniform(0.85, 1.15, 3)
 

@@ -238,11 +238,12 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.pad(out, (0, 0, radius, radius), "replicate"), kernel[..., None], groups=image.shape[1])
 
 
-def finish(sprites: Tensor) -> Tensor:
+def finish(sprites: Tensor, rim: float = RIM) -> Tensor:
     """Make sprites ready for drawing: premultiplied, with a soft dark rim, in three levels of sharpness.
 
     Args:
         sprites: (n, 4, side, side) RGBA in [0, 1].
+        rim: Opacity of the rim.
 
     Returns:
         (n, 4, 3, side + 2 * BORDER, side + 2 * BORDER): levels for a scale of 64, 32 and 16 pixels, so that trilinear
@@ -250,6 +251,6 @@ def finish(sprites: Tensor) -> Tensor:
     """
     alpha = F.pad(sprites[:, 3:], (BORDER,) * 4)
     rgb = F.pad(sprites[:, :3], (BORDER,) * 4) * alpha
-    around = (blur(F.max_pool2d(alpha, 5, 1, 2), 1.6) * RIM).clamp(max=1)
+    around = (blur(F.max_pool2d(alpha, 5, 1, 2), 1.6) * rim).clamp(max=1)
     sharp = torch.cat([rgb, alpha + around * (1 - alpha)], 1)
     return torch.stack([sharp, blur(sharp, 0.75), blur(sharp, 1.6)], 2)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from emt.train.footage import cut_out, draw_outlines, film, paint_textures
 from emt.train.motions import (
     CAMERA_FAMILIES,
     FAMILIES,
@@ -128,9 +129,15 @@ class World:
         self.frames = frames
         self.seed = seed
         self.variants = variants
-        sprites = recolour(load_sprites().to(self.device))
+        plain = load_sprites().to(self.device)
+        sprites = recolour(plain)
         self._sprites = finish(sprites.flatten(0, 1)).unflatten(0, sprites.shape[:2])
         canvases = paint_scenes(variants).to(self.device).flatten(0, 1)
+        textures = paint_textures(4 * variants, seed).to(self.device)
+        self._textures = textures
+        self._first_texture = 2 * canvases.shape[0]
+        self._outlines = torch.cat([draw_outlines(8 * variants, seed).to(self.device), plain[:, 3]])
+        canvases = torch.cat([canvases, textures])
         # One volume for all canvases, each a sharp plane followed by a blurred one: (1, 3, 2 * canvases, H, W).
         # Sampling at an integer depth reads one canvas; between the two planes it reads the right sharpness.
         self._canvases = (
@@ -196,7 +203,7 @@ class World:
         second_subject, second_colour = draw(pairs * other[:, :, None] * others[:, None])
         r = uniform((n, 5), generator, device)
         centre = torch.stack(
-            [(r[:, 0] * 2 - 1) * 0.16 * CANVAS, (r[:, 1] * 2 - 1) * 0.05 * CANVAS, (r[:, 2] - 0.5) * 0.3], -1
+            [(r[:, 0] * 2 - 1) * 0.09 * CANVAS, (r[:, 1] * 2 - 1) * 0.05 * CANVAS, (r[:, 2] - 0.5) * 0.3], -1
         )
         mirror = torch.where(r[:, 3:4] < 0.5, -1.0, 1.0)
         return Appearances(
@@ -242,10 +249,12 @@ class World:
         """
         if len(motions) != len(appearances):
             raise ValueError(f"{len(motions)} motions cannot be dressed in {len(appearances)} appearances")
+        if generator is None:
+            generator = torch.Generator().manual_seed(self.seed)
         out = torch.empty(len(motions), self.frames, 3, self.size, self.size, dtype=torch.uint8, device=self.device)
         for start in range(0, len(motions), _CHUNK):
             part = slice(start, start + _CHUNK)
-            video = self._draw(motions[part], appearances[part])
+            video = self._draw(motions[part], appearances[part], realism, generator)
             out[part] = (video.transpose(1, 2) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
         return out
 
@@ -254,12 +263,36 @@ class World:
         at = (torch.arange(self.size, device=self.device) + 0.5) * (FRAME / self.size) - FRAME / 2
         return at[None], at[:, None]
 
-    def _draw(self, motions: Motions, appearances: Appearances) -> Tensor:
+    def _draw(self, motions: Motions, appearances: Appearances, realism: float, generator: torch.Generator) -> Tensor:
+        """Clips (n, 3, frames, size, size) in [0, 1]."""
+        n = len(motions)
         plane = 2 * (appearances.scene * self.variants + appearances.variant)
-        video = self._scene(motions, plane, appearances.view)
+        view = appearances.view
+        real = torch.zeros(0, dtype=torch.long, device=self.device)
+        if realism > 0:
+            r = uniform((n, 12), generator, self.device)
+            filmed = r[:, 0] < realism
+            real = filmed.nonzero()[:, 0]
+            texture = (r[:, 1] * len(self._textures)).long().clamp(max=len(self._textures) - 1)
+            plane = torch.where(filmed, self._first_texture + 2 * texture, plane)
+            anywhere = torch.stack([*((r[:, 2:4] - 0.5) * 0.3 * CANVAS).unbind(-1), 0.9 * (r[:, 4] - 0.6)], -1)
+            view = torch.where(filmed[:, None], torch.cat([anywhere, view[:, 3:]], -1), view)
+            # Footage of a place often has no subject: what the camera does is all there is to see.
+            empty = filmed & (motions.family[:, 0] == FAMILIES.index("still")) & motions.attached & (r[:, 5] < 0.5)
+        video = self._scene(motions, plane, view)
         for i in range(int(motions.subjects.max())):
+            shown = motions.scale[:, :, i] > 0
             sprite = self._sprites[appearances.subject[:, i], appearances.colour[:, i]]
-            video = self._over(video, motions, i, sprite)
+            bend = None
+            if len(real):
+                which = (r[:, 6 + i] * len(self._outlines)).long().clamp(max=len(self._outlines) - 1)
+                cut = cut_out(self._textures, self._outlines[which[real]], generator)
+                sprite = sprite.index_copy(0, real, finish(cut, rim=0.15))
+                shown = shown & ~empty[:, None]
+                bend = torch.where(filmed[:, None], r[:, 8:12], 0.0)
+            video = self._over(video, motions, i, sprite, shown, bend)
+        if len(real):
+            video[real] = film(video[real], generator)
         return video
 
     def _scene(self, motions: Motions, plane: Tensor, view: Tensor) -> Tensor:
@@ -284,19 +317,85 @@ class World:
         video = F.grid_sample(self._canvases, grid.flatten(0, 1)[None], padding_mode="reflection", align_corners=False)
         return video[0].unflatten(1, grid.shape[:2]).transpose(0, 1)
 
-    def _over(self, video: Tensor, motions: Motions, i: int, sprite: Tensor) -> Tensor:
-        """Lay subject `i` over `video`; `sprite` (n, 4, levels, side, side) premultiplied."""
+    def _over(
+        self, video: Tensor, motions: Motions, i: int, sprite: Tensor, shown: Tensor, bend: Tensor | None
+    ) -> Tensor:
+        """Lay subject `i` over `video` where `shown` (n, frames).
+
+        `sprite` (n, 4, levels, side, side) is premultiplied; `bend` (n, 4) in [0, 1) lets it flex as living things do.
+        """
         x, y = self._pixels()
         centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in motions.position.unbind(-1))
-        scale, rotation = motions.scale[:, :, i, None, None], motions.rotation[:, :, i, None, None]
-        unit = (2 * SIDE / (SIDE + 2 * BORDER)) / scale.clamp(min=1.0)
+        scale, rotation = motions.scale[:, :, i, None, None].clamp(min=1.0), motions.rotation[:, :, i, None, None]
+        unit = (2 * SIDE / (SIDE + 2 * BORDER)) / scale
         dx, dy = x - centre_x, y - centre_y
         u = unit * (torch.cos(rotation) * dx + torch.sin(rotation) * dy)
         v = unit * (torch.cos(rotation) * dy - torch.sin(rotation) * dx)
+        if bend is not None:
+            amount, rate, across, along = bend[:, :, None, None, None].unbind(1)
+            t = 2 * math.pi * torch.arange(self.frames, device=self.device)[:, None, None] / self.frames
+            wave = t * (0.5 + 2 * rate)
+            u, v = (
+                u + 0.09 * amount * torch.sin(wave + (2 + 3 * across) * v + 6 * along),
+                v + 0.09 * amount * torch.sin(0.8 * wave + (2 + 3 * along) * u + 6 * across),
+            )
         levels = sprite.shape[2]
-        level = torch.log2(SIDE / scale.clamp(min=1.0) * (FRAME / self.size)).clamp(0, levels - 1)
+        level = torch.log2(SIDE / scale * (FRAME / self.size)).clamp(0, levels - 1)
         depth = ((2 * level + 1) / levels - 1).expand_as(u)
         drawn = F.grid_sample(sprite, torch.stack([u, v, depth], -1), padding_mode="zeros", align_corners=False)
-        if i == 1:
-            drawn = drawn * (motions.subjects == 2)[:, None, None, None, None]
+        drawn = drawn * shown[:, None, :, None, None]
         return drawn[:, :3] + video * (1 - drawn[:, 3:])
+
+
+def _strips(clips: Tensor, every: int = 2) -> Tensor:
+    """Clips (n, frames, 3, H, W) as one picture of frame strips (n * H, frames / every * W, 3), a clip a row."""
+    shown = clips[:, ::every]
+    n, frames, _, height, width = shown.shape
+    return shown.permute(0, 3, 1, 4, 2).reshape(n * height, frames * width, 3)
+
+
+def sheet(path: Path, seed: int = 0) -> None:
+    """Write a contact sheet: subjects in all colours, scenes, motions in two appearances, footage beside its motion."""
+    world = World(variants=2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    width = 16 * world.size
+    ground = torch.tensor([0.5, 0.58, 0.54]).view(3, 1, 1)
+    table = world._sprites[:, :, :3, 0] + ground * (1 - world._sprites[:, :, 3:, 0])
+    table = F.pad(table, (0,) * 9 + (-len(SUBJECTS) % 4,), value=0.5).unflatten(0, (-1, 4))
+    table = table.permute(0, 4, 1, 2, 5, 3).reshape(-1, 4 * len(COLOURS) * table.shape[-1], 3)
+    picture = Image.fromarray((table.clamp(0, 1) * 255).byte().numpy())
+    picture = picture.resize((width, picture.height * width // picture.width), Image.Resampling.LANCZOS)
+
+    places = world.motions(2 * len(SCENES), generator, two_subjects=0, camera=0)
+    looks = world.appearances(places, generator)
+    looks.scene = torch.arange(2 * len(SCENES)) % len(SCENES)
+    looks.variant = torch.arange(2 * len(SCENES)) // len(SCENES)
+    scenes = world.render(places, looks)[:, 0].unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).reshape(-1, width, 3)
+
+    parts = [torch.from_numpy(np.array(picture)), scenes]
+    for count, held_out, two, camera, realism in (
+        (6, False, 0, 0, 0),
+        (4, False, 1, 0.3, 0),
+        (8, False, 0, 1, 0),
+        (4, True, 0, 0.5, 0),
+        (8, False, 0.2, 0.6, 1),
+    ):
+        motions = world.motions(count, generator, held_out=held_out, two_subjects=two, camera=camera)
+        left = world.render(motions, world.appearances(motions, generator), realism=realism, generator=generator)
+        right = world.render(motions, world.appearances(motions, generator))
+        parts.append(torch.cat([_strips(left), _strips(right)], 1))
+    Image.fromarray(torch.cat(parts).numpy()).save(path)
+
+
+def main() -> None:
+    """Run the command line: `python -m emt.train.world sheet OUT.png`."""
+    parser = argparse.ArgumentParser(prog="python -m emt.train.world", description="Look at the rendered world.")
+    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("sheet", help="write a contact sheet")
+    command.add_argument("output", type=Path, help="the picture to write (PNG)")
+    command.add_argument("--seed", type=int, default=0, help="what is drawn (default: 0)")
+    arguments = parser.parse_args()
+    sheet(arguments.output, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
