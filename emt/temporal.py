@@ -87,6 +87,10 @@ class MotionFeatures:
         )
 
 
+for _dataclass in (PreparedReference, PreparedMotion, MotionFeatures):
+    torch.export.register_dataclass(_dataclass)
+
+
 class Scaler(nn.Module):
     """Scale map of the reference: which tokens carry motion (EfficientMT, section 3.3).
 
@@ -134,8 +138,10 @@ class Scaler(nn.Module):
         batch, n, (height, width) = x.shape[0], prepared.shape[0], prepared.shape[3:]
         own = self._half(x, height, width, first=True).unflatten(0, (batch // n, n, -1))
         h = F.gelu((own + prepared).flatten(0, 2))
-        h = self.spatial_convs[2](F.gelu(self.spatial_convs[1](h)))
-        return torch.sigmoid(h - 5).flatten(1).unflatten(0, (batch, -1))
+        last = self.spatial_convs[2]
+        # The 5 goes into the bias: subtracted afterwards, it would cost bfloat16 the digits of a small difference.
+        h = F.conv2d(F.gelu(self.spatial_convs[1](h)), last.weight, last.bias - 5, padding=1)
+        return torch.sigmoid(h).flatten(1).unflatten(0, (batch, -1))
 
 
 class QKV(nn.Module):
@@ -270,15 +276,13 @@ class TemporalTransformer(nn.Module):
             ValueError: if the reference has another number of frames or another size than the clip.
         """
         height, width = x.shape[2:]
-        if reference is not None and reference[0].scaler.shape[1:2] + reference[0].scaler.shape[3:] != (
-            frames,
-            height,
-            width,
-        ):
-            raise ValueError(
-                f"the motion has (frames, height, width) = {tuple(reference[0].scaler.shape[1:2] + reference[0].scaler.shape[3:])} "
-                f"where the sample has {(frames, height, width)}: sample and reference must have the same shape"
-            )
+        if reference is not None:
+            _, reference_frames, _, *grid = reference[0].scaler.shape
+            if (reference_frames, *grid) != (frames, height, width):
+                raise ValueError(
+                    f"the motion has (frames, height, width) = {(reference_frames, *grid)} where the sample has "
+                    f"{(frames, height, width)}: a sample and its reference have the same shape"
+                )
         h = self.norm(x)  # per frame: the published network folds frames into the batch here
         h = h.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, frames))  # (batch, frames, tokens, channels)
         h, features = self.transformer_blocks[0](self.proj_in(h), reference, adapted)

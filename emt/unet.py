@@ -40,6 +40,9 @@ class TextFeatures:
     layers: dict[str, tuple[Tensor, Tensor]]
 
 
+torch.export.register_dataclass(TextFeatures)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoidal embedding of the timestep through two linear layers."""
 

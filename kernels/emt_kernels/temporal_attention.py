@@ -35,7 +35,7 @@ def temporal_attention_reference(
         key: see `query`.
         value: see `query`.
         heads: attention heads; divides channels.
-        reference_key: (n, reference frames, tokens, channels), where n divides batch and sample i uses reference i mod n.
+        reference_key: (n, reference frames, tokens, channels); n divides batch, sample i uses reference i mod n.
         reference_value: as `reference_key`.
         position_key: (reference frames, channels).
         position_value: as `position_key`.

@@ -1,0 +1,342 @@
+"""The network against the published one's outputs, and what holds for any size, type and batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import SMALL, relative_error, small_states, small_unet, tensors
+from torch import Tensor
+
+from emt.errors import EmtError
+from emt.unet import MotionTransferUNet
+
+TEXT_TOKENS, TEXT_WIDTH = 5, 8
+
+
+@pytest.fixture(scope="module")
+def unet() -> MotionTransferUNet:
+    return small_unet()
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Tensor]:
+    return tensors()
+
+
+@pytest.fixture(scope="module")
+def motion(unet, published):
+    with torch.no_grad():
+        return unet.encode_reference(published["reference_noisy"], SMALL["reference_timestep"], published["text"][:1])
+
+
+def tiny_unet(seed: int = 0, **config) -> MotionTransferUNet:
+    """Two levels, random everywhere, scalers half open: small enough for properties."""
+    torch.manual_seed(seed)
+    defaults = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_heads": 2,
+        "motion_attention_heads": 2,
+        "norm_num_groups": 4,
+        "attention_levels": (0, 1),
+    }
+    unet = MotionTransferUNet(**(defaults | config)).eval()
+    for module in unet.fusion_modules().values():
+        module.temporal_transformer.transformer_blocks[0].scaler.spatial_convs[2].bias.data.fill_(5.0)
+    return unet
+
+
+def inputs(batch: int, frames: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, 4, frames, height, width, generator=g),
+        torch.randn(batch, TEXT_TOKENS, TEXT_WIDTH, generator=g),
+    )
+
+
+class TestPublishedOutputs:
+    """Every tensor of the published network, to float32 rounding."""
+
+    def test_the_draw_of_the_weights_is_the_published_one(self):
+        backbone, _ = small_states()
+        for name, total in SMALL["checks"].items():
+            assert backbone[name].double().sum().item() == pytest.approx(total, abs=1e-4), name
+
+    def test_noising_the_reference(self, published):
+        scheduler = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
+        noisy = scheduler.add_noise(
+            published["reference_latents"], published["reference_noise"], torch.tensor([SMALL["reference_timestep"]])
+        )
+        assert relative_error(noisy, published["reference_noisy"]) < 1e-6
+
+    @torch.no_grad()
+    def test_backbone(self, unet, published):
+        out = unet(published["reference_noisy"], SMALL["reference_timestep"], published["text"][:1], adapted=False)
+        assert relative_error(out, published["backbone_out"]) < 1e-5
+
+    def test_features_of_the_reference_pass(self, motion, published):
+        names = [name for name in published if name.startswith("feature/")]
+        assert len(names) == 8
+        for name in names:
+            path, index = name.removeprefix("feature/").rsplit("/", 1)
+            feature = motion.layers[path.split(".temporal_transformer")[0]][int(index)]
+            assert relative_error(feature[0].flatten(1, 2), published[name]) < 1e-5, name
+
+    @torch.no_grad()
+    def test_adapted_network_without_reference(self, unet, published):
+        out = unet(published["sample"], SMALL["timestep"], published["text"])
+        assert relative_error(out, published["without_reference"]) < 1e-5
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("precomputed", [False, True], ids=["eager", "precomputed"])
+    def test_adapted_network_with_reference(self, unet, published, motion, precomputed):
+        text = unet.encode_text(published["text"]) if precomputed else published["text"]
+        moved = motion.prepare(unet) if precomputed else motion
+        out = unet(published["sample"], SMALL["timestep"], text, moved)
+        assert relative_error(out, published["with_reference"]) < 1e-5
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("precomputed", [False, True], ids=["eager", "precomputed"])
+    def test_five_sampler_steps_with_guidance(self, unet, published, motion, precomputed):
+        scheduler = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
+        scheduler.set_timesteps(5)
+        text = unet.encode_text(published["text"]) if precomputed else published["text"]
+        moved = motion.prepare(unet) if precomputed else motion
+        latents = published["sample"][:1]
+        for t in scheduler.timesteps:
+            away, towards = unet(torch.cat([latents] * 2), t, text, moved).chunk(2)
+            latents = scheduler.step(away + 6 * (towards - away), t, latents).prev_sample
+        assert relative_error(latents, published["five_steps"]) < 1e-4
+
+    @torch.no_grad()
+    def test_float16(self, published, motion):
+        half, dtype = small_unet().half(), torch.float16
+        out = half(
+            published["sample"].to(dtype), SMALL["timestep"], published["text"].to(dtype), motion.to(dtype=dtype)
+        )
+        assert out.dtype == dtype
+        assert relative_error(out, published["with_reference"]) < 2e-2
+
+    @torch.no_grad()
+    def test_bfloat16(self, published, motion):
+        """The arithmetic alone: both sides hold the weights and inputs that bfloat16 can hold.
+
+        Rounding the weights to its 8 bits already moves this network's float32 output by 1.2e-2.
+        """
+        half = small_unet().bfloat16()
+        sample, text, moved = published["sample"].bfloat16(), published["text"].bfloat16(), motion.to(dtype=half.dtype)
+        out = half(sample, SMALL["timestep"], text, moved)
+        assert out.dtype == torch.bfloat16
+        expected = half.float()(sample.float(), SMALL["timestep"], text.float(), moved.to(dtype=torch.float32))
+        assert relative_error(out, expected) < 2e-2
+        assert relative_error(out, published["with_reference"]) < 3e-2
+
+    def test_the_reference_matters(self, published):
+        # Guards the parity tests: with and without are far apart, so neither can pass in the other's place.
+        assert relative_error(published["without_reference"], published["with_reference"]) > 0.05
+
+
+class TestReadableModule:
+    def test_scale_map_follows_the_paper(self):
+        """Conv 2C → C/4, GELU, conv → C/16, GELU, conv → 1, sigmoid(x − 5), on both features at once."""
+        unet = tiny_unet(block_out_channels=(32, 32), norm_num_groups=8)
+        block = unet.up_blocks[1].motion_modules[0].temporal_transformer.transformer_blocks[0]
+        scaler, frames, height, width = block.scaler, 3, 4, 6
+        own, reference = torch.randn(2, 1, frames, height * width, 32)
+        positions = scaler.positions[:frames, None]
+        h = torch.cat([own, reference], -1)[0] + positions  # double width
+        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        for i, conv in enumerate(scaler.spatial_convs):
+            h = conv(h) if i == 0 else conv(torch.nn.functional.gelu(h))
+        expected = torch.sigmoid(h - 5).reshape(1, frames, -1)
+        actual = scaler(own, scaler.prepare(reference.unflatten(2, (height, width))))
+        torch.testing.assert_close(actual, expected)
+
+    def test_adapter_parameters_are_the_published_trained_ones(self, unet):
+        trained = {name.replace(".adapter.", ".") for name, _ in unet.adapter_parameters()}
+        assert trained == set(SMALL["adapter_keys"])
+
+    def test_adapter_starts_from_the_backbone(self):
+        unet = tiny_unet()
+        backbone = {k: v for k, v in unet.state_dict().items() if ".adapter." not in k and ".scaler." not in k}
+        unet.load_published(backbone)
+        sample, text = inputs(1, 4, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(unet(sample, 5, text), unet(sample, 5, text, adapted=False))
+
+    @pytest.mark.parametrize(("fused", "modules"), [(None, 8), ((1,), 2), ((1, 2), 4), ((), 0)])
+    def test_fusion_blocks_are_configuration(self, fused, modules):
+        unet = tiny_unet(block_out_channels=(8,) * 4, attention_levels=None, fusion_blocks=fused)
+        sample, text = inputs(1, 2, 8, 8)
+        motion = unet.encode_reference(sample, 400, text)
+        assert len(motion.layers) == modules
+        changed = unet(sample, 100, text, motion) != unet(sample, 100, text)
+        assert changed.any() == bool(modules)
+
+    @pytest.mark.parametrize("levels", [1, 2, 3])
+    def test_any_number_of_levels(self, levels):
+        unet = tiny_unet(block_out_channels=(8,) * levels, attention_levels=(0,), motion_mid_block=True)
+        sample, text = inputs(1, 2, 8, 8)
+        assert unet(sample, 1, text).shape == sample.shape
+        assert "mid_block.motion_modules.0.temporal_transformer.norm.weight" in unet.state_dict()
+
+    def test_saving_and_loading(self, tmp_path):
+        unet = tiny_unet()
+        unet.save_pretrained(tmp_path)
+        again = MotionTransferUNet.from_pretrained(tmp_path)
+        sample, text = inputs(1, 3, 8, 8)
+        motion = unet.encode_reference(sample, 400, text)
+        torch.testing.assert_close(again(sample, 7, text, motion), unet(sample, 7, text, motion), rtol=0, atol=0)
+
+    def test_gradient_checkpointing_changes_nothing(self):
+        unet = tiny_unet().train()
+        sample, text = inputs(1, 3, 8, 8)
+        with torch.no_grad():  # the reference pass runs the backbone, which is not trained
+            motion = unet.encode_reference(sample, 400, text)
+        gradients = []
+        for checkpointed in (False, True):
+            if checkpointed:
+                unet.enable_gradient_checkpointing()
+            unet.zero_grad()
+            unet(sample, 9, text, motion).square().mean().backward()
+            gradients.append({name: p.grad.clone() for name, p in unet.adapter_parameters()})
+        assert all(g.abs().sum() > 0 for g in gradients[0].values())
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient)
+
+
+class TestShapes:
+    @settings(max_examples=10, deadline=None)
+    @given(
+        frames=st.integers(2, 32),
+        height=st.integers(1, 9),
+        width=st.integers(1, 9),
+        batch=st.integers(1, 2),
+    )
+    @torch.no_grad()
+    def test_any_frames_and_any_multiple_of_8_pixels(self, frames, height, width, batch):
+        unet = tiny_unet()
+        sample, text = inputs(batch, frames, height, width)
+        motion = unet.encode_reference(sample, 400, text)
+        out = unet(sample, 3, text, motion)
+        assert out.shape == sample.shape
+        assert out.isfinite().all()
+
+    @torch.no_grad()
+    def test_non_square_clips_are_read_right(self):
+        """A convolution commutes with transposing the image if its kernel is transposed too.
+
+        The published scaler misreads non-square clips (it takes the square root of the token count); transposing
+        clip, reference and all kernels must transpose the result.
+        """
+        unet, mirrored = tiny_unet(), tiny_unet()
+        for p in mirrored.parameters():
+            if p.ndim == 4:
+                p.data = p.data.transpose(2, 3).contiguous()
+        sample, text = inputs(1, 4, 4, 10)
+        out = unet(sample, 3, text, unet.encode_reference(sample, 400, text))
+        turned = sample.transpose(3, 4)
+        expected = mirrored(turned, 3, text, mirrored.encode_reference(turned, 400, text)).transpose(3, 4)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+    @torch.no_grad()
+    def test_a_sample_depends_on_its_own_reference_alone(self):
+        """Samples [a, b, a, b] of guidance share references [a, b]: sample i follows reference i mod n."""
+        unet = tiny_unet()
+        references, _ = inputs(2, 4, 8, 8, seed=1)
+        sample, text = inputs(4, 4, 8, 8, seed=2)
+        motion = unet.encode_reference(references, 400, text[:2])
+        out = unet(sample, 3, text, motion)
+        for i in range(4):
+            alone = unet.encode_reference(references[i % 2 : i % 2 + 1], 400, text[i % 2 : i % 2 + 1])
+            expected = unet(sample[i : i + 1], 3, text[i : i + 1], alone)
+            torch.testing.assert_close(out[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("sample", "text", "message"),
+        [
+            ((1, 4, 2, 8), (1, 5, 8), r"sample has shape \(1, 4, 2, 8\)"),
+            ((1, 3, 2, 8, 8), (1, 5, 8), r"sample has shape \(1, 3, 2, 8, 8\), expected \(batch, 4"),
+            ((1, 4, 1, 8, 8), (1, 5, 8), "sample has 1 frames"),
+            ((1, 4, 33, 8, 8), (1, 5, 8), "sample has 33 frames"),
+            ((1, 4, 2, 8, 8), (1, 5, 9), r"text has shape \(1, 5, 9\)"),
+            ((1, 4, 2, 8, 8), (5, 8), r"text has shape \(5, 8\)"),
+            ((2, 4, 2, 8, 8), (1, 5, 8), "text has batch 1, sample has batch 2"),
+        ],
+    )
+    def test_a_wrong_shape_is_named(self, sample, text, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_unet()(torch.zeros(sample), 3, torch.zeros(text))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("shape", [(1, 4, 5, 8, 8), (1, 4, 4, 8, 16), (3, 4, 4, 8, 8)])
+    def test_a_motion_of_another_shape_is_named(self, shape):
+        unet = tiny_unet()
+        sample, text = inputs(2, 4, 8, 8)
+        reference, reference_text = inputs(*[shape[0], *shape[2:]])
+        motion = unet.encode_reference(reference, 400, reference_text)
+        with pytest.raises(ValueError, match=r"the motion has|motions do not divide"):
+            unet(sample, 3, text, motion)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"block_out_channels": (10, 16)}, r"\[10\] are not divisible by norm_num_groups=4"),
+            ({"fusion_blocks": (2,)}, "fusion_blocks is \\[2\\], allowed are 0 to 1"),
+            ({"attention_levels": (5,)}, "attention_levels is \\[5\\]"),
+        ],
+    )
+    def test_an_impossible_configuration_is_named(self, config, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_unet(**config)
+
+
+class TestLoadingPublished:
+    def test_every_bad_key_is_named(self):
+        backbone, adapter = small_states()
+        missing = backbone.pop("conv_in.bias")
+        backbone["conv_in.bais"] = missing
+        backbone["conv_out.weight"] = torch.zeros(4, 31, 3, 3)
+        unet = small_unet()
+        with pytest.raises(EmtError) as error:
+            unet.load_published(backbone, adapter)
+        for text in ("missing: conv_in.bias (32,)", "unexpected: conv_in.bais", "wrong shape: conv_out.weight"):
+            assert text in str(error.value)
+
+    def test_stored_position_encodings_are_checked_and_dropped(self):
+        from emt.temporal import sinusoidal_positions
+
+        backbone, adapter = small_states()
+        name = (
+            "up_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.pos_encoder.pe"
+        )
+        unet = small_unet()
+        unet.load_published(backbone | {name: sinusoidal_positions(24, 64)[None]}, adapter)
+        with pytest.raises(EmtError, match="not the sinusoidal position encoding"):
+            unet.load_published(backbone | {name: torch.randn(1, 24, 64)}, adapter)
+
+
+class TestCompilers:
+    @torch.no_grad()
+    def test_compiles_as_one_graph(self):
+        unet = tiny_unet()
+        sample, text = inputs(2, 4, 8, 8)
+        motion = unet.encode_reference(sample[:1], 400, text[:1]).prepare(unet)
+        features = unet.encode_text(text)
+        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(sample, torch.tensor(3), features, motion), unet(sample, 3, text, motion))
+
+    @torch.no_grad()
+    def test_exports(self):
+        unet = tiny_unet()
+        sample, text = inputs(2, 4, 8, 8)
+        motion = unet.encode_reference(sample[:1], 400, text[:1]).prepare(unet)
+        arguments = (sample, torch.tensor(3), unet.encode_text(text), motion)
+        exported = torch.export.export(unet, arguments, strict=False).module()
+        other, _ = inputs(2, 4, 8, 8, seed=5)
+        torch.testing.assert_close(exported(other, *arguments[1:]), unet(other, *arguments[1:]))
