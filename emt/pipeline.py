@@ -1,0 +1,391 @@
+"""From a reference clip and a prompt to a video: the sampling of EfficientMT around the adapted network."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+from emt.errors import EmtError
+from emt.temporal import MotionFeatures
+from emt.unet import MotionTransferUNet
+
+if TYPE_CHECKING:
+    from emt.video import Clip
+
+logger = logging.getLogger(__name__)
+
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "lcm": LCMScheduler,
+}
+
+# Frames that the VAE takes at once: its activations at 512×512 are half a GiB a frame.
+_VAE_FRAMES = 4
+
+T = TypeVar("T")
+
+
+class NonFiniteError(EmtError):
+    """A clip came out as NaN or infinity; `clips` are their places in the batch."""
+
+    def __init__(self, clips: list[int], seeds: list[int]) -> None:
+        super().__init__(
+            f"the network produced NaN or infinity (seed {', '.join(map(str, seeds))})",
+            "Half precision may have overflowed: try --precision bf16 or --precision fp32, or a lower --guidance.",
+        )
+        self.clips = clips
+        self.seeds = seeds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.clips, self.seeds)
+
+
+@dataclass
+class Motion:
+    """The motion of one reference clip, read once, good for every prompt, seed and step.
+
+    Args:
+        features: what the network read, for one reference.
+        frames: frames of the clip.
+        height: pixels.
+        width: pixels.
+        seed: of the reference's sampled latents and noise.
+    """
+
+    features: MotionFeatures
+    frames: int
+    height: int
+    width: int
+    seed: int
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Motion:
+        """The same motion on another device or in another type."""
+        return Motion(self.features.to(device, dtype), self.frames, self.height, self.width, self.seed)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {
+            f"{layer}/{i}": feature.contiguous()
+            for layer, features in self.features.layers.items()
+            for i, feature in enumerate(features)
+        }
+        shape = {"frames": self.frames, "height": self.height, "width": self.width, "seed": self.seed}
+        # The order of the layers is not the sorted order of their names once there are ten of a kind.
+        save_file(tensors, path, {"motion": json.dumps(shape | {"layers": list(self.features.layers)})})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Motion:
+        """Read what `save` wrote.
+
+        Raises:
+            EmtError: if the file is damaged or no motion.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                shape = json.loads((file.metadata() or {})["motion"])
+                layers = {
+                    layer: (file.get_tensor(f"{layer}/0"), file.get_tensor(f"{layer}/1"))
+                    for layer in shape.pop("layers")
+                }
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise EmtError(f"{path} is not a motion file: {error}", "Read the motion from the clip again.") from error
+        return cls(MotionFeatures(layers), **shape)
+
+
+class MotionTransferPipeline(DiffusionPipeline):
+    """Motion transfer with an adapted text-to-video network (EfficientMT, arXiv 2503.19369).
+
+    The numbers are the model's defaults; those of this signature are the published ones.
+
+    Args:
+        vae: of Stable Diffusion, 8 pixels a latent.
+        text_encoder: CLIP's.
+        tokenizer: of the text encoder.
+        unet: the adapted network.
+        scheduler: its configuration is what the named schedulers are made from.
+        frames: of a clip.
+        height: pixels.
+        width: pixels.
+        steps: of the sampler.
+        guidance: classifier-free guidance scale.
+        reference_timestep: noise level at which the reference is read, of 1000.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unet: MotionTransferUNet,
+        scheduler: SchedulerMixin,
+        frames: int = 16,
+        height: int = 512,
+        width: int = 512,
+        steps: int = 25,
+        guidance: float = 6.0,
+        reference_timestep: int = 400,
+    ) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            reference_timestep=reference_timestep,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    # ------------------------------------------------------------------------------------------------------ motion
+
+    @torch.no_grad()
+    def extract_motion(self, frames: NDArray[np.uint8] | Clip, seed: int = 0) -> Motion:
+        """Read the motion of a reference clip (EfficientMT, section 3.2).
+
+        One pass of the backbone over the sampled latents, noised to the reference timestep, with the empty prompt.
+
+        Args:
+            frames: RGB, (frames, height, width, 3), height and width multiples of 8; or a `Clip`.
+            seed: of the sampled latents and of the noise.
+
+        Raises:
+            ValueError: for a wrong shape, which it names.
+        """
+        pixels = np.asarray(getattr(frames, "frames", frames))
+        factor = self.vae_scale_factor
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[1] % factor or pixels.shape[2] % factor:
+            raise ValueError(
+                f"reference frames have shape {pixels.shape}, expected (frames, height, width, 3) with height and "
+                f"width multiples of {factor}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        latents = self.encode_frames(pixels, generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timestep = torch.tensor([self.config.reference_timestep], device=latents.device)
+        noisy = DDIMScheduler.from_config(self.scheduler.config).add_noise(latents, noise, timestep)
+        features = self.unet.encode_reference(noisy, timestep, self.encode_prompts([""]))
+        return Motion(features, *pixels.shape[:3], seed=seed)
+
+    # -------------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        motion: Motion | Sequence[Motion] | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str] = "",
+        scheduler: str = "ddim",
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[NDArray[np.uint8]]:
+        """Generate a clip for each prompt, moving as its reference does.
+
+        Lists of prompts, motions, seeds and negative prompts make one batch; single values serve all of it.
+        A clip depends on its own prompt, motion and seed alone, not on what else is in the batch.
+
+        Args:
+            prompt: what the clips show.
+            motion: how they move (`extract_motion`); motions of a batch have one shape. None generates without a
+                reference, at the model's default size.
+            steps: of the sampler; None for the model's default.
+            guidance: classifier-free guidance scale; 1 is without; None for the model's default.
+            seed: of the initial noise.
+            negative_prompt: what guidance leads away from.
+            scheduler: a name of `SCHEDULERS`.
+            on_step: called with (steps done, steps) after each.
+
+        Returns:
+            One array a clip, RGB, (frames, height, width, 3).
+
+        Raises:
+            ValueError: if lists differ in length or motions in shape.
+            EmtError: for an unknown scheduler, a prompt with words that the model does not know, or a result that is
+                not finite.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        count = max(len(prompts), *(len(x) for x in (motion, seed) if isinstance(x, Sequence)), 1)
+        prompts = _broadcast("prompt", prompts, count)
+        negatives = _broadcast(
+            "negative_prompt", [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt), count
+        )
+        seeds = _broadcast("seed", [seed] if isinstance(seed, int) else list(seed), count)
+        motions = [motion] if isinstance(motion, Motion) else list(motion or [])
+        if len(motions) > 1:
+            motions = _broadcast("motion", motions, count)
+        guidance = self.config.guidance if guidance is None else guidance
+        guided = guidance != 1
+
+        text = self.encode_prompts(negatives + prompts if guided else prompts)
+        text_features = self.unet.encode_text(text)
+        features = _joined(motions).prepare(self.unet) if motions else None
+        frames, height, width = self._shape(motions)
+        sampler = self._sampler(scheduler)
+        sampler.set_timesteps(self.config.steps if steps is None else steps, device=self.device)
+
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        shape = (
+            self.unet.config.in_channels,
+            frames,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
+        )
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        latents = noise.to(self.device) * sampler.init_noise_sigma  # the sampler's state stays in float32
+        step_options: dict[str, Any] = {}
+        if "generator" in inspect.signature(sampler.step).parameters:
+            step_options["generator"] = generators
+
+        for i, timestep in enumerate(sampler.timesteps):
+            scaled = sampler.scale_model_input(latents, timestep)
+            sample = torch.cat([scaled, scaled]) if guided else scaled
+            prediction = self.unet(sample.to(self.unet.dtype), timestep, text_features, features).float()
+            if guided:
+                away, towards = prediction.chunk(2)
+                prediction = away + guidance * (towards - away)
+            latents = sampler.step(prediction, timestep, latents, **step_options).prev_sample
+            if on_step:
+                on_step(i + 1, len(sampler.timesteps))
+
+        broken = [i for i, clip in enumerate(latents) if not torch.isfinite(clip).all()]
+        if broken:
+            raise NonFiniteError(broken, [seeds[i] for i in broken])
+        return [self.decode_latents(clip) for clip in latents]
+
+    # --------------------------------------------------------------------------------------------------- the parts
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Text encoding of prompts: (prompts, tokens, width).
+
+        Raises:
+            EmtError: if the model's vocabulary is one of whole words and lacks some of a prompt.
+        """
+        limit = self.tokenizer.model_max_length
+        for prompt in prompts:
+            self._check_words(prompt)
+            tokens = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            if tokens > limit:
+                logger.warning(
+                    "the prompt has %d tokens, the model reads the first %d: %s…", tokens, limit, prompt[:60]
+                )
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.text_encoder(ids.to(self.device))[0].to(self.unet.dtype)
+
+    def _check_words(self, prompt: str) -> None:
+        # CLIP's own tokenizer spells any word out, and its "unknown" is its end of text.
+        tokenizer = self.tokenizer
+        special = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        if tokenizer.unk_token_id is None or tokenizer.unk_token_id in special:
+            return
+        words = [w.strip(".,;:!?\"'()") for w in prompt.lower().split()]
+        unknown = [w for w in words if w and tokenizer.unk_token_id in tokenizer(w).input_ids]
+        if unknown:
+            known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+            raise EmtError(
+                f"the prompt {prompt[:200]!r} has words that this model does not know: {', '.join(unknown[:20])}",
+                f"It knows: {' '.join(known)}",
+            )
+
+    def encode_frames(self, frames: NDArray[np.uint8], generator: torch.Generator) -> Tensor:
+        """Sampled latents of RGB frames (frames, height, width, 3): (1, channels, frames, height/8, width/8)."""
+        parts = []
+        for start in range(0, len(frames), _VAE_FRAMES):
+            chunk = torch.from_numpy(np.ascontiguousarray(frames[start : start + _VAE_FRAMES])).to(self.device)
+            chunk = (chunk.permute(0, 3, 1, 2) / 127.5 - 1).to(self.vae.dtype)
+            posterior = self.vae.encode(chunk).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+            parts.append(posterior.mean + posterior.std * noise)
+        latents = torch.cat(parts) * self.vae.config.scaling_factor
+        return latents.transpose(0, 1).unsqueeze(0).to(self.unet.dtype)
+
+    def decode_latents(self, latents: Tensor) -> NDArray[np.uint8]:
+        """RGB frames (frames, height, width, 3) of latents (channels, frames, height/8, width/8)."""
+        latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
+        parts = []
+        for chunk in latents.split(_VAE_FRAMES):
+            image = self.vae.decode(chunk).sample.float()
+            parts.append(((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+        return torch.cat(parts).numpy()
+
+    def _shape(self, motions: Sequence[Motion]) -> tuple[int, int, int]:
+        shapes = {(m.frames, m.height, m.width) for m in motions}
+        if len(shapes) > 1:
+            raise ValueError(f"motions of one batch have one shape (frames, height, width), got {sorted(shapes)}")
+        return shapes.pop() if shapes else (self.config.frames, self.config.height, self.config.width)
+
+    def _sampler(self, name: str) -> Any:
+        if name not in SCHEDULERS:
+            raise EmtError(f"there is no scheduler {name!r}", f"Allowed: {', '.join(SCHEDULERS)}.")
+        # A fresh one each time: multistep solvers carry state from clip to clip.
+        return SCHEDULERS[name].from_config(self.scheduler.config)
+
+
+def _broadcast(name: str, values: list[T], count: int) -> list[T]:
+    if len(values) not in (1, count):
+        raise ValueError(f"{name} has {len(values)} entries, expected 1 or {count}")
+    return values * (count // len(values))
+
+
+def _joined(motions: Sequence[Motion]) -> MotionFeatures:
+    """One set of features for a batch; a motion that serves the whole batch is not repeated."""
+    if all(m is motions[0] for m in motions):
+        return motions[0].features
+    return MotionFeatures(
+        {
+            path: tuple(torch.cat(parts) for parts in zip(*(m.features.layers[path] for m in motions), strict=True))
+            for path in motions[0].features.layers
+        }  # type: ignore[arg-type]
+    )
+
+
+def load_pipeline(
+    model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MotionTransferPipeline:
+    """Open a model folder or hub id on a device.
+
+    Raises:
+        EmtError: if there is no such model, or it is not one of motion transfer, or a file of it is damaged.
+    """
+    hint = "Make a model folder with: emt import-weights --help"
+    local = isinstance(model, Path) or Path(model).exists()
+    if local and not (Path(model) / "model_index.json").is_file():
+        raise EmtError(f"{model} is not a model folder: it has no model_index.json", hint)
+    try:
+        pipe = MotionTransferPipeline.from_pretrained(str(model), torch_dtype=dtype)
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise EmtError(f"the model {model} cannot be opened: {error}", hint) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
