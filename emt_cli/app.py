@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from emt import EmtError, __version__
-from emt_cli import import_weights
+from emt_cli import import_weights, plan, transfer
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("transfer")(transfer.transfer)
+app.command("plan")(plan.plan)
 app.command("import-weights")(import_weights.import_weights)
 
 

@@ -1,0 +1,121 @@
+"""The device that a run computes on: its choice, its name and its memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emt.errors import EmtError
+from emt_cli.options import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """An opened device.
+
+    Attributes:
+        place: For torch: `cuda:0`, `mps` or `cpu`.
+        name: What it is, as recorded in results: a GPU's name, or `cpu`.
+        precision: fp32, fp16 or bf16.
+    """
+
+    place: str
+    name: str
+    precision: str
+
+    @classmethod
+    def open(cls, device: str, precision: str) -> Device:
+        """Choose and check a device.
+
+        Args:
+            device: auto, cuda, cuda:N, mps or cpu; auto takes the first there is, in the order cuda, mps, cpu.
+            precision: auto is fp16 on a GPU and fp32 on a CPU.
+
+        Raises:
+            EmtError: this machine has no such device.
+        """
+        import torch
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device.startswith("cuda"):
+            place = device if ":" in device else "cuda:0"
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if int(place.split(":")[1]) >= count:
+                found = f"PyTorch finds {count} CUDA device{'' if count == 1 else 's'}"
+                raise EmtError(f"there is no device {device}: {found}", "Use --device cpu, or ask `emt doctor`.")
+            name = torch.cuda.get_device_name(place)
+        elif device == "mps":
+            if not torch.backends.mps.is_available():
+                raise EmtError("there is no device mps on this machine", "Use --device cpu, or ask `emt doctor`.")
+            place, name = "mps", "mps"
+        else:
+            place, name = "cpu", "cpu"
+        if precision == Precision.AUTO.value:
+            precision = "fp32" if place == "cpu" else "fp16"
+        return cls(place, name, precision)
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it has memory of its own that CUDA measures."""
+        return self.place.startswith("cuda")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision as torch names it."""
+        import torch
+
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+
+    def start_measuring(self) -> None:
+        """Peak memory is counted from here on."""
+        if self.is_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.place)
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked of the device is done, so that the clock tells the truth."""
+        if self.is_gpu:
+            import torch
+
+            torch.cuda.synchronize(self.place)
+
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes in use, at the peak (on a CPU: of the process since its start), and to be had in all."""
+        if self.is_gpu:
+            import torch
+
+            free, _ = torch.cuda.mem_get_info(self.place)
+            used, reserved = torch.cuda.memory_allocated(self.place), torch.cuda.memory_reserved(self.place)
+            return used, torch.cuda.max_memory_allocated(self.place), free + reserved
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak, _system_memory()
+
+    def forget(self) -> None:
+        """Give unused memory back after a failure."""
+        if self.is_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def _system_memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory, on a GPU or on a CPU."""
+    import torch
+
+    told = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in told or "can't allocate memory" in told)
+    )

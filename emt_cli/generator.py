@@ -1,0 +1,188 @@
+"""The model on its device: encodes references and makes batches of clips."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emt import __version__
+from emt.errors import EmtError
+from emt_cli.device import Device, is_out_of_memory
+from emt_cli.jobs import ARITHMETIC, Job, digest
+from emt_cli.model import Model
+from emt_cli.progress import size
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from emt.pipeline import Motion, MotionTransferPipeline
+    from emt.video import Clip
+
+ENGINE = "pytorch"
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """A job as records tell of it."""
+    line = {
+        "reference": str(job.reference),
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "settings": job.settings.as_dict(),
+    }
+    return {**line, "origin": job.origin} if job.origin else line
+
+
+def read_reference(job: Job, path: Path | None = None) -> Clip:
+    """The frames of a job's reference, as the job sees them.
+
+    Raises:
+        EmtError: they cannot be read.
+    """
+    from emt.video import read_clip
+
+    view = job.view
+    shape = {"frames": view.pop("frames"), "size": (view.pop("width"), view.pop("height"))}
+    return read_clip(path or job.reference, **shape, **view)
+
+
+def playback_rate(job: Job, reference_fps: float) -> float:
+    """Frames per second of a result: as asked, or the reference's pace, as far as the format can."""
+    fastest = 50.0 if job.settings.format.value == "gif" else 240.0
+    return job.settings.fps or min(max(reference_fps, 0.1), fastest)
+
+
+class Generator:
+    """The model on its device: encodes references and makes batches of clips. One thread may use it.
+
+    Args:
+        model: The model; it is loaded when it is first needed.
+        model_sha256: Hash of its content.
+        device: auto, cuda, cuda:N, mps or cpu.
+        precision: auto, fp32, fp16 or bf16.
+    """
+
+    def __init__(self, model: Model, model_sha256: str, device: str, precision: str) -> None:
+        self.model = model
+        self.model_sha256 = model_sha256
+        self._asked = device, precision
+        self._guard = threading.Lock()
+        self._device: Device | None = None
+        self._pipe: MotionTransferPipeline | None = None
+
+    @property
+    def device(self) -> Device:
+        """The device; threads may ask.
+
+        Raises:
+            EmtError: there is none such.
+        """
+        with self._guard:
+            if self._device is None:
+                import emt.pipeline  # noqa: F401  (here, since two threads that import it at once trip over each other)
+
+                self._device = Device.open(*self._asked)
+            return self._device
+
+    @property
+    def pipe(self) -> MotionTransferPipeline:
+        """The pipeline, loaded once."""
+        if self._pipe is None:
+            import warnings
+
+            import transformers
+            from diffusers.utils import logging as diffusers_logging
+
+            from emt.pipeline import load_pipeline
+
+            warnings.simplefilter("ignore")  # for developers of the libraries, not for who runs this program
+            transformers.logging.set_verbosity_error()
+            diffusers_logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            diffusers_logging.disable_progress_bar()
+            self._pipe = load_pipeline(self.model.folder, self.device.place, self.device.dtype)
+        return self._pipe
+
+    def motion_key(self, job: Job, reference_sha256: str) -> str:
+        """What motion features depend on, as a hash; of the device too, so that a clip can be made again exactly."""
+        where = [self.device.name, self.device.precision]
+        return digest("motion", ARITHMETIC, reference_sha256, job.view, self.model_sha256, *where)
+
+    def encode(self, source: Clip | Motion) -> Motion:
+        """The motion of a clip, on the device; a motion that was read from the cache is moved there."""
+        from emt.pipeline import Motion
+
+        motion = source if isinstance(source, Motion) else self.pipe.extract_motion(source)
+        motion = motion.to(self.device.place)
+        self.device.synchronize()
+        return motion
+
+    def generate(
+        self, jobs: Sequence[Job], motions: Sequence[Motion], on_step: Callable[[int, int], None]
+    ) -> tuple[list[np.ndarray], dict[str, float], int]:
+        """Make the clips of jobs of one shape in one batch.
+
+        Returns:
+            The frames of each; a clip's share of the time of steps and VAE, in seconds; peak memory in bytes.
+        """
+        pipe, settings = self.pipe, jobs[0].settings
+        self.device.start_measuring()
+        begun = stepped = time.monotonic()
+
+        def stepped_to(done: int, steps: int) -> None:
+            nonlocal stepped
+            if done == steps:
+                self.device.synchronize()
+                stepped = time.monotonic()
+            on_step(done, steps)
+
+        shared = all(motion is motions[0] for motion in motions)
+        clips = pipe(
+            [job.prompt for job in jobs],
+            motions[0] if shared else list(motions),
+            steps=settings.steps,
+            guidance=settings.guidance,
+            seed=[job.seed for job in jobs],
+            negative_prompt=[job.settings.negative_prompt for job in jobs],
+            scheduler=settings.scheduler.value,
+            on_step=stepped_to,
+        )
+        ended = time.monotonic()
+        timings = {"steps": (stepped - begun) / len(jobs), "vae": (ended - stepped) / len(jobs)}
+        return clips, timings, self.device.memory()[1]
+
+    def record(self, job: Job, identity: str, reference_sha256: str, batch: dict[str, Any]) -> dict[str, Any]:
+        """All that it takes to make a clip again: what the clip and its sidecar carry."""
+        import torch
+
+        return {
+            "id": identity,
+            **describe(job),
+            "reference_sha256": reference_sha256,
+            "model": self.model.name,
+            "model_folder": str(self.model.folder.absolute()),
+            "model_sha256": self.model_sha256,
+            "device": self.device.name,
+            "precision": self.device.precision,
+            "engine": ENGINE,
+            "batch": batch,
+            "arithmetic": ARITHMETIC,
+            "versions": {"emt": __version__, "torch": str(torch.__version__)},
+        }
+
+    def explain(self, error: Exception, job: Job) -> EmtError:
+        """An error of the device in a user's words; out of memory says what size would fit."""
+        if isinstance(error, EmtError):
+            return error
+        if not is_out_of_memory(error):
+            first = next(iter(str(error).splitlines()), "")
+            return EmtError(f"{type(error).__name__}: {first}" if first else type(error).__name__)
+        settings, available = job.settings, self.device.memory()[2]
+        shape = f"{settings.frames} frames of {settings.width}x{settings.height}"
+        half = self.device.precision != "fp32"
+        return EmtError(
+            f"out of memory: a clip of {shape} needs more than the {size(available)} of {self.device.name}",
+            f"This should fit: {self.model.size_that_fits(settings, available, half)}",
+        )

@@ -1,0 +1,403 @@
+"""Jobs: what the command line, prompt files and standard input ask for, one clip each.
+
+A job is a reference, a prompt, a seed and the settings of a clip. Its identity is a hash over the *contents* of
+all that decides its frames; its output name is a function of the job alone, so that neither depends on what
+else is in the run, on where files lie, or on when they were changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import select
+import stat
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import typer
+
+from emt.errors import EmtError
+from emt_cli.options import JOB_FIELDS, SETTING_NAMES, Format, Settings, TransferOptions, parse_field, parse_seeds
+
+#: Raised when the same inputs and settings would give other frames than before; part of every identity.
+ARITHMETIC = 1
+MAX_LINE = 1 << 20  # characters of one line of a job file
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make.
+
+    Attributes:
+        reference: Absolute path of the reference clip.
+        prompt: What the new clip shows.
+        seed: Seed of its noise.
+        settings: Everything else that decides its frames.
+        own: Names of the settings that the job's own line sets; they are part of its name.
+        origin: Where it was read, such as `jobs.jsonl line 3`; empty for the command line.
+    """
+
+    reference: Path
+    prompt: str
+    seed: int
+    settings: Settings
+    own: tuple[str, ...] = ()
+    origin: str = ""
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What jobs must have in common to be denoised in one batch."""
+        s = self.settings
+        return s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """How the reference is read: the settings on which its motion features depend."""
+        settings = self.settings.as_dict()
+        return {name: settings[name] for name in ("frames", "height", "width", "fit", "start", "duration", "stride")}
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line or a reference that is no job, and why."""
+
+    error: EmtError
+    origin: str = ""
+    reference: str = ""
+    prompt: str = ""
+
+
+#: None says that nothing more is at hand for the moment (a stream that waits): do not wait to fill a batch.
+Item = Job | Rejected | None
+
+
+def digest(*values: Any) -> str:
+    """A hash of JSON values, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def identify(job: Job, *, reference: str, model: str, precision: str) -> str:
+    """The identity of a job: a hash over everything that decides its frames.
+
+    Args:
+        job: The job.
+        reference: SHA-256 of the reference's content.
+        model: SHA-256 of the model's files.
+        precision: The precision asked for.
+    """
+    return digest("job", ARITHMETIC, reference, job.prompt, job.seed, job.settings.as_dict(), model, precision)
+
+
+def slug(text: str, limit: int = 80) -> str:
+    """The letters, digits and marks of a text, of any language, with `-` between words, at most `limit` UTF-8 bytes."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in folded)
+    name = "-".join(kept.split())
+    if len(name.encode()) > limit:
+        name = name.encode()[:limit].decode(errors="ignore")
+        name = name[: name.rfind("-")] if "-" in name[limit // 2 :] else name
+    return name
+
+
+def output_name(job: Job, reference: str) -> PurePosixPath:
+    """Where in the output folder a job's clip goes: `<reference>/<prompt>-<seed>.<format>`.
+
+    Distinct jobs get distinct names, whatever the prompts: a prompt that its slug does not spell exactly has a
+    hash appended after `_`, which no slug contains, and so have settings that a job's own line sets. The folder
+    carries a hash of the reference's content, so references of one name in different folders stay apart.
+
+    Args:
+        job: The job.
+        reference: SHA-256 of the reference's content.
+    """
+    folder = f"{slug(job.reference.stem) or 'clip'}_{reference[:8]}"
+    name = slug(job.prompt)
+    if name.replace("-", " ") != job.prompt:
+        name = f"{name or 'prompt'}_{digest(job.prompt)[:10]}"
+    own = {key: value for key, value in job.settings.as_dict().items() if key in job.own and key != "format"}
+    suffix = f"_{digest(own)[:10]}" if own else ""
+    extension = "" if job.settings.format is Format.PNG else f".{job.settings.format.value}"
+    return PurePosixPath(folder) / f"{name}-{job.seed}{suffix}{extension}"
+
+
+# ---- reading what the user gave ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Some fields of a job; the others come from the command line."""
+
+    fields: Mapping[str, Any]
+    origin: str = ""
+
+
+def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[Job | Rejected], Iterator[Item]]:
+    """All jobs of a command line.
+
+    Args:
+        options: The command line.
+        defaults: The model's own defaults, by setting.
+
+    Returns:
+        The jobs that are named, those of one shape and one reference next to each other; and those that
+        arrive on standard input, if it was asked for, line by line as they do.
+
+    Raises:
+        typer.BadParameter: the command line makes no sense (no prompts file, unequal `--pair`, nothing to do).
+    """
+    arguments = list(options.references or [])
+    prompts = [_checked({"prompt": text}) for text in options.prompt or []]
+    prompts += [row for path in options.prompts or [] for row in _read_file(path)]
+    complete = [row for row in prompts if isinstance(row, _Row) and "reference" in row.fields]
+    rejected = [row for row in prompts if isinstance(row, Rejected)]
+    loose = [row for row in prompts if isinstance(row, _Row) and "reference" not in row.fields]
+    if not arguments and not complete:
+        raise typer.BadParameter("no references: name clips, folders or globs, or - for jobs on standard input")
+    streamed = "-" in arguments
+    references = _find([argument for argument in arguments if argument != "-"], options.recursive)
+    base = Settings(**{**defaults, **options.settings})
+    seeds = parse_seeds(options.seeds)
+
+    pairs: Iterable[tuple[Path | Rejected | None, _Row | Rejected | None]]
+    if options.pair:
+        if len(references) != len(prompts):
+            counts = f"here are {len(references)} and {len(prompts)}"
+            raise typer.BadParameter(f"--pair needs as many prompts as references; {counts}")
+        pairs = zip(references, prompts)
+    else:
+        each: Sequence[_Row | None] = loose or ([] if rejected or streamed else [None])
+        pairs = [(reference, row) for reference in references for row in each]
+        pairs = [*pairs, *((None, row) for row in complete), *((None, row) for row in rejected)]
+    listed = _together(item for reference, row in pairs for item in _jobs(reference, row, base, seeds))
+    return listed, _streamed(references, loose, base, seeds) if streamed else iter(())
+
+
+def _streamed(
+    references: Sequence[Path | Rejected], prompts: Sequence[_Row], base: Settings, seeds: list[int]
+) -> Iterator[Item]:
+    nothing: Sequence[None] = [None]
+    for row in _read_stream():
+        if not isinstance(row, _Row):
+            yield row
+            continue
+        for reference in nothing if "reference" in row.fields else references or nothing:
+            for prompt in [_Row({})] if "prompt" in row.fields else prompts or [_Row({})]:
+                yield from _jobs(reference, replace(row, fields={**prompt.fields, **row.fields}), base, seeds)
+
+
+def _jobs(
+    reference: Path | Rejected | None, row: _Row | Rejected | None, base: Settings, seeds: list[int]
+) -> Iterator[Job | Rejected]:
+    """The jobs of one reference (or the row's own) and one row (or the prompts beside the clip)."""
+    for given in (reference, row):
+        if isinstance(given, Rejected):
+            yield given
+            return
+    fields = row.fields if isinstance(row, _Row) else {}
+    origin = row.origin if isinstance(row, _Row) else ""
+    path = Path(os.path.abspath(fields["reference"])) if "reference" in fields else reference
+    if not isinstance(path, Path):
+        yield Rejected(EmtError("the job has no reference", 'Give "reference", or name clips before it.'), origin)
+        return
+    texts: list[_Row | Rejected] = [_Row({"prompt": fields["prompt"]}, origin)] if "prompt" in fields else _beside(path)
+    own = tuple(name for name in SETTING_NAMES if name in fields)
+    settings = replace(base, **{name: fields[name] for name in own})
+    for text in texts:
+        if isinstance(text, Rejected):
+            yield replace(text, origin=origin or text.origin)
+            continue
+        for seed in [fields["seed"]] if "seed" in fields else seeds:
+            yield Job(path, text.fields["prompt"], seed, settings, own, text.origin)
+
+
+def _together(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
+    """Jobs of one shape, and in it of one reference, next to each other; otherwise in the order given."""
+    listed = list(items)
+    order: dict[Any, int] = {}
+    for item in listed:
+        if isinstance(item, Job):
+            order.setdefault(item.shape, len(order))
+            order.setdefault((item.reference, str(item.view)), len(order))
+
+    def place(item: Job | Rejected) -> tuple[int, int]:
+        if isinstance(item, Rejected):
+            return (-1, -1)
+        return order[item.shape], order[item.reference, str(item.view)]
+
+    return sorted(listed, key=place)
+
+
+def _checked(fields: Any, origin: str = "") -> _Row | Rejected:
+    try:
+        if not isinstance(fields, dict):
+            raise EmtError("the line is not a JSON object", f"A job has the fields {', '.join(JOB_FIELDS)}.")
+        return _Row({name: parse_field(name, value) for name, value in fields.items()}, origin)
+    except EmtError as error:
+        known = fields if isinstance(fields, dict) else {}
+        return Rejected(error, origin, str(known.get("reference", "")), str(known.get("prompt", "")))
+
+
+def _read_file(path: Path) -> list[_Row | Rejected]:
+    try:
+        if not path.is_file():
+            raise typer.BadParameter(f"--prompts {str(path)!r}: no such file")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise typer.BadParameter(f"--prompts {str(path)!r}: {error.strerror}") from None
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        lines = enumerate(text.split("\n"), 1)
+        return [_parse_line(line, f"{path.name} line {number}") for number, line in lines if line.strip()]
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, text)
+    return _read_lines(path.name, text)
+
+
+def _read_lines(name: str, text: str) -> list[_Row | Rejected]:
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    return [_checked({"prompt": line}, f"{name} line {n}") for n, line in lines if line and not line.startswith("#")]
+
+
+def _read_csv(path: Path, text: str) -> list[_Row | Rejected]:
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[_Row | Rejected] = []
+    try:
+        unknown = [name for name in reader.fieldnames or [] if name not in JOB_FIELDS]
+        if unknown or not reader.fieldnames:
+            allowed = f"the first line names the columns, of {', '.join(JOB_FIELDS)}"
+            raise typer.BadParameter(f"--prompts {path.name}: unknown columns {unknown}; {allowed}")
+        for cells in reader:
+            origin = f"{path.name} line {reader.line_num}"
+            if None in cells:
+                rows.append(Rejected(EmtError("the line has more cells than columns", "Quote commas."), origin))
+            else:
+                rows.append(_checked({name: cell for name, cell in cells.items() if cell}, origin))
+    except csv.Error as error:
+        rows.append(Rejected(EmtError(f"not CSV from here on: {error}"), f"{path.name} line {reader.line_num}"))
+    return rows
+
+
+def _parse_line(line: str, origin: str) -> _Row | Rejected:
+    try:
+        return _checked(json.loads(line), origin)
+    except (ValueError, RecursionError) as error:
+        return Rejected(EmtError("the line is not JSON", f"{error}."), origin)
+
+
+def _read_stream() -> Iterator[_Row | Rejected | None]:
+    """Lines of standard input as they arrive, and None whenever the next one is yet to come."""
+    descriptor = sys.stdin.fileno()
+    pending, number, ended = b"", 0, False
+    while not ended or pending:
+        line, newline, rest = pending.partition(b"\n")
+        if not newline and not ended:
+            if len(pending) > MAX_LINE:
+                yield Rejected(EmtError("the line is too long", f"At most {MAX_LINE:,} bytes."), f"line {number + 1}")
+                raise EmtError(f"standard input is no JSON Lines after line {number}", "Write one JSON object a line.")
+            if not select.select([descriptor], [], [], 0)[0]:
+                yield None
+            chunk = os.read(descriptor, 1 << 16)
+            ended = not chunk
+            pending += chunk
+            continue
+        pending, number = rest, number + 1
+        if line.strip():
+            yield _parse_line(line.decode(errors="surrogateescape"), f"line {number}")
+
+
+def _beside(reference: Path) -> list[_Row | Rejected]:
+    """The prompts in `clip.txt` beside `clip.mp4`."""
+    companion = reference.with_suffix(".txt")
+    rows: list[_Row | Rejected] = []
+    if companion != reference and companion.is_file():
+        try:
+            text = companion.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        except OSError as error:
+            return [Rejected(EmtError(f"cannot read {companion.name}: {error.strerror}"), "", str(reference))]
+        rows = _read_lines(companion.name, text)
+    problem = EmtError("no prompt", f"Give --prompt or --prompts, or write {companion.name} beside the clip.")
+    return rows or [Rejected(problem, "", str(reference))]
+
+
+def _find(arguments: Iterable[str], recursive: bool) -> list[Path | Rejected]:
+    """The clips that arguments name, each once, in order."""
+    found: list[Path | Rejected] = []
+    for argument in arguments:
+        try:
+            found.extend(Path(os.path.abspath(path)) for path in _find_one(argument, recursive))
+        except EmtError as error:
+            found.append(Rejected(error, "", argument))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            found.append(Rejected(EmtError(f"cannot read it: {reason}"), "", argument))
+    return list(dict.fromkeys(found))
+
+
+def _find_one(argument: str, recursive: bool) -> list[Path]:
+    from emt.video import is_clip
+
+    path = Path(argument)
+    if not os.path.lexists(argument):
+        matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+        clips = [match for match in matches if is_clip(match)] or matches
+        if not clips:
+            raise EmtError("no such file", "Name a clip, a folder of clips or a glob that matches some.")
+        return clips
+    if path.is_dir() and not is_clip(path):
+        clips = _clips_in(path, recursive)
+        if not clips:
+            hint = "Name another one" + ("." if recursive else ", or search its folders with --recursive.")
+            raise EmtError("no clips in this folder", hint)
+        return clips
+    if path.suffix == ".txt" and any(is_clip(other) for other in path.parent.glob(glob.escape(path.stem) + ".*")):
+        return []  # the prompts of the clip beside it, as a shell's `clips/*` names them too
+    return [path]
+
+
+def _clips_in(folder: Path, recursive: bool) -> list[Path]:
+    from emt.video import is_clip
+
+    clips = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                continue
+            if is_clip(path):
+                clips.append(path)
+            elif recursive and entry.is_dir(follow_symlinks=False):
+                clips.extend(_clips_in(path, recursive))
+    return clips
+
+
+def check_readable(path: Path) -> os.stat_result:
+    """The status of a reference, if it is a file or a folder; opening a pipe or a device would wait for ever.
+
+    Raises:
+        EmtError: it is missing, may not be read, or is something else.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EmtError(f"cannot read {path.name}: {reason}", f"The whole path is {path}.") from None
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise EmtError(f"{path.name} is neither a file nor a folder", "Save the stream to a file first.")
+    return status
+
+
+_ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Text from the user made safe for a terminal: control and direction characters are shown as escapes."""
+    return _ESCAPED.sub(lambda match: ascii(match[0])[1:-1], str(text))

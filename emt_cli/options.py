@@ -1,0 +1,360 @@
+"""Every option of the batch commands, declared once: type, range, unit and help.
+
+The command line, job files and `emt rerun` all read the same declarations: `takes_options` turns them into a
+command's parameters, `parse_field` checks one value of a JSON Lines or CSV job against them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from emt.errors import EmtError
+
+
+class Scheduler(str, Enum):
+    """Samplers of the pipeline, by the names that users know."""
+
+    DDIM = "ddim"
+    DPM = "dpm++"
+    UNIPC = "unipc"
+    EULER = "euler"
+    LCM = "lcm"
+
+
+class Fit(str, Enum):
+    """How a reference of another shape is brought to the size of the clip."""
+
+    CROP = "crop"
+    PAD = "pad"
+    STRETCH = "stretch"
+
+
+class Format(str, Enum):
+    """Formats of a result."""
+
+    MP4 = "mp4"
+    WEBM = "webm"
+    GIF = "gif"
+    PNG = "png"
+
+
+class Precision(str, Enum):
+    """Arithmetic of the network."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+_CLIP, _JOBS, _RUN = "The clip", "Jobs", "Running"
+
+
+def _clip(help: str, **limits: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=_CLIP, show_default=False, **limits)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the frames of one clip, besides its reference, prompt and seed.
+
+    The defaults are the published ones; a model's own `model_index.json` overrides the first five.
+    """
+
+    frames: Annotated[int, _clip("Frames; default: the model's.", min=2, max=32)] = 16
+    height: Annotated[int, _clip("Height in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
+    width: Annotated[int, _clip("Width in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
+    steps: Annotated[int, _clip("Denoising steps; default: the model's.", min=1, max=1000)] = 25
+    guidance: Annotated[
+        float, _clip("Classifier-free guidance, 1 for none; default: the model's.", min=1.0, max=50.0)
+    ] = 6.0
+    scheduler: Annotated[Scheduler, _clip("Sampler. Default: ddim.")] = Scheduler.DDIM
+    negative_prompt: Annotated[str, _clip("What the clip must not show.")] = ""
+    fit: Annotated[Fit, _clip("How the reference is brought to the clip's size. Default: crop.")] = Fit.CROP
+    start: Annotated[float, _clip("Where in the reference to start, in seconds. Default: 0.", min=0.0)] = 0.0
+    duration: Annotated[
+        float | None, _clip("How much of the reference to use, in seconds. Default: all.", min=0.001)
+    ] = None
+    stride: Annotated[
+        int | None,
+        _clip("Take every n-th frame of the reference. Default: spread evenly.", min=1, max=1000),
+    ] = None
+    fps: Annotated[
+        float | None, _clip("Frames per second of the result. Default: the reference's pace.", min=0.1, max=240.0)
+    ] = None
+    format: Annotated[Format, _clip("Format of the result. Default: mp4.")] = Format.MP4
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value.value if isinstance(value, Enum) else value for name, value in values}
+
+
+#: Settings that a model may set for itself in `model_index.json`.
+MODEL_DEFAULTS = ("frames", "height", "width", "steps", "guidance")
+MAX_SEED = 2**63 - 1
+MAX_PROMPT = 4_000  # characters; a text encoder reads fewer than a hundred words
+MAX_SEEDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """The options of `emt transfer` and `emt plan` that are not settings of a clip."""
+
+    references: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Clips, folders of clips, globs, or - for jobs as JSON Lines on standard input.", show_default=False
+        ),
+    ] = None
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What the new clip shows; may be repeated.", rich_help_panel=_JOBS)
+    ] = None
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of prompts: a line each (# comments), or .csv/.jsonl with any field of a job: reference, "
+            "prompt, seed and the options under “The clip”. Without any prompts, clip.txt beside clip.mp4 is read.",
+            rich_help_panel=_JOBS,
+        ),
+    ] = None
+    seeds: Annotated[str, typer.Option(help="Seeds, as in 0,7,10-15.", rich_help_panel=_JOBS)] = "0"
+    pair: Annotated[
+        bool,
+        typer.Option("--pair", help="First reference with first prompt, and so on, not all.", rich_help_panel=_JOBS),
+    ] = False
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Search folders of folders.", rich_help_panel=_JOBS)
+    ] = False
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel=_JOBS)] = Path(
+        "out"
+    )
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make finished clips again.", rich_help_panel=_JOBS)
+    ] = False
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model folder or hub id. Default: the small demo model.", rich_help_panel=_RUN, show_default=False
+        ),
+    ] = None
+    device: Annotated[
+        str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN, metavar="DEVICE")
+    ] = "auto"
+    precision: Annotated[
+        Precision, typer.Option(help="auto is fp16 on a GPU and fp32 on a CPU.", rich_help_panel=_RUN)
+    ] = Precision.AUTO
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            help="Clips denoised together, 1 to 64; auto measures what fits (up to 8) on a GPU and is 1 on a CPU.",
+            rich_help_panel=_RUN,
+            metavar="N|auto",
+        ),
+    ] = "auto"
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps encoded references. Default: emt in the user's cache folder.",
+            rich_help_panel=_RUN,
+            show_default=False,
+        ),
+    ] = None
+    cache_size: Annotated[
+        float, typer.Option(help="Most it may hold, in GB; 0 keeps none.", rich_help_panel=_RUN, min=0.0)
+    ] = 20.0
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON line a job on standard output.", rich_help_panel=_RUN)
+    ] = False
+    report: Annotated[
+        bool, typer.Option("--report", help="Write OUT/report.html at the end.", rich_help_panel=_RUN)
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop, as `emt plan`.", rich_help_panel=_RUN)
+    ] = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the settings given on the command line, by name
+
+
+def check_device(device: str) -> str:
+    """The device if it is named as allowed.
+
+    Raises:
+        EmtError: it is not.
+    """
+    family, colon, index = device.partition(":")
+    if family == "cuda" and (index.isdecimal() if colon else True):
+        return device
+    if device in ("auto", "mps", "cpu"):
+        return device
+    raise EmtError(f"--device is {device!r}", "Allowed are auto, cuda, cuda:N, mps and cpu.")
+
+
+def parse_batch_size(text: str) -> int | None:
+    """The number of `--batch-size`, None for auto.
+
+    Raises:
+        EmtError: it is neither auto nor 1 to 64.
+    """
+    if text == "auto":
+        return None
+    if text.isdecimal() and 1 <= int(text) <= 64:
+        return int(text)
+    raise EmtError(f"--batch-size is {text!r}", "Allowed are auto and 1 to 64.")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from a list such as `0,7,10-15`.
+
+    Raises:
+        EmtError: something in it is no seed, or they are more than a million.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise EmtError(f"--seeds has {part!r}", "Seeds are whole numbers and ranges, as in 0,7,10-15.")
+        low, high = parse_field("seed", first), parse_field("seed", last if dash else first)
+        if high < low or high - low + len(seeds) >= MAX_SEEDS:
+            raise EmtError(f"--seeds has {part!r}", f"Ranges rise, and at most {MAX_SEEDS:,} seeds are taken.")
+        seeds.extend(range(low, high + 1))
+    return list(dict.fromkeys(seeds))
+
+
+def _hints() -> dict[str, tuple[type, bool, Any]]:
+    hints = {}
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        annotation, info = get_args(hint)
+        alternatives = get_args(annotation)
+        optional = type(None) in alternatives
+        hints[name] = (alternatives[0] if optional else annotation, optional, info)
+    return hints
+
+
+_HINTS = _hints()
+SETTING_NAMES = tuple(_HINTS)
+JOB_FIELDS = ("reference", "prompt", "seed", *SETTING_NAMES)
+
+
+def parse_field(name: str, value: Any) -> Any:
+    """One field of a job, checked and converted.
+
+    Args:
+        name: One of `JOB_FIELDS`.
+        value: A JSON value, or the text of a CSV cell or of a command-line option.
+
+    Returns:
+        The value in the type of its declaration.
+
+    Raises:
+        EmtError: the value is not allowed; says which are.
+    """
+    if name == "seed":
+        return _number(name, value, int, 0, MAX_SEED)
+    if name in ("prompt", "reference"):
+        return _text(name, value)
+    if name not in _HINTS:
+        raise EmtError(f"unknown field {name!r}", f"A job has the fields {', '.join(JOB_FIELDS)}.")
+    kind, optional, info = _HINTS[name]
+    if value is None and optional:
+        return None
+    if issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            allowed = ", ".join(str(member.value) for member in kind)
+            raise EmtError(f"{name} is {value!r}", f"Allowed are {allowed}.") from None
+    if kind is str:
+        return _text(name, value)
+    number = _number(name, value, kind, info.min, info.max)
+    if name in ("height", "width") and number % 8:
+        raise EmtError(
+            f"{name} is {number}",
+            f"It must be a multiple of 8, such as {number // 8 * 8 or 8} or {number // 8 * 8 + 8}.",
+        )
+    return number
+
+
+def _number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> Any:
+    allowed = f"{'a whole number' if kind is int else 'a number'}" + (
+        f" from {low:g} to {high:g}" if low is not None and high is not None and high < MAX_SEED else f" from {low:g}"
+    )
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value)
+        if kind is int and isinstance(value, float) and number != value:
+            raise ValueError
+        if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise EmtError(f"{name} is {value!r:.100}", f"Allowed is {allowed}.") from None
+    return number
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise EmtError(f"{name} is {value!r:.100}", "It must be a text.")
+    if name != "negative_prompt" and not value.strip():
+        raise EmtError(f"the {name} is empty", "Say what the clip shows." if name == "prompt" else "Name a clip.")
+    if name == "reference":
+        if "\0" in value:
+            raise EmtError(f"reference {value!r:.100} has a zero byte", "Name a clip.")
+        return value
+    what = name.replace("_", " ")
+    if len(value) > MAX_PROMPT:
+        raise EmtError(
+            f"the {what} has {len(value):,} characters",
+            f"At most {MAX_PROMPT:,} are allowed; the model reads fewer than a hundred words.",
+        )
+    for character in value:
+        category = unicodedata.category(character)
+        if category == "Cs":
+            raise EmtError(f"the {what} is not valid text (UTF-8)", "Save it as UTF-8.")
+        if category == "Cc" and character not in "\t\n\r":
+            raise EmtError(f"the {what} has the control character U+{ord(character):04X}", "Remove it.")
+    return value
+
+
+def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., None]:
+    """Give a command one parameter for each option and setting; it is called with the `TransferOptions`.
+
+    Settings left out on the command line are absent from `TransferOptions.settings`, so that a model's own
+    defaults can be told from what the user asked for. A value that is not allowed is bad usage (exit code 2).
+    """
+
+    def run(**given: Any) -> None:
+        try:
+            asked = {name: given.pop(name) for name in SETTING_NAMES}
+            settings = {name: parse_field(name, value) for name, value in asked.items() if value is not None}
+            check_device(given["device"])
+            parse_batch_size(given["batch_size"])
+            parse_seeds(given["seeds"])
+        except EmtError as error:
+            raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
+        command(TransferOptions(**given, settings=settings))
+
+    parameters = []
+    for option in fields(TransferOptions):
+        if option.name != "settings":
+            hint = get_type_hints(TransferOptions, include_extras=True)[option.name]
+            default = None if option.default is MISSING else option.default
+            parameters.append(_parameter(option.name, hint, default))
+    for name, (kind, _, info) in _HINTS.items():
+        parameters.append(_parameter(name, Annotated[kind | None, info], None))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

@@ -1,0 +1,65 @@
+"""`emt transfer`: clips and prompts in, finished clips out."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import typer
+
+from emt_cli.options import TransferOptions, parse_batch_size, takes_options
+
+
+@takes_options
+def transfer(options: TransferOptions) -> None:
+    """Make clips that move like the references and show what the prompts say.
+
+    Every reference goes with every prompt and seed. Results are OUT/<reference>/<prompt>-<seed>.mp4, each with
+    its settings in a .json beside it; OUT/journal.jsonl tells what became of each job. Run it again and finished
+    clips are skipped, unfinished ones done.
+
+    Standard output has the paths of the clips, or with --json a line for each job; all else is on standard error.
+    Ctrl-C finishes the running batch, a second one stops at once.
+    Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 interrupted.
+    """
+    from emt_cli import plan
+    from emt_cli.cache import ContentIndex, MotionCache, default_dir
+    from emt_cli.generator import Generator
+    from emt_cli.jobs import expand
+    from emt_cli.journal import Journal
+    from emt_cli.model import find_model
+    from emt_cli.progress import Watcher
+    from emt_cli.runner import Runner
+
+    if options.dry_run:
+        plan.show(options)
+        return
+    model = find_model(options.model, download=True)
+    listed, streamed = expand(options, model.defaults)
+    folder = options.cache_dir or default_dir()
+    index = ContentIndex(folder)
+    journal = Journal(options.out)
+    try:
+        runner = Runner(
+            journal,
+            Generator(model, model.sha256(index), options.device, options.precision.value),
+            index,
+            MotionCache(folder / "motion", options.cache_size * 1e9),
+            Watcher(None if "-" in (options.references or []) else len(listed)),
+            precision=options.precision.value,
+            batch_size=parse_batch_size(options.batch_size),
+            overwrite=options.overwrite,
+            json=options.json,
+        )
+        summary = runner.run(chain(listed, streamed))
+    finally:
+        journal.close()
+    if options.report:
+        from emt_cli.report import write_report
+
+        write_report(options.out)
+    if summary.interrupted:
+        raise typer.Exit(130)
+    if summary.pipe_closed:
+        raise BrokenPipeError
+    if summary.counts["failed"]:
+        raise typer.Exit(1)
