@@ -48,6 +48,7 @@ _CAMERA_WEIGHTS = {"static": 0.0, "pan": 1.5, "drift": 2.0, "roll": 1.5, "zoom":
 _STATIONARY = ("still", "grow", "shrink", "spin")
 _UPRIGHT = ("still", "bounce", "sway", "jump", "walk", "rectangle", "pendulum")
 _CANDIDATES = 24
+_TOLERANCE = 6.0  # pixels
 
 
 @dataclass
@@ -272,6 +273,20 @@ def _draw(names: tuple[str, ...], family: Tensor, make: Callable[[str], Tensor],
     return out
 
 
+def _cost(path: Tensor, two: Tensor) -> Tensor:
+    """By how many pixels placements leave the frame, overlap or become too large or small: (n, candidates).
+
+    `path` stacks x, y, scale and rotation, each (n, candidates, 2, frames); `two` (n,) tells whether the second counts.
+    """
+    x, y, scale, _ = path.unbind(0)
+    reach = 0.42 * scale
+    outside = torch.stack([reach - x, x + reach - FRAME, reach - y, y + reach - FRAME, scale - 84, 18 - scale])
+    alone = outside.amax((0, -1)).clamp(min=0)
+    gap = torch.hypot(x[:, :, 0] - x[:, :, 1], y[:, :, 0] - y[:, :, 1]) - reach.sum(2)
+    both = alone.amax(-1) + (-gap.amin(-1)).clamp(min=0)
+    return torch.where(two[:, None], both, alone[..., 0])
+
+
 def draw_motions(
     n: int,
     generator: torch.Generator,
@@ -367,14 +382,13 @@ def draw_motions(
     cx, cy, gain = x - FRAME / 2, y - FRAME / 2, torch.exp(zoom)
     carried_x = FRAME / 2 + pan_x + gain * (torch.cos(roll) * cx - torch.sin(roll) * cy)
     carried_y = FRAME / 2 + pan_y + gain * (torch.sin(roll) * cx + torch.cos(roll) * cy)
-    x, y = torch.where(follows, carried_x, x), torch.where(follows, carried_y, y)
-    scale, rotation = torch.where(follows, scale * gain, scale), torch.where(follows, rotation + roll, rotation)
-
-    outside = torch.stack([0.42 * scale - x, x + 0.42 * scale - FRAME, 0.42 * scale - y, y + 0.42 * scale - FRAME])
-    cost = outside.amax((0, -1)).clamp(min=0)  # (n, k, 2)
-    cost = torch.where(two[:, None], cost.amax(-1), cost[..., 0])
-    gap = torch.hypot(x[:, :, 0] - x[:, :, 1], y[:, :, 0] - y[:, :, 1]) - 0.42 * (scale[:, :, 0] + scale[:, :, 1])
-    cost = cost + torch.where(two[:, None], (-gap.amin(-1)).clamp(min=0), 0.0)
+    free = torch.stack([x, y, scale, rotation])
+    carried = torch.stack([carried_x, carried_y, scale * gain, rotation + roll])
+    free_cost, carried_cost = _cost(free, two), _cost(carried, two)
+    # Where no placement in the scene stays in view, the subject does not stand in the scene after all.
+    attached = attached & (carried_cost.amin(1) < _TOLERANCE)
+    x, y, scale, rotation = torch.where(attached[:, None, None, None], carried, free).unbind(0)
+    cost = torch.where(attached[:, None], carried_cost, free_cost)
     # Among equals the first: an order that does not depend on how a device breaks ties.
     best = (cost + 1e-4 * torch.arange(k, device=device)).argmin(1)
     row = torch.arange(n, device=device)[:, None]

@@ -106,7 +106,7 @@ def centred(alpha: np.ndarray) -> tuple[float, float, float]:
     cx, cy = float((alpha * x).sum() / total), float((alpha * y).sum() / total)
     inside = alpha > 0.1
     reach = max(float(np.abs(x - cx)[inside].max()), float(np.abs(y - cy)[inside].max())) + 0.5
-    return cx, cy, max(2 * reach, math.sqrt(total / 0.62))
+    return cx, cy, max(2.06 * reach, math.sqrt(total / 0.62))
 
 
 def fit_cell(cutout: Image.Image, side: int = SIDE) -> Image.Image:
@@ -228,14 +228,21 @@ def recolour(sprites: Tensor) -> Tensor:
     return torch.cat([rgb, alpha[:, None, None].expand(-1, rgb.shape[1], -1, -1, -1)], 2)
 
 
+def _spread(length: int, sigma: float, like: Tensor) -> Tensor:
+    """The matrix (length, length) of a Gaussian blur whose input continues past its ends as its last value."""
+    at = torch.arange(length, device=like.device, dtype=like.dtype)
+    radius = math.ceil(4 * sigma)
+    source = torch.arange(-radius, length + radius, device=like.device)
+    weights = torch.exp(-0.5 * ((source - at[:, None]) / sigma) ** 2)
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.zeros_like(weights[:, :length]).index_add(1, source.clamp(0, length - 1), weights)
+
+
 def blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur over the last two dimensions of (n, channels, height, width), edges repeated."""
-    radius = max(1, math.ceil(3 * sigma))
-    x = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, -1)
-    out = F.conv2d(F.pad(image, (radius, radius, 0, 0), "replicate"), kernel[:, :, None], groups=image.shape[1])
-    return F.conv2d(F.pad(out, (0, 0, radius, radius), "replicate"), kernel[..., None], groups=image.shape[1])
+    """Gaussian blur over the last two dimensions (…, height, width), edges repeated."""
+    height, width = image.shape[-2:]
+    # Two matrix products: on small pictures far quicker than convolving channel by channel.
+    return _spread(height, sigma, image) @ image @ _spread(width, sigma, image).mT
 
 
 def finish(sprites: Tensor, rim: float = RIM) -> Tensor:

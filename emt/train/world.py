@@ -270,13 +270,15 @@ class World:
         view = appearances.view
         real = torch.zeros(0, dtype=torch.long, device=self.device)
         if realism > 0:
-            r = uniform((n, 12), generator, self.device)
+            r = uniform((n, 13), generator, self.device)
             filmed = r[:, 0] < realism
             real = filmed.nonzero()[:, 0]
             texture = (r[:, 1] * len(self._textures)).long().clamp(max=len(self._textures) - 1)
             plane = torch.where(filmed, self._first_texture + 2 * texture, plane)
-            anywhere = torch.stack([*((r[:, 2:4] - 0.5) * 0.3 * CANVAS).unbind(-1), 0.9 * (r[:, 4] - 0.6)], -1)
-            view = torch.where(filmed[:, None], torch.cat([anywhere, view[:, 3:]], -1), view)
+            anywhere = torch.stack(
+                [*((r[:, 2:4] - 0.5) * 0.3 * CANVAS).unbind(-1), 0.9 * (r[:, 4] - 0.6), (r[:, 12] < 0.5) * 2.0 - 1], -1
+            )
+            view = torch.where(filmed[:, None], anywhere, view)
             # Footage of a place often has no subject: what the camera does is all there is to see.
             empty = filmed & (motions.family[:, 0] == FAMILIES.index("still")) & motions.attached & (r[:, 5] < 0.5)
         video = self._scene(motions, plane, view)
@@ -354,9 +356,9 @@ def _strips(clips: Tensor, every: int = 2) -> Tensor:
     return shown.permute(0, 3, 1, 4, 2).reshape(n * height, frames * width, 3)
 
 
-def sheet(path: Path, seed: int = 0) -> None:
+def sheet(path: Path, seed: int = 0, size: int = 128) -> None:
     """Write a contact sheet: subjects in all colours, scenes, motions in two appearances, footage beside its motion."""
-    world = World(variants=2, seed=seed)
+    world = World(size=size, variants=2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     width = 16 * world.size
     ground = torch.tensor([0.5, 0.58, 0.54]).view(3, 1, 1)
