@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from emt import EmtError, __version__
-from emt_cli import import_weights, plan, transfer
+from emt_cli import doctor, import_weights, plan, rerun, transfer
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 app.command("transfer")(transfer.transfer)
 app.command("plan")(plan.plan)
+app.command("rerun")(rerun.rerun)
+app.command("doctor")(doctor.doctor)
 app.command("import-weights")(import_weights.import_weights)
 
 

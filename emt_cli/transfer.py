@@ -21,17 +21,17 @@ def transfer(options: TransferOptions) -> None:
     Ctrl-C finishes the running batch, a second one stops at once.
     Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 interrupted.
     """
-    from emt_cli import plan
     from emt_cli.cache import ContentIndex, MotionCache, default_dir
     from emt_cli.generator import Generator
     from emt_cli.jobs import expand
     from emt_cli.journal import Journal
     from emt_cli.model import find_model
+    from emt_cli.planning import show
     from emt_cli.progress import Watcher
     from emt_cli.runner import Runner
 
     if options.dry_run:
-        plan.show(options)
+        show(options)
         return
     model = find_model(options.model, download=True)
     listed, streamed = expand(options, model.defaults)

@@ -1,0 +1,219 @@
+"""`emt doctor`: what of this machine will work, what will not, and the command that mends it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emt.errors import EmtError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report.
+
+    Attributes:
+        name: What was looked at.
+        state: `ok`; `limited` if something optional is missing; `broken` if clips cannot be made.
+        found: What was found.
+        mend: What to type to mend it; empty if nothing is to be mended.
+    """
+
+    name: str
+    state: str
+    found: str
+    mend: str = ""
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("out"),
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder that keeps encoded references.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON line a finding.")] = False,
+) -> None:
+    """Look at GPU, driver, PyTorch, Triton, TensorRT, ffmpeg, model, disk and cache.
+
+    Says what will work, what will not, and the command that mends it. Exit code 1 if clips cannot be made.
+    """
+    from emt_cli.jobs import printable
+    from emt_cli.journal import dumps
+
+    findings = examine(model, out, cache_dir)
+    if json:
+        for finding in findings:
+            sys.stdout.buffer.write(dumps(asdict(finding)) + b"\n")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=False)
+        for finding in findings:
+            style = {"ok": "green", "limited": "yellow", "broken": "red"}[finding.state]
+            text = printable(finding.found) + (f"\n→ {printable(finding.mend)}" if finding.mend else "")
+            table.add_row(Text(finding.state, style), finding.name, Text(text))
+        Console().print(table)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def examine(model: str | None = None, out: Path = Path("out"), cache_dir: Path | None = None) -> list[Finding]:
+    """Everything that `emt doctor` looks at, in the order of its report."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("python", _python),
+        ("driver", _driver),
+        ("torch", _torch),
+        ("triton", _triton),
+        ("tensorrt", _tensorrt),
+        ("ffmpeg", _ffmpeg),
+        ("model", lambda: _model(model)),
+        ("disk", lambda: _disk("disk", out, "--out")),
+        ("cache", lambda: _cache(cache_dir)),
+    ]
+    findings = []
+    for name, check in checks:
+        try:
+            findings.append(check())
+        except EmtError as error:
+            findings.append(Finding(name, "broken", error.problem, error.hint))
+        except Exception as error:  # a broken installation can fail in any way; that is what is asked about
+            findings.append(Finding(name, "broken", f"{type(error).__name__}: {error}"))
+    return findings
+
+
+def _python() -> Finding:
+    state = "ok" if (3, 10) <= sys.version_info[:2] <= (3, 13) else "broken"
+    mend = "" if state == "ok" else "Install Python 3.10 to 3.13."
+    return Finding("python", state, f"{platform.python_version()} on {platform.system()} {platform.machine()}", mend)
+
+
+def _driver() -> Finding:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return Finding("driver", "limited", "no NVIDIA driver: clips are made on the CPU, slowly", _GPU_HINT)
+    except subprocess.TimeoutExpired:
+        return Finding("driver", "broken", "nvidia-smi does not answer", "Restart the machine or its driver.")
+    if told.returncode:
+        return Finding("driver", "broken", f"nvidia-smi: {(told.stderr or told.stdout).strip()}", _GPU_HINT)
+    return Finding("driver", "ok", "; ".join(told.stdout.strip().splitlines()))
+
+
+_GPU_HINT = "On a machine with an NVIDIA GPU, install its driver: https://www.nvidia.com/drivers"
+
+
+def _torch() -> Finding:
+    import torch
+
+    version = f"PyTorch {torch.__version__}"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        # Seeing a GPU is not enough: a build without kernels for it fails only when it computes.
+        torch.ones(2, device="cuda").sum().item()
+        return Finding("torch", "ok", f"{version} with CUDA {torch.version.cuda} on {', '.join(names)}")
+    if torch.backends.mps.is_available():
+        return Finding("torch", "ok", f"{version} with mps")
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        mend = f"{sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+        return Finding("torch", "limited", f"{version} is a build without CUDA, and there is a GPU", mend)
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            "torch", "limited", f"{version} finds no GPU", "See the driver's line, and CUDA_VISIBLE_DEVICES."
+        )
+    return Finding("torch", "ok", f"{version} on the CPU")
+
+
+def _version(*packages: str) -> str | None:
+    import importlib.metadata
+
+    for package in packages:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _triton() -> Finding:
+    version = _version("triton")
+    if version is None:
+        return Finding(
+            "triton", "limited", "not installed: no fused kernels", f"{sys.executable} -m pip install triton"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("triton", "limited", f"{version}, unused without a CUDA GPU: PyTorch computes all")
+    return Finding("triton", "ok", version)
+
+
+def _tensorrt() -> Finding:
+    version = _version("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12")
+    if version is None:
+        return Finding("tensorrt", "limited", "not installed: no TensorRT engines; PyTorch needs none")
+    return Finding("tensorrt", "ok", version)
+
+
+def _ffmpeg() -> Finding:
+    import imageio_ffmpeg
+
+    try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        told = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, timeout=20)
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        mend = f"{sys.executable} -m pip install --force-reinstall imageio-ffmpeg"
+        return Finding("ffmpeg", "broken", f"does not run: {error}", mend)
+    missing = [codec for codec in ("libx264", "libvpx-vp9") if codec not in told.stdout]
+    if missing:
+        mend = "Unset IMAGEIO_FFMPEG_EXE, or let it name an ffmpeg that has them."
+        return Finding("ffmpeg", "broken", f"{program} lacks {', '.join(missing)}", mend)
+    return Finding("ffmpeg", "ok", f"{imageio_ffmpeg.get_ffmpeg_version()} at {program}")
+
+
+def _model(name: str | None) -> Finding:
+    from emt_cli.model import find_model
+    from emt_cli.progress import size
+
+    model = find_model(name, download=False)
+    weights = sum(path.stat().st_size for path in model.folder.rglob("*.safetensors"))
+    count = sum(model.parameters.values()) / 1e6
+    settings = ", ".join(f"{value:g} {key}" for key, value in model.defaults.items())
+    return Finding("model", "ok", f"{model.name}: {count:.0f} M parameters, {size(weights)}; {settings}")
+
+
+def _disk(name: str, folder: Path, option: str) -> Finding:
+    import os
+
+    from emt_cli.progress import size
+
+    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(place).free
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return Finding(name, "broken", f"{place} cannot be written to", f"Name another folder with {option}.")
+    if free < 2**30:
+        return Finding(
+            name, "limited", f"{size(free)} left for {folder}", f"Free some, or use {option} on another disk."
+        )
+    return Finding(name, "ok", f"{size(free)} left for {folder}")
+
+
+def _cache(folder: Path | None) -> Finding:
+    from emt_cli.cache import MotionCache, default_dir
+    from emt_cli.progress import size
+
+    folder = folder or default_dir()
+    finding = _disk("cache", folder, "--cache-dir")
+    kept = size(MotionCache(folder / "motion", 0).size())
+    state = "limited" if finding.state == "broken" else finding.state  # a run goes on without it
+    return Finding("cache", state, f"{finding.found}; holds {kept} of encoded references", finding.mend)

@@ -1,0 +1,257 @@
+"""The plan of a run: its jobs, what is done, what will fail, and what the rest will cost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from emt.errors import EmtError
+from emt_cli import journal
+from emt_cli.cache import ContentIndex, default_dir
+from emt_cli.jobs import Item, Job, Rejected, check_readable, expand, identify, output_name, printable
+from emt_cli.model import Experience, Model, clip_bytes, find_model, work
+from emt_cli.options import Precision, TransferOptions
+from emt_cli.progress import duration, size
+from emt_cli.results import state_on_disk
+
+_TABLE_ROWS = 60
+_CONTAINER_BYTES = 4096  # of a sidecar and a journal line
+
+
+@dataclass
+class PlannedJob:
+    """One line of a plan: `state` is open, done or problem."""
+
+    item: Job | Rejected
+    state: str = "open"
+    output: str = ""
+    identity: str = ""
+    seconds: float = 0.0
+    error: EmtError | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line as JSON values."""
+        line: dict[str, Any] = {"event": "job", "state": self.state}
+        line |= {"output": self.output, "id": self.identity} if self.output else {}
+        if isinstance(self.item, Job):
+            line |= {"reference": str(self.item.reference), "prompt": self.item.prompt, "seed": self.item.seed}
+            line |= {"settings": self.item.settings.as_dict()}
+        else:
+            line |= {"reference": self.item.reference, "prompt": self.item.prompt}
+        line |= {"origin": self.item.origin} if self.item.origin else {}
+        line |= {"seconds": round(self.seconds, 3)} if self.state == "open" else {}
+        return line | ({"error": self.error.problem, "hint": self.error.hint} if self.error else {})
+
+
+@dataclass
+class Plan:
+    """What a command line would do.
+
+    Attributes:
+        jobs: Its jobs.
+        model: The model.
+        device: The device that the estimates are for.
+        source: Where the estimates come from.
+        memory: Estimated peak memory of the largest clip, in bytes.
+        disk: Estimated bytes of the clips to come.
+        problems: What is wrong with the run as a whole.
+    """
+
+    jobs: list[PlannedJob]
+    model: Model
+    device: str
+    source: str
+    memory: float = 0.0
+    disk: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Jobs by state."""
+        return Counter(job.state for job in self.jobs)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of what is open."""
+        return sum(job.seconds for job in self.jobs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sum of the plan as JSON values."""
+        line = {"event": "plan", **{state: self.counts[state] for state in ("open", "done", "problem")}}
+        line |= {"model": self.model.name, "device": self.device, "estimate": self.source}
+        line |= {"seconds": round(self.seconds, 1), "memory": round(self.memory), "disk": round(self.disk)}
+        return line | {"problems": self.problems}
+
+
+def make_plan(options: TransferOptions) -> Plan:
+    """Plan a run without loading anything: no torch, no weights.
+
+    Raises:
+        EmtError: the model or files of it are missing.
+        typer.BadParameter: the command line makes no sense.
+    """
+    model = find_model(options.model, download=False)
+    listed, streamed = expand(options, model.defaults)
+    index = ContentIndex(options.cache_dir or default_dir())
+    lines = journal.read(options.out)
+    model_sha256 = model.sha256(index)
+    gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
+    device = gpu or "cpu"
+    experience = Experience.read(lines, model_sha256, device)
+    source = (
+        f"{experience.jobs} earlier clips on this device"
+        if experience
+        else "a rough model of the arithmetic, as nothing was made here with this model on this device"
+    )
+    planned = list(_planned(_both(listed, streamed), options, model, model_sha256, index, lines))
+    plan = Plan(planned, model, device, source)
+    half = options.precision in (Precision.FP16, Precision.BF16) or (options.precision is Precision.AUTO and bool(gpu))
+    for line in planned:
+        if line.state == "open" and isinstance(line.item, Job):
+            settings = line.item.settings
+            pixels = settings.frames * settings.height * settings.width
+            if experience:
+                line.seconds = experience.seconds * work(settings.as_dict())
+                plan.memory = max(plan.memory, experience.memory * pixels)
+            else:
+                line.seconds = model.seconds(settings, bool(gpu))
+                plan.memory = max(plan.memory, model.memory(settings, half=half))
+            plan.disk += clip_bytes(settings, experience) + _CONTAINER_BYTES
+    if gpu and plan.memory > total:
+        plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")
+    plan.problems += _disk_problems(options.out, plan.disk)
+    return plan
+
+
+def _both(listed: list[Job | Rejected], streamed: Iterator[Item]) -> list[Job | Rejected]:
+    return [*listed, *(item for item in streamed if item is not None)]
+
+
+def _planned(
+    items: list[Job | Rejected],
+    options: TransferOptions,
+    model: Model,
+    model_sha256: str,
+    index: ContentIndex,
+    lines: list[dict[str, Any]],
+) -> Iterator[PlannedJob]:
+    finished = {line.get("output"): line for line in lines if line.get("state") == "done"}
+    references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        looked = dict(zip(references, pool.map(lambda path: _look(path, index), references)))
+    seen: set[str] = set()
+    for item in items:
+        if isinstance(item, Rejected):
+            yield PlannedJob(item, "problem", error=item.error)
+            continue
+        known = looked[item.reference]
+        if isinstance(known, EmtError):
+            yield PlannedJob(item, "problem", error=known)
+            continue
+        sha256, frames = known
+        output = str(output_name(item, sha256))
+        if output in seen:
+            continue
+        seen.add(output)
+        identity = identify(item, reference=sha256, model=model_sha256, precision=options.precision.value)
+        line = PlannedJob(item, "open", output, identity)
+        try:
+            model.check(item.settings)
+            needed = (item.settings.frames - 1) * (item.settings.stride or 1) + 1
+            if frames < needed:
+                problem = f"{item.reference.name} has {frames} frames, but {needed} are needed"
+                raise EmtError(problem, "Name a longer clip, or ask for fewer --frames.")
+        except EmtError as error:
+            line.state, line.error = "problem", error
+        if not options.overwrite and not line.error:
+            state = state_on_disk(finished.get(output), options.out / output, item, identity)
+            line.state = "open" if state == "open" else "done"
+        yield line
+
+
+def _look(path: Path, index: ContentIndex) -> tuple[str, int] | EmtError:
+    """Hash and number of frames of a reference, or what is wrong with it."""
+    from emt.video import probe
+
+    try:
+        status = check_readable(path)
+        if path.is_dir():
+            return index.sha256(path), probe(path).frames
+        return index.sha256(path), index.remember("frames", path, status, lambda: probe(path).frames)
+    except EmtError as error:
+        return error
+
+
+def _disk_problems(out: Path, needed: float) -> list[str]:
+    place = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    problems = []
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        problems.append(f"the clips need about {size(needed)}, the disk of {out} has {size(free)} left")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        problems.append(f"cannot write to {place}")
+    return problems
+
+
+def find_gpu() -> tuple[str, float]:
+    """Name and memory in bytes of the first NVIDIA GPU, as its driver tells; an empty name without one."""
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        name, memory = told.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(memory) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return "", 0.0
+
+
+def show(options: TransferOptions) -> None:
+    """Print a plan on standard output; ends with exit code 1 if something in it cannot be done."""
+    plan = make_plan(options)
+    if options.json:
+        for job in plan.jobs:
+            sys.stdout.buffer.write(journal.dumps(job.as_dict()) + b"\n")
+        sys.stdout.buffer.write(journal.dumps(plan.as_dict()) + b"\n")
+        sys.stdout.buffer.flush()
+    else:
+        _print_table(plan)
+    if plan.counts["problem"] or plan.problems:
+        raise typer.Exit(1)
+
+
+def _print_table(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    table = Table("", "clip", "time", "")
+    order = ("problem", "open", "done")
+    for job in sorted(plan.jobs, key=lambda job: order.index(job.state))[:_TABLE_ROWS]:
+        item = job.item
+        title = job.output or " ".join(part for part in (item.origin, str(item.reference), item.prompt[:60]) if part)
+        style = {"problem": "red", "done": "green"}.get(job.state, "")
+        note = f"{job.error.problem}. {job.error.hint}" if job.error else ""
+        seconds = duration(job.seconds) if job.state == "open" else ""
+        table.add_row(Text(job.state, style), Text(printable(title)), seconds, Text(printable(note)))
+    console.print(table)
+    counts = plan.counts
+    if len(plan.jobs) > _TABLE_ROWS:
+        console.print(f"… and {len(plan.jobs) - _TABLE_ROWS} more (all of them with --json)")
+    told = f"{counts['open']} to do, {counts['done']} done, {counts['problem']} with problems"
+    if counts["open"]:
+        told += f"; about {duration(plan.seconds)}, {size(plan.memory)} of memory and {size(plan.disk)} of disk"
+        told += f" on {plan.device} (by {plan.source})"
+    console.print(Text(printable(told)))
+    for problem in plan.problems:
+        console.print(Text(f"problem: {printable(problem)}", "red"))

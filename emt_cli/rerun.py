@@ -1,0 +1,118 @@
+"""`emt rerun`: makes a result again from what it carries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emt.errors import EmtError
+from emt_cli.options import Precision, Settings, check_device, parse_field
+
+
+def rerun(
+    result: Annotated[Path, typer.Argument(help="A clip that emt made, or the .json beside it.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The new clip. Default: RESULT-rerun beside it.", show_default=False),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Where the reference is now, if it has moved.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is now, if it has moved.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
+) -> None:
+    """Make a result again from the settings it carries: on the same kind of device, the very same frames.
+
+    The reference and the model are checked against their hashes. A clip that was made in a batch is made in a
+    batch of the same size, since the order of additions, and with it the last bits, depends on it.
+    """
+    from emt_cli.cache import ContentIndex, default_dir
+    from emt_cli.generator import ENGINE, Generator, playback_rate, read_reference
+    from emt_cli.jobs import Job
+    from emt_cli.model import find_model
+    from emt_cli.results import write_result
+
+    record = _find_record(result)
+    clip = result.with_suffix("") if result.suffix == ".json" else result
+    output = output or clip.with_name(f"{clip.stem}-rerun{clip.suffix}")
+    if output.exists() and not overwrite:
+        raise EmtError(f"{output} exists", "Name another clip with --output, or replace it with --overwrite.")
+    try:
+        settings = Settings(**{name: parse_field(name, value) for name, value in record["settings"].items()})
+        prompt, seed = parse_field("prompt", record["prompt"]), parse_field("seed", record["seed"])
+        job = Job(Path(record["reference"]), prompt, seed, settings)
+        batch, precision = record["batch"], Precision(record["precision"])
+        size, index, shared = int(batch["size"]), int(batch["index"]), bool(batch["shared_reference"])
+        identity, made_on, engine = record["id"], record["device"], record["engine"]
+        reference_sha256, made_by = record["reference_sha256"], record["model_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EmtError(f"the settings in {result} are damaged: {error!r}", "Try the .json beside the clip.") from None
+    job = replace(job, reference=reference.absolute()) if reference else job
+    contents = ContentIndex(default_dir())
+    _check_reference(contents, job.reference, reference_sha256)
+    found = replace(find_model(model or _recorded_model(record), download=True), name=record["model"])
+    model_sha256 = found.sha256(contents)
+    if model_sha256 != made_by:
+        raise EmtError(
+            f"the model {found.folder} is not the one that made {clip.name}: its files have changed",
+            "Name the one that did with --model.",
+        )
+    if engine != ENGINE:
+        typer.echo(f"note: it was made by the engine {engine}, this is {ENGINE}", err=True)
+    generator = Generator(found, model_sha256, check_device(device), precision.value)
+    if generator.device.name != made_on:
+        typer.echo(f"note: made on {made_on}, made again on {generator.device.name}: bits may differ", err=True)
+
+    frames = read_reference(job)
+    try:
+        motion = generator.encode(frames)
+        motions = [motion] * size if shared else [replace(motion) for _ in range(size)]
+        clips, _, _ = generator.generate([job] * size, motions, lambda done, steps: None)
+    except Exception as error:
+        raise generator.explain(error, job) from None
+    new = generator.record(job, identity, reference_sha256, batch)
+    write_result(output, clips[index], playback_rate(job, frames.fps), new)
+    typer.echo(output)
+
+
+def _find_record(result: Path) -> dict[str, Any]:
+    from emt_cli.results import read_record
+
+    if result.suffix != ".json":
+        record = read_record(result)
+        if not record:
+            raise EmtError(f"{result} carries no settings of emt", "Name a clip that emt made, or the .json beside it.")
+        return record
+    try:
+        record = json.loads(result.read_bytes())
+    except OSError as error:
+        raise EmtError(f"cannot read {result}: {error.strerror}") from None
+    except ValueError:
+        record = {}
+    if not isinstance(record, dict) or not record:
+        raise EmtError(f"{result} is not the record of a clip", "Name a clip that emt made, or the .json beside it.")
+    return record
+
+
+def _check_reference(contents: Any, path: Path, sha256: str) -> None:
+    hint = "Say where it is now with --reference."
+    try:
+        found = contents.sha256(path)
+    except EmtError as error:
+        raise EmtError(f"the reference is not where it was: {error.problem}", f"It was {path}. {hint}") from None
+    if found != sha256:
+        raise EmtError(f"the reference {path} is not the one that was used: its content differs", hint)
+
+
+def _recorded_model(record: dict[str, Any]) -> str | None:
+    if record["model"] == "demo":
+        return None
+    folder = record.get("model_folder", "")
+    return folder if Path(folder).is_dir() else record["model"]
