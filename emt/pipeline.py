@@ -249,8 +249,8 @@ class MotionTransferPipeline(DiffusionPipeline):
 
         text = self.encode_prompts(negatives + prompts if guided else prompts)
         text_features = self.unet.encode_text(text)
-        features = _joined(motions).prepare(self.unet) if motions else None
         frames, height, width = self._shape(motions)
+        features = _joined(motions).prepare(self.unet) if motions else None
         sampler = self._sampler(scheduler)
         sampler.set_timesteps(self.config.steps if steps is None else steps, device=self.device)
 
@@ -384,7 +384,7 @@ def load_pipeline(
     if local and not (Path(model) / "model_index.json").is_file():
         raise EmtError(f"{model} is not a model folder: it has no model_index.json", hint)
     try:
-        pipe = MotionTransferPipeline.from_pretrained(str(model), torch_dtype=dtype)
+        pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise EmtError(f"the model {model} cannot be opened: {error}", hint) from error
     pipe.set_progress_bar_config(disable=True)
