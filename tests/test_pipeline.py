@@ -1,0 +1,209 @@
+"""From a reference and a prompt to a clip, with a tiny model of random weights."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from emt.errors import EmtError
+from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, NonFiniteError, load_pipeline
+from emt.weights import random_model
+
+FRAMES, HEIGHT, WIDTH = 4, 24, 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("pipeline") / "model", frames=FRAMES, height=HEIGHT, width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> MotionTransferPipeline:
+    return load_pipeline(folder)
+
+
+def reference(seed: int = 0, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def motion(pipe) -> Motion:
+    return pipe.extract_motion(reference())
+
+
+class TestGeneration:
+    def test_one_prompt_gives_one_clip(self, pipe, motion):
+        (clip,) = pipe("a cat", motion, steps=2)
+        assert clip.shape == (FRAMES, HEIGHT, WIDTH, 3)
+        assert clip.dtype == np.uint8
+        assert clip.std() > 1
+
+    def test_everything_given_matters(self, pipe, motion):
+        (base,) = pipe("a cat", motion, steps=2, seed=1)
+        others = {
+            "prompt": pipe("a dog", motion, steps=2, seed=1),
+            "motion": pipe("a cat", pipe.extract_motion(reference(1)), steps=2, seed=1),
+            "no motion": pipe("a cat", steps=2, seed=1),
+            "steps": pipe("a cat", motion, steps=3, seed=1),
+            "seed": pipe("a cat", motion, steps=2, seed=2),
+            "guidance": pipe("a cat", motion, steps=2, seed=1, guidance=2.0),
+            "negative prompt": pipe("a cat", motion, steps=2, seed=1, negative_prompt="blurry"),
+        }
+        for name, (clip,) in others.items():
+            assert (clip != base).any(), name
+
+    def test_same_settings_same_pixels(self, pipe, motion):
+        first, second = (pipe("a cat", motion, steps=2, seed=3)[0] for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+
+    def test_a_clip_depends_on_its_own_seed_alone(self, pipe, motion):
+        """What else is in the batch changes nothing but the last bit of a sum: at most one level of 255."""
+        other = pipe.extract_motion(reference(1))
+        batch = pipe(
+            ["a cat", "a dog", "a bird"],
+            [motion, other, motion],
+            steps=3,
+            seed=[7, 8, 9],
+            negative_prompt=["", "x", ""],
+        )
+        alone = [
+            pipe("a cat", motion, steps=3, seed=7),
+            pipe("a dog", other, steps=3, seed=8, negative_prompt="x"),
+            pipe("a bird", motion, steps=3, seed=9),
+        ]
+        for together, (apart,) in zip(batch, alone, strict=True):
+            assert np.abs(together.astype(int) - apart.astype(int)).max() <= 1
+
+    @pytest.mark.parametrize("scheduler", SCHEDULERS)
+    def test_every_scheduler(self, pipe, motion, scheduler):
+        seeds = [4, 5]
+        clips = pipe("a cat", motion, steps=3, seed=seeds, scheduler=scheduler)
+        for clip, seed in zip(clips, seeds, strict=True):
+            (alone,) = pipe("a cat", motion, steps=3, seed=seed, scheduler=scheduler)
+            assert np.abs(clip.astype(int) - alone.astype(int)).max() <= 1
+
+    def test_guidance_of_one_runs_no_second_half(self, pipe, motion, monkeypatch):
+        batches = []
+        forward = pipe.unet.forward
+        monkeypatch.setattr(pipe.unet, "forward", lambda x, *a: batches.append(len(x)) or forward(x, *a))
+        pipe("a cat", motion, steps=1, guidance=1.0)
+        pipe("a cat", motion, steps=1, guidance=2.0)
+        assert batches == [1, 2]
+
+    def test_steps_are_reported(self, pipe, motion):
+        calls = []
+        pipe("a cat", motion, steps=3, on_step=lambda done, total: calls.append((done, total)))
+        assert calls == [(1, 3), (2, 3), (3, 3)]
+
+    def test_size_comes_from_the_motion_and_otherwise_from_the_model(self, pipe):
+        wide = pipe.extract_motion(reference(0, frames=3, height=16, width=48))
+        assert pipe("a cat", wide, steps=1)[0].shape == (3, 16, 48, 3)
+        assert pipe("a cat", steps=1)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
+
+    def test_half_precision(self, folder):
+        pipe = load_pipeline(folder, dtype=torch.bfloat16)
+        motion = pipe.extract_motion(reference())
+        assert pipe("a cat", motion, steps=2)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
+
+
+class TestMotion:
+    def test_the_seed_samples_latents_and_noise(self, pipe, motion):
+        same, other = pipe.extract_motion(reference()), pipe.extract_motion(reference(), seed=1)
+        for path, (feature, _) in motion.features.layers.items():
+            torch.testing.assert_close(same.features.layers[path][0], feature, rtol=0, atol=0)
+            assert (other.features.layers[path][0] != feature).any()
+
+    def test_files_keep_it(self, pipe, motion, tmp_path):
+        motion.save(tmp_path / "m.safetensors")
+        again = Motion.load(tmp_path / "m.safetensors")
+        assert (again.frames, again.height, again.width, again.seed) == (FRAMES, HEIGHT, WIDTH, 0)
+        np.testing.assert_array_equal(pipe("a cat", again, steps=2)[0], pipe("a cat", motion, steps=2)[0])
+
+    @pytest.mark.parametrize("content", [b"", b"not a motion", b"\x10" + bytes(40)])
+    def test_a_damaged_file_is_named(self, tmp_path, content):
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(EmtError, match=r"m\.safetensors is not a motion file"):
+            Motion.load(path)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("shape", [(4, 24, 41, 3), (4, 20, 40, 3), (4, 24, 40, 4), (24, 40, 3)])
+    def test_reference_frames_of_a_wrong_shape(self, pipe, shape):
+        with pytest.raises(ValueError, match="reference frames have shape"):
+            pipe.extract_motion(np.zeros(shape, np.uint8))
+
+    def test_lists_of_different_lengths(self, pipe, motion):
+        with pytest.raises(ValueError, match="seed has 2 entries, expected 1 or 3"):
+            pipe(["a", "b", "c"], motion, seed=[1, 2])
+
+    def test_motions_of_different_shapes(self, pipe, motion):
+        other = pipe.extract_motion(reference(0, frames=3))
+        with pytest.raises(ValueError, match="motions of one batch have one shape"):
+            pipe(["a", "b"], [motion, other])
+
+    def test_an_unknown_scheduler(self, pipe, motion):
+        with pytest.raises(EmtError, match="no scheduler 'heun'"):
+            pipe("a", motion, scheduler="heun")
+
+    def test_a_result_that_is_not_finite_names_its_clips(self, folder):
+        pipe = load_pipeline(folder)
+        motion = pipe.extract_motion(reference())
+        broken = pipe.extract_motion(reference(1))
+        for features in broken.features.layers.values():
+            features[0][:] = float("nan")
+        with pytest.raises(NonFiniteError, match="seed 6") as error:
+            pipe("a cat", [motion, broken], seed=[5, 6], steps=1)
+        assert error.value.clips == [1]
+        assert pickle.loads(pickle.dumps(error.value)).clips == [1]
+
+    def test_a_long_prompt_is_cut_aloud(self, pipe, caplog):
+        with caplog.at_level(logging.WARNING):
+            pipe.encode_prompts(["very " * 200])
+        assert "the model reads the first 77" in caplog.text
+
+    def test_unknown_words_of_a_whole_word_vocabulary(self, pipe, monkeypatch):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        words = {"[UNK]": 0, "[PAD]": 1, "[BOS]": 2, "[EOS]": 3, "a": 4, "red": 5, "cat": 6}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="[UNK]",
+            pad_token="[PAD]",
+            bos_token="[BOS]",
+            eos_token="[EOS]",
+            model_max_length=8,
+        )
+        monkeypatch.setattr(pipe, "tokenizer", fast)
+        with pytest.raises(EmtError, match=r"does not know: zebra[\s\S]*It knows: a cat red"):
+            pipe.encode_prompts(["a red zebra"])
+        assert pipe.encode_prompts(["a red cat,"[:-1]]).shape[0] == 1
+
+    @pytest.mark.parametrize("damage", ["no index", "no weights", "cut weights", "not json"])
+    def test_a_damaged_model_folder(self, folder, tmp_path, damage):
+        import shutil
+
+        model = tmp_path / "model"
+        shutil.copytree(folder, model)
+        weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+        if damage == "no index":
+            (model / "model_index.json").unlink()
+        elif damage == "no weights":
+            weights.unlink()
+        elif damage == "cut weights":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        else:
+            (model / "unet" / "config.json").write_text("{")
+        with pytest.raises(EmtError, match="model"):
+            load_pipeline(model)
+
+    def test_no_such_model(self):
+        with pytest.raises(EmtError, match="cannot be opened"):
+            load_pipeline("nobody/nothing-here")
