@@ -80,7 +80,7 @@ class Brush:
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
         """A filled rectangle."""
-        if x1 > x0 and y1 > y0:
+        if (x1 - x0) * _OVER >= 1 and (y1 - y0) * _OVER >= 1:
             self.pen.rectangle((x0 * _OVER, y0 * _OVER, x1 * _OVER - 1, y1 * _OVER - 1), fill=_ink(colour))
 
     def line(self, points: list[tuple[float, float]], colour: Colour, width: float) -> None:
