@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from emt.train import world as w
-from emt.train.footage import compress, film
+from emt.train.footage import compress, film, paint_textures
 from emt.train.motions import FRAME
 from emt.train.scenes import CANVAS, paint
 from emt.train.sprites import load_sprites
@@ -175,6 +176,13 @@ def test_every_family_moves_and_the_camera_starts_at_zero():
             assert (travelled + resized + turned).min() > 5, names[family]
 
 
+def test_of_two_subjects_the_first_starts_further_left():
+    motions = w.draw_motions(300, rng(0), two_subjects=1, camera=0.3)
+    start = motions.position[:, 0, :, 0]
+    assert (start[:, 0] <= start[:, 1]).all()
+    assert (start[:, 1] - start[:, 0] > 8).float().mean() > 0.95
+
+
 def test_growing_grows_and_shrinking_shrinks():
     motions = w.draw_motions(800, rng(0), camera=0, two_subjects=0)
     for name, sign in (("grow", 1), ("shrink", -1)):
@@ -325,12 +333,12 @@ def test_a_colour_is_recognised_on_every_subject(world: w.World):
 
 @pytest.mark.parametrize("scene", w.SCENES)
 def test_scenes_show_movement_everywhere_and_are_painted_the_same_each_time(scene: str):
-    canvas = paint(scene, 0)
-    assert canvas.shape == (CANVAS, CANVAS, 3)
-    assert (canvas == paint(scene, 0)).all()
-    assert (canvas != paint(scene, 1)).any()
-    windows = canvas.mean(-1)[: CANVAS // 96 * 96, :].reshape(4, 96, 4, 96)
-    assert windows.std((1, 3)).min() > 3
+    canvases = np.stack([paint(scene, variant) for variant in range(8)])
+    assert canvases.shape == (8, CANVAS, CANVAS, 3)
+    assert (canvases[0] == paint(scene, 0)).all()
+    assert (canvases[0] != canvases[1]).any()
+    windows = canvases.mean(-1).reshape(8, 4, 96, 4, 96)
+    assert windows.std((2, 4)).min() > 3
 
 
 # --- footage ----------------------------------------------------------------------------------------------------------
@@ -346,6 +354,18 @@ def test_footage_keeps_the_motion_but_not_the_appearance(world: w.World):
     assert (real.int() - plain.int()).abs().float().mean((1, 2, 3, 4)).min() > 10
     assert real.equal(other)
     assert world.render(motions, looks, realism=0.0).equal(plain)
+
+
+def test_photographs_of_installed_packages_become_textures(tmp_path, monkeypatch):
+    (tmp_path / "skimage" / "data").mkdir(parents=True)
+    (tmp_path / "skimage" / "__init__.py").touch()
+    colour = (200, 20, 10)
+    Image.new("RGB", (300, 200), colour).save(tmp_path / "skimage" / "data" / "coffee.png")
+    monkeypatch.syspath_prepend(tmp_path)
+    textures = paint_textures(2, 0)
+    assert textures.shape[1:] == (3, CANVAS, CANVAS)
+    shown = torch.tensor(colour).view(3, 1, 1) / 255
+    assert any(torch.allclose(texture, shown.expand_as(texture), atol=0.01) for texture in textures[2:])
 
 
 def test_compression_grows_with_its_strength():

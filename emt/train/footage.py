@@ -1,7 +1,7 @@
 """What makes a rendered clip look like real footage: natural textures, cut-outs of any outline, and a camera's flaws.
 
 Textures are dead-leaves pictures and 1/f noise, which share the statistics of photographs, and photographs themselves
-where a package that ships some (scikit-image, scikit-learn, Matplotlib) happens to be installed.
+where a package that ships some (scikit-image, scikit-learn) happens to be installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from emt.train.sprites import SIDE, blur, fit_cell
 _PHOTOGRAPHS = {
     "skimage": ("data", ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "brick", "grass", "gravel")),
     "sklearn": ("datasets/images", ("china", "flower")),
-    "matplotlib": ("mpl-data/sample_data", ("grace_hopper",)),
 }
 
 # Quantisation of luminance in the JPEG standard (ITU-T T.81, table K.1).

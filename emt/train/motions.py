@@ -49,6 +49,7 @@ _STATIONARY = ("still", "grow", "shrink", "spin")
 _UPRIGHT = ("still", "bounce", "sway", "jump", "walk", "rectangle", "pendulum")
 _CANDIDATES = 24
 _TOLERANCE = 6.0  # pixels
+_APART = 14.0  # pixels between two subjects across, at the start
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Motions:
     """A batch of motions, without any appearance; every tensor has the clips as its first dimension.
 
     Attributes:
-        position: (n, frames, 2 subjects, 2) centre of each subject on the screen, x and y in pixels of a 128 frame.
+        position: (n, frames, 2 subjects, 2) centre of each subject on the screen, x and y in pixels of a 128 frame. Of
+            two subjects the first is the one that starts further left; captions name it first.
             Of two subjects the first is the one that starts further left.
         scale: (n, frames, 2) side of each subject's sprite on the screen in pixels; 0 for an absent second subject.
         rotation: (n, frames, 2) radians, clockwise on the screen, 0 is upright.
@@ -274,7 +276,7 @@ def _draw(names: tuple[str, ...], family: Tensor, make: Callable[[str], Tensor],
 
 
 def _cost(path: Tensor, two: Tensor) -> Tensor:
-    """By how many pixels placements leave the frame, overlap or become too large or small: (n, candidates).
+    """By how many pixels placements leave the frame, overlap, start level or grow too large or small: (n, candidates).
 
     `path` stacks x, y, scale and rotation, each (n, candidates, 2, frames); `two` (n,) tells whether the second counts.
     """
@@ -283,7 +285,8 @@ def _cost(path: Tensor, two: Tensor) -> Tensor:
     outside = torch.stack([reach - x, x + reach - FRAME, reach - y, y + reach - FRAME, scale - 84, 18 - scale])
     alone = outside.amax((0, -1)).clamp(min=0)
     gap = torch.hypot(x[:, :, 0] - x[:, :, 1], y[:, :, 0] - y[:, :, 1]) - reach.sum(2)
-    both = alone.amax(-1) + (-gap.amin(-1)).clamp(min=0)
+    start = (x[:, :, 0, 0] - x[:, :, 1, 0]).abs()
+    both = alone.amax(-1) + (-gap.amin(-1)).clamp(min=0) + (_APART - start).clamp(min=0)
     return torch.where(two[:, None], both, alone[..., 0])
 
 

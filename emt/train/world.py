@@ -215,7 +215,10 @@ class World:
         )
 
     def captions(self, appearances: Appearances, motions: Motions) -> list[str]:
-        """One caption a clip, naming subjects, colours and scene but never the motion."""
+        """One caption a clip, naming subjects, colours and scene but never the motion.
+
+        Of two subjects the one that starts further left is named first.
+        """
         out = []
         for subjects, colours, scene, count in zip(
             appearances.subject.tolist(),
@@ -254,7 +257,8 @@ class World:
         out = torch.empty(len(motions), self.frames, 3, self.size, self.size, dtype=torch.uint8, device=self.device)
         for start in range(0, len(motions), _CHUNK):
             part = slice(start, start + _CHUNK)
-            video = self._draw(motions[part], appearances[part], realism, generator)
+            with torch.autocast(self.device.type, enabled=False):  # half precision is not exact enough to draw
+                video = self._draw(motions[part], appearances[part], realism, generator)
             out[part] = (video.transpose(1, 2) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
         return out
 
