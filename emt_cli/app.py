@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from emt import EmtError, __version__
-from emt_cli import doctor, import_weights, plan, rerun, transfer
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+COMMANDS = {
+    "transfer": "Make clips that move like the references and show what the prompts say.",
+    "plan": "Show what `emt transfer` with the same arguments would do, without loading anything.",
+    "rerun": "Make a result again from the settings it carries.",
+    "doctor": "Look at GPU, driver, PyTorch, Triton, TensorRT, ffmpeg, model, disk and cache.",
+    "import-weights": "Make one model folder from Stable Diffusion 1.5, a motion module and the adapter.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Commands that are imported when they are run: `emt --help` answers before a large option table is built."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names, in the order of a user's day."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import and build one command; its module and function are named after it."""
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        function = getattr(importlib.import_module(f"emt_cli.{name}"), name)
+        single = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+        single.command(cmd_name, context_settings=_HELP)(function)
+        return typer.main.get_command(single)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The list of commands, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
 app = typer.Typer(
+    cls=LazyGroup,
     name="emt",
     help="Video motion transfer in batches: new clips that move like the references and show what the prompts say.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    # Plain text: rich's Markdown alone takes as long to import as everything else here.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP,
 )
-app.command("transfer")(transfer.transfer)
-app.command("plan")(plan.plan)
-app.command("rerun")(rerun.rerun)
-app.command("doctor")(doctor.doctor)
-app.command("import-weights")(import_weights.import_weights)
 
 
 def _print_version(value: bool) -> None:
