@@ -605,7 +605,8 @@ def write_clip(
     """Writes frames as a clip, whole or not at all.
 
     The clip is written beside its place under a hidden temporary name, synced to disk and renamed, so that a crash
-    leaves what stood there before; `remove_partials` clears away what a killed process left.
+    leaves what stood there before; `remove_partials` clears away what a killed process left. (Replacing a folder of
+    PNG frames takes two renames: between them there is none.)
 
     Args:
         path: `.mp4` (H.264, even sizes only), `.webm` (VP9), `.gif` (at most 50 frames a second; endless), or, for PNG
@@ -692,6 +693,7 @@ def _encode(partial: Path, target: Path, frames: np.ndarray, fps: float, comment
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -framerate {rate} -i pipe:0".split()
     tag = [] if suffix == ".gif" else ["-metadata", f"comment={comment}"]
     arguments = [*source, *_ENCODERS[suffix].split(), *tag, "-y", f"file:{partial}"]
+    partial.touch(exist_ok=False)  # what the system has against it, said better than by ffmpeg
     with _Ffmpeg(target, arguments, seconds=120 + count * (1 + width * height * 2e-5), feed=True) as ffmpeg:
         assert ffmpeg.stdin is not None
         with suppress(BrokenPipeError):  # its exit status and log say why

@@ -141,7 +141,7 @@ def test_which_frames(clip: Path, options: dict[str, float], expected: list[int]
 
 
 @given(
-    count=st.integers(1, 60),
+    count=st.integers(1, 58),  # levels of grey that 8 bits hold
     frames=st.integers(1, 60),
     stride=st.none() | st.integers(1, 7),
     first=st.integers(0, 30),
@@ -385,10 +385,10 @@ def test_sound_and_cover_art_are_ignored(tmp_path: Path, clip: Path) -> None:
 
 def test_memory_holds_only_what_was_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "8k.mp4"
-    ffmpeg("-f", "lavfi", "-i", "color=gray:s=7680x4320:r=25", "-frames:v", "6", *EXACT[:-2], "-threads", "1", path)
+    ffmpeg("-f", "lavfi", "-i", "color=gray:s=7680x4320:r=25", "-frames:v", "3", *EXACT[:-2], "-threads", "1", path)
     probe(path)
     tracemalloc.start()
-    clip = read_clip(path, frames=4, size=(64, 40))
+    clip = read_clip(path, frames=2, size=(64, 40))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert clip.info.width == 7680
@@ -396,13 +396,13 @@ def test_memory_holds_only_what_was_asked_for(tmp_path: Path) -> None:
     assert peak < 1 << 20  # one frame of the source is 100 MB
 
     path = tmp_path / "long.mp4"
-    ffmpeg("-f", "lavfi", "-i", "color=gray:s=640x360:r=30", "-frames:v", "1500", *EXACT[:-2], "-g", "30", path)
+    ffmpeg("-f", "lavfi", "-i", "color=gray:s=320x180:r=30", "-frames:v", "1000", *EXACT[:-2], "-g", "30", path)
     tracemalloc.start()
     clip = read_clip(path, frames=16)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert clip.info.frames == 1500
-    assert peak < clip.frames.nbytes + (2 << 20)
+    assert clip.info.frames == 1000
+    assert peak < clip.frames.nbytes + (1 << 20)
 
 
 # ------------------------------------------------------------------------------------------- folders of images
@@ -467,11 +467,9 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path, name
     monkeypatch.chdir(tmp_path)
     shutil.copy(clip, tmp_path / name)
     assert numbers(read_clip(name, frames=2).frames) == [0, 39]
-    for out in (f"{name[:-4]}.mp4", f"{name[:-4]}.gif", f"{name[:-4]}"):
-        if Path(out).suffix in (".mp4", ".gif", ""):
-            write_clip(out, numbered(2), 8, metadata=WRITTEN)
-            assert probe(out).frames == 2
-            assert read_metadata(out) == WRITTEN
+    write_clip(name, numbered(2), 8, metadata=WRITTEN)
+    assert probe(name).frames == 2
+    assert read_metadata(name) == WRITTEN
     assert not list(tmp_path.glob(".emt-partial-*"))
     (tmp_path / name).write_bytes(b"junk")
     with pytest.raises(EmtError) as error:
@@ -582,7 +580,10 @@ for act in (lambda: probe({str(path)!r}), lambda: write_clip(new, frames, 8)):
             parent.chmod(0o755)
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=child_environment())
     tmp_path.chmod(0o755)
-    assert out.stdout.count("ermission") == 2, out.stderr
+    assert [line.split("/")[0] for line in out.stdout.splitlines()] == [
+        "No permission to read ",
+        "No permission to write ",
+    ], out.stderr
 
 
 def child_environment() -> dict[str, str]:
@@ -637,7 +638,7 @@ def test_ffmpeg_is_stopped_when_it_hangs_and_always_reaped() -> None:
     fps=st.sampled_from([1.0, 7.627118644, 8, 12.5, 24000 / 1001, 25, 50]),
     metadata=st.dictionaries(st.text(max_size=20), st.text(max_size=200), max_size=3),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_written_clips_read_back(
     suffix: str, width: int, height: int, odd: bool, count: int, fps: float, metadata: dict[str, str]
 ) -> None:
@@ -647,8 +648,6 @@ def test_written_clips_read_back(
     with tempfile.TemporaryDirectory() as folder:
         path = write_clip(Path(folder) / f"new/clip{suffix}", frames, fps, metadata=metadata)
         assert read_metadata(path) == metadata
-        if suffix == ".gif" and count > 1 and fps < 2:
-            return
         clip = read_clip(path, frames=count)
         assert numbers(clip.frames) == list(range(count))
         assert clip.frames.shape == frames.shape
