@@ -1,0 +1,125 @@
+"""The diffusion objective: noise schedule, targets, timestep sampling, and the adapter's loss on pairs.
+
+Pure functions of tensors: whoever calls draws the noise, so that a resumed or graph-captured step repeats exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emt.unet import MotionTransferUNet
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def shift_timesteps(u: Tensor, shift: float) -> Tensor:
+    """Move uniform times in [0, 1] towards noise: ``s·u / (1 + (s − 1)·u)`` (Esser et al. 2024, section 5.3.2).
+
+    Neighbouring frames share their content, so that a video needs more noise than an image to lose it.
+    1 changes nothing.
+    """
+    return shift * u / (1 + (shift - 1) * u)
+
+
+class Objective:
+    """Noising and regression target of a discrete diffusion schedule.
+
+    Args:
+        alphas_cumprod: (timesteps,) share of the signal's variance that is left at each timestep.
+        prediction_type: "epsilon" (the noise) or "v_prediction" (Salimans and Ho 2022).
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
+        self.prediction_type = prediction_type
+        self.signal = alphas_cumprod.double().sqrt().float()
+        self.noise = (1 - alphas_cumprod.double()).sqrt().float()
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, device: torch.device | str = "cpu") -> Objective:
+        """The objective that a diffusers scheduler samples from, on `device`."""
+        return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
+
+    def sample_timesteps(self, n: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        """(n,) int64 timesteps, one drawn from each of n equal parts of [0, 1], which evens out a batch's loss.
+
+        Args:
+            n: how many.
+            generator: on the schedule's device.
+            shift: see `shift_timesteps`.
+        """
+        device, count = self.signal.device, self.signal.shape[0]
+        u = torch.rand(n, generator=generator, device=device)
+        u = (torch.randperm(n, generator=generator, device=device) + u) / n
+        return (shift_timesteps(u, shift) * count).long().clamp(max=count - 1)
+
+    def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        if isinstance(timestep, int):  # a slice: indexing by a number would copy it to the device
+            signal, noise = self.signal[timestep : timestep + 1], self.noise[timestep : timestep + 1]
+        else:
+            signal, noise = self.signal[timestep], self.noise[timestep]
+        return signal.view(shape), noise.view(shape)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """Noisy latents, in the type of `latents`; `timestep` is one for all or (batch,)."""
+        signal, sigma = self._at(timestep, latents)
+        return (signal * latents.float() + sigma * noise.float()).to(latents.dtype)
+
+    def target(self, latents: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """What the network is to predict, in float32: the noise, or ``v = √ᾱ·noise − √(1−ᾱ)·latents``."""
+        if self.prediction_type == "epsilon":
+            return noise.float()
+        signal, sigma = self._at(timestep, latents)
+        return signal * noise.float() - sigma * latents.float()
+
+    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """Mean squared error to `target`, a float32 scalar."""
+        return F.mse_loss(prediction.float(), self.target(latents, noise, timestep))
+
+
+def adapter_loss(
+    unet: MotionTransferUNet,
+    objective: Objective,
+    reference: Tensor,
+    target: Tensor,
+    text: Tensor,
+    empty_text: Tensor,
+    timestep: Tensor,
+    noise: Tensor,
+    reference_noise: Tensor,
+    reference_timestep: int = 400,
+) -> Tensor:
+    """Loss of denoising `target` with the motion of `reference` (EfficientMT, section 3.4).
+
+    The reference pass runs the frozen backbone, without gradients.
+
+    Args:
+        unet: the adapted network; gradients reach what requires them.
+        objective: of the base.
+        reference: latents, (batch, channels, frames, height, width); the same motion as `target`, another appearance.
+        target: latents of the same shape.
+        text: the targets' captions, (batch, tokens, width); of the empty prompt where a caption is dropped.
+        empty_text: encoding of the empty prompt, (1, tokens, width).
+        timestep: (batch,) of the targets.
+        noise: of the targets.
+        reference_noise: of the references, fresh each step.
+        reference_timestep: noise level at which references are read.
+
+    Returns:
+        A float32 scalar.
+    """
+    with torch.no_grad():
+        noisy = objective.add_noise(reference, reference_noise, reference_timestep)
+        level = torch.full_like(timestep, reference_timestep)
+        motion = unet.encode_reference(noisy, level, empty_text.expand(reference.shape[0], -1, -1))
+    prediction = unet(objective.add_noise(target, noise, timestep), timestep, text, motion)
+    return objective.loss(prediction, target, noise, timestep)

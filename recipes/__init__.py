@@ -1,0 +1,1 @@
+"""What trained the shipped model from nothing, stage by stage."""

@@ -1,0 +1,649 @@
+"""What the stages share: sizes of the small model, rendered latents, a trainer that replays a CUDA graph, logs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+import emt.temporal
+from emt.train.objective import Objective
+from emt.train.world import World
+from emt.unet import MotionTransferUNet
+from recipes.text import make_text_encoder
+
+# ------------------------------------------------------------------------------------------------------------ sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the networks and of the rendered clips."""
+
+    side: int = 128
+    frames: int = 16
+    variants: int = 8  # paintings of each scene of the world
+    vae: tuple[int, ...] = (32, 64, 96, 96)
+    unet: tuple[int, ...] = (96, 128)
+    groups: int = 16
+    heads: int = 4
+    text_width: int = 128
+    text_layers: int = 3
+
+
+SMALL = Sizes()
+"""The shipped model."""
+TINY = Sizes(side=32, frames=4, variants=1, vae=(16, 16, 16, 16), unet=(16, 32), groups=8, text_width=32, text_layers=1)
+"""A toy with the same parts, to try the recipes on a CPU."""
+
+
+def make_vae(sizes: Sizes) -> AutoencoderKL:
+    """A KL autoencoder, 8 pixels a latent, 4 channels, without attention."""
+    levels = len(sizes.vae)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=sizes.vae,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=min(sizes.groups, 16),
+        sample_size=sizes.side,
+        mid_block_add_attention=False,
+    )
+
+
+def make_unet(sizes: Sizes, fusion_blocks: Sequence[int] | None) -> MotionTransferUNet:
+    """The network; `fusion_blocks` () for the backbone alone, None for the adapter in all up blocks."""
+    unet = MotionTransferUNet(
+        block_out_channels=sizes.unet,
+        layers_per_block=1,
+        cross_attention_dim=sizes.text_width,
+        attention_heads=sizes.heads,
+        motion_attention_heads=sizes.heads,
+        norm_num_groups=sizes.groups,
+        motion_mid_block=True,
+        motion_max_frames=sizes.frames,
+        attention_levels=list(range(len(sizes.unet))),
+        fusion_blocks=fusion_blocks if fusion_blocks is None else list(fusion_blocks),
+    )
+    with torch.no_grad():
+        # A motion module whose output is zero is no module: video training starts from the frames that were learnt.
+        for name, parameter in unet.named_parameters():
+            if "temporal_transformer.proj_out" in name or name.startswith("conv_out"):
+                parameter.zero_()
+    return unet
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Scaled-linear betas with zero terminal signal (Lin et al. 2024), v-prediction, trailing timesteps."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def make_world(device: torch.device, sizes: Sizes) -> World:
+    """The rendered world; painting its scenes takes a while, so that the stages of one process share it."""
+    return World(device, size=sizes.side, frames=sizes.frames, variants=sizes.variants)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def stage_parser(description: str | None, minutes: float, batch: int) -> argparse.ArgumentParser:
+    """The options that every stage has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
+    parser.add_argument("--minutes", type=float, default=minutes, help="time for this stage")
+    parser.add_argument("--steps", type=int, help="stop after so many steps instead")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the recipe on a CPU")
+    return parser
+
+
+@dataclass
+class Stage:
+    """One run of a stage: where and how it computes, its log, and whether it was told to stop."""
+
+    name: str
+    options: argparse.Namespace
+
+    def __post_init__(self) -> None:
+        o = self.options
+        self.out: Path = o.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(o.device)
+        self.sizes = TINY if o.tiny else SMALL
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.graph = self.device.type == "cuda" and not o.eager
+        torch.manual_seed(o.seed)
+        self.generator = torch.Generator(self.device).manual_seed(o.seed)
+        self.started = time.monotonic()
+        self._printed = 0.0
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    @functools.cached_property
+    def world(self) -> World:
+        """The rendered world on this stage's device."""
+        return make_world(self.device, self.sizes)
+
+    def share(self, step: int) -> float:
+        """How much of the stage is done, by steps if they are given and by the clock otherwise; 1 once told to stop."""
+        if stop_requested():
+            return 1.0
+        if self.options.steps is not None:
+            return step / self.options.steps
+        return (time.monotonic() - self.started) / (60 * self.options.minutes)
+
+    def elapsed(self) -> float:
+        """Seconds since the start, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic() - self.started
+
+    def log(self, step: int, force: bool = False, **numbers: float) -> None:
+        """Append a line of JSON to OUT/log.jsonl, and print one every 15 seconds."""
+        seconds = time.monotonic() - self.started
+        done = min(max(self.share(step), 1e-6), 1.0)
+        record = {"stage": self.name, "step": step, "time": seconds, "left": seconds * (1 / done - 1), **numbers}
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        if force or time.monotonic() - self._printed > 15:
+            self._printed = time.monotonic()
+            shown = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+            print(f"[{self.name}] step {step}, {seconds:.0f} s, {record['left']:.0f} s left: {shown}", flush=True)
+
+
+_stop = False
+
+
+def stop_requested() -> bool:
+    """Whether SIGTERM or Ctrl-C came: stages then end as if their time was over, and save."""
+    return _stop
+
+
+def save_on_signals() -> None:
+    """Make SIGTERM and Ctrl-C end the running stage in order; a second one ends at once."""
+
+    def handle(number: int, _: Any) -> None:
+        global _stop
+        _stop = True
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping: the running stage saves what it has", flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def save_weights(path: Path, metadata: dict[str, str] | None = None, **modules: dict[str, Tensor]) -> None:
+    """Write state dicts under their prefixes into one safetensors file, atomically."""
+    state = {
+        f"{prefix}.{k}": v.detach().cpu().contiguous() for prefix, part in modules.items() for k, v in part.items()
+    }
+    partial = path.with_suffix(".partial")
+    save_file(state, partial, metadata)
+    os.replace(partial, path)
+
+
+def load_weights(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The state dict that `save_weights` wrote under `prefix`."""
+    return {k[len(prefix) + 1 :]: v for k, v in load_file(path).items() if k.startswith(prefix + ".")}
+
+
+def load_vae(out: Path) -> AutoencoderKL:
+    """The autoencoder that `train_vae` wrote."""
+    return AutoencoderKL.from_pretrained(out / "vae", low_cpu_mem_usage=False).requires_grad_(False).eval()
+
+
+def make_base(sizes: Sizes, out: Path | None = None, weights: str = "") -> tuple[MotionTransferUNet, CLIPTextModel]:
+    """Backbone and text encoder, new or from `OUT/<weights>.safetensors`."""
+    unet, text = make_unet(sizes, ()), make_text_encoder(sizes.text_width, sizes.text_layers)
+    if out is not None:
+        path = out / f"{weights}.safetensors"
+        unet.load_state_dict(load_weights(path, "unet"))
+        text.load_state_dict(load_weights(path, "text"))
+    return unet, text
+
+
+# ---------------------------------------------------------------------------------------------------------- latents
+
+
+@dataclass
+class Clips:
+    """Latents of rendered clips on the device: the same motions in several appearances.
+
+    Any two appearances of a motion are an exact pair. The last one is realistic: it has no caption.
+    """
+
+    latents: Tensor  # (motions, appearances, channels, frames, height, width) float16, scaled
+    tokens: Tensor  # (motions, appearances, tokens) int32
+
+    @classmethod
+    def load(cls, out: Path, device: torch.device) -> Clips:
+        """What `render_latents` wrote."""
+        path = out / "latents.safetensors"
+        with safe_open(str(path), "pt", device=str(device)) as file:
+            return cls(file.get_tensor("clips.latents"), file.get_tensor("clips.tokens"))
+
+    def draw(
+        self, n: int, generator: torch.Generator, *, drop: float, realistic: float, frames: int | None = None
+    ) -> dict[str, Tensor]:
+        """A batch of clips with tokens, the caption dropped with probability `drop` and where there is none.
+
+        Args:
+            n: clips.
+            generator: on the device.
+            drop: probability of the empty caption.
+            realistic: probability of a realistic clip.
+            frames: so many frames of each clip, any of them; None for all in order.
+        """
+        motion = self._index(len(self.latents), n, generator)
+        rendered = self.latents.shape[1] - 1
+        chance = torch.rand(n, generator=generator, device=generator.device)
+        view = torch.where(chance < realistic, rendered, self._index(rendered, n, generator))
+        if frames is None:
+            latents = self.latents[motion, view]
+        else:
+            which = self._index(self.latents.shape[3], n * frames, generator).view(n, frames)
+            latents = self.latents[motion[:, None], view[:, None], :, which].transpose(1, 2)
+        return {"latents": latents, "tokens": self._captions(motion, view, generator, drop)}
+
+    def draw_pairs(
+        self, n: int, generator: torch.Generator, *, drop: float, realistic: float, mismatched: float = 0.0
+    ) -> dict[str, Tensor]:
+        """A batch of pairs: the same motion in two appearances, the target's with its tokens.
+
+        Args:
+            n: pairs.
+            generator: on the device.
+            drop: probability of the empty caption.
+            realistic: probability that the reference is the realistic clip of the motion.
+            mismatched: share of pairs whose reference moves otherwise, as among pairs that nothing has filtered.
+        """
+        rendered = self.latents.shape[1] - 1
+        motion, target = self._index(len(self.latents), n, generator), self._index(rendered, n, generator)
+        other = (target + 1 + self._index(rendered - 1, n, generator)) % rendered
+        chance = torch.rand(2, n, generator=generator, device=generator.device)
+        reference = torch.where(chance[0] < realistic, rendered, other)
+        source = torch.where(chance[1] < mismatched, self._index(len(self.latents), n, generator), motion)
+        return {
+            "reference": self.latents[source, reference],
+            "latents": self.latents[motion, target],
+            "tokens": self._captions(motion, target, generator, drop),
+        }
+
+    def _index(self, below: int, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(below, (n,), generator=generator, device=generator.device)
+
+    def _captions(self, motion: Tensor, view: Tensor, generator: torch.Generator, drop: float) -> Tensor:
+        dropped = torch.rand(len(motion), generator=generator, device=generator.device) < drop
+        # The realistic clips' tokens are those of the empty prompt.
+        empty = self.tokens[:1, -1]
+        return torch.where(dropped[:, None], empty, self.tokens[motion, view]).long()
+
+
+def with_noise(
+    batch: dict[str, Tensor], objective: Objective, generator: torch.Generator, dtype: torch.dtype, shift: float
+) -> dict[str, Tensor]:
+    """Add timesteps and noise to a batch, latents in the type of the network."""
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    latents = batch["latents"]
+    for name in ("noise", "reference_noise") if "reference" in batch else ("noise",):
+        batch[name] = torch.randn(latents.shape, generator=generator, device=latents.device)
+    return batch | {"timestep": objective.sample_timesteps(len(latents), generator, shift)}
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Tensor:
+    """(prompts, tokens) int32, padded to the tokenizer's length."""
+    length = tokenizer.model_max_length
+    found = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return found.input_ids.int()
+
+
+# ---------------------------------------------------------------------------------------------------------- trainer
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training has diverged."""
+
+
+class Trainer:
+    """AdamW with float32 masters and an average of the weights, one step of which is one CUDA graph.
+
+    The trained parameters become views of one flat buffer in the type of the network, gradients are gathered into
+    one flat float32 buffer: clipping, the optimizer, the average and the cast back are a dozen kernels in all.
+    Everything random is drawn outside and copied into the graph's inputs.
+
+    Args:
+        loss: takes a batch's tensors by name, returns a scalar. It may not wait for the device.
+        groups: lists of parameters, each with its learning rate.
+        average: decay of the average of the weights, lower at the beginning.
+        graph: capture a CUDA graph after checking that it repeats two eager steps.
+        betas: of AdamW.
+        clip: largest norm of the gradient.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        groups: Sequence[tuple[Sequence[nn.Parameter], float]],
+        *,
+        average: float = 0.999,
+        graph: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        clip: float = 1.0,
+    ) -> None:
+        self.loss, self.average, self.clip, self.use_graph = loss, average, clip, graph
+        self.parameters = [p for parameters, _ in groups for p in parameters]
+        device = self.parameters[0].device
+        # Every parameter starts at 128 bytes or more, which the fast kernels for matrices want.
+        offsets, sizes, total = [], [], 0
+        for parameters, _ in groups:
+            first = total
+            for p in parameters:
+                offsets.append(total)
+                total += math.ceil(p.numel() / 128) * 128
+            sizes.append(slice(first, total))
+        self.flat = torch.zeros(total, device=device, dtype=self.parameters[0].dtype)
+        self.master = torch.zeros(total, device=device)
+        self.gradient = torch.zeros(total, device=device)
+        self.averaged = torch.zeros(total, device=device)
+        places = list(zip(self.parameters, offsets, strict=True))
+        self._master_views, self._gradient_views, self._averaged_views, self._flat_views = (
+            [flat.as_strided(p.shape, p.stride(), at) for p, at in places]
+            for flat in (self.master, self.gradient, self.averaged, self.flat)
+        )
+        for p, master, flat in zip(self.parameters, self._master_views, self._flat_views, strict=True):
+            master.copy_(p.detach())
+            flat.copy_(p.detach())
+            p.data = flat
+        self.averaged.copy_(self.master)
+
+        masters = [self.master[part] for part in sizes]
+        for master, part in zip(masters, sizes, strict=True):
+            master.grad = self.gradient[part]
+        self.base_rates = [rate for _, rate in groups]
+        self.rates = [torch.zeros((), device=device) for _ in groups]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [m], "lr": rate} for m, rate in zip(masters, self.rates, strict=True)],
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self.step_count = 0
+        self._blend = torch.zeros((), device=device)
+        self._sums = torch.zeros(3, device=device)  # loss, norm of the gradient, steps that were not finite
+        self._steps_summed = 0
+        self._inputs: dict[str, Tensor] = {}
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, batch: dict[str, Tensor], rate: float) -> None:
+        """Train on a batch, at `rate` times the learning rates."""
+        for tensor, base in zip(self.rates, self.base_rates, strict=True):
+            tensor.fill_(base * rate)
+        self._blend.fill_(1 - min(self.average, (1 + self.step_count) / (10 + self.step_count)))
+        if not self._inputs:
+            self._inputs = {name: value.clone() for name, value in batch.items()}
+            if self.use_graph:
+                self._capture()
+        for name, value in self._inputs.items():
+            value.copy_(batch[name])
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._update()
+        self.step_count += 1
+        self._steps_summed += 1
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and gradient norm since the last call. Waits for the device.
+
+        Raises:
+            NonFiniteLoss: if most of those steps were not finite; single ones are skipped.
+        """
+        loss, norm, bad = self._sums.tolist()
+        steps = max(self._steps_summed, 1)
+        self._sums.zero_()
+        self._steps_summed = 0
+        if bad > steps / 2 or not math.isfinite(loss):
+            raise NonFiniteLoss(f"{bad:.0f} of {steps} steps were not finite at step {self.step_count}")
+        return {"loss": loss / steps, "norm": norm / steps, "skipped": bad}
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Put the averaged weights into the parameters, in float32."""
+        for p, view in zip(self.parameters, self._averaged_views, strict=True):
+            p.data = view.clone()
+
+    def close(self) -> None:
+        """Give back the graph's memory."""
+        self._graph = None
+        gc.collect()
+        if self.master.is_cuda:
+            torch.cuda.empty_cache()
+
+    def _update(self) -> None:
+        loss = self.loss(**self._inputs)
+        gradients = torch.autograd.grad(loss, self.parameters)
+        with torch.no_grad():
+            torch._foreach_copy_(self._gradient_views, gradients)
+            norm = torch.linalg.vector_norm(self.gradient)
+            finite = norm.isfinite()
+            self.gradient.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
+            self.gradient.masked_fill_(~finite, 0.0)
+            self.optimizer.step()
+            self.flat.copy_(self.master)
+            self.averaged.lerp_(self.master, self._blend)
+            zero = torch.zeros_like(norm)
+            self._sums += torch.stack(
+                [torch.where(finite, loss.detach().float(), zero), torch.where(finite, norm, zero), (~finite).float()]
+            )
+
+    def _state(self) -> list[Tensor]:
+        moments = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return [self.master, self.flat, self.averaged, self._sums, *moments]
+
+    @torch.no_grad()
+    def _restore(self, saved: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self._state(), saved, strict=True):
+            tensor.copy_(value)
+
+    def _two_losses(self, update: Callable[[], None]) -> list[float]:
+        losses = []
+        for _ in range(2):
+            self._sums.zero_()
+            update()
+            losses.append(self._sums[0].item())
+        self._sums.zero_()
+        return losses
+
+    def _capture(self) -> None:
+        """Capture a step, check it against two eager ones, and leave the weights as they were."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # The first step makes the optimizer's state and lets the libraries choose and allocate.
+            before = [self.master.clone(), self.flat.clone(), self.averaged.clone()]
+            self._update()
+            for tensor, value in zip((self.master, self.flat, self.averaged), before, strict=True):
+                tensor.copy_(value)
+            for tensor in self._state()[3:]:
+                tensor.zero_()
+            saved = [t.clone() for t in self._state()]
+            eager = self._two_losses(self._update)
+            self._restore(saved)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                self._update()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self._restore(saved)
+            print(f"no CUDA graph, training goes on without: {error}", flush=True)
+            return
+        captured = self._two_losses(graph.replay)
+        self._restore(saved)
+        close = all(abs(a - b) <= 0.02 * abs(a) + 1e-4 for a, b in zip(eager, captured, strict=True))
+        print(f"eager losses {eager}, graph losses {captured}: {'the same' if close else 'NO GRAPH'}", flush=True)
+        if close:
+            self._graph = graph
+
+
+def schedule(step: int, share: float, warmup: int, hold: float = 0.4) -> float:
+    """Factor of the learning rate: up over `warmup` steps, constant up to `hold` of the stage, then a cosine to 0."""
+    falling = max(share - hold, 0.0) / (1 - hold)
+    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * min(falling, 1.0)))
+
+
+def train(
+    stage: Stage, trainer: Trainer, batches: Callable[[], dict[str, Tensor]], *, warmup: int = 100, hold: float = 0.4
+) -> None:
+    """Run a stage's steps until its time is over or it is told to stop; the averaged weights are then in place."""
+    step, every = 0, 20 if stage.options.steps is None else 1
+    stage.started = time.monotonic()
+    share = stage.share(step)
+    since, counted = time.monotonic(), 0
+    while share < 1:
+        trainer.step(batches(), schedule(step, share, warmup, hold))
+        step += 1
+        if step % every == 0:
+            numbers = trainer.read()
+            now = time.monotonic()
+            rate = (step - counted) / (now - since)
+            since, counted = now, step
+            memory = torch.cuda.max_memory_reserved() / 2**30 if stage.device.type == "cuda" else 0.0
+            clips = rate * stage.options.batch
+            stage.log(step, steps_per_second=rate, clips_per_second=clips, gib=memory, **numbers)
+        share = stage.share(step)
+    trainer.use_average()
+    trainer.close()
+    stage.log(step, force=True, seconds=stage.elapsed())
+
+
+# ------------------------------------------------------------------------------------------- attention over 16 frames
+
+
+def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)), dim=-1)
+    return torch.matmul(weights, v)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, pixels: int = 4) -> Tensor:
+    # Fused kernels work on tiles of 64 queries: several pixels share one, kept apart by a mask.
+    apart = torch.ones(pixels, q.shape[2], pixels, k.shape[2], dtype=torch.bool, device=q.device)
+    apart = apart & torch.eye(pixels, dtype=torch.bool, device=q.device)[:, None, :, None]
+    mask = torch.zeros(apart.shape, dtype=q.dtype, device=q.device).masked_fill(~apart, -math.inf)
+    mask = mask.flatten(0, 1).flatten(1, 2)
+
+    def pack(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, pixels)).transpose(1, 2).flatten(2, 3)
+
+    q, k, v = pack(q), pack(k), pack(v)
+    mask = mask.expand(*q.shape[:2], *mask.shape)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.unflatten(2, (pixels, -1)).transpose(1, 2).flatten(0, 1)
+
+
+ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"matmul": _matmul, "packed": _packed}
+"""Ways to attend over few frames at many pixels: (pixels, heads, frames, channels) each; all give the same result."""
+
+
+def temporal_attention_by(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """`temporal_attention_reference` of the network, with its softmax attention computed by `attend`."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        reference_key: Tensor | None = None,
+        reference_value: Tensor | None = None,
+        position_key: Tensor | None = None,
+        position_value: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        if reference_key is not None:
+            s = scale.unflatten(0, (-1, reference_key.shape[0])).unsqueeze(-1)  # type: ignore[union-attr]
+            more_keys = s * reference_key + position_key[:, None]  # type: ignore[index]
+            more_values = s * reference_value + position_value[:, None]  # type: ignore[index]
+            key = torch.cat([key, more_keys.flatten(0, 1)], dim=1)
+            value = torch.cat([value, more_values.flatten(0, 1)], dim=1)
+
+        def per_pixel(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+
+        out = attend(per_pixel(query), per_pixel(key), per_pixel(value))
+        return out.unflatten(0, (query.shape[0], query.shape[2])).permute(0, 3, 1, 2, 4).flatten(3)
+
+    return attention
+
+
+@contextlib.contextmanager
+def fastest_attention(stage: Stage) -> Iterator[str]:
+    """Within, temporal attention trains in the way that is fastest on this device at this stage's sizes.
+
+    A fused kernel made for long sequences spends most of a tile on nothing at 16 frames, in the backward pass above
+    all; which of the ways wins depends on the device, so each is timed.
+    """
+    usual = emt.temporal.temporal_attention_reference
+    ways = {"fused": usual} | {name: temporal_attention_by(attend) for name, attend in ATTENTIONS.items()}
+    if stage.device.type != "cuda":
+        yield "fused"
+        return
+    sizes, latent = stage.sizes, stage.sizes.side // 8
+    shape = (stage.options.batch, sizes.frames, latent * latent, sizes.unet[0])
+    times = {}
+    for name, way in ways.items():
+        inputs = [torch.randn(shape, device=stage.device, dtype=stage.dtype, requires_grad=True) for _ in range(3)]
+        try:
+            for repeat in range(4):
+                if repeat == 1:
+                    torch.cuda.synchronize()
+                    start = time.monotonic()
+                torch.autograd.grad(way(*inputs, sizes.heads).float().square().sum(), inputs)
+            torch.cuda.synchronize()
+            times[name] = (time.monotonic() - start) / 3
+        except RuntimeError as error:
+            print(f"temporal attention {name}: {error}", flush=True)
+    best = min(times, key=times.__getitem__)
+    milliseconds = {name: round(1e3 * seconds, 2) for name, seconds in times.items()}
+    print(f"[{stage.name}] temporal attention, ms forward and backward: {milliseconds}, taken: {best}", flush=True)
+    emt.temporal.temporal_attention_reference = ways[best]  # type: ignore[assignment]
+    try:
+        yield best
+    finally:
+        emt.temporal.temporal_attention_reference = usual

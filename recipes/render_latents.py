@@ -1,0 +1,72 @@
+"""Stage 2: latents of rendered clips, each motion in several appearances, with the tokens of their captions.
+
+python -m recipes.render_latents --out build/small
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recipes.common import Stage, load_vae, save_on_signals, save_weights, stage_parser, tokenize
+from recipes.text import make_tokenizer
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Render and encode until there are MOTIONS or the time is over; writes OUT/latents.safetensors."""
+    parser = stage_parser(main.__doc__, minutes=2.2, batch=96)
+    parser.add_argument("--motions", type=int, default=42_000)
+    parser.add_argument("--appearances", type=int, default=4, help="of each motion; the last one is realistic")
+    parser.add_argument("--camera", type=float, default=0.55, help="share of motions with a moving camera")
+    parser.add_argument("--two-subjects", type=float, default=0.22, help="share of motions with two subjects")
+    stage = Stage("latents", parser.parse_args(arguments))
+    o, world, generator = stage.options, stage.world, stage.generator
+    tokenizer = make_tokenizer()
+    vae = load_vae(stage.out)
+    # Half precision keeps 11 bits of a latent, bfloat16 only 8.
+    dtype = torch.float16 if stage.device.type == "cuda" else torch.float32
+    vae = vae.to(stage.device, dtype, memory_format=torch.channels_last)
+
+    def encode(clips: Tensor) -> Tensor:
+        parts = []
+        for frames in clips.flatten(0, 1).split(768):
+            x = (frames.to(dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            parts.append(vae.encode(x).latent_dist.mean)
+        return torch.cat(parts).unflatten(0, clips.shape[:2]).transpose(1, 2).half()
+
+    side = stage.sizes.side // 8
+    shape = (o.motions, o.appearances, 4, stage.sizes.frames, side, side)
+    latents = torch.empty(shape, dtype=torch.float16, device=stage.device)
+    tokens = tokenize(tokenizer, [""])[0].repeat(o.motions, o.appearances, 1)
+    done = 0
+    while done < o.motions and (stage.share(done) < 1 or done == 0):
+        n = min(o.batch, o.motions - done)
+        rows = slice(done, done + n)
+        motions = world.motions(n, generator, two_subjects=o.two_subjects, camera=o.camera)
+        for i in range(o.appearances):
+            appearances = world.appearances(motions, generator, held_out=False)
+            realistic = i == o.appearances - 1
+            clips = world.render(motions, appearances, realism=float(realistic), generator=generator)
+            latents[rows, i] = encode(clips)
+            if not realistic:
+                tokens[rows, i] = tokenize(tokenizer, world.captions(appearances, motions))
+        done += n
+        stage.log(done, clips_per_second=done * o.appearances / stage.elapsed())
+    latents, tokens = latents[:done], tokens[:done]
+    sample = latents[:: max(done // 256, 1)].float()
+    if not sample.isfinite().all():
+        raise FloatingPointError("the autoencoder's latents are not finite in half precision")
+    scaling = 1 / sample.std().item()
+    latents *= scaling
+    vae.register_to_config(scaling_factor=scaling)
+    vae.save_config(stage.out / "vae")
+    save_weights(stage.out / "latents.safetensors", clips={"latents": latents, "tokens": tokens.to(stage.device)})
+    stage.log(done, force=True, motions=done, scaling=scaling)
+
+
+if __name__ == "__main__":
+    save_on_signals()
+    main()

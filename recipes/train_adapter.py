@@ -1,0 +1,123 @@
+"""Stage 5: the adapter, as in EfficientMT: temporal q/k/v and scalers of the up blocks, on exact pairs.
+
+python -m recipes.train_adapter --out build/small
+python -m recipes.train_adapter --out build/small --name no-scaler --no-scaler           # ablations
+python -m recipes.train_adapter --out build/small --name up-block-1 --fusion-blocks 1
+python -m recipes.train_adapter --out build/small --name unfiltered --mismatched 0.3
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from emt.train.objective import Objective, adapter_loss
+from emt.unet import MotionTransferUNet
+from recipes.common import (
+    Clips,
+    Stage,
+    Trainer,
+    fastest_attention,
+    make_base,
+    make_scheduler,
+    make_unet,
+    save_on_signals,
+    save_weights,
+    stage_parser,
+    tokenize,
+    train,
+    with_noise,
+)
+from recipes.text import make_tokenizer
+
+
+@torch.no_grad()
+def set_scalers(unet: MotionTransferUNet, *, open_always: bool) -> None:
+    """Start the scalers half open, or take them out: open for ever.
+
+    The network subtracts 5 before the sigmoid, so that a scaler starts closed and passes a hundredth of the gradient;
+    a bias of 5 on its last convolution takes that back.
+    """
+    for module in unet.fusion_modules().values():
+        last = module.temporal_transformer.transformer_blocks[0].scaler.spatial_convs[2]
+        last.bias.fill_(20.0 if open_always else 5.0)
+        if open_always:
+            last.weight.zero_()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the adapter; writes OUT/<name>.safetensors."""
+    parser = stage_parser(main.__doc__, minutes=7.0, batch=96)
+    parser.add_argument("--name", default="adapter", help="of the result")
+    parser.add_argument("--rate", type=float, default=7e-4, help="learning rate of the projections")
+    parser.add_argument("--scaler-rate", type=float, default=1e-3, help="learning rate of the scalers")
+    parser.add_argument("--realistic", type=float, default=0.3, help="share of references that look like real footage")
+    parser.add_argument("--fusion-blocks", type=int, nargs="+", help="up blocks that take the reference (all)")
+    parser.add_argument("--no-scaler", action="store_true", help="ablation: the reference enters unscaled")
+    parser.add_argument("--mismatched", type=float, default=0.0, help="ablation: share of pairs whose motions differ")
+    options = parser.parse_args(arguments)
+    stage = Stage(options.name, options)
+
+    clips = Clips.load(stage.out, stage.device)
+    base, text = make_base(stage.sizes, stage.out, "video")
+    unet = make_unet(stage.sizes, options.fusion_blocks)
+    unet.load_state_dict(unet.state_dict() | base.state_dict())
+    unet.initialize_adapter()
+    set_scalers(unet, open_always=options.no_scaler)
+    unet.requires_grad_(False).to(stage.device, stage.dtype, memory_format=torch.channels_last)
+    trained = {name: p for name, p in unet.adapter_parameters() if not (options.no_scaler and ".scaler." in name)}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    scalers = [p for name, p in trained.items() if ".scaler." in name]
+    projections = [p for name, p in trained.items() if ".scaler." not in name]
+
+    text.requires_grad_(False).to(stage.device, stage.dtype).eval()
+    with torch.no_grad():
+        empty = text(tokenize(make_tokenizer(), [""]).long().to(stage.device))[0].clone()
+    objective = Objective.from_scheduler(make_scheduler(), stage.device)
+
+    def loss(latents: Tensor, reference: Tensor, tokens: Tensor, **noise: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = text(tokens)[0]
+        return adapter_loss(unet, objective, reference, latents, hidden, empty, **noise)
+
+    def draw() -> dict[str, Tensor]:
+        batch = clips.draw_pairs(
+            options.batch, stage.generator, drop=0.1, realistic=options.realistic, mismatched=options.mismatched
+        )
+        return with_noise(batch, objective, stage.generator, stage.dtype, shift=3.0)
+
+    groups = [(projections, options.rate)] + ([(scalers, options.scaler_rate)] if scalers else [])
+    with fastest_attention(stage):
+        trainer = Trainer(loss, groups, average=0.998, graph=stage.graph)
+        train(stage, trainer, draw)
+    state = {name: p.detach().float() for name, p in unet.adapter_parameters()}
+    metadata = {"fusion_blocks": json.dumps(options.fusion_blocks)}
+    save_weights(stage.out / f"{options.name}.safetensors", metadata, adapter=state)
+    unet.float()
+    text.float()
+    empty, stage.dtype = empty.float(), torch.float32
+    stage.log(trainer.step_count, force=True, **mean_scales(unet, loss, draw()))
+
+
+@torch.no_grad()
+def mean_scales(unet: MotionTransferUNet, loss: Callable[..., Tensor], batch: dict[str, Tensor]) -> dict[str, float]:
+    """How far each scaler is open on a batch: the mean of its scale map, by motion module."""
+    found: dict[str, list[Tensor]] = {}
+    hooks = []
+    for path, module in unet.fusion_modules().items():
+        scales = found.setdefault(path.replace("_blocks", "").replace("motion_modules.", ""), [])
+        scaler = module.temporal_transformer.transformer_blocks[0].scaler
+        hooks.append(scaler.register_forward_hook(lambda _, __, scale, to=scales: to.append(scale.float().mean())))
+    loss(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {f"scale_{path}": torch.stack(scales).mean().item() for path, scales in found.items()}
+
+
+if __name__ == "__main__":
+    save_on_signals()
+    main()

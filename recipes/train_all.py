@@ -1,0 +1,85 @@
+"""All stages in order, from nothing to the model folder and its table; finished stages are not repeated.
+
+    python -m recipes.train_all --out build/small
+
+About 25 minutes on one H100 (80 GB): see `STAGES` for the time of each. The judge that reads the results trains beside
+the first stages, as a process of its own on the same GPU. SIGTERM makes the running stage save what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from recipes import assemble, evaluate_small, render_latents, train_adapter, train_base, train_vae
+from recipes.common import save_on_signals, stop_requested
+
+STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
+    "vae": (2.5, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
+    "latents": (2.2, "latents.safetensors", render_latents.main),
+    "frames": (2.0, "frames.safetensors", lambda a: train_base.main(["frames", *a])),
+    "video": (9.3, "video.safetensors", lambda a: train_base.main(["video", *a])),
+    "adapter": (7.0, "adapter.safetensors", train_adapter.main),
+}
+"""Minutes, result and command of each stage."""
+
+
+def start_judge(out: Path, device: str, minutes: float) -> subprocess.Popen[bytes] | None:
+    """Train the judge beside the other stages, unless it is there."""
+    result = out / "judge.safetensors"
+    if result.exists():
+        return None
+    command = [sys.executable, "-m", "emt.evaluate.judge", "train", str(result), "--minutes", str(minutes)]
+    with (out / "judge.log").open("wb") as log:
+        return subprocess.Popen([*command, "--device", device, "--vae", str(out / "vae")], stdout=log, stderr=log)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stages that are not done yet."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
+    parser.add_argument("--minutes", type=float, default=sum(s[0] for s in STAGES.values()), help="for all stages")
+    parser.add_argument("--judge-minutes", type=float, default=3.0, help="0 trains none, and nothing is evaluated")
+    parser.add_argument("--until", choices=(*STAGES, "evaluation"), default="evaluation", help="last stage to run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--steps", type=int, help="so many steps of every stage, to try the recipe")
+    parser.add_argument("--batch", type=int, help="batch of every stage, to try the recipe")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the recipe on a CPU")
+    o = parser.parse_args(arguments)
+    o.out.mkdir(parents=True, exist_ok=True)
+    scale = o.minutes / sum(s[0] for s in STAGES.values())
+    common = ["--out", str(o.out), "--device", o.device, "--seed", str(o.seed)]
+    common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
+    for flag in ("steps", "batch"):
+        common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
+    started, judge = time.monotonic(), None
+    for name, (minutes, result, run) in STAGES.items():
+        if name == "frames" and o.judge_minutes:
+            judge = start_judge(o.out, o.device, o.judge_minutes)
+        if (o.out / result).exists():
+            print(f"[{name}] is done: {o.out / result}", flush=True)
+        else:
+            run([*common, "--minutes", str(minutes * scale)])
+        print(f"[all] {name} ended at {time.monotonic() - started:.0f} s", flush=True)
+        if name == o.until or stop_requested():
+            break
+    if (o.out / STAGES["adapter"][1]).exists():
+        assemble.main(["--out", str(o.out), *(["--tiny"] if o.tiny else [])])
+    if judge is not None and judge.wait() != 0:
+        raise SystemExit(f"the judge was not trained: see {o.out / 'judge.log'}")
+    if o.until == "evaluation" and o.judge_minutes and not stop_requested():
+        evaluate_small.main(["--out", str(o.out), "--device", o.device, *(["--tiny"] if o.tiny else [])])
+    print(f"[all] {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    save_on_signals()
+    main()

@@ -1,0 +1,94 @@
+"""Stage 1: the autoencoder, on frames of the rendered world and of its realistic clips.
+
+python -m recipes.train_vae --out build/small
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from recipes.common import Stage, Trainer, make_vae, save_on_signals, stage_parser, train
+
+POOL = 6000
+"""Clips rendered before training, of which a third look like real footage."""
+CHUNK = 96
+
+
+def vae_loss(vae: AutoencoderKL, frames: Tensor, noise: Tensor) -> Tensor:
+    """L1, L1 of gradients (edges stay sharp), MSE (large errors go), and a light KL to a normal distribution."""
+    posterior = vae.encode(frames).latent_dist
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    frames = frames.float()
+    error = decoded - frames
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error.abs().mean() + 0.5 * edges + 2 * error.square().mean() + 1e-3 * kl
+
+
+def render_pool(stage: Stage, clips: int) -> Tensor:
+    """Frames to train on, (frames, 3, height, width) uint8 on the device."""
+    world, generator, parts = stage.world, stage.generator, []
+    for start in range(0, clips, CHUNK):
+        motions = world.motions(min(CHUNK, clips - start), generator)
+        appearances = world.appearances(motions, generator, held_out=False)
+        parts.append(world.render(motions, appearances, realism=1 / 3, generator=generator).flatten(0, 1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, frames: Tensor) -> tuple[float, float]:
+    """Mean and worst peak signal-to-noise ratio in decibels of frames (n, 3, height, width) uint8."""
+    errors = []
+    for part in frames.split(64):
+        x = part.to(vae.dtype) / 127.5 - 1
+        decoded = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        errors.append((decoded - x).float().square().mean((1, 2, 3)) / 4)
+    values = -10 * torch.cat(errors).clamp(min=1e-10).log() / math.log(10)
+    return values.mean().item(), values.min().item()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the autoencoder; writes OUT/vae."""
+    parser = stage_parser(main.__doc__, minutes=2.5, batch=96)
+    parser.add_argument("--pool", type=int, default=POOL, help="clips rendered before training")
+    stage = Stage("vae", parser.parse_args(arguments))
+    batch, generator = stage.options.batch, stage.generator
+    clips = 32 if stage.options.tiny else stage.options.pool
+    pool, held_out = render_pool(stage, clips), render_pool(stage, max(clips // 48, 2))[::8]
+    stage.log(0, force=True, frames=len(pool))
+
+    vae = make_vae(stage.sizes).to(stage.device, stage.dtype, memory_format=torch.channels_last)
+    rate = 1.2e-3
+    trainer = Trainer(
+        lambda frames, noise: vae_loss(vae, frames, noise),
+        [(list(vae.parameters()), rate)],
+        graph=stage.graph,
+        betas=(0.9, 0.99),
+        average=0.998,
+    )
+    side = stage.sizes.side // 8
+
+    def draw() -> dict[str, Tensor]:
+        index = torch.randint(len(pool), (batch,), generator=generator, device=stage.device)
+        frames = pool[index].to(stage.dtype) / 127.5 - 1
+        mirrored = torch.rand(batch, 1, 1, 1, generator=generator, device=stage.device) < 0.5
+        frames = torch.where(mirrored, frames.flip(-1), frames)
+        noise = torch.randn(batch, 4, side, side, generator=generator, device=stage.device)
+        return {"frames": frames.contiguous(memory_format=torch.channels_last), "noise": noise.to(stage.dtype)}
+
+    train(stage, trainer, draw, hold=0.1)
+    vae.float()
+    mean, worst = psnr(vae, held_out)
+    stage.log(trainer.step_count, force=True, psnr=mean, psnr_worst=worst)
+    vae.save_pretrained(stage.out / "vae")
+
+
+if __name__ == "__main__":
+    save_on_signals()
+    main()

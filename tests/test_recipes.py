@@ -1,0 +1,339 @@
+"""The recipes at toy sizes: every stage runs, its parts are what they claim, and the folder at the end loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from emt.evaluate.judge import Judge, Vocabulary
+from emt.pipeline import MotionTransferPipeline
+from emt.train.objective import Objective, adapter_loss, shift_timesteps
+from emt.train.world import words
+from emt_kernels.temporal_attention import temporal_attention_reference
+from recipes import assemble, train_adapter, train_all
+from recipes.common import (
+    ATTENTIONS,
+    SMALL,
+    TINY,
+    Clips,
+    NonFiniteLoss,
+    Trainer,
+    load_weights,
+    make_base,
+    make_scheduler,
+    make_unet,
+    make_vae,
+    make_world,
+    schedule,
+    temporal_attention_by,
+    with_noise,
+)
+from recipes.evaluate_small import evaluate, read_motions
+from recipes.text import make_text_encoder, make_tokenizer
+from recipes.train_base import base_loss, without_motion_modules
+from recipes.train_vae import vae_loss
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of all stages, a few steps each."""
+    folder = tmp_path_factory.mktemp("recipes")
+    arguments = ["--out", str(folder), "--tiny", "--device", "cpu", "--steps", "3", "--batch", "8"]
+    train_all.main([*arguments, "--judge-minutes", "0"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(out: Path) -> MotionTransferPipeline:
+    loaded = MotionTransferPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+def test_last_timestep_is_pure_noise() -> None:
+    objective = Objective.from_scheduler(make_scheduler())
+    latents, noise = torch.randn(2, 1, 4, 2, 4, 4)
+    assert objective.signal[-1] == 0
+    assert torch.equal(objective.add_noise(latents, noise, 999), noise)
+    assert torch.allclose(objective.target(latents, noise, 999), -latents)
+
+
+def test_velocity_and_noisy_latents_give_back_latents_and_noise() -> None:
+    objective = Objective.from_scheduler(make_scheduler())
+    latents, noise = torch.randn(2, 3, 4, 2, 4, 4)
+    t = torch.tensor([10, 400, 900])
+    noisy, velocity = objective.add_noise(latents, noise, t), objective.target(latents, noise, t)
+    signal, sigma = (x[t].view(-1, 1, 1, 1, 1) for x in (objective.signal, objective.noise))
+    assert torch.allclose(signal * noisy - sigma * velocity, latents, atol=1e-5)
+    assert torch.allclose(sigma * noisy + signal * velocity, noise, atol=1e-5)
+
+
+def test_noise_is_that_of_the_sampler() -> None:
+    scheduler = make_scheduler()
+    latents, noise = torch.randn(2, 2, 4, 2, 4, 4)
+    t = torch.tensor([5, 700])
+    ours = Objective.from_scheduler(scheduler).add_noise(latents, noise, t)
+    assert torch.allclose(ours, scheduler.add_noise(latents, noise, t), atol=1e-5)
+
+
+def test_epsilon_target_is_the_noise_and_other_types_are_refused() -> None:
+    latents, noise = torch.randn(2, 1, 4, 2, 4, 4)
+    assert torch.equal(Objective(torch.linspace(0.9, 0.1, 10)).target(latents, noise, 3), noise)
+    with pytest.raises(ValueError, match="sample"):
+        Objective(torch.ones(1), "sample")
+
+
+def test_shift_moves_times_towards_noise() -> None:
+    u = torch.linspace(0, 1, 11)
+    assert torch.allclose(shift_timesteps(u, 1.0), u)
+    shifted = shift_timesteps(u, 3.0)
+    assert shifted[0] == 0
+    assert shifted[-1] == 1
+    assert shifted[5] == pytest.approx(0.75)
+
+
+def test_timesteps_cover_the_schedule_evenly() -> None:
+    objective = Objective.from_scheduler(make_scheduler())
+    t = objective.sample_timesteps(100, torch.Generator().manual_seed(0))
+    assert torch.equal(t.sort().values // 10, torch.arange(100))
+    assert not torch.equal(t, t.sort().values)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def test_tokenizer_knows_the_world_and_reloads(out: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(out / "model" / "tokenizer")
+    prompt = "A red cat, in the desert."
+    ids = tokenizer(
+        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert ids.shape == (1, 16)
+    assert ids[0, 0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "a red cat in the desert"
+    assert (ids[0, 7:] == tokenizer.eos_token_id).all()
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(words())).input_ids
+    assert tokenizer("zebra").input_ids[1] == tokenizer.unk_token_id
+    configuration = json.loads((out / "model" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert configuration["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_text_encoder_pools_at_the_end_of_text() -> None:
+    tokenizer, encoder = make_tokenizer(), make_text_encoder(32, 1).eval()
+    ids = tokenizer(["a red cat"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    found = encoder(ids)
+    assert torch.allclose(found.pooler_output[0], found.last_hidden_state[0, 4])
+
+
+# ---------------------------------------------------------------------------------------------------------- trainer
+
+
+def test_trainer_is_adamw_with_clipping() -> None:
+    torch.manual_seed(0)
+    ours = nn.Linear(5, 3)
+    theirs = copy.deepcopy(ours)
+    batches = [{"x": torch.randn(7, 5)} for _ in range(6)]
+    trainer = Trainer(lambda x: ours(x).square().sum(), [([ours.weight], 1e-2), ([ours.bias], 1e-3)])
+    groups = [{"params": [theirs.weight], "lr": 1e-2}, {"params": [theirs.bias], "lr": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    for batch in batches:
+        trainer.step(batch, 1.0)
+        optimizer.zero_grad()
+        theirs(batch["x"]).square().sum().backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
+    assert torch.allclose(ours.bias, theirs.bias, atol=1e-6)
+    trainer.use_average()
+    assert not torch.equal(ours.weight, theirs.weight)
+    assert torch.allclose(ours.weight, theirs.weight, atol=0.05)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_many_stop_the_training() -> None:
+    model = nn.Linear(2, 2)
+    trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
+    trainer.step({"x": torch.full((1, 2), float("nan"))}, 1.0)
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(NonFiniteLoss):
+        trainer.read()
+    for _ in range(3):
+        trainer.step({"x": torch.ones(1, 2)}, 1.0)
+    trainer.step({"x": torch.full((1, 2), float("inf"))}, 1.0)
+    assert trainer.read()["skipped"] == 1
+
+
+def test_learning_rate_rises_holds_and_falls() -> None:
+    assert schedule(0, 0.0, warmup=100) == pytest.approx(0.01)
+    assert schedule(500, 0.3, warmup=100) == 1
+    assert schedule(500, 0.7, warmup=100) == pytest.approx(0.5)
+    assert schedule(500, 1.0, warmup=100) == pytest.approx(0.0)
+
+
+def test_base_learns_a_batch_by_heart(out: Path) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    unet, text = make_base(TINY)
+    objective = Objective.from_scheduler(make_scheduler())
+    clips = Clips.load(out, torch.device("cpu"))
+    batch = clips.draw(4, generator, drop=0.1, realistic=0.1)
+    batch = with_noise(batch, objective, generator, torch.float32, shift=2.0)
+    trainer = Trainer(
+        lambda **b: base_loss(unet, text, objective, **b), [([*unet.parameters(), *text.parameters()], 3e-3)]
+    )
+    losses = []
+    for _ in range(25):
+        trainer.step(batch, 1.0)
+        losses.append(trainer.read()["loss"])
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_adapter_learns_a_batch_by_heart_and_nothing_else_changes() -> None:
+    torch.manual_seed(0)
+    unet = make_unet(TINY, None)
+    for name, parameter in unet.named_parameters():
+        if name.startswith("conv_out") or "temporal_transformer.proj_out" in name:
+            nn.init.normal_(parameter, std=0.1)
+    unet.initialize_adapter()
+    train_adapter.set_scalers(unet, open_always=False)
+    unet.requires_grad_(False)
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    trained = dict(unet.adapter_parameters())
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    objective = Objective.from_scheduler(make_scheduler())
+    shape = (2, 4, TINY.frames, 4, 4)
+    reference, target, noise, reference_noise = torch.randn(4, *shape)
+    text, empty = torch.randn(2, 16, TINY.text_width), torch.randn(1, 16, TINY.text_width)
+    trainer = Trainer(
+        lambda reference, target, timestep: adapter_loss(
+            unet, objective, reference, target, text, empty, timestep, noise, reference_noise
+        ),
+        [(list(trained.values()), 1e-2)],
+    )
+    losses = []
+    for _ in range(15):
+        trainer.step({"reference": reference, "target": target, "timestep": torch.tensor([300, 800])}, 1.0)
+        losses.append(trainer.read()["loss"])
+    assert losses[-1] < 0.9 * losses[0]
+    changed = {k for k, v in unet.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == set(trained)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_ways_of_temporal_attention_agree(name: str, with_reference: bool) -> None:
+    torch.manual_seed(0)
+    batch, frames, tokens, channels = 4, 3, 8, 16
+    qkv = list(torch.randn(3, batch, frames, tokens, channels))
+    reference: list[Tensor] = []
+    if with_reference:
+        reference = [*torch.randn(2, 2, frames, tokens, channels), *torch.randn(2, frames, channels)]
+        reference.append(torch.rand(batch, frames, tokens))
+    ours = temporal_attention_by(ATTENTIONS[name])(*qkv, 4, *reference)
+    assert torch.allclose(ours, temporal_attention_reference(*qkv, 4, *reference), atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [None, *ATTENTIONS])
+def test_losses_never_wait_for_the_device(attention: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The meta device has no values: whatever asks for one, which a CUDA graph cannot hold, fails.
+    if attention is not None:
+        way = temporal_attention_by(ATTENTIONS[attention])
+        monkeypatch.setattr("emt.temporal.temporal_attention_reference", way)
+    kind = {"device": "meta", "dtype": torch.bfloat16}
+    with torch.device("meta"):
+        (unet, text), adapted, vae = make_base(SMALL), make_unet(SMALL, None), make_vae(SMALL)
+    for module in (unet, text, adapted, vae):
+        module.to(torch.bfloat16)
+    objective = Objective.from_scheduler(make_scheduler(), "meta")
+    latents = torch.empty(8, 4, 16, 16, 16, **kind)
+    noise, t = torch.empty(latents.shape, device="meta"), torch.empty(8, dtype=torch.long, device="meta")
+    tokens = torch.empty(8, 16, dtype=torch.long, device="meta")
+    torch.autograd.grad(
+        base_loss(unet, text, objective, latents, tokens, noise, t), [*unet.parameters(), *text.parameters()]
+    )
+    hidden = text(tokens)[0].detach()
+    loss = adapter_loss(adapted, objective, latents, latents, hidden, hidden[:1], t, noise, noise)
+    torch.autograd.grad(loss, [p for _, p in adapted.adapter_parameters()])
+    frames = torch.empty(2, 3, 128, 128, **kind)
+    torch.autograd.grad(vae_loss(vae, frames, torch.empty(2, 4, 16, 16, **kind)), list(vae.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def test_shipped_sizes_fit_their_budget() -> None:
+    with torch.device("meta"):
+        parts = [make_vae(SMALL), make_unet(SMALL, None), make_text_encoder(SMALL.text_width, SMALL.text_layers)]
+    assert 2 * sum(p.numel() for part in parts for p in part.parameters()) <= assemble.LIMIT - 2**18
+
+
+def test_frames_train_without_motion_modules_and_get_them_back() -> None:
+    unet = make_unet(TINY, ())
+    before = {name for name, _ in unet.named_parameters()}
+    with without_motion_modules(unet):
+        assert not any("motion_modules" in name for name, _ in unet.named_parameters())
+    assert {name for name, _ in unet.named_parameters()} == before
+
+
+def test_pairs_share_their_motion_and_differ_in_appearance() -> None:
+    motion, view = torch.arange(5).view(5, 1), torch.arange(4).view(1, 4)
+    latents = torch.stack(torch.broadcast_tensors(motion, view), -1).float()[..., None, None, None]
+    clips = Clips(latents, (motion * 10 + view)[..., None].int())
+    pairs = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3)
+    reference, target = pairs["reference"][..., 0, 0, 0], pairs["latents"][..., 0, 0, 0]
+    assert torch.equal(reference[:, 0], target[:, 0])
+    assert (reference[:, 1] != target[:, 1]).all()
+    assert (target[:, 1] < 3).all()
+    assert 0.2 < (reference[:, 1] == 3).float().mean() < 0.4
+    assert torch.equal(pairs["tokens"][:, 0], (target[:, 0] * 10 + target[:, 1]).long())
+    wrong = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3, mismatched=1.0)
+    assert (wrong["reference"][:, 0] != wrong["latents"][:, 0]).float().mean() > 0.6
+
+
+def test_finished_stages_are_not_repeated(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = [out / result for _, result, _ in train_all.STAGES.values()]
+    times = [path.stat().st_mtime_ns for path in results]
+    train_all.main(["--out", str(out), "--tiny", "--device", "cpu", "--steps", "3", "--judge-minutes", "0"])
+    assert [path.stat().st_mtime_ns for path in results] == times
+    assert "[adapter] is done" in capsys.readouterr().out
+    stages = {json.loads(line)["stage"] for line in (out / "log.jsonl").read_text().splitlines()}
+    assert stages == set(train_all.STAGES)
+
+
+def test_an_ablation_trains_beside_the_model(out: Path) -> None:
+    arguments = ["--out", str(out), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "2"]
+    train_adapter.main([*arguments, "--name", "ablation", "--fusion-blocks", "1", "--no-scaler"])
+    state = load_weights(out / "ablation.safetensors", "adapter")
+    assert all(name.startswith("up_blocks.1") for name in state)
+    biases = [v for name, v in state.items() if name.endswith("spatial_convs.2.bias")]
+    assert all(torch.equal(b, torch.full_like(b, 20.0)) for b in biases)
+    assemble.main(["--out", str(out), "--tiny", "--adapter", "ablation"])
+    loaded = MotionTransferPipeline.from_pretrained(out / "model-ablation")
+    assert list(loaded.unet.config.fusion_blocks) == [1]
+
+
+def test_folder_generates_and_is_measured(pipeline: MotionTransferPipeline) -> None:
+    assert pipeline.config.frames == TINY.frames
+    world = make_world(torch.device("cpu"), TINY)
+    judge = Judge(Vocabulary.of_world())
+    columns, sheet = evaluate(pipeline, judge, world, clips=3, seeds=1, batch=2, steps=2)
+    assert set(columns) == {"adapted", "without reference", "floor: through the VAE", "floor: renders"}
+    assert sheet.size == (2 * (TINY.frames * 32 + 8), 2 * (2 * 32 + 8))
+
+
+def test_motions_read_together_are_those_read_alone(pipeline: MotionTransferPipeline) -> None:
+    clips = torch.randint(0, 255, (2, TINY.frames, 3, 32, 32), dtype=torch.uint8)
+    both = read_motions(pipeline, clips, seed=0)
+    first = next(iter(both.features.layers.values()))[0]
+    assert first.shape[0] == 2
+    alone = read_motions(pipeline, clips[:1], seed=0)
+    assert torch.allclose(first[:1], next(iter(alone.features.layers.values()))[0], atol=1e-4)
