@@ -1,0 +1,118 @@
+"""The `emt` program in processes forked from one that has imported its libraries.
+
+Importing PyTorch and diffusers takes longer than making a tiny clip; for hundreds of runs it is done once. Each run
+is a process of its own, with its own arguments, folder, environment and standard streams, as from a shell.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(["emt.pipeline", "emt.video", "emt_cli.app", "emt_cli.runner", "emt_cli.planning"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run left behind: exit code (negative: the signal that ended it) and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Run:
+    """A run of `emt` that was started.
+
+    Args:
+        arguments: Of the command line, without `emt`.
+        folder: Working folder.
+        environment: What is added to the environment.
+        stdin: What is on standard input; a path to read, or bytes.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        folder: Path = Path(),
+        environment: Mapping[str, str] | None = None,
+        stdin: bytes | Path = b"",
+    ) -> None:
+        self._kept = tempfile.TemporaryDirectory(prefix="emt-run-")
+        self.streams = Path(self._kept.name)
+        if isinstance(stdin, bytes):
+            (self.streams / "in").write_bytes(stdin)
+        source = stdin if isinstance(stdin, Path) else self.streams / "in"
+        self.process = _FORK.Process(
+            target=_run, args=(arguments, str(folder), dict(environment or {}), str(source), str(self.streams))
+        )
+        self.process.start()
+
+    def output(self) -> str:
+        """Standard output so far."""
+        path = self.streams / "out"
+        return path.read_text(errors="backslashreplace") if path.exists() else ""
+
+    def wait_for_lines(self, count: int, seconds: float = 60) -> bool:
+        """Wait until standard output has so many lines; False if the run ends before."""
+        end = time.monotonic() + seconds
+        while self.output().count("\n") < count:
+            if not self.process.is_alive():
+                return False
+            if time.monotonic() > end:
+                raise TimeoutError(f"no {count} lines after {seconds} s: {self.output()}")
+            time.sleep(0.01)
+        return True
+
+    def send(self, number: int, *, group: bool = False) -> None:
+        """Send a signal to the process, or to it and its children."""
+        assert self.process.pid is not None
+        if self.process.is_alive():
+            (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def end(self, seconds: float = 120) -> Ended:
+        """Wait for the end.
+
+        Raises:
+            TimeoutError: it does not end; it is killed.
+        """
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.send(signal.SIGKILL, group=True)
+            raise TimeoutError(f"emt is still running after {seconds} s")
+        err = (self.streams / "err").read_text(errors="backslashreplace") if (self.streams / "err").exists() else ""
+        return Ended(self.process.exitcode or 0, self.output(), err)
+
+
+def emt(
+    *arguments: str,
+    folder: Path = Path(),
+    environment: Mapping[str, str] | None = None,
+    stdin: bytes | Path = b"",
+    seconds: float = 120,
+) -> Ended:
+    """Run `emt` to its end."""
+    return Run(*arguments, folder=folder, environment=environment, stdin=stdin).end(seconds)
+
+
+def _run(arguments: tuple[str, ...], folder: str, environment: dict[str, str], stdin: str, streams: str) -> None:
+    os.setsid()
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(os.path.join(streams, name), os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdin = os.fdopen(0)
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.argv = ["emt", *arguments]
+
+    from emt_cli.app import main
+
+    main()
