@@ -9,6 +9,7 @@ the first stages, as a process of its own on the same GPU. SIGTERM makes the run
 from __future__ import annotations
 
 import argparse
+import gc
 import subprocess
 import sys
 import time
@@ -21,11 +22,11 @@ from recipes import assemble, evaluate_small, render_latents, train_adapter, tra
 from recipes.common import save_on_signals, stop_requested
 
 STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
-    "vae": (2.5, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
+    "vae": (2.3, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
     "latents": (2.2, "latents.safetensors", render_latents.main),
     "frames": (2.0, "frames.safetensors", lambda a: train_base.main(["frames", *a])),
-    "video": (9.3, "video.safetensors", lambda a: train_base.main(["video", *a])),
-    "adapter": (7.0, "adapter.safetensors", train_adapter.main),
+    "video": (9.2, "video.safetensors", lambda a: train_base.main(["video", *a])),
+    "adapter": (6.8, "adapter.safetensors", train_adapter.main),
 }
 """Minutes, result and command of each stage."""
 
@@ -61,22 +62,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for flag in ("steps", "batch"):
         common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
     started, judge = time.monotonic(), None
-    for name, (minutes, result, run) in STAGES.items():
-        if name == "frames" and o.judge_minutes:
-            judge = start_judge(o.out, o.device, o.judge_minutes)
-        if (o.out / result).exists():
-            print(f"[{name}] is done: {o.out / result}", flush=True)
-        else:
-            run([*common, "--minutes", str(minutes * scale)])
-        print(f"[all] {name} ended at {time.monotonic() - started:.0f} s", flush=True)
-        if name == o.until or stop_requested():
-            break
-    if (o.out / STAGES["adapter"][1]).exists():
-        assemble.main(["--out", str(o.out), *(["--tiny"] if o.tiny else [])])
-    if judge is not None and judge.wait() != 0:
-        raise SystemExit(f"the judge was not trained: see {o.out / 'judge.log'}")
-    if o.until == "evaluation" and o.judge_minutes and not stop_requested():
-        evaluate_small.main(["--out", str(o.out), "--device", o.device, *(["--tiny"] if o.tiny else [])])
+    try:
+        for name, (minutes, result, run) in STAGES.items():
+            if name == "frames" and o.judge_minutes:
+                judge = start_judge(o.out, o.device, o.judge_minutes)
+            if (o.out / result).exists():
+                print(f"[{name}] is done: {o.out / result}", flush=True)
+            else:
+                run([*common, "--minutes", str(minutes * scale)])
+                gc.collect()
+                if o.device.startswith("cuda"):
+                    torch.cuda.empty_cache()
+            print(f"[all] {name} ended at {time.monotonic() - started:.0f} s", flush=True)
+            if name == o.until or stop_requested():
+                break
+        tiny = ["--tiny"] if o.tiny else []
+        if (o.out / STAGES["adapter"][1]).exists():
+            assemble.main(["--out", str(o.out), *tiny])
+        if stop_requested():
+            return
+        if judge is not None and judge.wait() != 0:
+            raise SystemExit(f"the judge was not trained: see {o.out / 'judge.log'}")
+        if o.until == "evaluation" and o.judge_minutes:
+            evaluate_small.main(["--out", str(o.out), "--device", o.device, *tiny])
+    finally:
+        if judge is not None and judge.poll() is None:
+            judge.terminate()
     print(f"[all] {time.monotonic() - started:.0f} s", flush=True)
 
 
