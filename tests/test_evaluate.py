@@ -1,0 +1,306 @@
+"""Measures on clips whose answer is known: synthetic textures and discs moved by known paths."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emt.errors import EmtError
+from emt.evaluate import leakage, statistics
+from emt.evaluate.camera import camera_agreement, camera_from_tracklets, camera_motion
+from emt.evaluate.consistency import temporal_consistency
+from emt.evaluate.motion import motion_fidelity, tracklet_fidelity
+from emt.evaluate.tracks import TRACK_SIZE, Tracklets, track
+
+cv2 = pytest.importorskip("cv2")
+
+SIZE, FRAMES = 128, 8
+TIME = np.linspace(0, 1, FRAMES)
+
+
+def texture(rng: np.random.Generator, side: int, cell: int) -> np.ndarray:
+    coarse = rng.random((side // cell + 2, side // cell + 2, 3)).astype(np.float32)
+    return cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+
+
+def render(
+    *,
+    path: np.ndarray | None = None,
+    camera: np.ndarray | None = None,
+    seed: int = 0,
+    flat: bool = False,
+    size: int = SIZE,
+    side: int = 30,
+) -> np.ndarray:
+    """A textured disc on `path` (frames, 2) before a scene moved by `camera` (frames, 4): pan x, pan y, zoom, roll."""
+    rng = np.random.default_rng(seed)
+    scale = size / SIZE
+    scene = np.full((3 * size, 3 * size, 3), 0.4, np.float32) if flat else texture(rng, 3 * size, round(7 * scale))
+    disc = texture(rng, 128, 18)
+    y, x = np.mgrid[:128, :128] - 63.5
+    mask = (np.hypot(x, y) < 62).astype(np.float32)
+    frames = []
+    for t in range(FRAMES):
+        pan_x, pan_y, zoom, roll = np.zeros(4) if camera is None else camera[t]
+        turn = np.exp(zoom) * np.array([[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]])
+        shift = (size - 1) / 2 + scale * np.array([pan_x, pan_y]) - turn @ np.full(2, (3 * size - 1) / 2)
+        frame = cv2.warpAffine(scene, np.column_stack([turn, shift]), (size, size), borderMode=cv2.BORDER_REFLECT)
+        if path is not None:
+            k = side * scale / 128
+            place = np.array([[k, 0, 0], [0, k, 0]]) + np.outer(scale * path[t] - side * scale / 2, [0, 0, 1])
+            alpha = cv2.warpAffine(mask, place, (size, size), flags=cv2.INTER_AREA)[..., None]
+            frame = frame * (1 - alpha) + alpha * cv2.warpAffine(disc, place, (size, size), flags=cv2.INTER_AREA)
+        frames.append((frame * 255).clip(0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+LINE = np.column_stack([25 + 70 * TIME, 90 - 40 * TIME])
+OTHER_LINE = np.column_stack([100 - 20 * TIME, 30 + 75 * TIME])
+PAN = np.column_stack([24 * TIME, -12 * TIME, 0 * TIME, 0 * TIME])
+ZOOM_ROLL = np.column_stack([0 * TIME, 0 * TIME, 0.3 * TIME, -0.4 * TIME])
+
+
+@cache
+def tracklets(name: str, seed: int = 0) -> Tracklets:
+    return track(clip(name, seed))
+
+
+@cache
+def clip(name: str, seed: int = 0) -> np.ndarray:
+    return {
+        "line": lambda: render(path=LINE, seed=seed),
+        "other line": lambda: render(path=OTHER_LINE, seed=seed),
+        "line, flat": lambda: render(path=LINE, seed=seed, flat=True),
+        "line reversed": lambda: clip("line", seed)[::-1],
+        "line shuffled": lambda: clip("line", seed)[[3, 0, 6, 1, 7, 4, 2, 5]],
+        "still": lambda: np.repeat(clip("line", seed)[:1], FRAMES, 0),
+        "pan": lambda: render(camera=PAN, seed=seed),
+        "pan back": lambda: render(camera=-PAN, seed=seed),
+        "pan, line": lambda: render(path=OTHER_LINE, camera=PAN, seed=seed),
+        "zoom and roll": lambda: render(camera=ZOOM_ROLL, seed=seed),
+        "large": lambda: render(path=LINE, seed=seed, size=512),
+        "grey": lambda: np.full((FRAMES, SIZE, SIZE, 3), 127, np.uint8),
+    }[name]()
+
+
+def fidelity(reference: str, result: str, seed: int = 1) -> float:
+    """Of two clips that look different: they are drawn from different seeds."""
+    return tracklet_fidelity(tracklets(reference), tracklets(result, seed))
+
+
+# Motion fidelity ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["line", "line, flat", "pan", "zoom and roll", "grey"])
+def test_a_clip_follows_itself(name):
+    assert motion_fidelity(clip(name), clip(name)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["line", "line, flat", "pan", "pan, line", "zoom and roll"])
+def test_the_same_motion_in_another_look_scores_near_one(name):
+    assert fidelity(name, name) > 0.93
+
+
+def test_size_does_not_matter():
+    assert fidelity("line", "large") > 0.93
+
+
+def test_opposite_motion_scores_near_minus_one():
+    assert fidelity("pan", "pan back") < -0.8
+    # A disc that moves straight and evenly, played backwards, has the opposite displacement in every step.
+    assert fidelity("line", "line reversed") < -0.95
+
+
+def test_a_still_result_scores_near_zero():
+    # Its own side of the average is 0; the reference's tracklets are compared with rest, whose cosine is
+    # REST_SPEED / speed = 0.5 / 23 here.
+    assert 0 <= fidelity("line", "still") < 0.05
+    assert 0 <= fidelity("pan", "grey") < 0.1
+
+
+def test_two_still_clips_agree():
+    assert fidelity("still", "grey") == 1
+
+
+def test_shuffled_frames_and_another_path_score_low():
+    assert abs(fidelity("line", "line shuffled")) < 0.3
+    # The directions (70, -40) and (-20, 75) have a cosine of -0.70.
+    assert fidelity("line", "other line") == pytest.approx(-0.70, abs=0.05)
+
+
+def test_the_subject_counts_as_much_as_the_scene_when_the_camera_moves():
+    # The scene moves as it should and the subject is missing: its half finds the pan, at a cosine of 0.1.
+    only_camera = fidelity("pan, line", "pan")
+    assert 0.4 < only_camera < 0.9 < fidelity("pan, line", "pan, line")
+
+
+def test_fidelity_falls_as_the_path_bends_away():
+    scores = [
+        tracklet_fidelity(tracklets("line"), track(render(path=LINE * (1 - mix) + OTHER_LINE * mix, seed=3)))
+        for mix in (0, 0.5, 1)
+    ]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] - scores[-1] > 1
+
+
+def straight(velocity: tuple[float, float], count: int = 20, steps: int = 7) -> Tracklets:
+    start = np.stack(np.meshgrid(np.linspace(-90, 90, 5), np.linspace(-90, 90, 4)), -1).reshape(-1, 1, 2)[:count]
+    points = (start + np.arange(steps + 1)[None, :, None] * np.array(velocity)).astype(np.float32)
+    return Tracklets(points, np.ones(points.shape[:2], bool), TRACK_SIZE, TRACK_SIZE)
+
+
+@given(angle=st.floats(0, 2 * np.pi), first=st.floats(5, 20), second=st.floats(5, 20))
+@settings(max_examples=40, deadline=None)
+def test_fidelity_of_straight_paths_is_the_cosine_of_their_directions(angle, first, second):
+    score = tracklet_fidelity(straight((first, 0)), straight((second * np.cos(angle), second * np.sin(angle))))
+    assert score == pytest.approx(np.cos(angle), abs=0.03)
+
+
+def test_clips_of_different_length_are_refused():
+    with pytest.raises(EmtError, match="8 frames and the result 5"):
+        motion_fidelity(clip("line"), clip("line")[:5])
+
+
+@pytest.mark.parametrize(
+    "frames", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((4, 8, 8, 3)), np.zeros((4, 8, 8), np.uint8)]
+)
+def test_what_is_not_a_clip_is_refused(frames):
+    with pytest.raises(EmtError):
+        motion_fidelity(frames, frames)
+
+
+def test_unknown_and_missing_trackers_say_what_to_do():
+    with pytest.raises(EmtError, match="opencv or cotracker"):
+        track(clip("line"), "optical")
+    with pytest.raises(EmtError, match="CoTracker"):
+        track(clip("line"), "cotracker")
+
+
+# Camera -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "truth"), [("pan", PAN), ("zoom and roll", ZOOM_ROLL), ("pan, line", PAN)])
+def test_pans_zooms_and_rolls_are_recovered(name, truth):
+    found = camera_from_tracklets(tracklets(name))
+    assert found.observed.all()
+    assert np.abs(found.curves[:, :2] - truth[:, :2] / SIZE).max() < 0.008  # one pixel
+    assert np.abs(found.curves[:, 2:] - truth[:, 2:]).max() < 0.02
+
+
+def test_a_subject_before_a_flat_scene_is_not_the_camera():
+    found = camera_from_tracklets(tracklets("line, flat"))
+    assert not found.observed.any()
+    assert np.abs(found.curves).max() == 0
+
+
+def test_a_static_camera_stays_at_rest_behind_a_moving_subject():
+    found = camera_from_tracklets(tracklets("line"))
+    assert np.abs(found.curves).max() < 0.005
+
+
+def test_camera_agreement():
+    pan, back, rolling, still = (
+        camera_from_tracklets(tracklets(n)) for n in ("pan", "pan back", "zoom and roll", "still")
+    )
+    same = camera_agreement(pan, camera_from_tracklets(tracklets("pan", 1)))
+    assert same["pan_x"] == pytest.approx(1, abs=0.01)
+    assert same["camera"] == pytest.approx(1, abs=0.01)
+    assert same["zoom"] is None  # the reference does not zoom: nothing to follow
+    assert camera_agreement(pan, back)["pan_x"] == pytest.approx(-1, abs=0.01)
+    assert camera_agreement(pan, still)["pan_x"] == 0
+    assert camera_agreement(still, pan)["camera"] is None
+    assert camera_agreement(rolling, rolling)["roll"] == pytest.approx(1)
+    assert camera_agreement(rolling, rolling)["roll_reference"] == pytest.approx(0.4, abs=0.02)
+
+
+# Temporal consistency -----------------------------------------------------------------------------------------------
+
+
+def test_motion_is_consistent_and_flicker_is_not():
+    rng = np.random.default_rng(0)
+    moving = clip("pan")
+
+    def flickering(strength: float) -> np.ndarray:
+        noise = rng.normal(0, strength, moving.shape)
+        return (moving + noise).clip(0, 255).astype(np.uint8)
+
+    cuts = np.concatenate([clip("line", seed)[:1] for seed in range(FRAMES)])
+    values = [temporal_consistency(frames) for frames in (moving, flickering(8), flickering(20), cuts)]
+    assert temporal_consistency(clip("still")) == pytest.approx(1, abs=1e-4)
+    assert values[0] > 0.95
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.5
+
+
+@pytest.mark.parametrize("value", [0, 127, 255])
+def test_flat_frames_give_numbers(value):
+    frames = np.full((FRAMES, 64, 64, 3), value, np.uint8)
+    assert temporal_consistency(frames) == pytest.approx(1)
+    assert motion_fidelity(frames, frames) == 1
+    assert np.isfinite(camera_motion(frames).curves).all()
+    assert np.isfinite(leakage.appearance(frames)).all()
+
+
+# Leakage ------------------------------------------------------------------------------------------------------------
+
+
+def colours(red: int, green: int, blue: int, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).integers(0, 60, (4, 32, 32, 3))
+    return (np.array([red, green, blue]) + noise).astype(np.uint8)
+
+
+def test_leakage_is_one_for_a_copy_and_zero_for_what_resembles_no_reference_more_than_another():
+    references = [colours(190, 10, 10, 0), colours(10, 190, 10, 1), colours(10, 10, 190, 2)]
+    results = [references[0], colours(120, 120, 120, 4), (references[2] // 2 + colours(120, 120, 0, 5) // 2)]
+    looks = [leakage.appearance(part) for part in references], [leakage.appearance(part) for part in results]
+    copied, neutral, mixed = leakage.appearance_leakage(*looks, ["a", "b", "c"])
+    assert copied == pytest.approx(1, abs=1e-3)
+    assert abs(neutral) < 0.05
+    assert neutral <= mixed < copied
+
+
+def test_leakage_needs_an_unrelated_reference():
+    look = leakage.appearance(colours(190, 10, 10, 0))
+    assert leakage.appearance_leakage([look, look], [look, look], ["a", "a"]) == [None, None]
+
+
+def test_appearance_does_not_depend_on_where_things_are():
+    frames = clip("line")
+    assert leakage.appearance(frames) @ leakage.appearance(frames[:, ::-1, ::-1]) == pytest.approx(1, abs=5e-3)
+
+
+# Statistics ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    estimates = [statistics.mean(rng.normal(3, 1, 60)) for _ in range(100)]
+    assert 88 <= sum(e.low <= 3 <= e.high for e in estimates) <= 100
+    assert np.mean([e.high - e.low for e in estimates]) == pytest.approx(2 * 1.96 / 60**0.5, rel=0.1)
+
+
+def test_clips_without_a_value_are_left_out():
+    assert statistics.mean([1.0, None, float("nan"), 3.0]).value == 2
+    assert statistics.mean([1.0, None, float("nan"), 3.0]).clips == 2
+    assert statistics.mean([None]) is statistics.NOTHING
+    assert statistics.NOTHING.as_dict()["value"] is None
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_the_pooled_correlation_is_that_of_all_values_together(seed):
+    rng = np.random.default_rng(seed)
+    pairs = [(x := rng.normal(size=n), x + rng.normal(size=n)) for n in (5, 9, 30)]
+    expected = np.corrcoef(*(np.concatenate(part) for part in zip(*pairs)))[0, 1]
+    found = statistics.pooled_pearson(pairs)
+    assert found.value == pytest.approx(expected)
+    assert found.low <= found.value + 1e-9
+    assert found.value <= found.high + 1e-9
+
+
+def test_a_constant_has_no_correlation():
+    assert statistics.pooled_pearson([(np.ones(4), np.arange(4.0))]).value == 0

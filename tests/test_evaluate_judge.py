@@ -1,0 +1,265 @@
+"""The small judge, and the table that compares what it sees with the truth of the rendered world."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from emt.errors import EmtError
+from emt.evaluate.judge import (
+    SIZE,
+    Judge,
+    Prompt,
+    Reading,
+    Vocabulary,
+    compose,
+    decompose,
+    degrade,
+    judge_loss,
+    prompt_alignment,
+    read_prompt,
+    train_judge,
+)
+from emt.evaluate.truth import MEASURES, compare, evaluate_truth, format_truth, unwrap
+from emt.train.world import COLOURS, SCENES, SUBJECTS, World
+
+WORDS = Vocabulary(SUBJECTS, COLOURS, SCENES)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(frames=4, variants=1)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """40 motions of 16 frames, what is asked for, and the references' looks."""
+    world = World(variants=1)
+    generator = torch.Generator().manual_seed(0)
+    motions = world.motions(40, generator, two_subjects=0.4, camera=0.5)
+    return motions, world.appearances(motions, generator), world.appearances(motions, generator)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    torch.manual_seed(0)
+    return Judge(WORDS).eval()
+
+
+# The network --------------------------------------------------------------------------------------------------------
+
+
+def test_the_judge_is_small(judge, tmp_path):
+    assert sum(p.numel() for p in judge.parameters()) <= 600_000
+    assert judge.save(tmp_path / "judge.safetensors").stat().st_size <= 1.2 * 2**20
+
+
+def test_a_saved_judge_reads_the_same(judge, tmp_path):
+    clips = torch.randint(0, 256, (1, 3, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    loaded = Judge.load(judge.save(tmp_path / "judge.safetensors"))
+    assert loaded.vocabulary == WORDS
+    for name in ("subject", "scene", "camera"):
+        first, second = (getattr(j.observe(clips, torch.tensor([2])), name) for j in (judge, loaded))
+        torch.testing.assert_close(first, second, atol=0.02, rtol=0.02)
+
+
+def test_files_that_are_no_judge_are_named(tmp_path):
+    with pytest.raises(EmtError, match="No judge at"):
+        Judge.load(tmp_path / "missing.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(b"not this")
+    with pytest.raises(EmtError, match=r"other\.safetensors is not a judge"):
+        Judge.load(tmp_path / "other.safetensors")
+
+
+def test_readings_have_the_documented_shapes_at_any_size(judge):
+    clips = torch.randint(0, 256, (2, 3, 3, 96, 160), dtype=torch.uint8)
+    reading = judge.observe(clips, torch.tensor([1, 2]), torch.zeros(2, 2, 2, dtype=torch.long), batch=1)
+    shapes = {f.name: tuple(getattr(reading, f.name).shape) for f in fields(reading)}
+    assert shapes == {
+        "position": (2, 3, 2, 2),
+        "scale": (2, 3, 2),
+        "rotation": (2, 3, 2),
+        "presence": (2, 3, 2),
+        "subject": (2, 2, len(SUBJECTS)),
+        "colour": (2, 2, len(COLOURS)),
+        "scene": (2, len(SCENES)),
+        "camera": (2, 3, 4),
+    }
+    assert reading.subject.sum(-1) == pytest.approx(1, abs=1e-4)
+
+
+def test_camera_steps_compose_to_the_camera_they_came_from(cases):
+    camera = cases[0].camera
+    torch.testing.assert_close(compose(*decompose(camera)), camera, atol=2e-3, rtol=1e-3)
+
+
+def test_flat_frames_give_numbers(judge):
+    reading = judge.observe(torch.zeros(1, 3, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2]))
+    assert all(torch.isfinite(getattr(reading, f.name)).all() for f in fields(reading))
+
+
+def test_training_lowers_every_term_on_clips_it_has_seen(world):
+    torch.manual_seed(0)
+    judge = Judge(WORDS).train()
+    generator = torch.Generator().manual_seed(0)
+    motions = world.motions(4, generator, camera=1.0)
+    appearances = world.appearances(motions, generator)
+    frames = world.render(motions, appearances).float() / 255
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=3e-3)
+    seen = []
+    for _ in range(16):
+        terms = judge_loss(judge, frames, motions, appearances, generator)
+        seen.append({name: float(term.detach()) for name, term in terms.items()})
+        optimiser.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        optimiser.step()
+    assert all(math.isfinite(value) for terms in seen for value in terms.values())
+    for name in ("heat", "offset", "subject", "colour", "scene", "flow", "camera"):
+        assert min(terms[name] for terms in seen[-4:]) < 0.8 * seen[0][name], name
+
+
+def test_training_on_the_world_runs_to_the_end_and_returns_a_working_judge(world):
+    steps = []
+    judge = train_judge(
+        world, windows=2, steps=20, progress=lambda step, share, terms: steps.append((step, share, terms))
+    )
+    assert [step for step, _, _ in steps] == [20]
+    assert not judge.training
+    assert set(judge.readable.tolist()) <= {0.0, 1.0}
+
+
+def test_degraded_frames_stay_like_what_they_were():
+    frames = torch.rand(2, 3, 3, 1, 1).expand(2, 3, 3, 64, 64).contiguous()
+    through = []
+    degraded = degrade(frames, torch.Generator().manual_seed(0), lambda x: through.append(len(x)) or x)
+    assert through == [3]  # one of two clips goes through the VAE, with all of its frames
+    assert degraded.shape == frames.shape
+    assert degraded.min() >= 0
+    assert degraded.max() <= 1
+    assert 0 < (degraded - frames).abs().mean() < 0.1
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_as_the_world_writes_them(cases):
+    motions, asked, _ = cases
+    for i, caption in enumerate(World(variants=1).captions(asked, motions)):
+        count = int(motions.subjects[i])
+        expected = Prompt(
+            tuple(asked.subject[i, :count].tolist()), tuple(asked.colour[i, :count].tolist()), int(asked.scene[i])
+        )
+        assert read_prompt(caption, WORDS) == expected
+
+
+def test_prompts_that_name_no_subject_are_not_read():
+    assert read_prompt("a knight in shining armour", WORDS) is None
+    assert read_prompt("", WORDS) is None
+
+
+def test_alignment_is_a_share_of_what_the_prompt_names(judge):
+    frames = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    value = prompt_alignment(judge, frames, f"a red {SUBJECTS[0]} and a blue {SUBJECTS[1]}")
+    assert value is not None
+    assert 0 <= value <= 1
+    assert prompt_alignment(judge, frames, "a knight") is None
+
+
+# The table ----------------------------------------------------------------------------------------------------------
+
+
+def true_reading(motions, looks) -> Reading:
+    """What a judge without error would see."""
+    return Reading(
+        position=motions.position,
+        scale=motions.scale.clamp(min=1),
+        rotation=torch.remainder(motions.rotation + math.pi, 2 * math.pi) - math.pi,
+        presence=torch.ones_like(motions.scale),
+        subject=torch.nn.functional.one_hot(looks.subject, len(SUBJECTS)).float(),
+        colour=torch.nn.functional.one_hot(looks.colour, len(COLOURS)).float(),
+        scene=torch.nn.functional.one_hot(looks.scene, len(SCENES)).float(),
+        camera=motions.camera,
+    )
+
+
+def table(cases, **changes):
+    motions, asked, reference = cases
+    seen = replace(true_reading(motions, asked), **changes)
+    return compare(seen, motions, asked, reference, readable=torch.ones(len(SUBJECTS)))
+
+
+def test_a_result_that_is_the_truth_gets_a_perfect_table(cases):
+    values = table(cases)
+    for name in ("displacement", "two_displacement", "size", "rotation", "pan_x", "pan_y", "zoom", "roll"):
+        assert values[name].value == pytest.approx(1, abs=1e-4), name
+    for name in ("subject", "colour", "scene"):
+        assert values[name].value == 1
+    for name in ("position_error", "two_position_error", "still_camera", "leakage"):
+        assert values[name].value == 0
+
+
+def test_a_result_that_shows_the_reference_leaks_in_every_clip_that_differs(cases):
+    motions, asked, reference = cases
+    seen = true_reading(motions, reference)
+    values = compare(seen, motions, asked, reference, readable=torch.ones(len(SUBJECTS)))
+    for name in ("leak_subject", "leak_colour", "leak_scene", "leakage"):
+        assert values[name].value == 1, name
+    assert values["scene"].value == pytest.approx(float((asked.scene == reference.scene).float().mean()))
+
+
+def test_errors_are_measured_in_their_units(cases):
+    motions = cases[0]
+    shifted = motions.position + torch.tensor([3.0, 4.0])
+    assert table(cases, position=shifted)["position_error"].value == pytest.approx(5, abs=1e-4)
+    assert table(cases, position=shifted)["displacement"].value == pytest.approx(1, abs=1e-4)
+    drifting = motions.camera + torch.tensor([3.0, 4.0, 0, 0])
+    assert table(cases, camera=drifting)["still_camera"].value == pytest.approx(5, abs=1e-4)
+    assert table(cases, camera=-motions.camera)["roll"].value == pytest.approx(-1, abs=1e-4)
+    assert abs(table(cases, position=motions.position.roll(7, 0))["displacement"].value) < 0.6
+
+
+def test_correlations_fall_as_errors_grow(cases):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(cases[0].position.shape, generator=generator)
+    rows = [table(cases, position=cases[0].position + strength * noise)["displacement"] for strength in (0, 5, 20, 80)]
+    values = [row.value for row in rows]
+    assert values == sorted(values, reverse=True)
+    assert all(row.low <= row.value <= row.high for row in rows)
+
+
+def test_rotation_of_unreadable_subjects_does_not_count(cases):
+    motions, asked, reference = cases
+    wrong = replace(true_reading(motions, asked), rotation=torch.zeros_like(motions.rotation))
+    values = compare(wrong, motions, asked, reference, readable=torch.zeros(len(SUBJECTS)))
+    assert values["rotation"].clips == 0
+    assert math.isnan(values["rotation"].value)
+
+
+def test_unwrapped_rotation_runs_on_past_half_a_turn():
+    true = torch.linspace(0, 9, 16)[:, None]
+    wrapped = torch.remainder(true + 2 + math.pi, 2 * math.pi) - math.pi
+    torch.testing.assert_close(unwrap(wrapped), true)
+
+
+def test_the_table_prints_every_measure_for_every_column(cases):
+    text = format_truth({"adapted": table(cases), "floor": table(cases)})
+    assert len(text.splitlines()) == 2 + len(MEASURES)
+    assert "| measure | adapted | floor |" in text
+    assert "| subject right | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |" in text
+
+
+def test_clips_and_motions_must_match(judge, cases):
+    motions, asked, _ = cases
+    with pytest.raises(EmtError, match="cannot be compared"):
+        evaluate_truth(judge, torch.zeros(3, 16, 3, SIZE, SIZE, dtype=torch.uint8), motions, asked)
+
+
+def test_a_judge_of_other_words_is_refused(cases):
+    motions, asked, _ = cases
+    other = Judge(Vocabulary(("knight",), ("red",), ("castle",)))
+    with pytest.raises(EmtError, match="another vocabulary"):
+        evaluate_truth(other, torch.zeros(40, 16, 3, SIZE, SIZE, dtype=torch.uint8), motions, asked)
