@@ -307,6 +307,7 @@ class _Ffmpeg:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "AV_LOG_FORCE_NOCOLOR": "1"},
+            start_new_session=True,  # Ctrl-C is for the program, which may want to finish this clip first
         )
         assert self._process.stdout is not None
         self.stdout, self.stdin = self._process.stdout, self._process.stdin
