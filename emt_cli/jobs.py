@@ -113,13 +113,13 @@ def output_name(job: Job, reference: str) -> PurePosixPath:
 
     Distinct jobs get distinct names, whatever the prompts: a prompt that its slug does not spell exactly has a
     hash appended after `_`, which no slug contains, and so have settings that a job's own line sets. The folder
-    carries a hash of the reference's content, so references of one name in different folders stay apart.
+    carries a hash of the reference's content and kind, so references of one name in different folders stay apart.
 
     Args:
         job: The job.
         reference: SHA-256 of the reference's content.
     """
-    folder = f"{slug(job.reference.stem) or 'clip'}_{reference[:8]}"
+    folder = f"{slug(job.reference.stem) or 'clip'}_{digest(reference, job.reference.suffix.lower())[:8]}"
     name = slug(job.prompt)
     if name.replace("-", " ") != job.prompt:
         name = f"{name or 'prompt'}_{digest(job.prompt)[:10]}"

@@ -130,7 +130,9 @@ class Runner:
         self._stopping = False
         self._busy = False
         self._output_guard = threading.Lock()
-        self._seen: dict[PurePosixPath, str] = {}
+        self._seen: dict[PurePosixPath, str] = {}  # identity by output
+        self._ended: dict[str, dict[str, Any]] = {}  # how it ended, by output
+        self._twins: dict[str, list[dict[str, Any]]] = {}  # the same jobs again, waiting for that
         self._limits: dict[tuple[Any, ...], int] = {}
         self._ahead = threading.Semaphore(_AHEAD)
         self._to_read: queue.Queue[_Reference] = queue.Queue()
@@ -222,13 +224,13 @@ class Runner:
             sha256 = self.index.sha256(job.reference)
             identity = identify(job, reference=sha256, model=self.generator.model_sha256, precision=self.precision)
             output = output_name(job, sha256)
-            line |= {"id": identity, "output": str(output)}
             twin = self._seen.get(output)
-            if twin == identity:
-                self._report({**line, "state": "skipped", "duplicate": True})
-                return None
-            if twin:
+            if twin not in (None, identity):
                 raise EmtError(f"another job of this run makes {output} too", "Give one of them another seed.")
+            line |= {"id": identity, "output": str(output)}
+            if twin:
+                self._report_as_twin(line)
+                return None
             self._seen[output] = identity
             clip = self.journal.out / output
             known = self.journal.finished.get(str(output))
@@ -458,23 +460,45 @@ class Runner:
 
     def _report(self, line: dict[str, Any]) -> None:
         """Tell of a job that has ended: to the person on standard error, to programs on standard output."""
-        path = self.journal.out / line["output"] if line["state"] != "failed" else None
         with self._output_guard:
-            self.summary.counts[line["state"]] += 1
-            self.watcher.job(line)
-            if self.summary.pipe_closed:
-                return
-            if self.json:
-                text = dumps({**line, "path": os.fspath(path)} if path else line)
-            elif path is not None:
-                text = os.fsencode(path)
+            self._tell(line)
+            if "output" in line:
+                self._ended[line["output"]] = line
+                for twin in self._twins.pop(line["output"], []):
+                    self._tell(_twin(twin, line))
+
+    def _report_as_twin(self, line: dict[str, Any]) -> None:
+        """A job that this run has already: it ends as the first one does."""
+        with self._output_guard:
+            if line["output"] in self._ended:
+                self._tell(_twin(line, self._ended[line["output"]]))
             else:
-                return
-            try:
-                sys.stdout.buffer.write(text + b"\n")
-                sys.stdout.buffer.flush()
-            except BrokenPipeError:
-                self.summary.pipe_closed = self._stopping = True
+                self._twins.setdefault(line["output"], []).append(line)
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        path = self.journal.out / line["output"] if line["state"] != "failed" else None
+        self.summary.counts[line["state"]] += 1
+        self.watcher.job(line)
+        if self.summary.pipe_closed:
+            return
+        if self.json:
+            text = dumps({**line, "path": os.fspath(path)} if path else line)
+        elif path is not None:
+            text = os.fsencode(path)
+        else:
+            return
+        try:
+            sys.stdout.buffer.write(text + b"\n")
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            self.summary.pipe_closed = self._stopping = True
+
+
+def _twin(line: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """How a job ends that is the same as another one."""
+    if first["state"] == "failed":
+        return {**line, "state": "failed", "error": first["error"], "hint": first["hint"]}
+    return {**line, "state": "skipped", "duplicate": True}
 
 
 def _remove_leftovers(out: Path) -> None:

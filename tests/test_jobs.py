@@ -1,0 +1,283 @@
+"""Jobs: which there are, what they are called, and what makes two of them the same."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from emt.errors import EmtError
+from emt_cli.jobs import Job, Rejected, check_readable, expand, identify, output_name, printable, slug
+from emt_cli.options import (
+    SETTING_NAMES,
+    Format,
+    Scheduler,
+    Settings,
+    TransferOptions,
+    parse_batch_size,
+    parse_field,
+    parse_seeds,
+)
+
+PROMPTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
+JOB = Job(Path("/clips/dance.mp4"), "a red star", 0, Settings())
+
+
+def listed(*references: object, **options: object) -> list[Job | Rejected]:
+    return expand(TransferOptions([str(r) for r in references], **options), {})[0]  # type: ignore[arg-type]
+
+
+def clip(path: Path, content: bytes = b"clip") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a red star", "a-red-star-0.mp4"),
+        ("ein löwe", "ein-löwe-0.mp4"),
+        ("一只狗", "一只狗-0.mp4"),
+        ("हिन्दी", "हिन्दी-0.mp4"),
+    ],
+)
+def test_a_plain_prompt_is_its_own_name_in_any_language(prompt, name):
+    assert output_name(replace(JOB, prompt=prompt), "ab" * 32).name == name
+
+
+@pytest.mark.parametrize("prompt", ["A red star", "a  red star", "a-red-star", "a red star!", "../../etc/passwd", "…"])
+def test_a_prompt_that_its_slug_does_not_spell_gets_a_hash(prompt):
+    assert "_" in output_name(replace(JOB, prompt=prompt), "ab" * 32).name
+
+
+@given(PROMPTS, PROMPTS, st.integers(0, 2**63 - 1), st.sampled_from(Format))
+@example("a red star", "a-red-star", 0, Format.MP4)
+@example("x 1", "x", 1, Format.MP4)
+@example("a" * 400, "a" * 399, 0, Format.PNG)
+def test_different_prompts_never_share_a_name(one, other, seed, format):
+    settings = Settings(format=format)
+    names = [str(output_name(Job(JOB.reference, p, seed, settings), "ab" * 32)).casefold() for p in (one, other)]
+    assert (names[0] == names[1]) == (one == other)
+
+
+@given(PROMPTS, st.text(min_size=1).filter(lambda s: "/" not in s and "\0" not in s), st.integers(0, 2**63 - 1))
+def test_names_are_safe_on_every_file_system(prompt, stem, seed):
+    output = output_name(Job(Path(f"/clips/{stem}.mp4"), prompt, seed, Settings(), own=("steps",)), "ab" * 32)
+    assert len(output.parts) == 2
+    for part in output.parts:
+        assert len((part + ".json").encode()) <= 255
+        assert not part.startswith((".", "-", "~", " "))
+        assert not set(part) & set('<>:"/\\|?*\0')
+        assert part.split(".")[0].upper() not in ("CON", "PRN", "AUX", "NUL")
+
+
+def test_references_of_one_name_in_two_folders_stay_apart():
+    here, there = (output_name(replace(JOB, reference=Path(f"/{f}/x.mp4")), 64 * f) for f in "ab")
+    assert here.name == there.name
+    assert here.parent != there.parent
+
+
+def test_settings_of_a_jobs_own_line_are_part_of_its_name_and_those_of_the_run_are_not():
+    quick = replace(JOB, settings=Settings(steps=5))
+    assert output_name(quick, "a" * 64) == output_name(JOB, "a" * 64)
+    assert output_name(replace(quick, own=("steps",)), "a" * 64) != output_name(JOB, "a" * 64)
+
+
+def test_slugs_are_cut_between_words():
+    assert slug("word " * 50, 80) == "-".join(["word"] * 16)
+
+
+# ---- identity -----------------------------------------------------------------------------------------------------
+
+
+def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
+    def identity(job=JOB, reference="r", model="m", precision="auto"):
+        return identify(job, reference=reference, model=model, precision=precision)
+
+    changes = {
+        "frames": 8, "height": 64, "width": 64, "steps": 3, "guidance": 2.0, "scheduler": Scheduler.LCM,
+        "negative_prompt": "x", "fit": "pad", "start": 1.0, "duration": 2.0, "stride": 2, "fps": 3.0, "format": "gif",
+    }  # fmt: skip
+    assert set(changes) == set(SETTING_NAMES)
+    others = [replace(JOB, settings=replace(JOB.settings, **{k: parse_field(k, v)})) for k, v in changes.items()]
+    others += [replace(JOB, prompt="b"), replace(JOB, seed=1)]
+    identities = {identity(), identity(reference="q"), identity(model="n"), identity(precision="fp32")}
+    identities |= {identity(job) for job in others}
+    assert len(identities) == 4 + len(others)
+    moved = replace(JOB, reference=Path("/elsewhere/other name.mp4"), origin="line 3", own=("steps",))
+    assert identity(moved) == identity(), "where a file lies and where a job was read is no part of it"
+
+
+# ---- which jobs ---------------------------------------------------------------------------------------------------
+
+
+def test_references_times_prompts_times_seeds_grouped_by_reference(tmp_path):
+    clip(tmp_path / "b.mp4")
+    clip(tmp_path / "a.webm")
+    (tmp_path / "notes.md").write_text("no clip")
+    jobs = listed(tmp_path, prompt=["x", "y"], seeds="0,5-6")
+    assert [(j.reference.name, j.prompt, j.seed) for j in jobs] == [
+        (r, p, s) for r in ("a.webm", "b.mp4") for p in "xy" for s in (0, 5, 6)
+    ]
+
+
+def test_pair_zips(tmp_path):
+    one, two = clip(tmp_path / "1.mp4"), clip(tmp_path / "2.mp4")
+    jobs = listed(one, two, prompt=["x", "y"], pair=True)
+    assert [(j.reference.name, j.prompt) for j in jobs] == [("1.mp4", "x"), ("2.mp4", "y")]
+    with pytest.raises(typer.BadParameter, match="here are 2 and 1"):
+        listed(one, two, prompt=["x"], pair=True)
+
+
+def test_globs_folders_and_recursion(tmp_path):
+    clip(tmp_path / "deep" / "er" / "c.mp4")
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "[x].mp4")
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
+
+    def names(*arguments, **options):
+        return [j.reference.name for j in listed(*arguments, prompt=["x"], **options)]
+
+    assert names(tmp_path) == ["[x].mp4", "a.mp4"]
+    assert names(tmp_path, recursive=True) == ["[x].mp4", "a.mp4", "c.mp4"]
+    assert names(tmp_path / "*.mp4") == ["[x].mp4", "a.mp4"]
+    assert names(tmp_path / "[x].mp4") == ["[x].mp4"], "a file of that name comes before the glob"
+    assert names(tmp_path / "a.mp4", tmp_path) == ["a.mp4", "[x].mp4"], "each once"
+
+
+def test_prompts_beside_the_clip(tmp_path):
+    clip(tmp_path / "walk.mp4")
+    (tmp_path / "walk.txt").write_text("# comment\na cat\n\n a dog \n")
+    clip(tmp_path / "run.mp4")
+    jobs = listed(tmp_path)
+    assert [j.prompt for j in jobs if isinstance(j, Job)] == ["a cat", "a dog"]
+    [rejected] = [j for j in jobs if isinstance(j, Rejected)]
+    assert rejected.reference.endswith("run.mp4")
+    assert "run.txt" in rejected.error.hint
+    assert [j.prompt for j in listed(tmp_path / "walk.mp4", prompt=["x"])] == ["x"]
+    assert len(listed(tmp_path / "walk.mp4", tmp_path / "walk.txt")) == 2, "a shell's walk.* names the prompts too"
+
+
+def test_csv_and_jsonl_rows_set_any_field(tmp_path):
+    here = clip(tmp_path / "a.mp4")
+    (tmp_path / "p.csv").write_text('prompt,steps,seed\n"x, y",3,\nz,,9\n')
+    jobs = listed(here, prompts=[tmp_path / "p.csv"], seeds="1-2", settings={"steps": 7})
+    assert [(j.prompt, j.settings.steps, j.seed, j.own) for j in jobs] == [
+        ("x, y", 3, 1, ("steps",)), ("x, y", 3, 2, ("steps",)), ("z", 7, 9, ()),
+    ]  # fmt: skip
+    rows = [{"reference": str(here), "prompt": "x", "width": 64}, {"prompt": "y"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    jobs = listed(prompts=[tmp_path / "p.jsonl"])
+    assert [(j.prompt, j.settings.width) for j in jobs] == [("x", 64)], "a row without reference goes with those named"
+
+
+def test_a_malformed_line_fails_alone_and_is_named(tmp_path):
+    here = clip(tmp_path / "a.mp4")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n\n{"prompt": "y", "steps": 0}\n')
+    rejected = [j for j in listed(here, prompts=[tmp_path / "p.jsonl"]) if isinstance(j, Rejected)]
+    assert [(r.origin, r.error.problem) for r in rejected] == [
+        ("p.jsonl line 2", "the line is not JSON"), ("p.jsonl line 4", "steps is 0"),
+    ]  # fmt: skip
+
+
+def test_jobs_of_a_stream_arrive_one_by_one(tmp_path, monkeypatch):
+    here = clip(tmp_path / "a.mp4")
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+    _, stream = expand(TransferOptions(["-", str(here)], prompt=["p"]), {})
+    assert next(stream) is None, "nothing yet: the batch at hand need not wait"
+    os.write(writer, b'{"prompt": "x", "seed": 3}\nnonsense\n{"steps": 9}')
+    job, rejected = next(stream), next(stream)
+    assert (job.prompt, job.seed, job.reference) == ("x", 3, here)
+    assert rejected.origin == "line 2"
+    assert next(stream) is None
+    os.close(writer)
+    last = next(stream)
+    assert (last.prompt, last.settings.steps, last.origin) == ("p", 9, "line 3")
+    assert list(stream) == []
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", Path("/dev/zero"), tmp_path / "missing.mp4", tmp_path / ("x" * 300)):
+        with pytest.raises(EmtError):
+            check_readable(path)
+
+
+def test_nothing_to_do_is_bad_usage(tmp_path):
+    with pytest.raises(typer.BadParameter):
+        listed(prompt=["x"])
+    with pytest.raises(typer.BadParameter, match="no such file"):
+        listed(tmp_path, prompts=[tmp_path / "missing.txt"])
+    (tmp_path / "p.csv").write_text("prompt,colour\na,red\n")
+    with pytest.raises(typer.BadParameter, match="colour"):
+        listed(tmp_path, prompts=[tmp_path / "p.csv"])
+
+
+# ---- values -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parsed"),
+    [("steps", "25", 25), ("steps", 25.0, 25), ("guidance", "1", 1.0), ("scheduler", "dpm++", Scheduler.DPM),
+     ("duration", None, None), ("seed", 2**63 - 1, 2**63 - 1), ("negative_prompt", "", "")],
+)  # fmt: skip
+def test_values_of_job_files(name, value, parsed):
+    assert parse_field(name, value) == parsed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("steps", 0, "from 1 to 1000"), ("steps", 2.5, "whole"), ("steps", True, "whole"), ("steps", None, "whole"),
+        ("width", 100, "96 or 104"), ("guidance", float("nan"), "from 1 to 50"), ("guidance", "nan", "from 1 to 50"),
+        ("scheduler", "magic", "ddim, dpm++"), ("seed", -1, "from 0"), ("seed", 2**63, "from 0"),
+        ("prompt", "  ", "Say"), ("prompt", "a\x1b[31m", "Remove"), ("prompt", "\ud800", "UTF-8"),
+        ("prompt", 5, "text"), ("prompt", "word " * 10_000, "4,000"), ("colour", "red", "reference, prompt, seed"),
+        ("frames", 1e400, "whole"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_not_allowed_is_told_with_what_is(name, value, hint):
+    with pytest.raises(EmtError) as caught:
+        parse_field(name, value)
+    assert hint in caught.value.hint
+
+
+JSON_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+
+
+@given(st.sampled_from(("seed", "prompt", "reference", *SETTING_NAMES, "x")), JSON_VALUES)
+def test_any_json_value_is_taken_or_refused(name, value):
+    try:
+        parsed = parse_field(name, value)
+    except EmtError:
+        return
+    if name in SETTING_NAMES:
+        json.dumps(replace(Settings(), **{name: parsed}).as_dict(), allow_nan=False)
+
+
+def test_seeds_and_batch_sizes():
+    assert parse_seeds("3, 1,0-2") == [3, 1, 0, 2]
+    assert [parse_batch_size(text) for text in ("auto", "1", "64")] == [None, 1, 64]
+    for wrong in ("", "x", "2-1", "1-", "0-9999999999", "²"):
+        with pytest.raises(EmtError):
+            parse_seeds(wrong)
+    with pytest.raises(EmtError):
+        parse_batch_size("65")
+
+
+def test_control_characters_are_shown_not_obeyed():
+    assert printable("a\x1b[31m\n\u202e\udc80é") == "a\\x1b[31m\\n\\u202e\\udc80é"
+    assert io.StringIO().write(printable("\ud800")) == 6
