@@ -36,7 +36,7 @@ def assemble(
     Raises:
         ValueError: if the shipped model is larger than it may be.
     """
-    base, text = make_base(sizes, out, "video")
+    base, text = make_base(sizes, out / "video.safetensors")
     path = out / f"{adapter}.safetensors"
     with safe_open(str(path), "pt") as file:
         fusion_blocks = json.loads(file.metadata()["fusion_blocks"])

@@ -65,6 +65,7 @@ def make_vae(sizes: Sizes) -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=min(sizes.groups, 16),
         sample_size=sizes.side,
+        scaling_factor=1.0,  # not known before there are latents
         mid_block_add_attention=False,
     )
 
@@ -225,14 +226,21 @@ def load_vae(out: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(out / "vae", low_cpu_mem_usage=False).requires_grad_(False).eval()
 
 
-def make_base(sizes: Sizes, out: Path | None = None, weights: str = "") -> tuple[MotionTransferUNet, CLIPTextModel]:
-    """Backbone and text encoder, new or from `OUT/<weights>.safetensors`."""
+def make_base(sizes: Sizes, start: Path | None = None) -> tuple[MotionTransferUNet, CLIPTextModel]:
+    """Backbone and text encoder: new, from the result of a stage, or from a model folder."""
     unet, text = make_unet(sizes, ()), make_text_encoder(sizes.text_width, sizes.text_layers)
-    if out is not None:
-        path = out / f"{weights}.safetensors"
-        unet.load_state_dict(load_weights(path, "unet"))
-        text.load_state_dict(load_weights(path, "text"))
+    if start is not None and start.is_dir():
+        text.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").float().state_dict())
+        unet.load_state_dict({k: v for k, v in model_weights(start).items() if k in unet.state_dict()})
+    elif start is not None:
+        unet.load_state_dict(load_weights(start, "unet"))
+        text.load_state_dict(load_weights(start, "text"))
     return unet, text
+
+
+def model_weights(folder: Path) -> dict[str, Tensor]:
+    """The network's state dict in a model folder, in float32."""
+    return MotionTransferUNet.from_pretrained(folder / "unet", low_cpu_mem_usage=False).float().state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------- latents

@@ -59,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sample = latents[:: max(done // 256, 1)].float()
     if not sample.isfinite().all():
         raise FloatingPointError("the autoencoder's latents are not finite in half precision")
-    scaling = 1 / sample.std().item()
+    if vae.config.scaling_factor == 1.0:
+        vae.register_to_config(scaling_factor=1 / sample.std().item())
+        vae.save_config(stage.out / "vae")
+    scaling = vae.config.scaling_factor
     latents *= scaling
-    vae.register_to_config(scaling_factor=scaling)
-    vae.save_config(stage.out / "vae")
     save_weights(stage.out / "latents.safetensors", clips={"latents": latents, "tokens": tokens.to(stage.device)})
     stage.log(done, force=True, motions=done, scaling=scaling)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from recipes.common import (
     make_base,
     make_scheduler,
     make_unet,
+    model_weights,
     save_on_signals,
     save_weights,
     stage_parser,
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train the adapter; writes OUT/<name>.safetensors."""
     parser = stage_parser(main.__doc__, minutes=7.0, batch=96)
     parser.add_argument("--name", default="adapter", help="of the result")
+    parser.add_argument("--start", type=Path, help="model folder to go on from")
     parser.add_argument("--rate", type=float, default=7e-4, help="learning rate of the projections")
     parser.add_argument("--scaler-rate", type=float, default=1e-3, help="learning rate of the scalers")
     parser.add_argument("--realistic", type=float, default=0.3, help="share of references that look like real footage")
@@ -62,11 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stage = Stage(options.name, options)
 
     clips = Clips.load(stage.out, stage.device)
-    base, text = make_base(stage.sizes, stage.out, "video")
+    base, text = make_base(stage.sizes, stage.out / "video.safetensors")
     unet = make_unet(stage.sizes, options.fusion_blocks)
     unet.load_state_dict(unet.state_dict() | base.state_dict())
     unet.initialize_adapter()
     set_scalers(unet, open_always=options.no_scaler)
+    if options.start is not None:
+        adapter = {name for name, _ in unet.adapter_parameters()}
+        trained_before = model_weights(options.start)
+        unet.load_state_dict(unet.state_dict() | {name: trained_before[name] for name in adapter})
     unet.requires_grad_(False).to(stage.device, stage.dtype, memory_format=torch.channels_last)
     trained = {name: p for name, p in unet.adapter_parameters() if not (options.no_scaler and ".scaler." in name)}
     for parameter in trained.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 import subprocess
 import sys
 import time
@@ -42,11 +43,14 @@ def start_judge(out: Path, device: str, minutes: float) -> subprocess.Popen[byte
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages that are not done yet."""
+    """Run the stages that are not done yet, in all of the given minutes; the evaluation comes on top."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
     parser.add_argument("--minutes", type=float, default=sum(s[0] for s in STAGES.values()), help="for all stages")
     parser.add_argument("--judge-minutes", type=float, default=3.0, help="0 trains none, and nothing is evaluated")
+    parser.add_argument("--clips", type=int, default=256, help="of the evaluation, for each of its seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="of the evaluation")
+    parser.add_argument("--start", type=Path, help="model folder to go on from: its autoencoder stays, no frames stage")
     parser.add_argument("--until", choices=(*STAGES, "evaluation"), default="evaluation", help="last stage to run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,15 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the recipe on a CPU")
     o = parser.parse_args(arguments)
     o.out.mkdir(parents=True, exist_ok=True)
-    scale = o.minutes / sum(s[0] for s in STAGES.values())
+    stages = dict(STAGES)
+    if o.start is not None:
+        for name in ("vae", "frames"):
+            del stages[name]
+        if not (o.out / "vae").exists():
+            shutil.copytree(o.start / "vae", o.out / "vae")
+    scale = o.minutes / sum(s[0] for s in stages.values())
     common = ["--out", str(o.out), "--device", o.device, "--seed", str(o.seed)]
     common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
-    for flag in ("steps", "batch"):
+    for flag in ("steps", "batch", "start"):
         common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
     started, judge = time.monotonic(), None
     try:
-        for name, (minutes, result, run) in STAGES.items():
-            if name == "frames" and o.judge_minutes:
+        for name, (minutes, result, run) in stages.items():
+            if name in ("frames", "video") and judge is None and o.judge_minutes:
                 judge = start_judge(o.out, o.device, o.judge_minutes)
             if (o.out / result).exists():
                 print(f"[{name}] is done: {o.out / result}", flush=True)
@@ -84,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if judge is not None and judge.wait() != 0:
             raise SystemExit(f"the judge was not trained: see {o.out / 'judge.log'}")
         if o.until == "evaluation" and o.judge_minutes:
-            evaluate_small.main(["--out", str(o.out), "--device", o.device, *tiny])
+            evaluate_small.main(
+                ["--out", str(o.out), "--device", o.device, "--clips", str(o.clips), "--seeds", str(o.seeds), *tiny]
+            )
     finally:
         if judge is not None and judge.poll() is None:
             judge.terminate()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train the backbone on frames or on video; writes OUT/frames.safetensors or OUT/video.safetensors."""
     parser = stage_parser(main.__doc__, minutes=0, batch=0)
     parser.add_argument("stage", choices=tuple(DEFAULTS))
+    parser.add_argument("--start", type=Path, help="model folder to go on from")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
@@ -73,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stage = Stage(name, options)
 
     clips = Clips.load(stage.out, stage.device)
-    unet, text = make_base(stage.sizes, stage.out if name == "video" else None, "frames")
+    start = stage.out / "frames.safetensors" if name == "video" else None
+    unet, text = make_base(stage.sizes, options.start or start)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
     objective = Objective.from_scheduler(make_scheduler(), stage.device)

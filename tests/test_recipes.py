@@ -321,6 +321,43 @@ def test_an_ablation_trains_beside_the_model(out: Path) -> None:
     assert list(loaded.unet.config.fusion_blocks) == [1]
 
 
+def test_a_model_is_trained_further(out: Path, tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--steps", "1", "--batch", "2"]
+    train_all.main([*arguments, "--start", str(out / "model"), "--judge-minutes", "0"])
+    first, further = (MotionTransferPipeline.from_pretrained(folder / "model") for folder in (out, tmp_path))
+    assert further.vae.config.scaling_factor == first.vae.config.scaling_factor
+    assert torch.equal(further.vae.encoder.conv_in.weight, first.vae.encoder.conv_in.weight)
+    before, after = first.unet.state_dict(), further.unet.state_dict()
+    assert before.keys() == after.keys()
+    # One step at a tenth of a percent: close to where it started, but not there.
+    assert max((before[k] - after[k]).abs().max().item() for k in before) < 0.02
+    assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
+
+
+@pytest.mark.gpu
+def test_graph_trains_as_eager_does() -> None:
+    torch.manual_seed(0)
+    unet, text = (module.to("cuda", torch.bfloat16) for module in make_base(TINY))
+    objective = Objective.from_scheduler(make_scheduler(), "cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = torch.randint(0, 50, (4, 16), device="cuda")
+    batch = {"latents": torch.randn(4, 4, TINY.frames, 4, 4, device="cuda"), "tokens": tokens}
+    batch = with_noise(batch, objective, generator, torch.bfloat16, shift=1.0)
+    losses = []
+    for graph in (False, True):
+        parts = copy.deepcopy((unet, text))
+        trainer = Trainer(
+            lambda parts=parts, **b: base_loss(*parts, objective, **b),
+            [([p for part in parts for p in part.parameters()], 1e-3)],
+            graph=graph,
+        )
+        for _ in range(10):
+            trainer.step(batch, 1.0)
+        losses.append(trainer.read()["loss"])
+        assert (trainer._graph is not None) == graph
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_folder_generates_and_is_measured(pipeline: MotionTransferPipeline) -> None:
     assert pipeline.config.frames == TINY.frames
     world = make_world(torch.device("cpu"), TINY)
