@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = o.minutes / sum(s[0] for s in stages.values())
     common = ["--out", str(o.out), "--device", o.device, "--seed", str(o.seed)]
     common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
-    for flag in ("steps", "batch", "start"):
+    for flag in ("steps", "batch"):
         common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
     started, judge = time.monotonic(), None
     try:
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (o.out / result).exists():
                 print(f"[{name}] is done: {o.out / result}", flush=True)
             else:
-                run([*common, "--minutes", str(minutes * scale)])
+                start = ["--start", str(o.start)] if o.start is not None and name != "latents" else []
+                run([*common, "--minutes", str(minutes * scale), *start])
                 gc.collect()
                 if o.device.startswith("cuda"):
                     torch.cuda.empty_cache()
