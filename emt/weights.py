@@ -28,6 +28,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
+from diffusers.models.modeling_utils import no_init_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -659,10 +660,9 @@ def _read_adapter(adapter: str | Path) -> tuple[State, list[int], _Origin]:
         raise EmtError(f"the adapter {path} is a folder", "Give the adapter's .ckpt or .safetensors file.")
     state = _named_in(path, without_positions, _read_checkpoint(path, "an adapter").state)
     blocks = sorted({int(m[1]) for name in state if (m := re.match(r"up_blocks\.(\d+)\..*\.scaler\.", name))})
-    own = [name for name in state if ".adapter." in name]
-    if own:  # as the network here names them, beside the backbone's in a whole network
-        state = {name: t for name, t in state.items() if name.replace(".to_", ".adapter.to_") not in state}
-        state = {name.replace(".adapter.", "."): tensor for name, tensor in state.items()}
+    # The network here names the trained projections apart from the backbone's, which are beside them in a whole one.
+    own = {name.replace(".adapter.", ".") for name in state if ".adapter." in name}
+    state = {name.replace(".adapter.", "."): tensor for name, tensor in state.items() if name not in own}
     whole = "conv_in.weight" in state
     count = len(state)
     if whole:
@@ -941,10 +941,9 @@ def _read_checkpoint(path: Path, wanted: str | None = None) -> _Checkpoint:
             with safe_open(path, framework="pt") as tensors:
                 metadata = tensors.metadata() or {}
                 content: Any = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        elif head[:2] == b"PK":
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        elif head[:1] == b"\x80":
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        elif head[:2] == b"PK" or head[:1] == b"\x80":
+            # Files of before PyTorch 1.6 are bare pickles, which cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
         else:
             what = (
                 "is empty" if not head else f"is neither safetensors nor a PyTorch checkpoint: it begins {head[:24]!r}"
@@ -964,7 +963,9 @@ def _read_checkpoint(path: Path, wanted: str | None = None) -> _Checkpoint:
         ) from error
     except FileNotFoundError as error:
         raise EmtError(f"{path} does not exist", "Check the path.") from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+    except EmtError:
+        raise
+    except Exception as error:  # damaged bytes fail in any way at all in the parsers of pickles and archives
         raise EmtError(f"{path} is truncated or damaged: {_first_line(error)}", "Download it again.") from error
 
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -973,7 +974,9 @@ def _read_checkpoint(path: Path, wanted: str | None = None) -> _Checkpoint:
         raise EmtError(f"{path} holds no tensors by name but a {type(content).__name__}", "Give a state dict.")
     # Counters and AnimateDiff's own settings lie beside the tensors of some files.
     content = {k: v for k, v in content.items() if k not in ("global_step", "epoch", "animatediff_config")}
-    others = [f"{k!r} ({type(v).__name__})" for k, v in content.items() if not isinstance(v, Tensor)]
+    others = [
+        f"{k!r} ({type(v).__name__})" for k, v in content.items() if not isinstance(k, str) or not isinstance(v, Tensor)
+    ]
     if others or not content:
         what = f"holds what is no tensor: {', '.join(others)}" if others else "holds no tensors"
         raise EmtError(f"{path} {what}", "Give a file that holds the weights by name.")
@@ -1045,7 +1048,7 @@ def _build(build: Callable[[], M], dtype: torch.dtype, where: str) -> M:
 
 def _allocate(build: Callable[[], M], dtype: torch.dtype) -> M:
     """A model with its parameters allocated in `dtype`, not initialised: gigabytes would be drawn to be overwritten."""
-    with init_empty_weights(include_buffers=False):
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = build()
     empty = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
     model.load_state_dict(empty, strict=False, assign=True)
