@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 40
 _COLUMNS = {
-    "temporal_consistency": "consistency",
+    "temporal_consistency": "temporal",
     "text_alignment": "text",
     "motion_fidelity": "fidelity",
     "camera": "camera",
@@ -272,6 +272,7 @@ def _write(path: Path, lines: Sequence[str]) -> None:
 
 
 def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -280,16 +281,23 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
 
     console = Console()
     measured = sorted((row for row in rows if row.error is None), key=lambda row: row.values["motion_fidelity"] or 0.0)
-    table = Table(title="lowest motion fidelity" if len(measured) > _SHOWN else None, title_justify="left")
-    table.add_column("result", overflow="fold")
-    table.add_column("prompt", overflow="fold")
+    table = Table(
+        title="lowest motion fidelity" if len(measured) > _SHOWN else None, title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("result", overflow="fold", min_width=16)
+    wide = console.width >= 100
+    if wide:
+        table.add_column("prompt", overflow="fold")
     for title in _COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
     for row in measured[:_SHOWN]:
         cells = [_cell(row.values[name]) for name in _COLUMNS]
-        table.add_row(escape(row.pair.result.name), escape(row.pair.prompt or ""), *cells)
+        prompt = [escape(row.pair.prompt or "")] if wide else []
+        table.add_row(escape(row.pair.result.name), *prompt, *cells)
     console.print(table)
-    totals = Table(title=f"{len(measured)} clips, mean and 95% confidence interval", title_justify="left")
+    totals = Table(
+        title=f"{len(measured)} clips, mean and 95% confidence interval", title_justify="left", box=box.SIMPLE_HEAD
+    )
     for title in ("measure", "mean", "95% interval", "clips"):
         totals.add_column(title, justify="left" if title == "measure" else "right", no_wrap=True)
     for name, title in MEASURES.items():

@@ -59,11 +59,14 @@ def step_fits(tracklets: Tracklets) -> tuple[np.ndarray, np.ndarray]:
         start, end = tracklets.points[seen, step], tracklets.points[seen, step + 1]
         if len(start) < 8:
             continue
-        fit, inliers = cv2.estimateAffinePartial2D(
-            start, end, method=cv2.RANSAC, ransacReprojThreshold=1.0, maxIters=2000, confidence=0.999
-        )
-        if fit is not None and _spread(start[inliers[:, 0] == 1], tracklets):
-            fits[step], observed[step] = fit, True
+        # A scene with depth is no similarity to the pixel: what no tight fit explains may have a loose one.
+        for tolerance in (1.0, 3.0):
+            fit, inliers = cv2.estimateAffinePartial2D(
+                start, end, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=2000, confidence=0.999
+            )
+            if fit is not None and _spread(start[inliers[:, 0] == 1], tracklets):
+                fits[step], observed[step] = fit, True
+                break
     return fits, observed
 
 

@@ -503,7 +503,7 @@ def degrade(frames: Tensor, generator: torch.Generator, roundtrip: Callable[[Ten
     Args:
         frames: (n, frames, 3, height, width) in [0, 1].
         generator: Source of randomness, on the frames' device.
-        roundtrip: Encodes and decodes frames (n, 3, height, width) in [0, 1] by the model's VAE; applied to a third.
+        roundtrip: Encodes and decodes frames (n, 3, height, width) in [0, 1] by the model's VAE; applied to a quarter.
     """
     n, count = frames.shape[:2]
     flat = frames.flatten(0, 1)
@@ -513,8 +513,8 @@ def degrade(frames: Tensor, generator: torch.Generator, roundtrip: Callable[[Ten
         return torch.rand(shape, generator=generator, device=device)
 
     if roundtrip is not None:
-        third = max(1, n // 3) * count
-        flat = torch.cat([roundtrip(flat[:third]).to(flat.dtype), flat[third:]])
+        part = max(1, n // 4) * count
+        flat = torch.cat([roundtrip(flat[:part]), flat[part:]])
     height, width = flat.shape[-2:]
     soft = F.avg_pool2d(F.pad(flat, (1, 1, 1, 1), "replicate"), 3, 1)
     low = F.interpolate(F.avg_pool2d(flat, 2), (height, width), mode="bilinear")
@@ -750,8 +750,9 @@ def _vae_roundtrip(folder: str, device: str) -> Callable[[Tensor], Tensor]:
     vae = AutoencoderKL.from_pretrained(folder).to(device).eval()
 
     @torch.no_grad()
+    @torch.autocast(torch.device(device).type, torch.bfloat16)
     def roundtrip(frames: Tensor) -> Tensor:
-        return (vae.decode(vae.encode(frames * 2 - 1).latent_dist.sample()).sample / 2 + 0.5).clamp(0, 1)
+        return (vae.decode(vae.encode(frames * 2 - 1).latent_dist.sample()).sample.float() / 2 + 0.5).clamp(0, 1)
 
     return roundtrip
 

@@ -5,11 +5,8 @@ python -m emt.evaluate.truth MODEL --clips 256 --seeds 3 --device cuda
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emt.errors import EmtError
-from emt.evaluate.judge import SIZE, Judge, Reading, Vocabulary
+from emt.evaluate.judge import Judge, Reading, Vocabulary
 from emt.evaluate.statistics import Estimate, mean, pooled_pearson
 
 if TYPE_CHECKING:
@@ -46,11 +43,6 @@ MEASURES: dict[str, str] = {
 """The rows of the table: name and description."""
 
 Truth = dict[str, Estimate]
-
-
-def as_clips(results: list[np.ndarray]) -> Tensor:
-    """Clips as a pipeline returns them, each uint8 (frames, height, width, 3), as one tensor (n, frames, 3, h, w)."""
-    return torch.from_numpy(np.stack(results)).permute(0, 1, 4, 2, 3)
 
 
 def evaluate_truth(
@@ -201,107 +193,3 @@ def format_truth(columns: Truth | Mapping[str, Truth]) -> str:
     for name, description in MEASURES.items():
         lines.append(f"| {description} | {' | '.join(str(table[name]) for table in named.values())} |")
     return "\n".join(lines)
-
-
-def evaluate_model(
-    model: str | Path,
-    judge: Judge,
-    world: World,
-    *,
-    clips: int = 256,
-    seeds: int = 3,
-    batch: int = 16,
-    held_out: bool = True,
-    with_reference: bool = True,
-    dtype: torch.dtype = torch.float32,
-    progress: Callable[[int, int], None] | None = None,
-    **sampling: float | str,
-) -> Truth:
-    """Play held-out motions with a model and measure the result.
-
-    Args:
-        model: Folder or hub id of the pipeline.
-        judge: Reads the clips.
-        world: Renders the references; its size and frames must be the model's.
-        clips: References for each seed.
-        seeds: How many seeds; each has motions, appearances and noise of its own.
-        batch: Clips generated at once.
-        held_out: See `draw_cases`.
-        with_reference: False runs the backbone without the reference.
-        dtype: Type of the weights.
-        progress: Called with the number of clips done and the total.
-        **sampling: Further arguments of the pipeline's call, such as `steps` and `guidance`.
-    """
-    from emt.pipeline import MotionTransferPipeline
-
-    pipeline = MotionTransferPipeline.from_pretrained(model, torch_dtype=dtype).to(world.device)
-    all_clips, all_motions, all_asked, all_references = [], [], [], []
-    for seed in range(seeds):
-        generator = torch.Generator(world.device).manual_seed(1000 + seed)
-        motions, asked, reference = draw_cases(world, clips, generator, held_out=held_out)
-        frames = world.render(motions, reference, generator=generator).permute(0, 1, 3, 4, 2).cpu().numpy()
-        captions = world.captions(asked, motions)
-        for start in range(0, clips, batch):
-            part = slice(start, min(start + batch, clips))
-            extracted = [pipeline.extract_motion(clip, seed=seed) for clip in frames[part]] if with_reference else None
-            noise = list(range(seed * clips + part.start, seed * clips + part.stop))
-            all_clips += pipeline(captions[part], extracted, seed=noise, **sampling)
-            if progress is not None:
-                progress(len(all_clips), seeds * clips)
-        all_motions.append(motions.to("cpu"))
-        all_asked.append(asked.to("cpu"))
-        all_references.append(reference.to("cpu"))
-    return evaluate_truth(judge, as_clips(all_clips), _joined(all_motions), _joined(all_asked), _joined(all_references))
-
-
-def _joined(parts: list):  # type: ignore[no-untyped-def]
-    return type(parts[0])(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])})
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Play held-out motions of the rendered world with a model and print how well it follows them."""
-    parser = argparse.ArgumentParser(prog="python -m emt.evaluate.truth", description=main.__doc__)
-    parser.add_argument("model", help="folder or hub id")
-    parser.add_argument("--judge", type=Path, help="the judge's weights (default: the shipped ones)")
-    parser.add_argument("--clips", type=int, default=256, help="references for each seed")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
-    parser.add_argument("--guidance", type=float, help="guidance (default: the model's)")
-    parser.add_argument("--familiar", action="store_true", help="families and combinations seen in training instead")
-    parser.add_argument("--no-backbone", action="store_true", help="leave out the column without reference")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
-    options = parser.parse_args(arguments)
-
-    from emt.evaluate.judge import SHIPPED
-    from emt.train.world import World
-
-    judge = Judge.load(options.judge or SHIPPED, options.device)
-    world = World(device=options.device, size=SIZE)
-    sampling = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
-    dtype = torch.float16 if options.device.startswith("cuda") else torch.float32
-    columns = {}
-    for name, with_reference in (("adapted", True), ("without reference", False)):
-        if with_reference or not options.no_backbone:
-            columns[name] = evaluate_model(
-                options.model,
-                judge,
-                world,
-                clips=options.clips,
-                seeds=options.seeds,
-                batch=options.batch,
-                held_out=not options.familiar,
-                with_reference=with_reference,
-                dtype=dtype,
-                **sampling,
-            )
-    columns["floor of the judge"] = judge_floor(judge, world, options.clips, held_out=not options.familiar)
-    print(format_truth(columns))
-    if options.output:
-        numbers = {name: {key: value.as_dict() for key, value in table.items()} for name, table in columns.items()}
-        options.output.write_text(json.dumps(numbers, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

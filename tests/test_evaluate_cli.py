@@ -1,0 +1,235 @@
+"""`emt evaluate` from the command line, on clips and models made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from emt.errors import EmtError
+from emt.evaluate.statistics import mean
+from emt.video import write_clip
+from emt_cli.evaluate import evaluate
+
+cv2 = pytest.importorskip("cv2")
+
+FRAMES, SIZE = 5, 64
+
+
+def panning(direction: tuple[int, int], seed: int) -> np.ndarray:
+    """Texture that moves by a few pixels a frame."""
+    scene = np.random.default_rng(seed).random((24, 24, 3)).astype(np.float32)
+    scene = (cv2.resize(scene, (160, 160), interpolation=cv2.INTER_CUBIC).clip(0, 1) * 255).astype(np.uint8)
+    corners = [(48 + t * direction[0], 48 + t * direction[1]) for t in range(FRAMES)]
+    return np.stack([scene[y : y + SIZE, x : x + SIZE] for x, y in corners])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    for name, frames in {
+        "right": panning((3, 0), 0),
+        "down": panning((0, 3), 1),
+        "follows": panning((3, 0), 2),
+        "opposes": panning((-3, 0), 3),
+    }.items():
+        write_clip(folder / f"{name}.mp4", frames, 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory) -> Path:
+    """A CLIP of random weights, with everything that a published one has."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")),
+    ]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(words),
+            "max_position_embeddings": 16,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    size = {"height": 32, "width": 32}
+    CLIPModel(config).save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    app = typer.Typer()
+    app.command()(evaluate)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write_pairs(path: Path, clips: Path) -> Path:
+    rows = [
+        {"reference": "right.mp4", "result": "follows.mp4", "prompt": "a red cat", "seconds": 2.0, "seed": 7},
+        {"reference": "right.mp4", "result": "opposes.mp4", "prompt": "a dog", "seconds": 4.0},
+        {"reference": "down.mp4", "result": "down.mp4", "prompt": "a dog"},
+    ]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        body = [
+            ",".join(str(row.get(name, "")) for name in ("reference", "result", "prompt", "seconds", "seed"))
+            for row in rows
+        ]
+        path.write_text("\n".join(["reference,result,prompt,seconds,seed", *body]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_pairs_from_a_file(clips, suffix):
+    *rows, last = lines(run(write_pairs(clips / f"pairs{suffix}", clips), "--json", "--text-model", "none"))
+    follows, opposes, itself = rows
+    assert follows["motion_fidelity"] > 0.95
+    assert follows["pan_x"] > 0.99
+    assert follows["pan_y"] is None
+    assert opposes["motion_fidelity"] < -0.6
+    assert opposes["camera"] < -0.9
+    assert itself["motion_fidelity"] == pytest.approx(1)
+    assert itself["leakage"] == pytest.approx(1, abs=1e-3)
+    assert itself["leakage"] > max(follows["leakage"], opposes["leakage"])
+    assert follows["text_alignment"] is None
+    assert follows["prompt"] == "a red cat"
+    assert int(follows["seed"]) == 7
+    assert last["clips"] == 3
+    expected = mean([row["motion_fidelity"] for row in rows]).as_dict()
+    assert last["summary"]["motion_fidelity"] == pytest.approx(expected)
+    assert last["summary"]["seconds"]["value"] == 3
+    assert last["summary"]["seconds"]["clips"] == 2
+
+
+def test_an_output_folder_of_transfer(clips, tmp_path):
+    journal = [
+        {"event": "job", "state": "done", "output": "a.mp4", "reference": str(clips / "right.mp4"), "prompt": "old",
+         "timings": {"steps": 9.0}},
+        {"event": "job", "state": "failed", "output": "b.mp4", "reference": "gone.mp4", "error": "broken"},
+        {"event": "job", "state": "done", "output": "a.mp4", "reference": str(clips / "right.mp4"),
+         "prompt": "a red cat", "seed": 3, "timings": {"steps": 1.0, "vae": 0.5},
+         "settings": {"fit": "crop", "start": 0.0, "duration": None, "stride": None}},
+        {"event": "run", "done": 1},
+    ]  # fmt: skip
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
+    (tmp_path / "a.mp4").write_bytes((clips / "follows.mp4").read_bytes())
+    row, last = lines(run(tmp_path, "--json"))
+    assert row["prompt"] == "a red cat"
+    assert row["seed"] == 3
+    assert row["seconds"] == 1.5
+    assert row["motion_fidelity"] > 0.95
+    assert row["leakage"] is None  # there is no other reference to compare with
+    assert last["clips"] == 1
+
+
+def test_an_image_text_model_measures_alignment_and_consistency(clips, clip_model):
+    source = write_pairs(clips / "with-model.jsonl", clips)
+    rows = lines(run(source, "--json", "--text-model", clip_model, "--device", "cpu"))[:-1]
+    plain = lines(run(source, "--json", "--text-model", "none"))[:-1]
+    for row, without in zip(rows, plain):
+        assert -1 <= row["text_alignment"] <= 1
+        assert row["temporal_consistency"] != without["temporal_consistency"]
+        assert row["motion_fidelity"] == pytest.approx(without["motion_fidelity"])
+    assert rows[1]["text_alignment"] != rows[2]["text_alignment"]
+
+
+def test_alignment_is_the_cosine_of_the_model(clips, clip_model):
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    from emt.evaluate.text import ImageTextModel, text_alignment
+
+    frames = panning((3, 0), 0)
+    model = ImageTextModel(str(clip_model))
+    found = text_alignment(model.embed_frames(frames, batch=2), model.embed_prompts(["a red cat"])[0])
+    inputs = AutoProcessor.from_pretrained(clip_model)(
+        text=["a red cat"], images=list(frames), padding="max_length", return_tensors="pt"
+    )
+    with torch.no_grad():
+        plain = AutoModel.from_pretrained(clip_model)
+        expected = plain(**inputs).logits_per_image.mean() / plain.logit_scale.exp()
+    assert found == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_table_names_every_measure_and_the_output_file_has_the_lines(clips, tmp_path):
+    pair = f"{clips / 'right.mp4'}={clips / 'follows.mp4'}=a red cat"
+    text = run("--pair", pair, "--output", tmp_path / "deep" / "out.jsonl", "--workers", 2, "--text-model", "none")
+    for words in (
+        "follows.mp4",
+        "motion fidelity",
+        "temporal consistency",
+        "camera pan x, Pearson",
+        "1 clips",
+    ):
+        assert words in text, words
+    assert len(lines((tmp_path / "deep" / "out.jsonl").read_text())) == 2
+
+
+def test_plots_show_every_pair(clips, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(write_pairs(clips / "plotted.jsonl", clips), "--plots", tmp_path / "plots", "--text-model", "none")
+    names = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert names == ["camera-0000-follows.png", "camera-0001-opposes.png", "camera-0002-down.png", "summary.png"]
+
+
+def test_a_pair_that_cannot_be_read_is_reported_and_the_others_go_on(clips, tmp_path):
+    (clips / "broken.jsonl").write_text(
+        '{"reference": "right.mp4", "result": "missing.mp4"}\n{"reference": "right.mp4", "result": "follows.mp4"}\n'
+    )
+    bad, good, last = lines(run(clips / "broken.jsonl", "--json", code=1))
+    assert "missing.mp4" in bad["error"]
+    assert good["motion_fidelity"] > 0.95
+    assert (last["clips"], last["failed"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"reference": "a.mp4"}\n', "line 1: no reference or no result"),
+        ("{broken\n", "line 1: not JSON"),
+        ("[1]\n", "line 1: not a JSON object"),
+        ('{"reference": "a.mp4", "result": "b.mp4", "seconds": "soon"}\n', "not a number"),
+        ("", "no finished results"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path, content, message):
+    (tmp_path / "pairs.jsonl").write_text(content)
+    with pytest.raises(EmtError, match=message):
+        run(tmp_path / "pairs.jsonl")
+
+
+def test_bad_sources_are_explained(tmp_path, clips):
+    with pytest.raises(EmtError, match="not found"):
+        run(tmp_path / "nowhere")
+    with pytest.raises(EmtError, match="no journal"):
+        run(tmp_path)
+    with pytest.raises(EmtError, match="Nothing to evaluate"):
+        run()
+    run("--pair", "only-one.mp4", code=2)
+    with pytest.raises(EmtError, match="cannot be loaded as an image-text model"):
+        run(write_pairs(clips / "unloaded.jsonl", clips), "--text-model", tmp_path / "no-model")
