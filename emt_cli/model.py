@@ -18,10 +18,12 @@ from typing import Any
 
 from emt.errors import EmtError
 from emt_cli.cache import ContentIndex
-from emt_cli.options import MODEL_DEFAULTS, Settings, parse_field
+from emt_cli.options import MODEL_DEFAULTS, Scheduler, Settings, parse_field
 
 _HOW_TO_GET = "Make a model folder with `emt import-weights`, or leave --model out for the small demo model."
 _CONTENT = (".safetensors", ".json", ".txt", ".model")
+
+_LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
 
 #: Time of a clip, where the journal has none yet: arithmetic of a denoising step per parameter of the network and
 #: latent position of a batch with guidance (35.3 TFLOP for 1.3 G parameters, 16 frames of 512×512), at the rates
@@ -70,7 +72,7 @@ class Model:
         return _read_json(self.folder / "unet" / "config.json")
 
     def check(self, settings: Settings) -> None:
-        """Say whether the network can make clips of this size.
+        """Say whether the model can make clips with these settings.
 
         Raises:
             EmtError: it cannot.
@@ -78,6 +80,10 @@ class Model:
         most = self.unet.get("motion_max_frames", 32)
         if settings.frames > most:
             raise EmtError(f"frames is {settings.frames}", f"The model {self.name} makes clips of 2 to {most} frames.")
+        if settings.scheduler is Scheduler.LCM and settings.steps > _LCM_STEPS:
+            raise EmtError(
+                f"steps is {settings.steps}", f"The scheduler lcm takes at most {_LCM_STEPS}; 4 to 8 are usual."
+            )
 
     def memory(self, settings: Settings, clips: int = 1, half: bool = True) -> float:
         """Estimated peak memory in bytes for denoising clips together; a model, not a measurement."""

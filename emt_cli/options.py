@@ -73,7 +73,7 @@ class Settings:
     frames: Annotated[int, _clip("Frames; default: the model's.", min=2, max=32)] = 16
     height: Annotated[int, _clip("Height in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
     width: Annotated[int, _clip("Width in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
-    steps: Annotated[int, _clip("Denoising steps; default: the model's.", min=1, max=1000)] = 25
+    steps: Annotated[int, _clip("Denoising steps; default: the model's.", min=1, max=500)] = 25
     guidance: Annotated[
         float, _clip("Classifier-free guidance, 1 for none; default: the model's.", min=1.0, max=50.0)
     ] = 6.0

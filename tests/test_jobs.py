@@ -241,7 +241,7 @@ def test_values_of_job_files(name, value, parsed):
 @pytest.mark.parametrize(
     ("name", "value", "hint"),
     [
-        ("steps", 0, "from 1 to 1000"), ("steps", 2.5, "whole"), ("steps", True, "whole"), ("steps", None, "whole"),
+        ("steps", 0, "from 1 to 500"), ("steps", 2.5, "whole"), ("steps", True, "whole"), ("steps", None, "whole"),
         ("width", 100, "96 or 104"), ("guidance", float("nan"), "from 1 to 50"), ("guidance", "nan", "from 1 to 50"),
         ("scheduler", "magic", "ddim, dpm++"), ("seed", -1, "from 0"), ("seed", 2**63, "from 0"),
         ("prompt", "  ", "Say"), ("prompt", "a\x1b[31m", "Remove"), ("prompt", "\ud800", "UTF-8"),

@@ -1,0 +1,386 @@
+"""`emt transfer` as a shell runs it: what it makes, skips, prints and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from program import EMT, FRAMES, SIDE, clip, console, environment, journal, lines, model, start, transfer
+
+from emt.video import read_clip, read_metadata
+
+
+def states(ended) -> dict[str, int]:
+    return dict(Counter(line["state"] for line in lines(ended)))
+
+
+def test_references_times_prompts_become_clips_that_carry_their_settings(tmp_path):
+    clip(tmp_path / "clips" / "walk.mp4", 1)
+    clip(tmp_path / "clips" / "run.gif", 2)
+    ended = console(
+        tmp_path,
+        "transfer",
+        "clips",
+        "--prompt",
+        "a red star",
+        "--prompt",
+        "Löwe!",
+        "--model",
+        model(),
+        "--device",
+        "cpu",
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "4 done, 0 already there, 0 failed" in ended.stderr
+    results = [tmp_path / line for line in ended.stdout.splitlines()]
+    assert sorted(path.name[:5] for path in results) == ["a-red", "a-red", "löwe_", "löwe_"]
+    told = {line["output"]: line for line in journal(tmp_path / "out")}
+    for path in results:
+        assert read_clip(path, frames=FRAMES).frames.shape == (FRAMES, SIDE, SIDE, 3)
+        record = json.loads(read_metadata(path)["emt"])
+        assert record == json.loads(path.with_name(path.name + ".json").read_bytes())
+        line = told[f"{path.parent.name}/{path.name}"]
+        assert line.items() >= record.items()
+        assert set(line["timings"]) == {"decode", "reference", "steps", "vae", "encode"}
+        assert line["peak_memory"] > 1e6
+        assert (record["device"], record["precision"], record["engine"]) == ("cpu", "fp32", "pytorch")
+        assert record["settings"]["steps"] == 2, "the model's own default"
+    assert not list(tmp_path.rglob(".emt-partial-*"))
+
+
+def test_finished_jobs_are_skipped_while_contents_and_settings_are_the_same(tmp_path):
+    reference = clip(tmp_path / "a.mp4", 1)
+    job = ["a.mp4", "--prompt", "x", "--json"]
+    assert states(transfer(tmp_path, *job)) == {"done": 1}
+    os.utime(reference)
+    assert states(transfer(tmp_path, *job)) == {"skipped": 1}, "the time of a file is not its content"
+    assert states(transfer(tmp_path, *job, "--steps", 1)) == {"done": 1}, "another setting"
+    assert states(transfer(tmp_path, *job, "--steps", 1, "--overwrite")) == {"done": 1}
+    clip(reference, 2)
+    assert states(transfer(tmp_path, *job, "--steps", 1)) == {"done": 1}, "another content"
+    shutil.move(reference, tmp_path / "deep-a.mp4")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "deep-a.mp4", tmp_path / "elsewhere" / "a.mp4")
+    assert states(transfer(tmp_path, "elsewhere/a.mp4", *job[1:], "--steps", 1)) == {"skipped": 1}, "moved"
+
+
+def test_a_clip_that_its_run_could_not_write_down_is_adopted_not_made_again(tmp_path):
+    clip(tmp_path / "a.mp4")
+    job = ["a.mp4", "--prompt", "x", "--seeds", "0-1", "--json"]
+    first, second = lines(transfer(tmp_path, *job))
+    before = (tmp_path / first["path"]).stat().st_mtime_ns
+    content = (tmp_path / "out" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out" / "journal.jsonl").write_bytes(content[1][:50])  # as a crash might leave it
+    (tmp_path / f"{first['path']}.json").unlink()
+    (tmp_path / "out" / Path(second["output"]).parent / ".emt-partial-0123").write_text("left")
+    assert states(transfer(tmp_path, *job)) == {"skipped": 2}
+    assert [(line["id"], line["adopted"]) for line in journal(tmp_path / "out")] == [
+        (first["id"], True),
+        (second["id"], True),
+    ]
+    assert (tmp_path / first["path"]).stat().st_mtime_ns == before
+    assert (tmp_path / f"{first['path']}.json").exists()
+    assert not list(tmp_path.rglob(".emt-partial-*"))
+
+
+def test_a_bad_job_fails_alone_with_one_clear_line(tmp_path):
+    clip(tmp_path / "good.mp4")
+    clip(tmp_path / "short.mp4", frames=2)
+    content = clip(tmp_path / "cut.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    jobs = [
+        {"reference": "cut.mp4", "prompt": "x"},
+        {"reference": "short.mp4", "prompt": "x"},
+        {"reference": "missing.mp4", "prompt": "x"},
+        {"reference": "good.mp4", "prompt": ""},
+        {"reference": "good.mp4", "prompt": "x", "steps": "many"},
+        {"reference": "good.mp4", "prompt": "x", "frames": 32},
+        {"reference": "good.mp4", "prompt": "x"},
+    ]
+    ended = transfer(tmp_path, "-", "--json", stdin="\n".join([*map(json.dumps, jobs), "{nonsense", ""]).encode())
+    assert ended.code == 1
+    told = {line["origin"]: line for line in lines(ended)}
+    assert len(told) == 8
+    assert [told[f"line {n}"]["state"] for n in range(1, 9)] == ["failed"] * 6 + ["done", "failed"]
+    for n, word in ((1, "cut.mp4"), (2, "2 frames"), (3, "missing.mp4"), (4, "empty"), (5, "many"), (8, "not JSON")):
+        assert word in told[f"line {n}"]["error"]
+        assert ended.err.count(f"line {n} ") + ended.err.count(f"line {n}:") <= 1
+    assert "Traceback" not in ended.err
+    failed = [line for line in journal(tmp_path / "out") if line["state"] == "failed"]
+    assert len(failed) == 7
+    assert all(line["error"] for line in failed)
+
+
+def test_jobs_on_standard_input_are_done_as_they_arrive(tmp_path):
+    clip(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "jobs")
+    run = start(tmp_path, "-", "--json", "--batch-size", "4", stdin=tmp_path / "jobs")
+    with open(tmp_path / "jobs", "w") as jobs:
+        for count in (1, 2):
+            jobs.write(json.dumps({"reference": "a.mp4", "prompt": "x", "seed": count}) + "\n")
+            jobs.flush()
+            assert run.wait_for_lines(count), "the first result comes before the second job is sent"
+    assert run.end().code == 0
+
+
+def test_a_job_named_twice_is_done_once(tmp_path):
+    clip(tmp_path / "a.mp4")
+    shutil.copytree(tmp_path, tmp_path / "copy", ignore=lambda *_: ["cache"])
+    ended = transfer(tmp_path, "a.mp4", "copy/a.mp4", "--prompt", "x", "--prompt", "x", "--json")
+    assert states(ended) == {"done": 1, "skipped": 3}
+    assert len(journal(tmp_path / "out")) == 1
+
+
+def test_batches_make_the_same_clips(tmp_path):
+    clip(tmp_path / "a.mp4", 1)
+    clip(tmp_path / "b.mp4", 2)
+    job = ["a.mp4", "b.mp4", "--prompt", "x", "--seeds", "0-1", "--format", "png", "--json"]
+    alone = lines(transfer(tmp_path, *job, "-o", "alone"))
+    together = lines(transfer(tmp_path, *job, "-o", "together", "--batch-size", "3"))
+    assert Counter(line["batch"]["size"] for line in together) == {3: 3, 1: 1}
+    assert {line["batch"]["shared_reference"] for line in together if line["batch"]["size"] == 3} == {False}
+    for line in alone:
+        one, other = (read_clip(tmp_path / o / line["output"], frames=FRAMES).frames for o in ("alone", "together"))
+        assert np.abs(one.astype(int) - other).max() <= 1, "the last bit may depend on the batch, no more"
+
+
+def test_encoded_references_serve_the_next_run(tmp_path):
+    clip(tmp_path / "a.mp4")
+    job = ["a.mp4", "--format", "png", "--json"]
+    [first] = lines(transfer(tmp_path, *job, "--prompt", "x"))
+    assert first["timings"]["reference"] > 0
+    [entry] = (tmp_path / "cache" / "emt" / "motion").glob("*.safetensors")
+    [again] = lines(transfer(tmp_path, *job, "--prompt", "x", "-o", "again"))
+    frames = [read_clip(tmp_path / line["path"], frames=FRAMES).frames for line in (first, again)]
+    assert np.array_equal(*frames)
+    entry.write_bytes(b"damaged")
+    [mended] = lines(transfer(tmp_path, *job, "--prompt", "x", "-o", "mended"))
+    assert np.array_equal(frames[0], read_clip(tmp_path / mended["path"], frames=FRAMES).frames)
+    assert entry.stat().st_size > 1000
+
+
+def test_the_device_hardly_waits(tmp_path):
+    for seed in range(10):
+        clip(tmp_path / "clips" / f"{seed}.mp4", seed)
+    ended = transfer(tmp_path, "clips", "--prompt", "x", "--seeds", "0-4", "--steps", 6, "--json")
+    assert states(ended) == {"done": 50}
+    last = json.loads((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines()[-1])
+    assert last["event"] == "run"
+    assert last["device_wait"] < 0.05, ended.err
+
+
+# ---- streams and exit codes ---------------------------------------------------------------------------------------
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    clip(tmp_path / "a.mp4")
+    command = f"'{EMT}' transfer a.mp4 --prompt x --seeds 0-9 --json --device cpu --model '{model()}'"
+    shell = subprocess.run(
+        ["bash", "-c", f"{command} 2>err | head -1; echo ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env=os.environ | environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    first, code = shell.stdout.splitlines()
+    assert json.loads(first)["state"] == "done"
+    assert code == "0"
+    assert (tmp_path / "err").read_text().count("\n") <= 10, "a line for each job that was finished, nothing else"
+    done = journal(tmp_path / "out")
+    assert 1 <= len(done) < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_finishes_the_running_batch_and_the_next_run_the_rest(tmp_path, number):
+    clip(tmp_path / "a.mp4")
+    job = ["a.mp4", "--prompt", "x", "--seeds", "0-19", "--json"]
+    run = start(tmp_path, *job)
+    assert run.wait_for_lines(2)
+    run.send(number)
+    ended = run.end()
+    assert ended.code == 130
+    assert "finishing the running batch" in ended.err
+    done = journal(tmp_path / "out")
+    assert 2 <= len(done) < 20
+    assert {line["state"] for line in done} == {"done"}
+    assert len(done) == len(lines(ended))
+    assert states(transfer(tmp_path, *job)) == {"skipped": len(done), "done": 20 - len(done)}
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    clip(tmp_path / "a.mp4")
+    run = start(tmp_path, "a.mp4", "--prompt", "x", "--steps", "500", "--json")
+    while not list((tmp_path / "cache").glob("emt/motion/*.json")):  # the reference is encoded, the batch runs
+        run.process.join(0.05)
+        assert run.process.is_alive()
+    run.process.join(0.5)
+    run.send(signal.SIGINT)
+    run.process.join(0.3)
+    assert run.process.is_alive(), "the first lets it finish"
+    run.send(signal.SIGINT)
+    assert run.end(seconds=5).code == 130
+    assert journal(tmp_path / "out") == []
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    clip(tmp_path / "a.mp4")
+    first = start(tmp_path, "a.mp4", "--prompt", "x", "--seeds", "0-9", "--json")
+    first.wait_for_lines(1)
+    second = transfer(tmp_path, "a.mp4", "--prompt", "y")
+    assert second.code == 1
+    assert f"process {first.process.pid}" in second.err
+    assert first.end().code == 0
+    assert len(journal(tmp_path / "out")) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "references"),
+        (["a.mp4", "--prompt", "x", "--frames", "99"], "--frames"),
+        (["a.mp4", "--prompt", "x", "--width", "30"], "24 or 32"),
+        (["a.mp4", "--prompt", "x", "--guidance", "nan"], "guidance"),
+        (["a.mp4", "--prompt", "x", "--scheduler", "magic"], "ddim"),
+        (["a.mp4", "--prompt", "x", "--seeds", "9-1"], "9-1"),
+        (["a.mp4", "--prompt", "x", "--device", "gpu"], "cuda"),
+        (["a.mp4", "--prompt", "x", "--batch-size", "0"], "auto"),
+        (["a.mp4", "--prompts", "missing.txt"], "missing.txt"),
+        (["a.mp4", "--prompt", "x", "--prompt", "y", "--pair"], "1 and 2"),
+        (["a.mp4", "--nonsense"], "nonsense"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_told_on_stderr(tmp_path, arguments, said):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    ended = transfer(tmp_path, *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_done_at_all_is_exit_code_1_and_says_what_to_type(tmp_path):
+    clip(tmp_path / "a.mp4")
+    for arguments, said in (
+        (["--model", "missing"], "import-weights"),
+        (["--model", "."], "no model_index.json"),
+        (["--device", "cuda:7"], "--device cpu"),
+        (["-o", "a.mp4"], "--out"),
+    ):
+        ended = transfer(tmp_path, "a.mp4", "--prompt", "x", *arguments)
+        assert (ended.code, ended.out) == (1, "")
+        assert said in ended.err
+        assert "Traceback" not in ended.err
+
+
+def test_on_a_terminal_there_are_bars_and_a_table_and_nothing_of_it_on_stdout(tmp_path):
+    clip(tmp_path / "a.mp4")
+    reader, writer = pty.openpty()
+    command = [
+        EMT,
+        "transfer",
+        "a.mp4",
+        "missing.mp4",
+        "--prompt",
+        "[red]x[/red]",
+        "--device",
+        "cpu",
+        "--model",
+        model(),
+    ]
+    run = subprocess.Popen(
+        list(map(str, command)),
+        cwd=tmp_path,
+        env=os.environ | environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "150"},
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        text=True,
+    )
+    os.close(writer)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(reader, 1 << 16)
+        except OSError:  # the program has closed its side
+            break
+    out = run.communicate()[0]
+    text = shown.decode()
+    assert run.returncode == 1
+    assert out.count("\n") == 1
+    assert out.strip().endswith(".mp4")
+    assert "━" in text
+    assert "clips/min" in text
+    assert "[red]x[/red]" in text, "markup in a prompt is text"
+    assert "missing.mp4" in text
+    assert "1 done, 0 already there, 1 failed" in text
+
+
+# ---- rerun --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batched")
+    clip(folder / "a.mp4", 1)
+    clip(folder / "b.mp4", 2)
+    made = lines(transfer(folder, "a.mp4", "b.mp4", "--prompt", "x", "--format", "png", "--batch-size", "2", "--json"))
+    return folder, [folder / line["path"] for line in made]
+
+
+def rerun(folder: Path, *arguments: object):
+    from program import emt
+
+    return emt("rerun", *map(str, arguments), folder=folder, environment=environment(folder))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rerun_makes_the_very_same_frames(batched, which):
+    folder, results = batched
+    source = results[which] if which else results[which].with_name(results[which].name + ".json")
+    ended = rerun(folder, source, "-o", folder / f"again{which}")
+    assert ended.code == 0, ended.err
+    made, again = (read_clip(path, frames=FRAMES).frames for path in (results[which], folder / f"again{which}"))
+    assert np.array_equal(made, again)
+    assert rerun(folder, source, "-o", folder / f"again{which}").code == 1, "it does not overwrite unless told"
+
+
+def test_rerun_says_if_the_reference_has_moved_or_changed(batched, tmp_path):
+    _, results = batched
+    record = json.loads(results[0].with_name(results[0].name + ".json").read_bytes())
+    moved = tmp_path / "moved.json"
+    moved.write_text(json.dumps({**record, "reference": str(tmp_path / "gone.mp4")}))
+    ended = rerun(tmp_path, moved)
+    assert ended.code == 1
+    assert "gone.mp4" in ended.err
+    assert "--reference" in ended.err
+    ended = rerun(tmp_path, moved, "--reference", clip(tmp_path / "other.mp4", 9))
+    assert ended.code == 1
+    assert "content differs" in ended.err
+    for content in ("", "[]", "{}", '{"settings": {"frames": "x"}}'):
+        moved.write_text(content)
+        ended = rerun(tmp_path, moved)
+        assert ended.code == 1
+        assert "Traceback" not in ended.err
+    assert "carries no settings" in rerun(tmp_path, tmp_path / "other.mp4").err
+
+
+# ---- the tests that anyone can run at full length -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["kill_test.py", "--kills", "4", "--seeds", "3"], ["bad_inputs.py", "--inputs", "10"]],
+    ids=lambda c: c[0],
+)
+def test_a_short_form_of(command):
+    script = Path(__file__).parents[1] / "benchmarks" / command[0]
+    ended = subprocess.run([sys.executable, str(script), *command[1:]], capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
