@@ -24,7 +24,7 @@ from emt.evaluate.judge import (
     read_prompt,
     train_judge,
 )
-from emt.evaluate.truth import MEASURES, compare, evaluate_truth, format_truth, unwrap
+from emt.evaluate.truth import MEASURES, camera_curves, compare, evaluate_truth, format_truth, unwrap
 from emt.train.world import COLOURS, SCENES, SUBJECTS, World
 
 WORDS = Vocabulary(SUBJECTS, COLOURS, SCENES)
@@ -237,6 +237,17 @@ def test_rotation_of_unreadable_subjects_does_not_count(cases):
     values = compare(wrong, motions, asked, reference, readable=torch.zeros(len(SUBJECTS)))
     assert values["rotation"].clips == 0
     assert math.isnan(values["rotation"].value)
+
+
+def test_tracked_points_tell_the_camera_of_a_rendered_clip():
+    pytest.importorskip("cv2")
+    world = World(frames=6, variants=1)
+    generator = torch.Generator().manual_seed(3)
+    motions = world.motions(2, generator, camera=1.0)
+    clips = world.render(motions, world.appearances(motions, generator))
+    error = (camera_curves(clips, workers=2) - motions.camera).abs()
+    assert error[..., :2].max() < 1.5
+    assert error[..., 2:].max() < 0.03
 
 
 def test_unwrapped_rotation_runs_on_past_half_a_turn():

@@ -78,6 +78,8 @@ def pooled_pearson(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0
     def correlation(total: np.ndarray) -> np.ndarray:
         n, x, y, xx, yy, xy = np.moveaxis(total, -1, 0)
         scale = np.sqrt(np.maximum((xx - x * x / n) * (yy - y * y / n), 0))
-        return np.where(scale > 1e-9, (xy - x * y / n) / np.maximum(scale, 1e-9), 0.0)
+        # A resample in which nothing varies has no correlation; the interval leaves it out.
+        return np.where(scale > 1e-9, (xy - x * y / n) / np.maximum(scale, 1e-9), np.nan)
 
-    return _interval(float(correlation(sums.sum(0))), correlation(_resampled(len(sums), seed) @ sums), len(sums))
+    value = float(np.nan_to_num(correlation(sums.sum(0))))
+    return _interval(value, correlation(_resampled(len(sums), seed) @ sums), len(sums))

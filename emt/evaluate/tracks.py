@@ -233,7 +233,10 @@ def _step(
 
 
 def _track_cotracker(frames: np.ndarray, checkpoint: str | Path | None) -> Tracklets:
-    """A regular grid of points tracked by CoTracker from weights that the user has."""
+    """A regular grid of points tracked by CoTracker from weights that the user has.
+
+    Written to its documented interface; not run by the authors of this project, who had neither package nor weights.
+    """
     try:
         from cotracker.predictor import CoTrackerPredictor
     except ImportError as error:

@@ -6,7 +6,8 @@ python -m emt.evaluate.truth MODEL --clips 256 --seeds 3 --device cuda
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emt.errors import EmtError
-from emt.evaluate.judge import Judge, Reading, Vocabulary
+from emt.evaluate.judge import SIZE, Judge, Reading, Vocabulary
 from emt.evaluate.statistics import Estimate, mean, pooled_pearson
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def evaluate_truth(
     appearances: Appearances,
     reference: Appearances | None = None,
     *,
+    camera: Tensor | None = None,
     seed: int = 0,
 ) -> Truth:
     """Measure generated clips against the motion that they should play and the appearance that they were asked for.
@@ -62,6 +64,7 @@ def evaluate_truth(
         motions: The n motions that the references play.
         appearances: What the prompts ask for.
         reference: What the references show; without it leakage is not measured.
+        camera: Camera curves measured otherwise, such as by `camera_curves`, in place of the judge's.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -83,6 +86,8 @@ def evaluate_truth(
         )
     asked = torch.stack([appearances.subject, appearances.colour], -1)
     seen = judge.observe(clips, motions.subjects, asked)
+    if camera is not None:
+        seen = replace(seen, camera=camera)
     return compare(seen, motions, appearances, reference, readable=judge.readable > 0, seed=seed)
 
 
@@ -151,6 +156,24 @@ def compare(
         name: pooled_pearson(values, seed) if values and isinstance(values[0], tuple) else mean(values, seed)
         for name, values in rows.items()
     }
+
+
+def camera_curves(clips: Tensor, workers: int = 1) -> Tensor:
+    """Camera motion of clips by tracking points, as `Reading.camera`: an instrument that was not trained.
+
+    Args:
+        clips: (n, frames, 3, height, width) uint8.
+        workers: Threads; a clip takes about a second.
+
+    Returns:
+        (n, frames, 4) pan x, pan y (pixels of 128), log zoom, roll.
+    """
+    from emt.evaluate.camera import camera_motion
+
+    arrays = [clip.permute(0, 2, 3, 1).contiguous().numpy() for clip in clips.cpu()]
+    with ThreadPoolExecutor(workers) as pool:
+        curves = torch.from_numpy(np.stack([found.curves for found in pool.map(camera_motion, arrays)])).float()
+    return curves * torch.tensor([SIZE, SIZE, 1.0, 1.0])
 
 
 def _pair(true: Tensor, found: Tensor) -> tuple[np.ndarray, np.ndarray]:
