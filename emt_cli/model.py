@@ -30,6 +30,8 @@ _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its schedu
 #: that eager PyTorch reaches on one H100 in fp16 and on two CPU cores in fp32.
 _FLOP = 0.204
 _GPU_RATE, _CPU_RATE = 190e12, 17e9
+#: A step of however small a network takes this long, in seconds: its layers are asked for one by one.
+_SHORTEST_STEP = 0.02
 #: Memory: the weights, and bytes of activations per pixel of all frames and channel of the first level, in fp16
 #: (11.1 GiB in all for the same clip, 320 channels, 2.8 GiB of weights).
 _ACTIVATION = 6.6
@@ -95,7 +97,7 @@ class Model:
     def seconds(self, settings: Settings, gpu: bool) -> float:
         """Estimated time of a clip; a model, not a measurement."""
         flop = _FLOP * self.parameters.get("unet", 0) * work(settings.as_dict())
-        return flop / (_GPU_RATE if gpu else _CPU_RATE)
+        return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps)
 
     def size_that_fits(self, settings: Settings, available: float, half: bool) -> str:
         """Options of a smaller clip that should fit, of one that needs more than is available."""

@@ -341,8 +341,10 @@ class Runner:
         if not self._room_on_disk(tasks):
             return
         left, size = self._try_batch(tasks)
-        for start in range(0, len(left), size):
-            self._run_batch(left[start : start + size])
+        while left:
+            size = min(size, self._limit(left[0].job))  # the first part may have taught less
+            self._run_batch(left[:size])
+            left = left[size:]
 
     def _try_batch(self, tasks: list[_Task]) -> tuple[list[_Task], int]:
         """Make the clips of a batch and hand them to the writers.

@@ -1,0 +1,137 @@
+"""What the device and the disk can do to a run: each failure stays with its own job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from program import EMT, clip, environment, journal, model
+
+from emt.pipeline import NonFiniteError
+from emt_cli.cache import ContentIndex, MotionCache
+from emt_cli.generator import Generator
+from emt_cli.jobs import Job, expand
+from emt_cli.journal import Journal
+from emt_cli.model import find_model
+from emt_cli.options import Settings, TransferOptions
+from emt_cli.progress import Watcher
+from emt_cli.runner import Runner
+
+
+class Faulty(Generator):
+    """The real generator, on a device that holds `fits` clips, and fails at the prompts `nan` and `bug`."""
+
+    fits = 64
+
+    def generate(self, jobs, motions, on_step):
+        if len(jobs) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        broken = [place for place, job in enumerate(jobs) if job.prompt == "nan"]
+        if broken:
+            raise NonFiniteError(broken, [jobs[place].seed for place in broken])
+        if any(job.prompt == "bug" for job in jobs):
+            raise RuntimeError("expected scalar type Half but found Float\nand more lines")
+        return super().generate(jobs, motions, on_step)
+
+
+@pytest.fixture
+def run(tmp_path, capfd):
+    """Runs jobs with a faulty generator: prompts in, the journal's lines and standard error out."""
+    clip(tmp_path / "a.mp4")
+
+    def go(*prompts: str, fits: int = 64, batch_size: int | None = None):
+        found = find_model(str(model()), download=False)
+        index = ContentIndex(tmp_path / "cache")
+        generator = Faulty(found, found.sha256(index), "cpu", "auto")
+        generator.fits = fits
+        jobs, _ = expand(TransferOptions([str(tmp_path / "a.mp4")], prompt=list(prompts)), found.defaults)
+        log = Journal(tmp_path / "out")
+        cache = MotionCache(tmp_path / "cache", 1e9)
+        summary = Runner(log, generator, index, cache, Watcher(len(jobs)), batch_size=batch_size).run(jobs)
+        log.close()
+        return summary, {line["prompt"]: line for line in journal(tmp_path / "out")}, capfd.readouterr().err
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("fits", "sizes"), [(4, [4, 4, 4, 4, 1]), (2, [2, 2, 2, 2, 1]), (1, [1] * 5), (3, [2, 2, 2, 2, 1])]
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(run, fits, sizes):
+    summary, told, err = run("a", "b", "c", "d", "e", fits=fits, batch_size=4)
+    assert summary.counts == {"done": 5}
+    assert [told[prompt]["batch"]["size"] for prompt in "abcde"] == sizes
+    assert err.count("do not fit in memory") == {4: 0, 3: 1, 2: 1, 1: 2}[fits]
+
+
+def test_out_of_memory_at_one_clip_says_what_would_fit(run):
+    summary, told, _ = run("a", fits=0)
+    assert summary.counts == {"failed": 1}
+    assert told["a"]["error"].startswith("out of memory: a clip of 4 frames of 32x32 needs more than")
+    assert told["a"]["hint"] == "This should fit: --width 24 --height 24"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_clip_that_is_not_finite_fails_and_its_batch_does_not(run, batch_size):
+    summary, told, _ = run("a", "nan", "b", batch_size=batch_size)
+    assert summary.counts == {"done": 2, "failed": 1}
+    assert "NaN" in told["nan"]["error"]
+    assert "--precision" in told["nan"]["hint"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_any_other_failure_is_one_line(run, batch_size):
+    summary, told, err = run("a", "bug", "b", batch_size=batch_size)
+    assert summary.counts == {"done": 2, "failed": 1}
+    assert told["bug"]["error"] == "RuntimeError: expected scalar type Half but found Float"
+    assert "Traceback" not in err
+
+
+def test_a_size_that_should_fit_is_smaller_by_the_memory_that_is_there():
+    found = find_model(str(model()), download=False)
+    large = Settings(frames=16, height=512, width=1024)
+    needed = found.memory(large, half=True)
+    width, height = (int(word) for word in found.size_that_fits(large, needed / 4, half=True).split()[1::2])
+    assert width % 8 == height % 8 == 0
+    assert 1.8 < width / height < 2.2
+    smaller = Settings(frames=16, height=height, width=width)
+    assert needed / 16 < found.memory(smaller, half=True) < needed / 4
+
+
+def test_a_full_disk_fails_the_jobs_it_has_no_room_for(tmp_path):
+    """On a disk of its own: clips of noise fill it after some jobs."""
+    script = f"""
+        mount -t tmpfs -o size=1700k tmpfs out &&
+        '{EMT}' transfer a.mp4 --prompt x --seeds 0-39 --json --device cpu --model '{model()}' --frames 4 \
+            --width 128 --height 128 --steps 1 >results 2>errors
+        echo $? >code; cp out/journal.jsonl journal.jsonl
+    """
+    clip(tmp_path / "a.mp4")
+    (tmp_path / "out").mkdir()
+    unshare = shutil.which("unshare")
+    if not unshare or subprocess.run([unshare, "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here, so no small disk")
+    env = os.environ | environment(tmp_path)
+    subprocess.run([unshare, "-Urm", "sh", "-c", script], cwd=tmp_path, env=env, timeout=300)
+    lines = [json.loads(line) for line in (tmp_path / "results").read_bytes().splitlines()]
+    states = [line["state"] for line in lines]
+    assert len(lines) == 40
+    assert {"done", "failed"} == set(states)
+    assert all("space" in line["error"] for line in lines if line["state"] == "failed")
+    assert (tmp_path / "code").read_text().strip() == "1"
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+    told = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_bytes().splitlines()]
+    assert sum(line.get("state") == "done" for line in told) == states.count("done")
+
+
+def test_batches_are_as_full_as_they_can_be(tmp_path):
+    one, two = clip(tmp_path / "1.mp4", 1), clip(tmp_path / "2.mp4", 2)
+    rows = [{"reference": str(r), "prompt": p, "steps": s} for p in "xy" for s in (1, 2) for r in (one, two)]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    jobs, _ = expand(TransferOptions(prompts=[tmp_path / "jobs.jsonl"]), {})
+    order = [(job.settings.steps, job.reference.name, job.prompt) for job in jobs if isinstance(job, Job)]
+    assert order == [(s, r, p) for s in (1, 2) for r in ("1.mp4", "2.mp4") for p in "xy"]
