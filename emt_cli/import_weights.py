@@ -28,10 +28,10 @@ def import_weights(
         ),
     ],
     motion_module: Annotated[
-        Path,
+        str,
         typer.Option(
-            metavar="FILE|FOLDER",
-            help="AnimateDiff motion module: .ckpt/.safetensors, or a diffusers MotionAdapter.",
+            metavar="FILE|FOLDER|HUB_ID",
+            help="AnimateDiff motion module (.ckpt, .safetensors), or a diffusers MotionAdapter.",
             rich_help_panel=_FILES,
         ),
     ],
@@ -79,9 +79,11 @@ def import_weights(
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from transformers.utils.logging import disable_progress_bar
 
     from emt import weights
 
+    disable_progress_bar()  # it would write over ours
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("Importing", total=1)

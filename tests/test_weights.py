@@ -266,6 +266,9 @@ def diffusers_folder(folder: Path, parts: Parts, *, old_names: bool = False) -> 
     DDIMScheduler(prediction_type="v_prediction" if old_names else "epsilon").save_pretrained(folder / "scheduler")
     byte_tokenizer(folder / "tokenizer").save_pretrained(folder / "tokenizer")
     if old_names:
+        (folder / "tokenizer" / "tokenizer.json").unlink()  # vocab.json and merges.txt alone
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+        (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
         new_to_old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
         state = {
             re.sub(r"attentions\.0\.(to_[qkv]|to_out\.0)", lambda m: f"attentions.0.{new_to_old[m[1]]}", k): v
@@ -293,6 +296,8 @@ def test_every_kind_of_base_gives_the_same_network(kind: str, files: Files, tmp_
     assert model.config["attention_heads"] == (SMALL["heads"] if "folder" in kind else 8)
     pipe = model.open()
     assert_parts_work(pipe, files.base)
+    assert pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer("the ü").input_ids[1:-1]) == ["the</w>", "Ã", "¼</w>"]
+    assert pipe.tokenizer.model_max_length == 77
     scheduler = pipe.scheduler.config
     assert scheduler.prediction_type == ("v_prediction" if kind == "old folder" else "epsilon")
     # AnimateDiff's, whatever the base says:
@@ -675,6 +680,35 @@ def test_nothing_of_a_single_file_is_passed_over(key: str, files: Files, tmp_pat
         files.run(tmp_path / "m", base=tmp_path / "odd.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("dropped", "message"),
+    [
+        ("first_stage_model.decoder.norm_out.weight", r"VAE of .*missing: decoder\.conv_norm_out\.weight \(32,\)"),
+        (
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+            r"text encoder of .*missing: final_layer_norm\.bias \(32,\)",
+        ),
+        ("model.diffusion_model.input_blocks.0.0.bias", r"UNet of .*missing: conv_in\.bias \(32,\)"),
+        ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", r"UNet in .*input_blocks\.1\.0\.in_layers\.2"),
+    ],
+)
+def test_a_key_missing_of_any_part_of_a_single_file_is_named(
+    dropped: str, message: str, files: Files, tmp_path: Path
+) -> None:
+    save_file(drop(ldm_file(files.base), dropped), tmp_path / "odd.safetensors")
+    with pytest.raises(EmtError, match="(?s)" + message) as caught:
+        files.run(tmp_path / "m", base=tmp_path / "odd.safetensors")
+    assert "odd.safetensors" in caught.value.problem
+
+
+def test_a_text_encoder_of_another_width_is_refused(files: Files, tmp_path: Path) -> None:
+    base = diffusers_folder(tmp_path / "sd", files.base)
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 48}))
+    with pytest.raises(EmtError, match=r"has width 48, the UNet of .* reads 32"):
+        files.run(tmp_path / "m", base=base)
+
+
 def test_keys_of_a_lora_that_do_not_fit_are_named(files: Files, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     a, b, c = kohya(SPATIAL), kohya(OUT), kohya(CONV)
@@ -1049,13 +1083,15 @@ def test_the_full_size_of_stable_diffusion(tmp_path: Path) -> None:
     torch.save({"global_step": 1, "state_dict": adapter}, tmp_path / "adapter.ckpt")
     del state, adapter, motion, unet, text, vae
     code = (
-        "import resource, sys; from emt.weights import import_weights; t, base = sys.argv[1], resource.getrusage("
-        "resource.RUSAGE_SELF).ru_maxrss; import_weights(t + '/m', base=t + '/sd15.safetensors', motion_module=t + "
-        "'/mm.ckpt', adapter=t + '/adapter.ckpt', tokenizer=t + '/random/tokenizer')"
+        "import resource, sys; from emt.weights import import_weights; t = sys.argv[1]; import_weights(t + '/m', "
+        "base=t + '/sd15.safetensors', motion_module=t + '/mm.ckpt', adapter=t + '/adapter.ckpt', "
+        "tokenizer=t + '/random/tokenizer'); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=1000)
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, timeout=1000)
     for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         before, after = (load_file(f / f"{part}.safetensors") for f in (folder, tmp_path / "m"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k], after[k]) for k in before)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 12e9
+    # The mapped sources and the model itself, and the libraries: no third copy.
+    size = sum(f.stat().st_size for f in (tmp_path / "m").rglob("*.safetensors"))
+    assert int(result.stdout) * 1024 < 2 * size + 1.5e9
