@@ -207,15 +207,13 @@ class Judge(nn.Module):
         """
         channels = first.matching.shape[1]
         side = 2 * _REACH + 1
-        around = F.pad(second.matching, (_REACH,) * 4)
+        # The second frame's cells at each horizontal displacement, as views: (n, channels, rows, side, GRID).
+        rows = F.pad(second.matching, (_REACH,) * 4).unfold(3, GRID, 1)
         volume = torch.stack(
-            [
-                (first.matching * around[:, :, dy : dy + GRID, dx : dx + GRID]).sum(1)
-                for dy in range(side)
-                for dx in range(side)
-            ],
-            1,
-        )  # (n, side², GRID, GRID) cosine with the cell at each displacement
+            [(first.matching[:, :, :, None] * rows[:, :, dy : dy + GRID]).sum(1) for dy in range(side)], 1
+        )
+        # (n, side², GRID, GRID): cosine with the cell at each displacement.
+        volume = volume.permute(0, 1, 3, 2, 4).flatten(1, 2)
         out = self.flow(self.compare(torch.cat([volume * math.sqrt(channels), first.context], 1)))
         out = out.flatten(2).float()
         return out[:, :2].transpose(1, 2) * STRIDE, out[:, 2].clamp(-5, 3)
@@ -240,7 +238,7 @@ class Judge(nn.Module):
         return a, goal - a * centre, torch.cat([flow, error[..., None]], -1)
 
     @torch.inference_mode()
-    def observe(self, clips: Tensor, subjects: Tensor, asked: Tensor | None = None, batch: int = 32) -> Reading:
+    def observe(self, clips: Tensor, subjects: Tensor, asked: Tensor | None = None, batch: int = 16) -> Reading:
         """Read whole clips.
 
         Args:
