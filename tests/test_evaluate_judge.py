@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -141,6 +143,13 @@ def test_degraded_frames_stay_like_what_they_were():
     assert degraded.min() >= 0
     assert degraded.max() <= 1
     assert 0 < (degraded - frames).abs().mean() < 0.1
+
+
+def test_the_program_prints_a_judges_own_errors(judge, tmp_path):
+    path = judge.save(tmp_path / "judge.safetensors")
+    command = [sys.executable, "-m", "emt.evaluate.judge", "check", str(path), "--clips", "2", "--device", "cpu"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert all(description in printed for description in MEASURES.values())
 
 
 # Prompts ------------------------------------------------------------------------------------------------------------

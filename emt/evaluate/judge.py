@@ -756,4 +756,10 @@ def _vae_roundtrip(folder: str, device: str) -> Callable[[Tensor], Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    # Run as a program this file is a second module; the classes that others import are those of the first.
+    from emt.evaluate import judge as module
+
+    try:
+        module.main()
+    except EmtError as problem:
+        raise SystemExit(f"error: {problem}") from None
