@@ -36,13 +36,13 @@ CHUNK = 60  # bad references of one run
 SECONDS = 300  # for a run: so long only if it hangs
 
 
-def main() -> None:
+def main(command_line: list[str] | None = None) -> None:
     """Run the test."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument(
         "--inputs", type=int, default=0, help="only so many of each kind, chosen by chance; 0 is all"
     )
-    given = arguments.parse_args()
+    given = arguments.parse_args(command_line)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="emt-bad-") as folder:
         test = Test(Path(folder), given.inputs)
@@ -54,7 +54,8 @@ def main() -> None:
     print(f"{test.neighbours} good jobs beside them, {len(test.violations)} violations")
     for violation in test.violations:
         print(f"VIOLATED: {violation}")
-    sys.exit(bool(test.violations))
+    if test.violations:
+        sys.exit(1)
 
 
 class Test:

@@ -30,13 +30,13 @@ from emt.video import read_clip, read_metadata, write_clip
 FRAMES = 4
 
 
-def main() -> None:
+def main(command_line: list[str] | None = None) -> None:
     """Run the test."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--kills", type=int, default=200)
     arguments.add_argument("--seeds", type=int, default=40, help="jobs of a round: 3 references × 2 prompts × SEEDS")
     arguments.add_argument("--seed", type=int, default=0, help="of the random moments")
-    given = arguments.parse_args()
+    given = arguments.parse_args(command_line)
     chance = random.Random(given.seed)
     phases: Counter[str] = Counter()
     begun, rounds, kills = time.monotonic(), 0, 0

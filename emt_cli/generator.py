@@ -86,9 +86,12 @@ class Generator:
                 self._device = Device.open(*self._asked)
             return self._device
 
-    @property
-    def pipe(self) -> MotionTransferPipeline:
-        """The pipeline, loaded once."""
+    def load(self) -> MotionTransferPipeline:
+        """The pipeline, loaded when it is first asked for.
+
+        Raises:
+            EmtError: there is no such device, or the model cannot be opened on it.
+        """
         if self._pipe is None:
             import warnings
 
@@ -102,7 +105,14 @@ class Generator:
             diffusers_logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
             diffusers_logging.disable_progress_bar()
-            self._pipe = load_pipeline(self.model.folder, self.device.place, self.device.dtype)
+            device = self.device
+            try:
+                self._pipe = load_pipeline(self.model.folder, device.place, device.dtype)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = f"the model {self.model.name} does not fit in the memory of {device.name}"
+                raise EmtError(problem, "Use --precision fp16, or --device cpu.") from None
         return self._pipe
 
     def motion_key(self, job: Job, reference_sha256: str) -> str:
@@ -114,7 +124,7 @@ class Generator:
         """The motion of a clip, on the device; a motion that was read from the cache is moved there."""
         from emt.pipeline import Motion
 
-        motion = source if isinstance(source, Motion) else self.pipe.extract_motion(source)
+        motion = source if isinstance(source, Motion) else self.load().extract_motion(source)
         motion = motion.to(self.device.place)
         self.device.synchronize()
         return motion
@@ -127,7 +137,7 @@ class Generator:
         Returns:
             The frames of each; a clip's share of the time of steps and VAE, in seconds; peak memory in bytes.
         """
-        pipe, settings = self.pipe, jobs[0].settings
+        pipe, settings = self.load(), jobs[0].settings
         self.device.start_measuring()
         begun = stepped = time.monotonic()
 

@@ -163,7 +163,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
     if not arguments and not complete:
         raise typer.BadParameter("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
-    references = _find([argument for argument in arguments if argument != "-"], options.recursive)
+    references = _find([argument for argument in arguments if argument != "-"], options.recursive, options.out)
     base = Settings(**{**defaults, **options.settings})
     seeds = parse_seeds(options.seeds)
 
@@ -328,12 +328,12 @@ def _beside(reference: Path) -> list[_Row | Rejected]:
     return rows or [Rejected(problem, "", str(reference))]
 
 
-def _find(arguments: Iterable[str], recursive: bool) -> list[Path | Rejected]:
-    """The clips that arguments name, each once, in order."""
+def _find(arguments: Iterable[str], recursive: bool, out: Path) -> list[Path | Rejected]:
+    """The clips that arguments name, each once, in order; results in `out` are no references unless named."""
     found: list[Path | Rejected] = []
     for argument in arguments:
         try:
-            found.extend(Path(os.path.abspath(path)) for path in _find_one(argument, recursive))
+            found.extend(Path(os.path.abspath(path)) for path in _find_one(argument, recursive, out))
         except EmtError as error:
             found.append(Rejected(error, "", argument))
         except (OSError, ValueError) as error:
@@ -342,7 +342,7 @@ def _find(arguments: Iterable[str], recursive: bool) -> list[Path | Rejected]:
     return list(dict.fromkeys(found))
 
 
-def _find_one(argument: str, recursive: bool) -> list[Path]:
+def _find_one(argument: str, recursive: bool, out: Path) -> list[Path]:
     from emt.video import is_clip
 
     path = Path(argument)
@@ -353,7 +353,7 @@ def _find_one(argument: str, recursive: bool) -> list[Path]:
             raise EmtError("no such file", "Name a clip, a folder of clips or a glob that matches some.")
         return clips
     if path.is_dir() and not is_clip(path):
-        clips = _clips_in(path, recursive)
+        clips = _clips_in(path, recursive, os.path.abspath(out))
         if not clips:
             hint = "Name another one" + ("." if recursive else ", or search its folders with --recursive.")
             raise EmtError("no clips in this folder", hint)
@@ -363,19 +363,19 @@ def _find_one(argument: str, recursive: bool) -> list[Path]:
     return [path]
 
 
-def _clips_in(folder: Path, recursive: bool) -> list[Path]:
+def _clips_in(folder: Path, recursive: bool, without: str) -> list[Path]:
     from emt.video import is_clip
 
     clips = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = Path(entry.path)
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or os.path.abspath(path) == without:
                 continue
             if is_clip(path):
                 clips.append(path)
             elif recursive and entry.is_dir(follow_symlinks=False):
-                clips.extend(_clips_in(path, recursive))
+                clips.extend(_clips_in(path, recursive, without))
     return clips
 
 

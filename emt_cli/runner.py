@@ -310,6 +310,7 @@ class Runner:
         """Have the motion of a task's reference on the device; if that cannot be, the task has failed."""
         reference = task.reference
         if reference.motion is None:
+            self.generator.load()  # what goes wrong here ends the run, not the job
             begun = time.monotonic()
             while not concurrent.futures.wait([reference.source], timeout=_POLL).done:
                 if self._stopping:

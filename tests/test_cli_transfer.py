@@ -8,7 +8,6 @@ import pty
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -278,6 +277,7 @@ def test_what_cannot_be_done_at_all_is_exit_code_1_and_says_what_to_type(tmp_pat
         ended = transfer(tmp_path, "a.mp4", "--prompt", "x", *arguments)
         assert (ended.code, ended.out) == (1, "")
         assert said in ended.err
+        assert ended.err.startswith("error: "), "told once, not for each job"
         assert "Traceback" not in ended.err
 
 
@@ -375,12 +375,13 @@ def test_rerun_says_if_the_reference_has_moved_or_changed(batched, tmp_path):
 # ---- the tests that anyone can run at full length -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["kill_test.py", "--kills", "4", "--seeds", "3"], ["bad_inputs.py", "--inputs", "10"]],
-    ids=lambda c: c[0],
-)
-def test_a_short_form_of(command):
-    script = Path(__file__).parents[1] / "benchmarks" / command[0]
-    ended = subprocess.run([sys.executable, str(script), *command[1:]], capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+def test_a_short_kill_test():
+    import kill_test
+
+    kill_test.main(["--kills", "4", "--seeds", "3"])
+
+
+def test_a_sample_of_bad_inputs():
+    import bad_inputs
+
+    bad_inputs.main(["--inputs", "10"])

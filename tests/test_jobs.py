@@ -152,6 +152,7 @@ def test_globs_folders_and_recursion(tmp_path):
 
     assert names(tmp_path) == ["[x].mp4", "a.mp4"]
     assert names(tmp_path, recursive=True) == ["[x].mp4", "a.mp4", "c.mp4"]
+    assert names(tmp_path, recursive=True, out=tmp_path / "deep") == ["[x].mp4", "a.mp4"], "results are no references"
     assert names(tmp_path / "*.mp4") == ["[x].mp4", "a.mp4"]
     assert names(tmp_path / "[x].mp4") == ["[x].mp4"], "a file of that name comes before the glob"
     assert names(tmp_path / "a.mp4", tmp_path) == ["a.mp4", "[x].mp4"], "each once"
