@@ -441,8 +441,9 @@ def _allocate(build: Callable[[], M], dtype: torch.dtype) -> M:
     """A model with its parameters allocated in `dtype`, not initialised: gigabytes would be drawn to be overwritten."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = build()
-    empty = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
-    model.load_state_dict(empty, strict=False, assign=True)
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
     return model.eval()
 
 
