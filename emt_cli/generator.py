@@ -93,6 +93,7 @@ class Generator:
             EmtError: there is no such device, or the model cannot be opened on it.
         """
         if self._pipe is None:
+            device = self.device  # first: it takes its turn at importing
             import warnings
 
             import transformers
@@ -105,7 +106,6 @@ class Generator:
             diffusers_logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
             diffusers_logging.disable_progress_bar()
-            device = self.device
             try:
                 self._pipe = load_pipeline(self.model.folder, device.place, device.dtype)
             except Exception as error:
@@ -183,9 +183,12 @@ class Generator:
         }
 
     def explain(self, error: Exception, job: Job) -> EmtError:
-        """An error of the device in a user's words; out of memory says what size would fit."""
+        """Any error in a user's words; out of memory says what size would fit."""
         if isinstance(error, EmtError):
             return error
+        if isinstance(error, OSError):
+            name = f" ({error.filename})" if error.filename else ""
+            return EmtError(f"{error.strerror or error}{name}")
         if not is_out_of_memory(error):
             first = next(iter(str(error).splitlines()), "")
             return EmtError(f"{type(error).__name__}: {first}" if first else type(error).__name__)
