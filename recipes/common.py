@@ -28,7 +28,7 @@ import emt.temporal
 from emt.train.objective import Objective
 from emt.train.world import World
 from emt.unet import MotionTransferUNet
-from recipes.text import make_text_encoder
+from recipes.text import make_text_encoder, make_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ sizes
 
@@ -124,6 +124,8 @@ def stage_parser(description: str | None, minutes: float, batch: int) -> argpars
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--compile", action="store_true", help="fuse the network's kernels with torch.compile")
+    parser.add_argument("--compile-only", action="store_true", help="fill torch.compile's cache for this stage and end")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the recipe on a CPU")
     return parser
 
@@ -262,6 +264,14 @@ class Clips:
         path = out / "latents.safetensors"
         with safe_open(str(path), "pt", device=str(device)) as file:
             return cls(file.get_tensor("clips.latents"), file.get_tensor("clips.tokens"))
+
+    @classmethod
+    def random(cls, stage: Stage) -> Clips:
+        """Noise of the right shape, enough to compile a stage with."""
+        sizes, side = stage.sizes, stage.sizes.side // 8
+        latents = torch.randn(4, 4, 4, sizes.frames, side, side, device=stage.device).half()
+        tokens = tokenize(make_tokenizer(), [""]).to(stage.device)
+        return cls(latents, tokens.expand(4, 4, -1))
 
     def draw(
         self, n: int, generator: torch.Generator, *, drop: float, realistic: float, frames: int | None = None
@@ -435,6 +445,17 @@ class Trainer:
         self.step_count += 1
         self._steps_summed += 1
 
+    def try_once(self, batch: dict[str, Tensor]) -> None:
+        """Take one eager step, which compiles whatever is to be compiled.
+
+        Raises:
+            NonFiniteLoss: if it was not finite.
+        """
+        self._inputs = {name: value.clone() for name, value in batch.items()}
+        self._update()
+        self._steps_summed = 1
+        self.read()
+
     def read(self) -> dict[str, float]:
         """Mean loss and gradient norm since the last call. Waits for the device.
 
@@ -541,6 +562,10 @@ def train(
     stage: Stage, trainer: Trainer, batches: Callable[[], dict[str, Tensor]], *, warmup: int = 100, hold: float = 0.4
 ) -> None:
     """Run a stage's steps until its time is over or it is told to stop; the averaged weights are then in place."""
+    if stage.options.compile_only:
+        trainer.try_once(batches())
+        stage.log(1, force=True, seconds=stage.elapsed())
+        return
     step, every = 0, 20 if stage.options.steps is None else 1
     stage.started = time.monotonic()
     share = stage.share(step)
@@ -655,3 +680,19 @@ def fastest_attention(stage: Stage) -> Iterator[str]:
         yield best
     finally:
         emt.temporal.temporal_attention_reference = usual
+
+
+@contextlib.contextmanager
+def compiled(stage: Stage, unet: MotionTransferUNet) -> Iterator[None]:
+    """Within, the network's passes are compiled: fused, a training step takes 0.6 of the time (109 for 179 ms).
+
+    Compiling takes one and a half minutes; `--compile-only`, in a process of its own, does it ahead of time.
+    """
+    if not (stage.options.compile or stage.options.compile_only):
+        yield
+        return
+    unet.forward, unet.encode_reference = torch.compile(unet.forward), torch.compile(unet.encode_reference)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del unet.forward, unet.encode_reference

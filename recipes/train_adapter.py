@@ -21,6 +21,7 @@ from recipes.common import (
     Clips,
     Stage,
     Trainer,
+    compiled,
     fastest_attention,
     make_base,
     make_scheduler,
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     stage = Stage(options.name, options)
 
-    clips = Clips.load(stage.out, stage.device)
-    base, text = make_base(stage.sizes, stage.out / "video.safetensors")
+    clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
+    base, text = make_base(stage.sizes, None if options.compile_only else stage.out / "video.safetensors")
     unet = make_unet(stage.sizes, options.fusion_blocks)
     unet.load_state_dict(unet.state_dict() | base.state_dict())
     unet.initialize_adapter()
@@ -98,9 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_noise(batch, objective, stage.generator, stage.dtype, shift=3.0)
 
     groups = [(projections, options.rate)] + ([(scalers, options.scaler_rate)] if scalers else [])
-    with fastest_attention(stage):
+    with fastest_attention(stage), compiled(stage, unet):
         trainer = Trainer(loss, groups, average=0.998, graph=stage.graph)
         train(stage, trainer, draw)
+    if options.compile_only:
+        return
     state = {name: p.detach().float() for name, p in unet.adapter_parameters()}
     metadata = {"fusion_blocks": json.dumps(options.fusion_blocks)}
     save_weights(stage.out / f"{options.name}.safetensors", metadata, adapter=state)

@@ -13,6 +13,7 @@ import gc
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,41 @@ STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
     "adapter": (6.8, "adapter.safetensors", train_adapter.main),
 }
 """Minutes, result and command of each stage."""
+
+
+class Compiler:
+    """Fills torch.compile's cache for the later stages, one after the other, while the first ones run.
+
+    A stage whose network does not compile is trained without: `ready` says which do.
+    """
+
+    def __init__(self, out: Path, device: str) -> None:
+        self._commands = {
+            "frames": ["recipes.train_base", "frames"],
+            "video": ["recipes.train_base", "video"],
+            "adapter": ["recipes.train_adapter"],
+        }
+        self._out, self._device = out / "compile", device
+        self._done = {name: threading.Event() for name in self._commands}
+        self._codes: dict[str, int] = {}
+        self._out.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        for name, command in self._commands.items():
+            arguments = ["--out", str(self._out), "--device", self._device, "--compile-only"]
+            with (self._out / f"{name}.log").open("wb") as log:
+                process = subprocess.run([sys.executable, "-m", *command, *arguments], stdout=log, stderr=log)
+            self._codes[name] = process.returncode
+            self._done[name].set()
+
+    def ready(self, stage: str) -> bool:
+        """Whether a stage can be compiled; waits until it is known."""
+        if stage not in self._done:
+            return False
+        self._done[stage].wait()
+        print(f"[all] compiling {stage} ended with {self._codes[stage]}", flush=True)
+        return self._codes[stage] == 0
 
 
 def start_judge(out: Path, device: str, minutes: float) -> subprocess.Popen[bytes] | None:
@@ -72,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for flag in ("steps", "batch"):
         common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
     started, judge = time.monotonic(), None
+    on_gpu = o.device.startswith("cuda")
+    compiler = Compiler(o.out, o.device) if on_gpu and not o.eager and o.batch is None else None
     try:
         for name, (minutes, result, run) in stages.items():
             if name in ("frames", "video") and judge is None and o.judge_minutes:
@@ -80,9 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"[{name}] is done: {o.out / result}", flush=True)
             else:
                 start = ["--start", str(o.start)] if o.start is not None and name != "latents" else []
-                run([*common, "--minutes", str(minutes * scale), *start])
+                fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
+                run([*common, "--minutes", str(minutes * scale), *start, *fused])
                 gc.collect()
-                if o.device.startswith("cuda"):
+                if on_gpu:
                     torch.cuda.empty_cache()
             print(f"[all] {name} ended at {time.monotonic() - started:.0f} s", flush=True)
             if name == o.until or stop_requested():

@@ -20,6 +20,7 @@ from recipes.common import (
     Clips,
     Stage,
     Trainer,
+    compiled,
     fastest_attention,
     make_base,
     make_scheduler,
@@ -74,15 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.batch = batch if options.batch is None else options.batch
     stage = Stage(name, options)
 
-    clips = Clips.load(stage.out, stage.device)
-    start = stage.out / "frames.safetensors" if name == "video" else None
+    clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
+    start = stage.out / "frames.safetensors" if name == "video" and not options.compile_only else None
     unet, text = make_base(stage.sizes, options.start or start)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
     objective = Objective.from_scheduler(make_scheduler(), stage.device)
     single = name == "frames"
 
-    with without_motion_modules(unet) if single else fastest_attention(stage):
+    with without_motion_modules(unet) if single else fastest_attention(stage), compiled(stage, unet):
         trainer = Trainer(
             lambda **batch: base_loss(unet, text, objective, **batch),
             [([*unet.parameters(), *text.parameters()], options.rate)],
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return with_noise(batch, objective, stage.generator, stage.dtype, shift)
 
         train(stage, trainer, draw, warmup=200)
+    if options.compile_only:
+        return
     save_weights(stage.out / f"{name}.safetensors", unet=unet.float().state_dict(), text=text.float().state_dict())
 
 
