@@ -10,6 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,8 +144,10 @@ class Experience:
         for line in lines:
             if (line.get("state"), line.get("model_sha256"), line.get("device")) != ("done", model_sha256, device):
                 continue
-            settings, timings = line["settings"], line.get("timings")
-            if timings:
+            with suppress(
+                KeyError, TypeError
+            ):  # adopted clips have no timings; lines of other versions may lack others
+                settings, timings = line["settings"], line["timings"]
                 pixels = settings["frames"] * settings["height"] * settings["width"]
                 seconds = timings["steps"] + timings["vae"]
                 told.append((seconds / work(settings), line["peak_memory"] / pixels, line["bytes"] / pixels))

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from emt.pipeline import Motion
     from emt.video import Clip
 
-_AHEAD = 4  # references read before the device asks for them
-_READERS, _WRITERS = 2, 2
+_READERS = _WRITERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # ffmpeg has threads of its own
+_AHEAD = _READERS + 2  # references read before the device asks for them
 _LARGEST_AUTO_BATCH = 8
 _MARGIN = 0.85  # of the memory that a larger batch may fill, by the measurement of a smaller one
 _SPARE_BYTES = 1 << 20  # of the disk, for sidecars and the journal
@@ -186,7 +186,8 @@ class Runner:
         self.summary.interrupted = self._stopping = True
         if not self._busy and not self._to_write.unfinished_tasks:
             raise KeyboardInterrupt  # nothing to finish
-        self.watcher.say("finishing the running batch; interrupt again to stop at once")
+        with suppress(RuntimeError):  # the interrupt came amidst another line on standard error
+            self.watcher.say("finishing the running batch; interrupt again to stop at once")
 
     # ---- feeder: which jobs are to be done ---------------------------------------------------------------------
 
@@ -203,7 +204,7 @@ class Runner:
                     known = {"reference": item.reference, "prompt": item.prompt, "origin": item.origin}
                     self._fail({"event": "job", **{key: value for key, value in known.items() if value}}, item.error)
                 elif task := self._task(item):
-                    key = (task.reference.sha256, *item.view.values())
+                    key = (item.reference, task.reference.sha256, *item.view.values())
                     if reference is None or key != group:
                         while not self._ahead.acquire(timeout=_POLL):
                             if self._stopping:
@@ -263,6 +264,8 @@ class Runner:
                 else:
                     clip = read_reference(reference.job)
                     source = clip, clip.fps, False
+                    if self.index.sha256(reference.job.reference) != reference.sha256:
+                        raise EmtError(f"{reference.job.reference.name} changed while it was read", "Run again.")
                 reference.seconds["decode"] = time.monotonic() - begun
                 reference.source.set_result(source)
             except BaseException as error:  # it is raised where the reference is used

@@ -170,7 +170,7 @@ def test_encoded_references_serve_the_next_run(tmp_path):
 def test_the_device_hardly_waits(tmp_path):
     for seed in range(10):
         clip(tmp_path / "clips" / f"{seed}.mp4", seed)
-    ended = transfer(tmp_path, "clips", "--prompt", "x", "--seeds", "0-4", "--steps", 6, "--json")
+    ended = transfer(tmp_path, "clips", "--prompt", "x", "--seeds", "0-4", "--steps", 3, "--json")
     assert states(ended) == {"done": 50}
     last = json.loads((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines()[-1])
     assert last["event"] == "run"
