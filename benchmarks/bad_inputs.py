@@ -158,7 +158,7 @@ class Test:
                 yield put(f"damaged{i}{suffix}", bytes(damaged))
             yield put(f"twice{suffix}", content + content)
             yield put(f"padded{suffix}", b"\0" * 512 + content)
-            for other in {".mp4", ".webm", ".gif", ".avi", ".mov", ".mkv", ".txt", ".jpg", ""} - {suffix}:
+            for other in sorted({".mp4", ".webm", ".gif", ".avi", ".mov", ".mkv", ".txt", ".jpg", ""} - {suffix}):
                 yield put(f"{suffix[1:]}-as-{other[1:] or 'nothing'}{other}", content)
         for suffix in (".mp4", ".avi", ".mov", ".mkv"):
             yield put(f"text{suffix}", b"this is no video\n" * 100)

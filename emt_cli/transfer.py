@@ -19,7 +19,7 @@ def transfer(options: TransferOptions) -> None:
 
     Standard output has the paths of the clips, or with --json a line for each job; all else is on standard error.
     Ctrl-C finishes the running batch, a second one stops at once.
-    Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 interrupted.
+    Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed, 2 bad usage, 130 interrupted.
     """
     from emt_cli.cache import ContentIndex, MotionCache, default_dir
     from emt_cli.generator import Generator

@@ -205,7 +205,7 @@ def test_an_interrupt_finishes_the_running_batch_and_the_next_run_the_rest(tmp_p
     job = ["a.mp4", "--prompt", "x", "--seeds", "0-19", "--json"]
     run = start(tmp_path, *job)
     assert run.wait_for_lines(2)
-    run.send(number)
+    run.send(number, group=True)  # as a terminal does: ffmpeg must not take it for its own
     ended = run.end()
     assert ended.code == 130
     assert "finishing the running batch" in ended.err
