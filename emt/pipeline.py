@@ -193,7 +193,8 @@ class MotionTransferPipeline(DiffusionPipeline):
         timestep = torch.tensor([self.config.reference_timestep], device=latents.device)
         noisy = DDIMScheduler.from_config(self.scheduler.config).add_noise(latents, noise, timestep)
         features = self.unet.encode_reference(noisy, timestep, self.encode_prompts([""]))
-        return Motion(features, *pixels.shape[:3], seed=seed)
+        count, height, width, _ = pixels.shape
+        return Motion(features, count, height, width, seed)
 
     # -------------------------------------------------------------------------------------------------- generation
 
@@ -363,12 +364,11 @@ def _joined(motions: Sequence[Motion]) -> MotionFeatures:
     """One set of features for a batch; a motion that serves the whole batch is not repeated."""
     if all(m is motions[0] for m in motions):
         return motions[0].features
-    return MotionFeatures(
-        {
-            path: tuple(torch.cat(parts) for parts in zip(*(m.features.layers[path] for m in motions), strict=True))
-            for path in motions[0].features.layers
-        }  # type: ignore[arg-type]
-    )
+    layers = {}
+    for path in motions[0].features.layers:
+        first, second = zip(*(m.features.layers[path] for m in motions), strict=True)
+        layers[path] = (torch.cat(first), torch.cat(second))
+    return MotionFeatures(layers)
 
 
 def load_pipeline(
