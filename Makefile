@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+CLIP   ?= examples/references/bounce.mp4
 
 .PHONY: demo test test-slow test-gpu lint format bench clean
 
@@ -16,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/emt transfer examples/references --prompts examples/prompts.txt --pair -o out/demo --report
 
 test: $(STAMP)
 	# One thread a worker: two workers that both spin two threads on two cores are slower than one.
@@ -38,7 +39,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --clip $(CLIP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,51 @@
+"""Render the reference clips of this folder: six motions of the world that the small model was trained on.
+
+    python examples/make_references.py
+
+All are played by subjects in scenes, none of them in the way that training saw: the first two move as no training clip
+does, and every combination of subject, colour and scene is one that training left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from emt.train.motions import CAMERA_FAMILIES, FAMILIES, HELD_OUT_CAMERA_FAMILIES, HELD_OUT_FAMILIES
+from emt.train.world import World
+from emt.video import write_clip
+
+OUT = Path(__file__).parent / "references"
+WANTED = {
+    "figure-eight": ("figure-eight", "static"),
+    "spiral": ("spiral", "static"),
+    "bounce": ("bounce", "static"),
+    "spin": ("spin", "static"),
+    "grow": ("grow", "static"),
+    "pan": ("still", "pan"),
+}
+"""File name: family of the subject's motion and of the camera's."""
+
+
+def main() -> None:
+    """Write the clips, 16 frames of 128×128 at 8 frames a second."""
+    families, cameras = FAMILIES + HELD_OUT_FAMILIES, CAMERA_FAMILIES + HELD_OUT_CAMERA_FAMILIES
+    world, generator = World(), torch.Generator().manual_seed(7)
+    drawn = [world.motions(1500, generator, held_out=held_out, two_subjects=0, camera=0.2) for held_out in (False, True)]
+    for name, (family, camera) in WANTED.items():
+        motions = drawn[family in HELD_OUT_FAMILIES]
+        is_family = motions.family[:, 0] == families.index(family)
+        is_camera = motions.camera_family == (cameras.index(camera))
+        # Large enough to see, and moving far enough: the most of those drawn.
+        travel = motions.position[:, :, 0].diff(dim=1).norm(dim=-1).sum(1) + motions.camera[..., :2].abs().sum((1, 2))
+        score = torch.where(is_family & is_camera, motions.scale[:, :, 0].amin(1).clamp(max=30) + travel / 20, -1.0)
+        one = motions[score.argmax().view(1)]
+        appearance = world.appearances(one, generator, held_out=True)
+        frames = world.render(one, appearance)[0].permute(0, 2, 3, 1)
+        print(f"{name}: {world.captions(appearance, one)[0]}")
+        write_clip(OUT / f"{name}.mp4", frames.numpy(), 8.0)
+
+
+if __name__ == "__main__":
+    main()
