@@ -294,7 +294,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         """
         limit = self.tokenizer.model_max_length
         for prompt in prompts:
-            self._check_words(prompt)
+            self.check_words(prompt)
             tokens = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
             if tokens > limit:
                 logger.warning(
@@ -305,7 +305,8 @@ class MotionTransferPipeline(DiffusionPipeline):
         ).input_ids
         return self.text_encoder(ids.to(self.device))[0].to(self.unet.dtype)
 
-    def _check_words(self, prompt: str) -> None:
+    def check_words(self, prompt: str) -> None:
+        """Raise an `EmtError` if the vocabulary is one of whole words and lacks some of the prompt."""
         # CLIP's own tokenizer spells any word out, and its "unknown" is its end of text.
         tokenizer = self.tokenizer
         special = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}

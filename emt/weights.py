@@ -509,7 +509,7 @@ def _new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | Non
             try:
                 _empty(partial)
                 yield partial
-                _flush(partial)
+                flush(partial)
                 if in_use:
                     shutil.rmtree(replaced, ignore_errors=True)
                     output.rename(replaced)
@@ -534,7 +534,8 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
+    """See that a folder and all that is in it are on disk."""
     for path in [*folder.rglob("*"), folder]:
         _fsync(path)
 
