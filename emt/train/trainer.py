@@ -1,0 +1,522 @@
+"""Training of the adapter on pairs of clips: `emt train` (EfficientMT, section 3.4).
+
+Whatever is random in a step is drawn from generators seeded by the run's seed and the step's number, and the order of
+the pairs follows from them too: the state of a run is its weights, their average, the optimizer's moments and the step.
+A run resumed from a checkpoint repeats the steps of one that was never interrupted, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from emt.errors import EmtError
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.train.data import Pair, PairDataset, Sample, find_pairs, seeded, write_text
+from emt.train.objective import Objective, adapter_loss
+from emt.unet import MotionTransferUNet, check_keys
+from emt.weights import flush
+
+CHECKPOINTS = "checkpoints"
+MAX_SKIPPED = 20
+"""Steps in a row whose loss is not finite, after which a run fails."""
+MAX_GRADIENT = 1.0
+"""Norm at which gradients are clipped, as AnimateDiff's training does."""
+SHEET_CLIPS = 4
+"""Pairs of a sample sheet."""
+_SHEET_FRAMES = 8
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; the defaults are the published ones.
+
+    Attributes:
+        steps: Of the optimizer.
+        batch_size: Pairs at once on each device.
+        accumulate: Batches of a step.
+        learning_rate: Of AdamW.
+        drop_text: Share of captions replaced by the empty one, for guidance.
+        precision: "fp32", or "bf16" for autocast around weights that stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        ema_decay: Of the averaged weights, from which the result is made; reached by (1 + n) / (10 + n).
+        seed: Of the order of the pairs and of all noise.
+        checkpoint_every: Steps.
+        keep: Checkpoints that stay, the latest ones.
+        sample_every: Steps between sample sheets; 0 for none.
+        workers: Processes that decode clips, on each device; 0 decodes between the steps.
+    """
+
+    steps: int = 50_000
+    batch_size: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    drop_text: float = 0.1
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    ema_decay: float = 0.9999
+    seed: int = 0
+    checkpoint_every: int = 1000
+    keep: int = 3
+    sample_every: int = 1000
+    workers: int = 4
+
+
+_FREE = ("steps", "checkpoint_every", "keep", "sample_every", "workers", "gradient_checkpointing")
+"""Settings that leave the losses of a resumed run as they are."""
+
+
+class _Loss(nn.Module):
+    """`adapter_loss` as the forward pass of a module, which is what data parallelism wraps."""
+
+    def __init__(
+        self,
+        unet: MotionTransferUNet,
+        objective: Objective,
+        reference_timestep: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        super().__init__()
+        self.unet, self.objective, self.reference_timestep = unet, objective, reference_timestep
+        self.autocast = autocast
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        with self.autocast():
+            return adapter_loss(self.unet, self.objective, reference_timestep=self.reference_timestep, **batch)
+
+
+def published(name: str) -> str:
+    """The name under which EfficientMT publishes a weight of the adapter."""
+    return name.replace(".adapter.", ".")
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if (path / "state.json").is_file())
+
+
+class Trainer:
+    """A run of training, from its first step or from a checkpoint on.
+
+    Args:
+        model: Model folder.
+        pairs: Folder of pairs (`emt.train.data`).
+        run: Folder to write.
+        settings: How to train.
+        resume: Checkpoint to go on from.
+        say: Called with what the user should know, a line at a time.
+
+    Raises:
+        EmtError: If something cannot be used: the model, all pairs, the checkpoint, the folder; or TensorBoard lacks.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        pairs: Path,
+        run: Path,
+        settings: Settings,
+        *,
+        resume: Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise EmtError("TensorBoard is not installed", "Type: pip install 'emt-cli[train]'") from None
+        self.model, self.run, self.settings = model, run, settings
+        # Autocast is our own: accelerate allows one precision in the life of a process.
+        self.accelerator = Accelerator(mixed_precision="no")
+        main = self.accelerator.is_main_process
+        self._say_here = say
+        self.say: Callable[[str], None] = say if main else lambda text: None
+        _check_run(run, resume)
+
+        self.pipe: MotionTransferPipeline = load_pipeline(model, self.accelerator.device)
+        for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
+            part.requires_grad_(False)
+        config = self.pipe.config
+        self.dataset = PairDataset(
+            find_pairs(pairs, self.say, self.pipe.check_words),
+            frames=config.frames,
+            size=(config.width, config.height),
+            seed=settings.seed,
+        )
+        self._bad: set[str] = set()
+        self.first = self._first_pairs()
+        unet = self.pipe.unet
+        if settings.precision == "bf16" and self.accelerator.device.type == "cuda":
+            self.pipe.vae.half()  # four times as fast, and more exact than autocast would be
+        if settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+
+        self.trained = dict(unet.adapter_parameters())
+        if not self.trained:
+            raise EmtError(f"{model} has no adapter to train", "Make a model folder with: emt import-weights --help")
+        for parameter in self.trained.values():
+            parameter.requires_grad_(True)
+        self.objective = Objective.from_scheduler(self.pipe.scheduler, self.accelerator.device)
+        self._timesteps = Objective.from_scheduler(self.pipe.scheduler)
+        with torch.no_grad():
+            self.empty_text = self.pipe.encode_prompts([""])
+        self.loss = self.accelerator.prepare(_Loss(unet, self.objective, config.reference_timestep, self._autocast))
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.learning_rate)
+        self.ema = EMAModel(self.trained.values(), decay=settings.ema_decay, foreach=True)
+        self.step = self.skipped = self._skipped_in_a_row = 0
+        if resume is not None:
+            self._load(resume)
+        self._cut_log()
+        self.board = SummaryWriter(run / "tensorboard", purge_step=self.step + 1) if main else None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        bf16 = self.settings.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
+
+    # ------------------------------------------------------------------------------------------------------ the data
+
+    def _first_pairs(self) -> list[Sample]:
+        """Decode what sample sheets show, the first pair of each motion; fails if no pair can be used."""
+        motions: dict[Path, Pair] = {}
+        for pair in self.dataset.pairs:
+            motions.setdefault(pair.target.parent, pair)
+        chosen = PairDataset(
+            list(motions.values())[:SHEET_CLIPS], frames=self.dataset.frames, size=self.dataset.size, seed=0
+        )
+        try:
+            places = {chosen[place].pair.target: place for place in range(len(chosen.pairs))}
+            samples = [chosen[place] for place in places.values()]
+        except EmtError:  # none of these: the run's own order finds others, or fails
+            samples = [self.dataset[0]]
+        return sorted(samples, key=lambda sample: sample.pair.target)
+
+    def _places(self) -> Iterator[list[int]]:
+        """The places in the order of the pairs that this process' batches take, from the current step on."""
+        s, processes = self.settings, self.accelerator.num_processes
+        for batch in range(self.step * s.accumulate, s.steps * s.accumulate):
+            first = (batch * processes + self.accelerator.process_index) * s.batch_size
+            yield list(range(first, first + s.batch_size))
+
+    def _batches(self) -> Iterator[list[Sample]]:
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=self._places(),  # type: ignore[arg-type]  # any iterable serves
+                collate_fn=list,
+                num_workers=self.settings.workers,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),
+            )
+        )
+
+    @torch.no_grad()
+    def prepare(self, samples: list[Sample], step: int, part: int) -> dict[str, Tensor]:
+        """The tensors of a batch: latents, text, timesteps and noise, as `adapter_loss` takes them.
+
+        Args:
+            samples: Decoded pairs.
+            step: That the batch is of.
+            part: Which of the step's batches.
+        """
+        generator = seeded(self.settings.seed, step, part, self.accelerator.process_index)
+        captions = [sample.pair.caption for sample in samples]
+        dropped = torch.rand(len(samples), generator=generator) < self.settings.drop_text
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
+        timestep = self._timesteps.sample_timesteps(len(samples), generator)
+        encode = self.pipe.encode_frames
+        target = torch.cat([encode(sample.target, generator) for sample in samples])
+        reference = torch.cat([encode(sample.reference, generator) for sample in samples])
+        noise, reference_noise = torch.randn(2, *target.shape, generator=generator).to(target)
+        return {
+            "reference": reference,
+            "target": target,
+            "text": self.pipe.encode_prompts(captions),
+            "empty_text": self.empty_text,
+            "timestep": timestep.to(target.device),
+            "noise": noise,
+            "reference_noise": reference_noise,
+        }
+
+    # ----------------------------------------------------------------------------------------------------- the steps
+
+    def train(
+        self, stop: Callable[[], bool] = lambda: False, on_step: Callable[[dict[str, Any]], None] = lambda record: None
+    ) -> bool:
+        """Train to the last step, or until `stop` says so; saves a checkpoint and, at the end, the result.
+
+        Args:
+            stop: Asked after each step.
+            on_step: Called after each step with its record: step, loss, grad_norm, skipped, steps_per_second.
+
+        Returns:
+            Whether the last step was reached.
+
+        Raises:
+            EmtError: If the loss is not finite for many steps, or the disk is full.
+        """
+        s = self.settings
+        batches = self._batches()
+        started, first = time.monotonic(), self.step
+        stopped = False
+        with open(self.run / "log.jsonl", "a", encoding="utf-8") if self.board else nullcontext() as log:
+            while self.step < s.steps and not stopped:
+                loss, norm, stopped = self._train_step(batches, stop)
+                record = {
+                    "step": self.step,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "skipped": self.skipped,
+                    "steps_per_second": (self.step - first) / (time.monotonic() - started),
+                }
+                if self.board and log:
+                    # JSON has no NaN: null stands for a step that was skipped.
+                    log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
+                    log.flush()
+                    for name in ("loss", "grad_norm", "steps_per_second"):
+                        self.board.add_scalar(f"train/{name}", record[name], self.step)
+                on_step(record)
+                if self._skipped_in_a_row >= MAX_SKIPPED:
+                    raise EmtError(
+                        f"the loss was not finite for {MAX_SKIPPED} steps in a row, the last was step {self.step}",
+                        "Go on from a checkpoint before it with --resume and a lower --learning-rate, or train with "
+                        "--precision fp32.",
+                    )
+                if stopped or self.step == s.steps or self.step % s.checkpoint_every == 0:
+                    self.save_checkpoint()
+                if s.sample_every and (self.step % s.sample_every == 0 or self.step == s.steps):
+                    self._write_sheet()
+        if self.step < s.steps:
+            return False
+        if self.board:
+            self._write_result()
+            self.board.close()
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _train_step(self, batches: Iterator[list[Sample]], stop: Callable[[], bool]) -> tuple[float, float, bool]:
+        """One step of the optimizer; its loss and gradient's norm, and whether some process was told to stop."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(self.settings.accumulate):
+            samples = next(batches)
+            for sample in samples:
+                for path, problem in sample.problems.items():
+                    if path not in self._bad:
+                        self._bad.add(path)
+                        self._say_here(f"{path}: skipped, {problem}")
+            batch = self.prepare(samples, self.step, part)
+            last = part == self.settings.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.loss):
+                loss = self.loss(**batch) / self.settings.accumulate
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.step += 1
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT)
+        # Processes see the same averaged gradients; the mean loss and the wish to stop they tell each other.
+        told = self.accelerator.reduce(torch.stack([total, norm, total.new_tensor(float(stop()))]), "mean").tolist()
+        if math.isfinite(told[0]) and math.isfinite(told[1]):
+            self.optimizer.step()
+            self.ema.step(self.trained.values())
+            self._skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+        self.optimizer.zero_grad()
+        return told[0], told[1], told[2] > 0
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _described(self) -> dict[str, Any]:
+        """What the losses of a run follow from."""
+        told: dict[str, Any] = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
+        return told | {"processes": self.accelerator.num_processes, "pairs": self.dataset.fingerprint}
+
+    def save_checkpoint(self) -> None:
+        """Write RUN/checkpoints/step-N, whole or not at all, and remove those that are not kept.
+
+        Raises:
+            EmtError: If it cannot be written.
+        """
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.run / CHECKPOINTS / f"step-{self.step:08}"
+        partial = folder.with_name(f".{folder.name}.partial")
+        state: dict[str, Any] = {"step": self.step, "skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+        state |= {"ema_step": self.ema.optimization_step, "settings": self._described()}
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(self._weights(self.trained.values()), partial / "adapter.safetensors")
+            save_file(self._weights(self.ema.shadow_params), partial / "ema.safetensors")
+            torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+            write_text(partial / "state.json", json.dumps(state, indent=2) + "\n")
+            flush(partial)
+            partial.rename(folder)
+            flush(folder.parent)
+            for old in find_checkpoints(self.run)[: -self.settings.keep]:
+                shutil.rmtree(old)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise EmtError(
+                f"the checkpoint {folder} cannot be written: {error}",
+                "Free some space and go on with: emt train … --resume latest",
+            ) from error
+
+    def _weights(self, values: Any) -> dict[str, Tensor]:
+        return {published(n): v.detach().cpu().contiguous() for n, v in zip(self.trained, values, strict=True)}
+
+    def _load(self, folder: Path) -> None:
+        try:
+            state = json.loads((folder / "state.json").read_bytes())
+            weights = {kind: load_file(folder / f"{kind}.safetensors") for kind in ("adapter", "ema")}
+            moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.step, self.skipped = state["step"], state["skipped"]
+            self._skipped_in_a_row, self.ema.optimization_step = state["skipped_in_a_row"], state["ema_step"]
+            before = state["settings"]
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError) as error:
+            raise EmtError(
+                f"{folder} is not a checkpoint that can be read: {error}",
+                f"Checkpoints are RUN/{CHECKPOINTS}/step-…; --resume latest takes the latest one.",
+            ) from error
+        shapes = {published(name): p.shape for name, p in self.trained.items()}
+        for kind, targets in (("adapter", self.trained.values()), ("ema", self.ema.shadow_params)):
+            check_keys(f"{kind} of {folder}", weights[kind], shapes)
+            for name, target in zip(self.trained, targets):
+                target.data.copy_(weights[kind][published(name)])
+        # A changed learning rate is asked for on the command line; the optimizer's state holds the old one.
+        moments["param_groups"] = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(moments)
+        if self.step > self.settings.steps:
+            problem = f"{folder} is at step {self.step}, --steps is {self.settings.steps}"
+            raise EmtError(problem, "Ask for more --steps.")
+        for name, value in self._described().items():
+            if before.get(name) != value:
+                change = "the list of pairs has changed" if name == "pairs" else f"{name} was {before.get(name)}"
+                self.say(f"resumed otherwise than before, {change}: the losses are not those of the run left alone")
+
+    def _cut_log(self) -> None:
+        """Take the steps that are going to be repeated out of RUN/log.jsonl."""
+        if not self.accelerator.is_main_process:
+            return
+        self.run.mkdir(parents=True, exist_ok=True)
+        path = self.run / "log.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(path, "".join(line for line in lines if _step_of(line) <= self.step))
+
+    # --------------------------------------------------------------------------------------------------- the results
+
+    def _write_sheet(self) -> None:
+        """RUN/samples/step-N.png: of the first pairs the reference, the target and what the averaged weights make."""
+        if self.board is None:
+            return
+        self.ema.store(self.trained.values())
+        self.ema.copy_to(self.trained.values())
+        try:
+            with torch.no_grad(), self._autocast():
+                rows = [self._sheet_row(sample) for sample in self.first]
+            picture = np.concatenate(rows)
+            path = self.run / "samples" / f"step-{self.step:08}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(path)
+            self.board.add_image("samples", picture, self.step, dataformats="HWC")
+        except (EmtError, OSError) as error:
+            self.say(f"no sample sheet at step {self.step}: {error}")
+        finally:
+            self.ema.restore(self.trained.values())
+
+    def _sheet_row(self, sample: Sample) -> np.ndarray:
+        motion = self.pipe.extract_motion(sample.reference)
+        clips = [sample.reference, sample.target, self.pipe(sample.pair.caption, motion)[0]]
+        shown = np.linspace(0, len(clips[0]) - 1, min(_SHEET_FRAMES, len(clips[0])), dtype=int)
+        return np.concatenate([np.concatenate(list(clip[shown]), axis=1) for clip in clips])
+
+    def _write_result(self) -> None:
+        """RUN/adapter.safetensors in published names, and RUN/model: the model with it, stored in its own type."""
+        adapter = self._weights(self.ema.shadow_params)
+        target, partial, old = (self.run / name for name in ("model", ".model.partial", ".model.old"))
+        try:
+            save_file(adapter, self.run / ".adapter.partial")
+            (self.run / ".adapter.partial").replace(self.run / "adapter.safetensors")
+            for stale in (partial, old):
+                shutil.rmtree(stale, ignore_errors=True)
+            shutil.copytree(self.model, partial, ignore=lambda folder, names: [n for n in names if n[0] == "."])
+            weights = sorted((self.model / "unet").glob("*.safetensors"))
+            with safe_open(weights[0], "pt") as file:
+                stored = file.get_slice(next(iter(file.keys()))).get_dtype()
+            unet = MotionTransferUNet.from_pretrained(
+                self.model / "unet", torch_dtype=_DTYPES.get(stored, torch.float32)
+            )
+            with torch.no_grad():
+                for name, parameter in unet.adapter_parameters():
+                    parameter.copy_(adapter[published(name)])
+            shutil.rmtree(partial / "unet")
+            unet.save_pretrained(partial / "unet")
+            card = partial / "README.md"
+            text = card.read_text(encoding="utf-8") if card.is_file() else "# Motion transfer model\n"
+            write_text(card, f"{text.rstrip()}\n\n{self._account()}")
+            flush(partial)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise EmtError(
+                f"the result cannot be written to {self.run}: {error}",
+                "Free some space and go on with: emt train … --resume latest",
+            ) from error
+
+    def _account(self) -> str:
+        s = self.settings
+        batch = s.batch_size * s.accumulate * self.accelerator.num_processes
+        return (
+            "## Training of the adapter\n\n"
+            f"By `emt train`: {self.step} steps of {batch} of {len(self.dataset.pairs)} pairs, AdamW at "
+            f"{s.learning_rate:g}, {s.drop_text:.0%} of the captions dropped, {s.precision}, weights averaged "
+            f"(decay {s.ema_decay:g}), seed {s.seed}; {self.skipped} steps skipped because their loss was not finite.\n"
+        )
+
+
+def _check_run(run: Path, resume: Path | None) -> None:
+    found = find_checkpoints(run)
+    if resume is None and found:
+        raise EmtError(
+            f"{run} holds a run, its latest checkpoint is {found[-1].name}",
+            "Go on with --resume latest, or give another -o RUN.",
+        )
+    if resume is not None and any(path.name > resume.name for path in found):
+        raise EmtError(
+            f"{run} holds a later checkpoint than {resume.name}: {found[-1].name}",
+            "Give another -o RUN, or --resume latest.",
+        )
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # torn by a crash
+
+
+def _start_worker(worker: int) -> None:
+    # A terminal's Ctrl-C and a scheduler's SIGTERM reach these too; they end when the run has no more need of them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

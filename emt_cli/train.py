@@ -1,0 +1,205 @@
+"""`emt train`: the adapter, on pairs of clips."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emt.errors import EmtError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_PLAIN_SECONDS = 15.0
+_RUN, _STEP = "The run", "A step"
+
+
+class TrainPrecision(str, Enum):
+    """Arithmetic of the network; trained weights are in float32 in any case."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+def train(
+    pairs: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="A folder a motion, with clips named <caption>.mp4 (`emt make-pairs`)."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Model to train. [default: the demo model]", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.", min=1, rich_help_panel=_RUN)] = 50_000,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="latest|FOLDER",
+            help="Checkpoint to go on from; latest: that of RUN, or the start if it has none.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the order of the pairs and of all noise.", min=0, rich_help_panel=_RUN)
+    ] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=_RUN)] = 1000,
+    keep: Annotated[int, typer.Option(help="Checkpoints that stay.", min=1, rich_help_panel=_RUN)] = 3,
+    sample_every: Annotated[
+        int, typer.Option(help="Steps between sample sheets; 0 for none.", min=0, rich_help_panel=_RUN)
+    ] = 1000,
+    workers: Annotated[
+        int, typer.Option(help="Processes that decode clips, for each GPU.", min=0, max=64, rich_help_panel=_RUN)
+    ] = 4,
+    batch_size: Annotated[
+        int, typer.Option(help="Pairs at once, on each GPU.", min=1, max=1024, rich_help_panel=_STEP)
+    ] = 1,
+    accumulate: Annotated[int, typer.Option(help="Batches of a step.", min=1, rich_help_panel=_STEP)] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.", min=0, rich_help_panel=_STEP)] = 1e-4,
+    drop_text: Annotated[
+        float, typer.Option(help="Share of captions that are dropped.", min=0, max=1, rich_help_panel=_STEP)
+    ] = 0.1,
+    ema: Annotated[
+        float, typer.Option(help="Decay of the averaged weights.", min=0, max=1, rich_help_panel=_STEP)
+    ] = 0.9999,
+    precision: Annotated[
+        TrainPrecision, typer.Option(help="bf16 takes half the memory and time on recent GPUs.", rich_help_panel=_STEP)
+    ] = TrainPrecision.FP32,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_STEP)
+    ] = False,
+) -> None:
+    """Train the motion transfer adapter of a model on pairs of clips with the same motion.
+
+    Writes RUN/model, a model folder for `emt transfer --model`, and RUN/adapter.safetensors; prints the former on
+    stdout. On the way: RUN/log.jsonl, RUN/tensorboard, RUN/samples and RUN/checkpoints. Ctrl-C finishes the step and
+    saves a checkpoint. On several GPUs: accelerate launch -m emt_cli.app train …
+    """
+    import logging
+
+    # The model's warning about long prompts would come at every step.
+    logging.getLogger("emt.pipeline").setLevel(logging.ERROR)
+    from emt_cli.model import find_model
+
+    folder = find_model(model, download=True).folder
+    stop = _stop_on_signals()
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    from emt.train.trainer import Settings, Trainer, find_checkpoints
+
+    for library in (diffusers, transformers):  # bars for files that load in a second
+        library.utils.logging.disable_progress_bar()
+    start: Path | None = None
+    if resume == "latest":
+        start = next(reversed(find_checkpoints(output)), None)
+    elif resume is not None:
+        start = Path(resume)
+        if not start.is_dir():
+            raise EmtError(f"there is no checkpoint {resume}", "Give a folder RUN/checkpoints/step-… or latest.")
+    settings = Settings(
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        drop_text=drop_text,
+        precision=precision.value,
+        gradient_checkpointing=gradient_checkpointing,
+        ema_decay=ema,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        sample_every=sample_every,
+        workers=workers,
+    )
+    trainer = Trainer(folder, pairs, output, settings, resume=start, say=_say)
+    trainer.say(
+        f"{len(trainer.dataset.pairs)} pairs, {sum(p.numel() for p in trainer.trained.values()):,} trained weights, "
+        f"{trainer.accelerator.num_processes} × {trainer.accelerator.device.type}, from step {trainer.step} to {steps}"
+    )
+    with _Watcher(steps, trainer.step, trainer.accelerator.is_main_process) as watcher:
+        trainer.say = watcher.say
+        complete = trainer.train(stop, watcher.step)
+    if not complete:
+        trainer.say(f"stopped at step {trainer.step}; go on with the same command and --resume latest")
+        raise typer.Exit(130)
+    if trainer.accelerator.is_main_process:
+        typer.echo(output / "model")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _stop_on_signals() -> Callable[[], bool]:
+    """Make the first SIGINT or SIGTERM only be remembered; a second one ends the process at once."""
+    import signal
+
+    came: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        _say("stopping after this step; once more to stop at once")
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: bool(came)
+
+
+class _Watcher:
+    """A bar on a terminal, a plain line now and then elsewhere; nothing in processes that are not the first."""
+
+    def __init__(self, steps: int, first: int, shown: bool) -> None:
+        self._steps, self._first, self._shown = steps, first, shown
+        self._bar: Progress | None = None
+        self._printed = -_PLAIN_SECONDS
+        if shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("steps"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                redirect_stdout=False,
+                redirect_stderr=True,  # what is said meanwhile goes above the bar
+            )
+            self._task = self._bar.add_task("", total=steps, completed=first, note="")
+
+    def __enter__(self) -> _Watcher:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line, from the first process."""
+        if self._shown:
+            _say(text)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A step has ended."""
+        note = f"loss {record['loss']:.4f}  {record['steps_per_second']:.2f} steps/s"
+        note += f"  {record['skipped']} skipped" if record["skipped"] else ""
+        if self._bar:
+            self._bar.update(self._task, completed=record["step"], note=note)
+        elif self._shown and (time.monotonic() - self._printed > _PLAIN_SECONDS or record["step"] == self._steps):
+            from emt_cli.progress import duration
+
+            self._printed = time.monotonic()
+            left = duration((self._steps - record["step"]) / record["steps_per_second"])
+            _say(f"step {record['step']}/{self._steps}  {note}  {left} left")
