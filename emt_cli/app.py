@@ -20,6 +20,7 @@ COMMANDS = {
     "transfer": "Make clips that move like the references and show what the prompts say.",
     "plan": "Show what `emt transfer` with the same arguments would do, without loading anything.",
     "evaluate": "Measure how well results follow their references' motion and their prompts.",
+    "report": "Write a page that shows references and results side by side, playing in sync.",
     "make-pairs": "Render pairs of clips with the same motion and different content, to train on.",
     "train": "Train the motion transfer adapter of a model on pairs of clips.",
     "rerun": "Make a result again from the settings it carries.",

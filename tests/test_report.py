@@ -1,0 +1,413 @@
+"""The page of an output folder: what it holds, and what it does in a browser.
+
+The second part drives headless Chromium and is skipped where there is none (Debian: apt-get install chromium).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, Browser
+from program import console
+
+from emt.errors import EmtError
+from emt.video import probe, read_clip, write_clip
+from emt_cli.cache import ContentIndex
+from emt_cli.jobs import Job, identify, output_name
+from emt_cli.journal import Journal, write_atomically
+from emt_cli.options import Format, Settings
+from emt_cli.report import write_report
+from emt_cli.results import write_result
+
+SETTINGS = Settings(frames=8, height=64, width=64, steps=2)
+NASTY = (
+    "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>",
+    "a \"quoted\" <b>bold</b> & 'single' \\u003c @DATA@ ${x}",
+    "two\nlines\tand a tab",
+    "ein Löwe 🦁 auf dem 月 \u2028 مرحبا بالعالم \u202e override",
+    "\udc80 no Unicode",
+    "<!-- a comment",
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def ball(frames: int, side: int = 64, colour: tuple[int, int, int] = (250, 180, 40), cycles: float = 1.0) -> np.ndarray:
+    """A disc on a round path; its place tells the frame."""
+    y, x = np.mgrid[:side, :side] / side
+    clip = np.empty((frames, side, side, 3), np.uint8)
+    for i in range(frames):
+        angle = 2 * np.pi * cycles * i / frames
+        disc = (x - 0.5 - 0.3 * np.cos(angle)) ** 2 + (y - 0.5 - 0.3 * np.sin(angle)) ** 2 < 0.02
+        clip[i] = np.where(disc[..., None], colour, np.uint8(40 + 60 * y)[..., None])
+    return clip
+
+
+class Folder:
+    """An output folder as a run leaves it, made with the run's own writers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.log, self.index = path, Journal(path), ContentIndex(path.parent / "index")
+
+    def done(self, job: Job, frames: np.ndarray | Path, fps: float = 8.0, **more: Any) -> Path:
+        """A finished job; its clip is written, or copied if it is a path."""
+        sha256 = self.index.sha256(job.reference)
+        output = output_name(job, sha256)
+        record = {
+            "id": identify(job, reference=sha256, model="m", precision="fp32"),
+            "reference": str(job.reference),
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "settings": job.settings.as_dict(),
+            "reference_sha256": sha256,
+            "model": "tiny",
+        }
+        clip = self.path / output
+        if isinstance(frames, Path):
+            clip.parent.mkdir(exist_ok=True)
+            shutil.copyfile(frames, clip)
+        else:
+            write_result(clip, frames, fps, record)
+        status = clip.stat()
+        line = {
+            "event": "job",
+            "output": str(output),
+            **record,
+            "state": "done",
+            "timings": {"decode": 0.5, "steps": 2},
+        }
+        self.log.append(
+            {**line, "peak_memory": 3 << 30, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, **more}
+        )
+        return clip
+
+    def failed(self, error: str, hint: str = "", **known: Any) -> None:
+        self.log.append({"event": "job", **known, "state": "failed", "error": error, "hint": hint})
+
+
+@pytest.fixture(name="walk")
+def make_walk(tmp_path):
+    """A reference elsewhere, in a format that browsers do not play, of which jobs use the second half."""
+    return write_clip(tmp_path / "clips" / "walk this way.gif", ball(32, 48, cycles=2), 16)
+
+
+@pytest.fixture(name="folder")
+def make_folder(tmp_path):
+    return Folder(tmp_path / "out dir #1")
+
+
+def embedded(page: Path) -> dict[str, Any]:
+    """The data of a page, found as a browser finds it: up to the first end of a script."""
+    text = page.read_text()
+    start = text.index('<script type="application/json" id="data">')
+    return json.loads(text[text.index(">", start) + 1 : text.index("</script", start)])
+
+
+# ---- the file -----------------------------------------------------------------------------------------------------
+
+
+def test_reference_copies_hold_exactly_the_frames_that_the_job_sampled(folder, walk):
+    settings = replace(SETTINGS, start=1.0, stride=2, fit=SETTINGS.fit)
+    folder.done(Job(walk, "a robot", 3, settings), ball(8))
+    data = embedded(write_report(folder.path))
+    (reference,), (job,) = data["references"], data["jobs"]
+    copy = read_clip(folder.path / reference["src"], frames=8)
+    expected = read_clip(walk, frames=8, size=(64, 64), start=1.0, stride=2)
+    assert probe(copy.info.path).frames == reference["frames"] == 8
+    assert np.abs(copy.frames.astype(int) - expected.frames).mean() < 4
+    assert reference["fps"] == pytest.approx(expected.fps)
+    assert job["result"]["fps"] == pytest.approx(8)
+    assert (job["state"], job["prompt"], job["seed"], job["reference"]) == ("done", "a robot", 3, "walk this way.gif")
+    assert reference["poster"].startswith("data:image/jpeg;base64,")
+
+
+def test_texts_of_jobs_stay_texts(folder, walk):
+    for seed, prompt in enumerate(NASTY):
+        folder.failed(prompt, prompt, reference=str(walk), prompt=prompt, seed=seed, output=f"x/{seed}.mp4")
+    page = write_report(folder.path)
+    text = page.read_text()
+    assert text.count("</script") == 2, "the data's end and the program's"
+    assert "<!--" not in text
+    told = {job["prompt"] for job in embedded(page)["jobs"]}
+    assert told == set(NASTY)
+
+
+def test_the_last_word_on_a_job_counts(folder, walk):
+    job = Job(walk, "a robot", 0, SETTINGS)
+    folder.failed("no prompt", "Give one.", reference=str(walk))
+    folder.failed("the line is not JSON", origin="jobs.jsonl line 3")
+    folder.failed("out of memory", reference=str(walk), prompt="a robot", seed=0)
+    folder.done(job, ball(8))
+    states = [(job["state"], job.get("error")) for job in embedded(write_report(folder.path))["jobs"]]
+    assert states == [("done", None), ("failed", "the line is not JSON")]
+
+
+@pytest.mark.parametrize("format", Format)
+def test_results_of_every_format_are_playable(folder, walk, format):
+    job = Job(walk, "a robot", 0, replace(SETTINGS, format=format))
+    clip = folder.done(job, ball(8))
+    result = embedded(write_report(folder.path))["jobs"][0]["result"]
+    shown = folder.path / result["src"]
+    assert shown.suffix in (".mp4", ".webm")
+    assert (shown == clip) == (format in (Format.MP4, Format.WEBM))
+    assert probe(shown).frames == result["frames"] == 8
+
+
+def test_what_cannot_be_shown_has_a_note(folder, tmp_path, walk):
+    broken, short = tmp_path / "broken.mp4", write_clip(tmp_path / "short.mp4", ball(3), 8)
+    broken.write_bytes(b"no video")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    gone = tmp_path / "gone.mp4"
+    for name in (broken, short, gone, tmp_path / "pipe.mp4"):
+        folder.failed("it failed", reference=str(name), prompt="x", seed=0, settings=SETTINGS.as_dict())
+    folder.failed("no reference")
+    changed = write_clip(tmp_path / "changed.mp4", ball(9), 8)
+    folder.done(Job(changed, "x", 1, SETTINGS), ball(8)).unlink()
+    write_clip(changed, ball(10), 8)
+    data = embedded(write_report(folder.path))
+    notes = {job.get("reference"): data["references"][job["media"]]["note"] for job in data["jobs"] if "media" in job}
+    assert all(notes[name] for name in ("broken.mp4", "short.mp4", "gone.mp4", "pipe.mp4"))
+    assert "changed since" in notes["changed.mp4"]
+    assert "cannot read" in next(job for job in data["jobs"] if job["state"] == "done")["result"]["note"]
+
+
+def test_a_second_report_is_the_same_and_reads_no_clip_again(folder, walk, monkeypatch):
+    for seed in range(3):
+        folder.done(Job(walk, f"robot {seed}", seed, SETTINGS), ball(8))
+    first = write_report(folder.path).read_bytes()
+    walk.unlink()
+    monkeypatch.setattr("emt.video.read_clip", None)
+    assert write_report(folder.path).read_bytes() == first
+
+
+def test_a_page_elsewhere_refers_to_the_clips(folder, walk, tmp_path):
+    folder.done(Job(walk, "a robot", 0, SETTINGS), ball(8))
+    page = write_report(folder.path, tmp_path / "pages" / "mine.html")
+    assert embedded(page)["jobs"][0]["result"]["src"].startswith("../out%20dir%20%231/walk-this-way_")
+
+
+def test_measures_are_shown_until_a_clip_is_made_anew(folder, walk):
+    old, new = (folder.done(Job(walk, "a robot", seed, SETTINGS), ball(8), mtime_ns=seed) for seed in (0, 1))
+    rows = [
+        {"result": str(Path("elsewhere", *clip.parts[-2:])), "motion_fidelity": 0.5, "camera": None}
+        for clip in (old, new)
+    ]
+    summary = {"summary": {"motion_fidelity": {"value": 0.5, "low": 0.4, "high": 0.6, "clips": 2}}}
+    content = "\n".join(map(json.dumps, [*rows, summary])) + "\nnot JSON\n"
+    write_atomically(folder.path / "metrics.jsonl", content.encode())
+    folder.log.append({**folder.log.finished[str(new.relative_to(folder.path))], "mtime_ns": time.time_ns() + 10**9})
+    data = embedded(write_report(folder.path))
+    assert [job.get("metrics") for job in data["jobs"]] == [{"motion_fidelity": 0.5}, None]
+    assert data["summary"] == summary["summary"]
+
+
+def test_a_folder_without_a_journal_is_refused(tmp_path):
+    with pytest.raises(EmtError, match=r"has no journal\.jsonl") as error:
+        write_report(tmp_path)
+    assert "emt report OUT" in error.value.hint
+    with pytest.raises(EmtError, match="is not a folder"):
+        write_report(tmp_path / "nothing")
+
+
+def test_the_program_prints_the_page(folder, walk):
+    folder.done(Job(walk, "a robot", 0, SETTINGS), ball(8))
+    ended = console(folder.path.parent, "report", folder.path.name)
+    assert (ended.returncode, ended.stdout) == (0, f"{folder.path.name}/report.html\n"), ended.stderr
+    ended = console(folder.path.parent, "report", "nothing")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error: nothing is not a folder")
+
+
+# ---- in a browser -------------------------------------------------------------------------------------------------
+
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium (Debian: apt-get install chromium)")
+
+PLAYING = "[...document.querySelectorAll('.card')].map(c => c.card.pair.players).filter(p => p.length === 2)"
+FRAMES = PLAYING + ".map(players => players.map(player => player.video.currentTime * player.fps))"
+WATCHED = f"""new Promise(resolve => {{
+  const seen = [], began = performance.now();
+  const look = () => {{
+    seen.push(...{FRAMES});
+    performance.now() - began < 3000 ? requestAnimationFrame(look) : resolve(seen);
+  }};
+  look();
+}})"""
+
+
+@pytest.fixture(name="browser", scope="module")
+def start_browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+def opened(browser: Browser, page: Path) -> Browser:
+    browser.requests.clear()
+    browser.complaints.clear()
+    browser.open(page)
+    return browser
+
+
+def shown(browser: Browser) -> int:
+    return browser("document.querySelectorAll('.card:not([hidden])').length")
+
+
+def choose(browser: Browser, control: str, value: str) -> None:
+    """Give a control a value, as a user does."""
+    events = "for (const name of ['input', 'change']) node.dispatchEvent(new Event(name))"
+    browser(f"{{const node = document.querySelector('{control}'); node.value = {json.dumps(value)}; {events}}}")
+
+
+@pytest.fixture(name="gallery", scope="module")
+def make_gallery(tmp_path_factory):
+    """Four references, each with a finished job of 8 and one of 24 frames a second, and three that failed."""
+    root = tmp_path_factory.mktemp("gallery")
+    folder = Folder(root / "out")
+    for i in range(4):
+        clip = write_clip(root / "clips" / f"clip {i}.mp4", ball(48, 96, cycles=i + 1), 24)
+        for prompt, fps in (("a slow fox", 8), ("a quick hare", 24)):
+            settings = replace(SETTINGS, frames=24, fps=fps)
+            folder.done(Job(clip, prompt, i, settings), ball(24, colour=(60, 200, 60 * i), cycles=i + 1), fps)
+    for prompt in NASTY[:3]:
+        folder.failed("out of memory", "Try --size 32x32.", reference=str(clip), prompt=prompt, seed=1, output=prompt)
+    return write_report(folder.path)
+
+
+@needs_browser
+def test_the_page_is_whole_and_asks_for_nothing_from_outside(browser, gallery):
+    page = opened(browser, gallery)
+    assert page("document.createElement('video').canPlayType('video/mp4; codecs=\"avc1.640028\"')") == "probably"
+    page.wait("[...document.querySelectorAll('video')].some(video => video.classList.contains('ready'))")
+    assert shown(page) == 11
+    assert page("document.title") == "out · emt report"
+    assert page("[...document.images].every(image => image.alt && image.naturalWidth)")
+    prompts = page("[...document.querySelectorAll('.prompt')].map(node => node.textContent)")
+    assert set(prompts) == {"a slow fox", "a quick hare", *NASTY[:3]}
+    assert "out of memory" in page("document.querySelector('.note.failed').textContent")
+    folder = gallery.parent.as_uri()
+    assert page.requests
+    assert all(url.startswith(folder) for url in page.requests), page.requests
+    assert page.complaints == []
+
+
+@needs_browser
+@pytest.mark.parametrize("speed", ["1", "2"])
+def test_reference_and_result_play_within_a_frame_of_each_other(browser, gallery, speed):
+    page = opened(browser, gallery)
+    choose(page, "#search", "quick" if speed == "1" else "slow")
+    choose(page, "#speed", speed)
+    page.wait("document.querySelectorAll('video.ready').length === 8 && !document.querySelector('video').paused", 30)
+    seen = page(WATCHED)
+    apart = [min(abs(a - b), 24 - abs(a - b)) for a, b in seen]
+    assert len(seen) > 60
+    assert max(a for a, _ in seen) - min(a for a, _ in seen) > 4, "it moves"
+    assert max(apart) < 1, f"frames apart: {sorted(apart)[-5:]}"
+    assert page.complaints == []
+
+
+@needs_browser
+def test_paused_both_stand_on_the_same_frame(browser, gallery):
+    page = opened(browser, gallery)
+    page.wait("document.querySelectorAll('video.ready').length >= 4")
+    page.press(" ", " ")
+    frames = FRAMES + ".flat().map(Math.floor)"
+    for frame in (0, 5, 23):
+        choose(page, "#scrub", str(frame))
+        page.wait(f"{frames}.every(f => f === {frame})")
+    page.press("ArrowRight")
+    page.wait(f"{frames}.every(f => f === 0)")
+    page.press("ArrowLeft")
+    page.wait("document.querySelector('#frame').textContent === '24 / 24'")
+    page.press(" ", " ")
+    page.wait("!document.querySelector('video').paused")
+
+
+@needs_browser
+def test_filters_leave_the_jobs_that_fit(browser, gallery):
+    page = opened(browser, gallery)
+    choose(page, "#search", "FOX slow")
+    assert shown(page) == 4
+    choose(page, "#reference", page("data.jobs.find(job => job.reference === 'clip 2.mp4').path"))
+    assert shown(page) == 1
+    page("document.querySelector('[name=state][value=failed]').click()")
+    assert shown(page) == 0
+    assert page("document.querySelector('#empty').checkVisibility()")
+    choose(page, "#search", "")
+    choose(page, "#reference", "")
+    assert shown(page) == 3
+    assert page("document.querySelector('#count').textContent") == "3 of 11"
+    choose(page, "#search", "<script>")
+    assert shown(page) == 1
+
+
+@needs_browser
+def test_a_click_shows_settings_and_a_key_hides_them(browser, gallery):
+    page = opened(browser, gallery)
+    page("document.querySelector('.prompt').click()")
+    text = page("document.querySelector('#dialog').innerText")
+    assert all(
+        part in text for part in ("a quick hare", "steps\n2", "tiny", "clip 0.mp4", "3.00 GiB", "2.50 (decode 0.50")
+    )
+    page.wait("document.querySelectorAll('#dialog video.ready').length === 2")
+    assert page("document.querySelectorAll('video').length") == 2, "the others rest"
+    page("document.querySelector('#dialog').close()")
+    page.wait("document.querySelectorAll('.card video').length >= 4")
+    assert page.complaints == []
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_follows_the_system_until_told_otherwise(browser, gallery, scheme):
+    page = opened(browser, gallery)
+    page("localStorage.clear()")
+    features = [
+        {"name": "prefers-color-scheme", "value": scheme},
+        {"name": "prefers-reduced-motion", "value": "reduce"},
+    ]
+    page.call("Emulation.setEmulatedMedia", features=features)
+    page.open(gallery)
+    brightness = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(part => part > 200)"
+    assert page(brightness) == (scheme == "light")
+    page("document.querySelector('#theme').click()")
+    assert page(brightness) == (scheme == "dark")
+    page.wait("document.querySelector('video.ready')")
+    assert page("document.querySelector('video').paused"), "who wants little motion starts it"
+    page("localStorage.clear()")
+    page.call("Emulation.setEmulatedMedia", features=[])
+
+
+@needs_browser
+def test_500_jobs_are_there_at_once_with_a_handful_of_videos(browser, tmp_path, walk):
+    folder = Folder(tmp_path / "out")
+    first = folder.done(Job(walk, "robot 0", 0, SETTINGS), ball(8))
+    for seed in range(1, 500):
+        folder.done(Job(walk, f"robot {seed}", seed, SETTINGS), first)
+    page = opened(browser, write_report(folder.path))
+    took = page("performance.getEntriesByType('navigation')[0].domInteractive")
+    assert took < 4000, f"{took:.0f} ms"
+    assert shown(page) == 500
+    page.wait("document.querySelectorAll('video.ready').length > 4")
+    most = 0
+    for _ in range(20):
+        page("scrollBy(0, 2500)")
+        time.sleep(0.05)
+        most = max(most, page("document.querySelectorAll('video').length"))
+    page("scrollTo(0, document.body.scrollHeight)")
+    page.wait("[...document.querySelectorAll('.card')].at(-1).querySelectorAll('video.ready').length === 2")
+    page.wait("!document.querySelector('.card:first-child video')")
+    assert max(most, page("document.querySelectorAll('video').length")) <= 48
+    began = time.monotonic()
+    choose(page, "#search", "robot 49")
+    assert shown(page) == 15
+    assert time.monotonic() - began < 1
+    assert page.complaints == []
