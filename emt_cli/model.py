@@ -21,7 +21,10 @@ from emt.errors import EmtError
 from emt_cli.cache import ContentIndex
 from emt_cli.options import MODEL_DEFAULTS, Scheduler, Settings, parse_field
 
-_HOW_TO_GET = "Make a model folder with `emt import-weights`, or leave --model out for the small demo model."
+_HOW_TO_GET = (
+    "Make a model folder with `emt import-weights --base … --motion-module … --adapter … -o FOLDER` and name it with "
+    "`--model FOLDER`; a folder of random weights, to try the program: `python examples/untrained_model.py FOLDER`."
+)
 _CONTENT = (".safetensors", ".json", ".txt", ".model")
 
 _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
@@ -164,17 +167,18 @@ def clip_bytes(settings: Settings, experience: Experience | None = None) -> floa
 
 
 def find_model(name: str | None, *, download: bool) -> Model:
-    """The model of `--model`: a folder, a hub id, or by default the demo model.
+    """The model of `--model`: a folder or a hub id.
 
     Args:
-        name: What the user gave.
+        name: What the user gave; None is an error, as long as no trained model ships.
         download: Fetch a hub model that is not on this machine yet.
 
     Raises:
         EmtError: there is no such model, or files of it are missing.
     """
+    if name is None:
+        raise EmtError("no model is named, and none ships with this version", _HOW_TO_GET)
     folder = _locate(name, download)
-    name = name or "demo"
     listed = _read_json(folder / "model_index.json")
     missing = []
     for part, kind in listed.items():
@@ -188,13 +192,7 @@ def find_model(name: str | None, *, download: bool) -> Model:
     return Model(name, folder, {key: parse_field(key, listed[key]) for key in MODEL_DEFAULTS if key in listed})
 
 
-def _locate(name: str | None, download: bool) -> Path:
-    if name is None:
-        try:
-            from emt import demo
-        except ImportError:
-            raise EmtError("the demo model is not installed", "Name a model folder with --model.") from None
-        return demo.path()
+def _locate(name: str, download: bool) -> Path:
     folder = Path(name)
     if (folder / "model_index.json").is_file():
         return folder

@@ -111,8 +111,6 @@ def _check_reference(contents: Any, path: Path, sha256: str) -> None:
         raise EmtError(f"the reference {path} is not the one that was used: its content differs", hint)
 
 
-def _recorded_model(record: dict[str, Any]) -> str | None:
-    if record["model"] == "demo":
-        return None
+def _recorded_model(record: dict[str, Any]) -> str:
     folder = record.get("model_folder", "")
     return folder if Path(folder).is_dir() else record["model"]

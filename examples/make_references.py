@@ -1,9 +1,10 @@
-"""Render the reference clips of this folder: six motions of the world that the small model was trained on.
+"""Render the reference clips of this folder, six motions of the world that the small model is trained on, and a sheet.
 
     python examples/make_references.py
 
-All are played by subjects in scenes, none of them in the way that training saw: the first two move as no training clip
-does, and every combination of subject, colour and scene is one that training left out.
+The first two move as no training clip does, and every combination of subject, colour and scene is one that training
+leaves out. The sheet, docs/pairs.jpg, shows below each of them the same motion played by another subject elsewhere:
+what a perfect transfer would make, and what training pairs are.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from emt.train.motions import CAMERA_FAMILIES, FAMILIES, HELD_OUT_CAMERA_FAMILIES, HELD_OUT_FAMILIES
 from emt.train.world import World
 from emt.video import write_clip
 
 OUT = Path(__file__).parent / "references"
+SHEET = Path(__file__).parents[1] / "docs" / "pairs.jpg"
 WANTED = {
     "figure-eight": ("figure-eight", "static"),
     "spiral": ("spiral", "static"),
@@ -32,7 +35,10 @@ def main() -> None:
     """Write the clips, 16 frames of 128×128 at 8 frames a second."""
     families, cameras = FAMILIES + HELD_OUT_FAMILIES, CAMERA_FAMILIES + HELD_OUT_CAMERA_FAMILIES
     world, generator = World(), torch.Generator().manual_seed(7)
-    drawn = [world.motions(1500, generator, held_out=held_out, two_subjects=0, camera=0.2) for held_out in (False, True)]
+    rows = []
+    drawn = [
+        world.motions(1500, generator, held_out=held_out, two_subjects=0, camera=0.2) for held_out in (False, True)
+    ]
     for name, (family, camera) in WANTED.items():
         motions = drawn[family in HELD_OUT_FAMILIES]
         is_family = motions.family[:, 0] == families.index(family)
@@ -45,6 +51,10 @@ def main() -> None:
         frames = world.render(one, appearance)[0].permute(0, 2, 3, 1)
         print(f"{name}: {world.captions(appearance, one)[0]}")
         write_clip(OUT / f"{name}.mp4", frames.numpy(), 8.0)
+        other = world.render(one, world.appearances(one, generator, held_out=False))[0].permute(0, 2, 3, 1)
+        rows += [torch.cat(list(clip[::2]), dim=1) for clip in (frames, other)]
+    SHEET.parent.mkdir(exist_ok=True)
+    Image.fromarray(torch.cat(rows).numpy()).save(SHEET, quality=88)
 
 
 if __name__ == "__main__":
