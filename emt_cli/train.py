@@ -138,16 +138,22 @@ def _say(text: str) -> None:
 
 
 def _stop_on_signals() -> Callable[[], bool]:
-    """Make the first SIGINT or SIGTERM only be remembered; a second one ends the process at once."""
+    """Make the first SIGINT or SIGTERM only be remembered; a second one ends the process at once.
+
+    Not under a launcher: it passes the terminal's signal on, which may come twice, and ends the process itself.
+    """
+    import os
     import signal
 
+    launched = "LOCAL_RANK" in os.environ
     came: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         came.append(number)
-        _say("stopping after this step; once more to stop at once")
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        if not launched:
+            _say("stopping after this step; once more to stop at once")
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)

@@ -202,8 +202,9 @@ class Trainer:
             list(motions.values())[:SHEET_CLIPS], frames=self.dataset.frames, size=self.dataset.size, seed=0
         )
         try:
-            places = {chosen[place].pair.target: place for place in range(len(chosen.pairs))}
-            samples = [chosen[place] for place in places.values()]
+            # A pair that cannot be used is replaced by another of these: each is shown once.
+            decoded = [chosen[place] for place in range(len(chosen.pairs))]
+            samples = list({sample.pair: sample for sample in decoded}.values())
         except EmtError:  # none of these: the run's own order finds others, or fails
             samples = [self.dataset[0]]
         return sorted(samples, key=lambda sample: sample.pair.target)
@@ -462,9 +463,7 @@ class Trainer:
             weights = sorted((self.model / "unet").glob("*.safetensors"))
             with safe_open(weights[0], "pt") as file:
                 stored = file.get_slice(next(iter(file.keys()))).get_dtype()
-            unet = MotionTransferUNet.from_pretrained(
-                self.model / "unet", torch_dtype=_DTYPES.get(stored, torch.float32)
-            )
+            unet = MotionTransferUNet.from_pretrained(self.model / "unet", dtype=_DTYPES.get(stored, torch.float32))
             with torch.no_grad():
                 for name, parameter in unet.adapter_parameters():
                     parameter.copy_(adapter[published(name)])
