@@ -55,7 +55,7 @@ def report(
     It opens from disk, without a server or a network, as long as it stays where it is written. Measures are shown
     where OUT/metrics.jsonl has them: emt evaluate OUT --output OUT/metrics.jsonl
     """
-    print(write_report(out, output))
+    typer.echo(os.fsencode(write_report(out, output)))
 
 
 def write_report(out: Path, output: Path | None = None) -> Path:
@@ -206,7 +206,7 @@ class _Gallery:
             work = [*(pool.submit(self.reference, line) for line in wanted.values())]
             work += [pool.submit(self.result, path) for path in results if path]
             quiet = not console.is_terminal
-            for job in track(work, "first frames", console=console, transient=True, disable=quiet):
+            for job in track(work, "looking at clips", console=console, transient=True, disable=quiet):
                 job.result()
         references = [job.result() for job in work[: len(wanted)]]
         made = iter(work[len(wanted) :])

@@ -125,8 +125,10 @@ class Browser:
 
     def press(self, key: str, text: str = "") -> None:
         """Press a key."""
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **({"text": text} if text else {}))
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+        code = {"Escape": 27}.get(key, 0)  # the browser's own keys are known by their number
+        arguments = {"key": key, "windowsVirtualKeyCode": code, **({"text": text} if text else {})}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **arguments)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def screenshot(self, path: Path) -> None:
         """Save what the window shows as a PNG file."""

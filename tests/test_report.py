@@ -38,9 +38,11 @@ NASTY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def ball(frames: int, side: int = 64, colour: tuple[int, int, int] = (250, 180, 40), cycles: float = 1.0) -> np.ndarray:
@@ -360,7 +362,9 @@ def test_a_click_shows_settings_and_a_key_hides_them(browser, gallery):
     )
     page.wait("document.querySelectorAll('#dialog video.ready').length === 2")
     assert page("document.querySelectorAll('video').length") == 2, "the others rest"
-    page("document.querySelector('#dialog').close()")
+    assert page("document.querySelector('#dialog #play').checkVisibility()"), "as the rest of the page is out of reach"
+    page.press("Escape")
+    page.wait("!document.querySelector('#dialog').open && document.querySelector('.bar #play')")
     page.wait("document.querySelectorAll('.card video').length >= 4")
     assert page.complaints == []
 
