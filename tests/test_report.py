@@ -111,7 +111,7 @@ def make_folder(tmp_path):
 
 def embedded(page: Path) -> dict[str, Any]:
     """The data of a page, found as a browser finds it: up to the first end of a script."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     start = text.index('<script type="application/json" id="data">')
     return json.loads(text[text.index(">", start) + 1 : text.index("</script", start)])
 
@@ -138,7 +138,7 @@ def test_texts_of_jobs_stay_texts(folder, walk):
     for seed, prompt in enumerate(NASTY):
         folder.failed(prompt, prompt, reference=str(walk), prompt=prompt, seed=seed, output=f"x/{seed}.mp4")
     page = write_report(folder.path)
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.count("</script") == 2, "the data's end and the program's"
     assert "<!--" not in text
     told = {job["prompt"] for job in embedded(page)["jobs"]}
