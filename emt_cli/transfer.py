@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import chain
 
 import typer
@@ -56,7 +57,7 @@ def transfer(options: TransferOptions) -> None:
     if options.report:
         from emt_cli.report import write_report
 
-        write_report(options.out)
+        print(f"report: {write_report(options.out)}", file=sys.stderr)
     if summary.interrupted:
         raise typer.Exit(130)
     if summary.pipe_closed:
