@@ -144,7 +144,9 @@ class TransferOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model folder (emt import-weights makes one) or hub id; needed.", rich_help_panel=_RUN, show_default=False
+            help="Model folder (emt import-weights makes one) or hub id; needed.",
+            rich_help_panel=_RUN,
+            show_default=False,
         ),
     ] = None
     device: Annotated[
