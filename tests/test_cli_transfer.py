@@ -235,7 +235,9 @@ def test_two_runs_on_one_folder(tmp_path):
     clip(tmp_path / "a.mp4")
     first = start(tmp_path, "a.mp4", "--prompt", "x", "--seeds", "0-9", "--json")
     first.wait_for_lines(1)
+    os.kill(first.process.pid, signal.SIGSTOP)  # however slowly the second starts, the first is still at work
     second = transfer(tmp_path, "a.mp4", "--prompt", "y")
+    os.kill(first.process.pid, signal.SIGCONT)
     assert second.code == 1
     assert f"process {first.process.pid}" in second.err
     assert first.end().code == 0
