@@ -93,6 +93,7 @@ def train(
     import transformers.utils.logging
 
     from emt.train.trainer import Settings, Trainer, find_checkpoints
+    from emt_cli.device import is_out_of_memory
 
     for library in (diffusers, transformers):  # bars for files that load in a second
         library.utils.logging.disable_progress_bar()
@@ -118,14 +119,28 @@ def train(
         sample_every=sample_every,
         workers=workers,
     )
-    trainer = Trainer(folder, pairs, output, settings, resume=start, say=_say)
-    trainer.say(
-        f"{len(trainer.dataset.pairs)} pairs, {sum(p.numel() for p in trainer.trained.values()):,} trained weights, "
-        f"{trainer.accelerator.num_processes} × {trainer.accelerator.device.type}, from step {trainer.step} to {steps}"
-    )
-    with _Watcher(steps, trainer.step, trainer.accelerator.is_main_process) as watcher:
-        trainer.say = watcher.say
-        complete = trainer.train(stop, watcher.step)
+    try:
+        trainer = Trainer(folder, pairs, output, settings, resume=start, say=_say)
+        weights = sum(p.numel() for p in trainer.trained.values())
+        trainer.say(
+            f"{len(trainer.dataset.pairs)} pairs, {weights:,} trained weights, "
+            f"{trainer.accelerator.num_processes} × {trainer.accelerator.device.type}, "
+            f"from step {trainer.step} to {steps}"
+        )
+        with _Watcher(steps, trainer.step, trainer.accelerator.is_main_process) as watcher:
+            complete = trainer.train(stop, watcher.step)
+    except OSError as error:
+        raise EmtError(
+            f"cannot write to {output}: {error.strerror or error}", "Check space and permissions."
+        ) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EmtError(
+            f"a step of {batch_size} pairs does not fit into memory",
+            "Try --gradient-checkpointing, --precision bf16, or a smaller --batch-size with more --accumulate; "
+            "--resume latest goes on from a checkpoint.",
+        ) from error
     if not complete:
         trainer.say(f"stopped at step {trainer.step}; go on with the same command and --resume latest")
         raise typer.Exit(130)
@@ -191,11 +206,6 @@ class _Watcher:
     def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """One line, from the first process."""
-        if self._shown:
-            _say(text)
 
     def step(self, record: dict[str, Any]) -> None:
         """A step has ended."""

@@ -22,6 +22,7 @@ from emt.train.objective import adapter_loss
 from emt.train.trainer import Settings, Trainer, find_checkpoints, published
 from emt.train.world import COLOURS, SUBJECTS, World, words
 from emt.video import read_clip, write_clip
+from emt_cli.train import _stop_on_signals
 
 # ----------------------------------------------------------------------------------------------------------- the data
 
@@ -450,7 +451,7 @@ def log(run: Path) -> list[tuple[int, float, float]]:
 
 
 def wait_for(condition, run: Run) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 100
     while not condition():
         assert run.process.is_alive()
         assert time.monotonic() < end
@@ -487,13 +488,12 @@ def test_a_killed_run_goes_on_to_the_bit(pairs, tmp_path):
     assert (run / "adapter.safetensors").read_bytes() == (tmp_path / "whole" / "adapter.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_130(pairs, tmp_path, number):
+def test_ctrl_c_saves_and_exits_130(pairs, tmp_path):
     """The processes that decode get the signal too, as from a terminal."""
     run = tmp_path / "run"
     running = Run(*command(pairs, run, "--steps", 500, "--workers", 1), environment=environment(tmp_path))
     wait_for(lambda: (run / "log.jsonl").exists() and log(run), running)
-    running.send(number, group=True)
+    running.send(signal.SIGINT, group=True)
     ended = running.end()
     assert ended.code == 130, ended.err
     assert "Traceback" not in ended.err
@@ -502,6 +502,21 @@ def test_a_signal_saves_and_exits_130(pairs, tmp_path, number):
     assert checkpoint.name == f"step-{done:08}"
     assert f"stopped at step {done}" in ended.err
     assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_ends(number, capsys):
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = _stop_on_signals()
+        assert not stop()
+        signal.raise_signal(number)
+        assert stop()
+        assert "stopping after this step" in capsys.readouterr().err
+        assert {signal.getsignal(each) for each in before} == {signal.SIG_DFL}
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_train_as_a_program_names_bad_pairs_and_goes_on(pairs, tmp_path):
@@ -525,6 +540,7 @@ def test_train_as_a_program_names_bad_pairs_and_goes_on(pairs, tmp_path):
         (["--pairs", "nowhere"], "nowhere is not a folder of pairs"),
         (["--model", "nowhere"], "nowhere"),
         (["--resume", "nowhere"], "there is no checkpoint nowhere"),
+        (["-o", "/dev/null/run"], "cannot write to /dev/null/run"),
     ],
 )
 def test_mistakes_are_told_in_a_line(pairs, tmp_path, arguments, told):
@@ -537,7 +553,8 @@ def test_mistakes_are_told_in_a_line(pairs, tmp_path, arguments, told):
 
 def test_any_checkpoint_can_be_gone_on_from_in_another_folder(pairs, tmp_path):
     start(pairs, tmp_path / "a", steps=4, checkpoint_every=1, batch_size=2).train()
-    early = find_checkpoints(tmp_path / "a")[1]
+    early = find_checkpoints(tmp_path / "a")[0]
+    assert early.name == "step-00000002"
     same = settings(steps=4, batch_size=2)
     said: list[str] = []
     Trainer(model(), pairs, tmp_path / "b", same, resume=early, say=said.append).train()
@@ -558,6 +575,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(pairs, tmp_path):
     said: list[str] = []
     Trainer(model(), pairs, tmp_path / "c", settings(learning_rate=5e-2), resume=checkpoints[1], say=said.append)
     assert "learning_rate was 0.01" in said[0]
-    (checkpoints[2] / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(EmtError, match="not a checkpoint that can be read"):
-        Trainer(model(), pairs, tmp_path / "a", settings(steps=3), resume=checkpoints[2])
+    for damage in (b"", b"neither a checkpoint nor a pickle"):
+        (checkpoints[2] / "optimizer.pt").write_bytes(damage)
+        with pytest.raises(EmtError, match="not a checkpoint that can be read"):
+            Trainer(model(), pairs, tmp_path / "a", settings(steps=3), resume=checkpoints[2])

@@ -90,7 +90,11 @@ def find_pairs(
         if not motion.is_dir():
             continue
         records = told | _read_metadata(motion, say)
-        clips = [path for path in _listed(motion) if is_clip(path)]
+        try:
+            clips = [path for path in _listed(motion) if is_clip(path)]
+        except OSError as error:
+            say(f"{motion}: skipped, {error.strerror}")
+            continue
         for path in sorted(path for path in records if motion in path.parents and path not in clips):
             say(f"{path}: skipped, it is in {METADATA} but is no clip there")
         if len(clips) < 2:

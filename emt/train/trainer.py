@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 import signal
 import time
@@ -43,6 +44,7 @@ MAX_GRADIENT = 1.0
 SHEET_CLIPS = 4
 """Pairs of a sample sheet."""
 _SHEET_FRAMES = 8
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -392,7 +394,7 @@ class Trainer:
             self.step, self.skipped = state["step"], state["skipped"]
             self._skipped_in_a_row, self.ema.optimization_step = state["skipped_in_a_row"], state["ema_step"]
             before = state["settings"]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError) as error:
+        except (*_DAMAGED, SafetensorError) as error:
             raise EmtError(
                 f"{folder} is not a checkpoint that can be read: {error}",
                 f"Checkpoints are RUN/{CHECKPOINTS}/step-…; --resume latest takes the latest one.",
