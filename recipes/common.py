@@ -615,36 +615,6 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"matmul": _
 """Ways to attend over few frames at many pixels: (pixels, heads, frames, channels) each; all give the same result."""
 
 
-def temporal_attention_by(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """`temporal_attention_reference` of the network, with its softmax attention computed by `attend`."""
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        heads: int,
-        reference_key: Tensor | None = None,
-        reference_value: Tensor | None = None,
-        position_key: Tensor | None = None,
-        position_value: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> Tensor:
-        if reference_key is not None:
-            s = scale.unflatten(0, (-1, reference_key.shape[0])).unsqueeze(-1)  # type: ignore[union-attr]
-            more_keys = s * reference_key + position_key[:, None]  # type: ignore[index]
-            more_values = s * reference_value + position_value[:, None]  # type: ignore[index]
-            key = torch.cat([key, more_keys.flatten(0, 1)], dim=1)
-            value = torch.cat([value, more_values.flatten(0, 1)], dim=1)
-
-        def per_pixel(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
-
-        out = attend(per_pixel(query), per_pixel(key), per_pixel(value))
-        return out.unflatten(0, (query.shape[0], query.shape[2])).permute(0, 3, 1, 2, 4).flatten(3)
-
-    return attention
-
-
 @contextlib.contextmanager
 def fastest_attention(stage: Stage) -> Iterator[str]:
     """Within, temporal attention trains in the way that is fastest on this device at this stage's sizes.
@@ -653,7 +623,7 @@ def fastest_attention(stage: Stage) -> Iterator[str]:
     all; which of the ways wins depends on the device, so each is timed.
     """
     usual = emt.temporal.temporal_attention_reference
-    ways = {"fused": usual} | {name: temporal_attention_by(attend) for name, attend in ATTENTIONS.items()}
+    ways = {"fused": usual} | {name: functools.partial(usual, attend=attend) for name, attend in ATTENTIONS.items()}
     if stage.device.type != "cuda":
         yield "fused"
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from recipes.common import (
     make_vae,
     make_world,
     schedule,
-    temporal_attention_by,
     with_noise,
 )
 from recipes.evaluate_small import evaluate, read_motions
@@ -238,7 +238,7 @@ def test_ways_of_temporal_attention_agree(name: str, with_reference: bool) -> No
     if with_reference:
         reference = [*torch.randn(2, 2, frames, tokens, channels), *torch.randn(2, frames, channels)]
         reference.append(torch.rand(batch, frames, tokens))
-    ours = temporal_attention_by(ATTENTIONS[name])(*qkv, 4, *reference)
+    ours = temporal_attention_reference(*qkv, 4, *reference, attend=ATTENTIONS[name])
     assert torch.allclose(ours, temporal_attention_reference(*qkv, 4, *reference), atol=1e-5)
 
 
@@ -246,7 +246,7 @@ def test_ways_of_temporal_attention_agree(name: str, with_reference: bool) -> No
 def test_losses_never_wait_for_the_device(attention: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     # The meta device has no values: whatever asks for one, which a CUDA graph cannot hold, fails.
     if attention is not None:
-        way = temporal_attention_by(ATTENTIONS[attention])
+        way = functools.partial(temporal_attention_reference, attend=ATTENTIONS[attention])
         monkeypatch.setattr("emt.temporal.temporal_attention_reference", way)
     kind = {"device": "meta", "dtype": torch.bfloat16}
     with torch.device("meta"):

@@ -6,6 +6,8 @@ the F own frames followed by the F reference frames, scaled by the scale map.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,8 @@ def temporal_attention_reference(
     position_key: Tensor | None = None,
     position_value: Tensor | None = None,
     scale: Tensor | None = None,
+    *,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:
     """Attend over time at every pixel, to the clip's own frames and, if given, to the reference's.
 
@@ -40,6 +44,7 @@ def temporal_attention_reference(
         position_key: (reference frames, channels).
         position_value: as `position_key`.
         scale: (batch, reference frames, tokens).
+        attend: softmax attention of queries, keys and values, each (pixels, heads, frames, channels/heads).
 
     Returns:
         (batch, frames, tokens, channels).
@@ -61,7 +66,7 @@ def temporal_attention_reference(
     q, k, v = per_pixel(query), per_pixel(key), per_pixel(value)
     if q.shape[0] > _MAX_ATTENTION_BATCH:
         parts = zip(*(x.split(_MAX_ATTENTION_BATCH) for x in (q, k, v)), strict=True)
-        out = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+        out = torch.cat([attend(*part) for part in parts])
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
     return out.unflatten(0, (batch, tokens)).permute(0, 3, 1, 2, 4).flatten(3)
