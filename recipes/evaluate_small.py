@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     device = torch.device(o.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipeline = MotionTransferPipeline.from_pretrained(o.model or o.out / "model", torch_dtype=dtype).to(device)
+    pipeline = MotionTransferPipeline.from_pretrained(o.model or o.out / "model", dtype=dtype).to(device)
     # All frames of a clip at once: at this size the decoder is bound by its launches.
     emt.pipeline._VAE_FRAMES = 16
     judge = Judge.load(o.judge or o.out / "judge.safetensors", device)

@@ -51,7 +51,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(out: Path) -> MotionTransferPipeline:
-    loaded = MotionTransferPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
+    loaded = MotionTransferPipeline.from_pretrained(out / "model", dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
