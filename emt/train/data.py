@@ -186,17 +186,20 @@ class PairDataset(Dataset[Sample]):
         told = json.dumps([[str(p.reference), str(p.target), p.caption] for p in self.pairs])
         return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
 
+    def pair(self, place: int, further: int = 0) -> Pair:
+        """The pair whose turn it is at a place, or one further on in the same epoch."""
+        epoch, turn = divmod(place, len(self.pairs))
+        return self.pairs[self._order(epoch)[(turn + further) % len(self.pairs)]]
+
     def __getitem__(self, place: int) -> Sample:
         """The pair at a place, from 0 on without end.
 
         Raises:
             EmtError: If no pair is left that can be decoded.
         """
-        epoch, first = divmod(place, len(self.pairs))
-        order = self._order(epoch)
         problems: dict[str, str] = {}
-        for i in range(len(order)):
-            pair = self.pairs[order[(first + i) % len(order)]]
+        for further in range(len(self.pairs)):
+            pair = self.pair(place, further)
             clips = []
             for path in (pair.reference, pair.target):
                 try:
@@ -207,7 +210,7 @@ class PairDataset(Dataset[Sample]):
             else:
                 return Sample(pair, clips[0], clips[1], problems)
         raise EmtError(
-            f"none of the {len(order)} pairs can be used; the last: {problems[str(path)]}",
+            f"none of the {len(self.pairs)} pairs can be used; the last: {problems[str(path)]}",
             f"Clips need at least {self.frames} frames.",
         )
 
