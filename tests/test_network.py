@@ -323,12 +323,13 @@ class TestLoadingPublished:
 
 class TestCompilers:
     @torch.no_grad()
-    def test_compiles_as_one_graph(self):
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_compiles_as_one_graph(self, backend):
         unet = tiny_unet()
         sample, text = inputs(2, 4, 8, 8)
         motion = unet.encode_reference(sample[:1], 400, text[:1]).prepare(unet)
         features = unet.encode_text(text)
-        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(unet, fullgraph=True, backend=backend)
         torch.testing.assert_close(compiled(sample, torch.tensor(3), features, motion), unet(sample, 3, text, motion))
 
     @torch.no_grad()
