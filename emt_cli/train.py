@@ -69,7 +69,7 @@ def train(
         float, typer.Option(help="Decay of the averaged weights.", min=0, max=1, rich_help_panel=_STEP)
     ] = 0.9999,
     precision: Annotated[
-        TrainPrecision, typer.Option(help="bf16 takes half the memory and time on recent GPUs.", rich_help_panel=_STEP)
+        TrainPrecision, typer.Option(help="bf16 is autocast; trained weights stay in fp32.", rich_help_panel=_STEP)
     ] = TrainPrecision.FP32,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_STEP)
