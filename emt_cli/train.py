@@ -35,9 +35,7 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder to write.")],
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER|HUB_ID", help="Model to train; the small demo model unless told.", show_default=False
-        ),
+        typer.Option(metavar="FOLDER|HUB_ID", help="Model to train: a folder or hub id.", show_default=False),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.", min=1, rich_help_panel=_RUN)] = 50_000,
     resume: Annotated[
