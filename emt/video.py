@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
 import shutil
 import stat
@@ -34,6 +33,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from emt.errors import EmtError
+from emt.files import PARTIAL, partial_beside, sync
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -50,7 +50,6 @@ MAX_FRAMES = 2048
 MAX_METADATA = 100_000
 """Most bytes of metadata, as ASCII JSON, that `write_clip` embeds."""
 
-_PARTIAL = ".emt-partial-"
 _READABLE = (
     f"Allowed are {' '.join(sorted(VIDEO_SUFFIXES))} files, and folders of {' '.join(sorted(IMAGE_SUFFIXES))} images."
 )
@@ -637,7 +636,7 @@ def write_clip(
     if len(comment) > MAX_METADATA:
         raise EmtError(f"{len(comment)} bytes of metadata are too many for {_show(path)}.", f"{MAX_METADATA} fit.")
     target = path.parent if suffix == ".png" else path
-    partial = target.parent / f"{_PARTIAL}{secrets.token_hex(8)}"
+    partial = partial_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if suffix in _ENCODERS:
@@ -658,7 +657,7 @@ def write_clip(
             _remove(old)
         else:
             partial.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, ValueError) as error:
         raise _unusable(target, error, "write") from error
     finally:
@@ -707,7 +706,7 @@ def _encode(partial: Path, target: Path, frames: np.ndarray, fps: float, comment
         raise EmtError(f"Cannot write {_show(target)}: {ffmpeg.reason}.", "Try another name or format with -o.")
     if suffix == ".gif":
         _insert_gif_comment(partial, comment.encode("ascii"))
-    _sync(partial)
+    sync(partial)
 
 
 def _insert_gif_comment(path: Path, comment: bytes) -> None:
@@ -728,8 +727,8 @@ def _write_png_frames(folder: Path, pattern: str, frames: np.ndarray, fps: float
     for i, frame in enumerate(frames):
         file = folder / (pattern % i)
         Image.fromarray(frame).save(file, pnginfo=text)
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -747,14 +746,6 @@ def _check_replaceable(folder: Path) -> None:
                 f"The folder {_show(folder)} holds {_show(Path(file.name))}, which is no frame of a clip written here.",
                 "PNG frames go to a folder of their own: pass another one with -o.",
             )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -776,7 +767,7 @@ def remove_partials(folder: str | os.PathLike[str], *, older_than: float = 3600.
         What was removed.
     """
     removed = []
-    for path in sorted(Path(folder).glob(f"{_PARTIAL}*")):
+    for path in sorted(Path(folder).glob(f"{PARTIAL}*")):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime >= older_than:
                 _remove(path)

@@ -41,6 +41,7 @@ from emt.checkpoints import (
     weights_file,
 )
 from emt.errors import EmtError
+from emt.files import sync, sync_tree
 from emt.lora import LoraMerge
 from emt.pipeline import MotionTransferPipeline
 from emt.stable_diffusion import (
@@ -509,7 +510,7 @@ def _new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | Non
             try:
                 _empty(partial)
                 yield partial
-                flush(partial)
+                sync_tree(partial)
                 if in_use:
                     shutil.rmtree(replaced, ignore_errors=True)
                     output.rename(replaced)
@@ -520,7 +521,7 @@ def _new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | Non
                     replaced.rename(output)
                 raise
             shutil.rmtree(replaced, ignore_errors=True)
-            _fsync(output.parent)
+            sync(output.parent)
         finally:
             os.close(lock)
     except (OSError, SafetensorError) as error:
@@ -532,20 +533,6 @@ def _new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | Non
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def flush(folder: Path) -> None:
-    """See that a folder and all that is in it are on disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _import_card(sources: Sequence[Source], dtype: str) -> str:

@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 from emt import EmtError, __version__
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 COMMANDS = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import sqlite3
 import threading
 import time
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
+from emt.files import partial_beside, sync, write_atomically
 from emt_cli.jobs import check_readable
-from emt_cli.journal import write_atomically
 
 if TYPE_CHECKING:
     from emt.pipeline import Motion
@@ -168,14 +167,13 @@ class MotionCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors, facts = self._paths(key)
-        temporary = tensors.with_name(f".emt-partial-{secrets.token_hex(8)}")
+        temporary = partial_beside(tensors)
         try:
             motion.save(temporary)
             size = temporary.stat().st_size
             if size > self.limit:
                 return
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             known = {"sha256": _sha256(temporary), "fps": fps, "bytes": size}
             facts.unlink(missing_ok=True)
             os.replace(temporary, tensors)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
+from emt.files import write_atomically
 from emt_cli import journal
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def evaluate(
         str,
         typer.Option(
             help="What measures text alignment: folder or hub id of an image-text model (CLIP, SigLIP), judge (the "
-            "shipped model's own), a judge's .safetensors file, none, or auto: judge where it knows all prompts."
+            "small model's own), a judge's .safetensors file, none, or auto: judge where it knows all prompts."
         ),
     ] = "auto",
     tracks: Annotated[Tracks, typer.Option(help="How points are tracked for motion fidelity.")] = Tracks.OPENCV,
@@ -266,7 +267,7 @@ def _text_model(name: str, device: str, prompts: Sequence[str | None]) -> ImageT
 def _write(path: Path, lines: Sequence[str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        journal.write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+        write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise EmtError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -30,7 +30,6 @@ import datetime
 import errno
 import json
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,19 +69,6 @@ def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(value, dict):
             yield value
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there with all of its content, or not at all, whatever happens."""
-    temporary = path.with_name(f".emt-partial-{secrets.token_hex(8)}")  # as `emt.video.remove_partials` knows them
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Journal:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
+from emt.files import write_atomically
 from emt_cli import journal
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def write_report(out: Path, output: Path | None = None) -> Path:
     template = Path(__file__).with_suffix(".html").read_bytes()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        journal.write_atomically(output, template.replace(b"@DATA@", content))
+        write_atomically(output, template.replace(b"@DATA@", content))
     except OSError as error:
         raise EmtError(f"{output} cannot be written: {error.strerror}.", "Name another file with -o.") from None
     return output
@@ -289,7 +290,7 @@ class _Gallery:
             if copy:
                 write_clip(self.folder / f"{key}.mp4", frames, fps)
             self.folder.mkdir(exist_ok=True)
-            journal.write_atomically(self.folder / f"{key}.json", journal.dumps({**entry, "copy": copy}) + b"\n")
+            write_atomically(self.folder / f"{key}.json", journal.dumps({**entry, "copy": copy}) + b"\n")
         except (EmtError, OSError) as error:
             return {**entry, "note": _reason(error)} if copy else entry
         return self._with_copy(key, {**entry, "copy": copy}) or entry

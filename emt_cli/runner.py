@@ -30,11 +30,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
+from emt.files import write_atomically
 from emt_cli.cache import ContentIndex, MotionCache
 from emt_cli.device import is_out_of_memory
 from emt_cli.generator import Generator, describe, playback_rate, read_reference
 from emt_cli.jobs import Item, Job, Rejected, identify, output_name
-from emt_cli.journal import Journal, dumps, write_atomically
+from emt_cli.journal import Journal, dumps
 from emt_cli.model import clip_bytes
 from emt_cli.progress import Watcher
 from emt_cli.results import read_record, sidecar, state_on_disk, write_result

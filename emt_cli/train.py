@@ -179,7 +179,7 @@ class _Watcher:
     """A bar on a terminal, a plain line now and then elsewhere; nothing in processes that are not the first."""
 
     def __init__(self, steps: int, first: int, shown: bool) -> None:
-        self._steps, self._first, self._shown = steps, first, shown
+        self._steps, self._shown = steps, shown
         self._bar: Progress | None = None
         self._printed = -_PLAIN_SECONDS
         if shown and sys.stderr.isatty():

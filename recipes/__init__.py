@@ -1,1 +1,1 @@
-"""What trained the shipped model from nothing, stage by stage."""
+"""What trains the small model from nothing, stage by stage."""

@@ -34,7 +34,7 @@ def assemble(
         guidance: default of the model.
 
     Raises:
-        ValueError: if the shipped model is larger than it may be.
+        ValueError: if the small model is larger than it may be.
     """
     base, text = make_base(sizes, out / "video.safetensors")
     path = out / f"{adapter}.safetensors"

@@ -49,7 +49,7 @@ class Sizes:
 
 
 SMALL = Sizes()
-"""The shipped model."""
+"""The small model."""
 TINY = Sizes(side=32, frames=4, variants=1, vae=(16, 16, 16, 16), unet=(16, 32), groups=8, text_width=32, text_layers=1)
 """A toy with the same parts, to try the recipes on a CPU."""
 

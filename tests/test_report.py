@@ -19,10 +19,11 @@ from browser import CHROMIUM, Browser
 from program import console
 
 from emt.errors import EmtError
+from emt.files import write_atomically
 from emt.video import probe, read_clip, write_clip
 from emt_cli.cache import ContentIndex
 from emt_cli.jobs import Job, identify, output_name
-from emt_cli.journal import Journal, write_atomically
+from emt_cli.journal import Journal
 from emt_cli.options import Format, Settings
 from emt_cli.report import write_report
 from emt_cli.results import write_result

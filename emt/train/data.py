@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emt.errors import EmtError
+from emt.files import write_atomically
 from emt.train.world import World
 from emt.video import is_clip, read_clip, remove_partials, write_clip
 
@@ -340,12 +340,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         EmtError: If it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise EmtError(f"cannot write {path}: {error.strerror}", "Check the free space and permissions.") from None

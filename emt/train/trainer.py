@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from emt.errors import EmtError
+from emt.files import sync, sync_tree
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.train.data import Pair, PairDataset, Sample, find_pairs, seeded, write_text
 from emt.train.objective import Objective, adapter_loss
 from emt.unet import MotionTransferUNet, check_keys
-from emt.weights import flush
 
 CHECKPOINTS = "checkpoints"
 MAX_SKIPPED = 20
@@ -371,9 +371,9 @@ class Trainer:
             save_file(self._weights(self.ema.shadow_params), partial / "ema.safetensors")
             torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
             write_text(partial / "state.json", json.dumps(state, indent=2) + "\n")
-            flush(partial)
+            sync_tree(partial)
             partial.rename(folder)
-            flush(folder.parent)
+            sync(folder.parent)
             for old in find_checkpoints(self.run)[: -self.settings.keep]:
                 shutil.rmtree(old)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -474,7 +474,7 @@ class Trainer:
             card = partial / "README.md"
             text = card.read_text(encoding="utf-8") if card.is_file() else "# Motion transfer model\n"
             write_text(card, f"{text.rstrip()}\n\n{self._account()}")
-            flush(partial)
+            sync_tree(partial)
             if target.exists():
                 target.rename(old)
             partial.rename(target)

@@ -1,0 +1,47 @@
+"""Files that are there whole or not at all, whatever happens to the process or the machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+PARTIAL = ".emt-partial-"
+"""How the names of files begin that are being written; what a killed process left has such a name."""
+
+
+def partial_beside(path: Path) -> Path:
+    """A name in the folder of `path` to write under before renaming."""
+    return path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+
+
+def sync(path: Path) -> None:
+    """See that a file, or the list of a folder's files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """See that a folder and all that is in it are on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there with all of its content, or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    partial = partial_beside(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
