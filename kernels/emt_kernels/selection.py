@@ -1,0 +1,60 @@
+"""Which body a kernel's function runs: the Triton kernel or its PyTorch reference."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kernels = Literal["auto", "triton", "reference"]
+
+_asked: Kernels = "auto"
+
+
+@functools.lru_cache(maxsize=1)
+def unavailable() -> str:
+    """Why Triton's kernels cannot run on this machine; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, Triton's kernels here need 8.0 or newer"
+    return ""
+
+
+def select(kernels: Kernels) -> tuple[str, str]:
+    """Choose for this process what the kernels' functions run.
+
+    Args:
+        kernels: "triton"; "reference", plain PyTorch; or "auto", Triton's kernels where they can run.
+
+    Returns:
+        What was chosen, "triton" or "reference", and why.
+
+    Raises:
+        RuntimeError: if Triton's kernels are asked for by name and cannot run here.
+    """
+    global _asked
+    problem = unavailable()
+    if kernels == "triton" and problem:
+        raise RuntimeError(f"Triton's kernels cannot run here: {problem}")
+    _asked = kernels
+    if kernels == "reference":
+        return "reference", "asked for"
+    return ("reference", problem) if problem else ("triton", "asked for" if kernels == "triton" else "they run here")
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether a kernel's function runs its Triton kernel for `x`."""
+    return x.is_cuda and _asked != "reference" and not unavailable()
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
