@@ -248,6 +248,10 @@ def model_weights(folder: Path) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------- latents
 
 
+SUBJECT_WEIGHT = 3.0
+"""Extra weight of the loss where a subject is: subjects are a tenth of the picture and most of what prompts ask for."""
+
+
 @dataclass
 class Clips:
     """Latents of rendered clips on the device: the same motions in several appearances.
@@ -257,13 +261,14 @@ class Clips:
 
     latents: Tensor  # (motions, appearances, channels, frames, height, width) float16, scaled
     tokens: Tensor  # (motions, appearances, tokens) int32
+    subjects: Tensor  # (motions, frames, height, width) uint8, 1 where a subject is
 
     @classmethod
     def load(cls, out: Path, device: torch.device) -> Clips:
         """What `render_latents` wrote."""
         path = out / "latents.safetensors"
         with safe_open(str(path), "pt", device=str(device)) as file:
-            return cls(file.get_tensor("clips.latents"), file.get_tensor("clips.tokens"))
+            return cls(*(file.get_tensor(f"clips.{name}") for name in ("latents", "tokens", "subjects")))
 
     @classmethod
     def random(cls, stage: Stage) -> Clips:
@@ -271,7 +276,8 @@ class Clips:
         sizes, side = stage.sizes, stage.sizes.side // 8
         latents = torch.randn(4, 4, 4, sizes.frames, side, side, device=stage.device).half()
         tokens = tokenize(make_tokenizer(), [""]).to(stage.device)
-        return cls(latents, tokens.expand(4, 4, -1))
+        subjects = torch.zeros(4, sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
+        return cls(latents, tokens.expand(4, 4, -1), subjects)
 
     def draw(
         self, n: int, generator: torch.Generator, *, drop: float, realistic: float, frames: int | None = None
@@ -290,11 +296,16 @@ class Clips:
         chance = torch.rand(n, generator=generator, device=generator.device)
         view = torch.where(chance < realistic, rendered, self._index(rendered, n, generator))
         if frames is None:
-            latents = self.latents[motion, view]
+            latents, subjects = self.latents[motion, view], self.subjects[motion]
         else:
             which = self._index(self.latents.shape[3], n * frames, generator).view(n, frames)
             latents = self.latents[motion[:, None], view[:, None], :, which].transpose(1, 2)
-        return {"latents": latents, "tokens": self._captions(motion, view, generator, drop)}
+            subjects = self.subjects[motion[:, None], which]
+        return {
+            "latents": latents,
+            "tokens": self._captions(motion, view, generator, drop),
+            "subject": SUBJECT_WEIGHT * subjects[:, None].float(),
+        }
 
     def draw_pairs(
         self, n: int, generator: torch.Generator, *, drop: float, realistic: float, mismatched: float = 0.0
@@ -318,6 +329,7 @@ class Clips:
             "reference": self.latents[source, reference],
             "latents": self.latents[motion, target],
             "tokens": self._captions(motion, target, generator, drop),
+            "subject": SUBJECT_WEIGHT * self.subjects[motion][:, None].float(),
         }
 
     def _index(self, below: int, n: int, generator: torch.Generator) -> Tensor:

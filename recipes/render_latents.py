@@ -10,8 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from emt.train.motions import FRAME, Motions
 from recipes.common import Stage, load_vae, save_on_signals, save_weights, stage_parser, tokenize
 from recipes.text import make_tokenizer
+
+
+def cover(motions: Motions, side: int) -> Tensor:
+    """Where subjects are: (n, frames, side, side) uint8, a disc around each as wide as its sprite."""
+    at = (torch.arange(side, device=motions.position.device) + 0.5) * (FRAME / side)
+    x, y = (part[..., None, None] for part in motions.position.unbind(-1))  # (n, frames, subjects, 1, 1)
+    distance = ((at[None, :] - x).square() + (at[:, None] - y).square()).sqrt()
+    return (distance < 0.5 * motions.scale[..., None, None]).any(2).to(torch.uint8)
 
 
 @torch.no_grad()
@@ -40,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     side = stage.sizes.side // 8
     shape = (o.motions, o.appearances, 4, stage.sizes.frames, side, side)
     latents = torch.empty(shape, dtype=torch.float16, device=stage.device)
+    subjects = torch.empty(o.motions, stage.sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
     tokens = tokenize(tokenizer, [""])[0].repeat(o.motions, o.appearances, 1)
     done = 0
     while done < o.motions and (stage.share(done) < 1 or done == 0):
         n = min(o.batch, o.motions - done)
         rows = slice(done, done + n)
         motions = world.motions(n, generator, two_subjects=o.two_subjects, camera=o.camera)
+        subjects[rows] = cover(motions, side)
         for i in range(o.appearances):
             appearances = world.appearances(motions, generator, held_out=False)
             realistic = i == o.appearances - 1
@@ -64,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vae.save_config(stage.out / "vae")
     scaling = vae.config.scaling_factor
     latents *= scaling
-    save_weights(stage.out / "latents.safetensors", clips={"latents": latents, "tokens": tokens.to(stage.device)})
+    clips = {"latents": latents, "tokens": tokens.to(stage.device), "subjects": subjects[:done].clone()}
+    save_weights(stage.out / "latents.safetensors", clips=clips)
     stage.log(done, force=True, motions=done, scaling=scaling)
 
 

@@ -53,7 +53,7 @@ def set_scalers(unet: MotionTransferUNet, *, open_always: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the adapter; writes OUT/<name>.safetensors."""
-    parser = stage_parser(main.__doc__, minutes=7.0, batch=96)
+    parser = stage_parser(main.__doc__, minutes=4.6, batch=64)
     parser.add_argument("--name", default="adapter", help="of the result")
     parser.add_argument("--start", type=Path, help="model folder to go on from")
     parser.add_argument("--rate", type=float, default=7e-4, help="learning rate of the projections")
@@ -87,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         empty = text(tokenize(make_tokenizer(), [""]).long().to(stage.device))[0].clone()
     objective = Objective.from_scheduler(make_scheduler(), stage.device)
 
-    def loss(latents: Tensor, reference: Tensor, tokens: Tensor, **noise: Tensor) -> Tensor:
+    def loss(latents: Tensor, reference: Tensor, tokens: Tensor, **others: Tensor) -> Tensor:
         with torch.no_grad():
             hidden = text(tokens)[0]
-        return adapter_loss(unet, objective, reference, latents, hidden, empty, **noise)
+        return adapter_loss(unet, objective, reference, latents, hidden, empty, **others)
 
     def draw() -> dict[str, Tensor]:
         batch = clips.draw_pairs(

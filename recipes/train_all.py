@@ -24,11 +24,11 @@ from recipes import assemble, evaluate_small, render_latents, train_adapter, tra
 from recipes.common import save_on_signals, stop_requested
 
 STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
-    "vae": (2.3, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
-    "latents": (2.2, "latents.safetensors", render_latents.main),
-    "frames": (2.0, "frames.safetensors", lambda a: train_base.main(["frames", *a])),
-    "video": (9.2, "video.safetensors", lambda a: train_base.main(["video", *a])),
-    "adapter": (6.8, "adapter.safetensors", train_adapter.main),
+    "vae": (2.7, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
+    "latents": (1.5, "latents.safetensors", render_latents.main),
+    "frames": (4.0, "frames.safetensors", lambda a: train_base.main(["frames", *a])),
+    "video": (7.2, "video.safetensors", lambda a: train_base.main(["video", *a])),
+    "adapter": (4.0, "adapter.safetensors", train_adapter.main),
 }
 """Minutes, result and command of each stage."""
 

@@ -31,7 +31,7 @@ from recipes.common import (
     with_noise,
 )
 
-DEFAULTS = {"frames": (2.0, 512, 1.0), "video": (9.5, 96, 2.0)}
+DEFAULTS = {"frames": (4.2, 320, 1.0), "video": (8.2, 64, 2.0)}
 """Minutes, batch and timestep shift of each stage."""
 
 
@@ -55,10 +55,11 @@ def base_loss(
     tokens: Tensor,
     noise: Tensor,
     timestep: Tensor,
+    subject: Tensor | None = None,
 ) -> Tensor:
     """Denoising loss of clips, through the text encoder as well."""
     prediction = unet(objective.add_noise(latents, noise, timestep), timestep, text(tokens)[0])
-    return objective.loss(prediction, latents, noise, timestep)
+    return objective.loss(prediction, latents, noise, timestep, subject)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

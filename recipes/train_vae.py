@@ -55,7 +55,7 @@ def psnr(vae: AutoencoderKL, frames: Tensor) -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the autoencoder; writes OUT/vae."""
-    parser = stage_parser(main.__doc__, minutes=2.5, batch=96)
+    parser = stage_parser(main.__doc__, minutes=3.0, batch=96)
     parser.add_argument("--pool", type=int, default=POOL, help="clips rendered before training")
     stage = Stage("vae", parser.parse_args(arguments))
     batch, generator = stage.options.batch, stage.generator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from recipes import assemble, train_adapter, train_all
 from recipes.common import (
     ATTENTIONS,
     SMALL,
+    SUBJECT_WEIGHT,
     TINY,
     Clips,
     NonFiniteLoss,
@@ -35,6 +37,7 @@ from recipes.common import (
     with_noise,
 )
 from recipes.evaluate_small import evaluate, read_motions
+from recipes.render_latents import cover
 from recipes.text import make_text_encoder, make_tokenizer
 from recipes.train_base import base_loss, without_motion_modules
 from recipes.train_vae import vae_loss
@@ -284,10 +287,32 @@ def test_frames_train_without_motion_modules_and_get_them_back() -> None:
     assert {name for name, _ in unet.named_parameters()} == before
 
 
+def test_extra_weight_lies_on_subjects_and_only_where_they_show_through_the_noise() -> None:
+    world = make_world(torch.device("cpu"), TINY)
+    motions = world.motions(3, torch.Generator().manual_seed(0), two_subjects=0.0)
+    covered = cover(motions, 16)
+    assert covered.shape == (3, TINY.frames, 16, 16)
+    x, y = (motions.position[0, 0, 0] / 8).long().tolist()
+    assert covered[0, 0, y, x] == 1
+    share = covered.float().mean((2, 3)) / (math.pi / 4 * (motions.scale[:, :, 0] / 128).square())
+    assert share.min() > 0.6
+    assert share.max() < 1.4
+
+    objective = Objective.from_scheduler(make_scheduler())
+    latents, noise = torch.randn(2, 1, 4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    wrong = objective.target(latents, noise, 0) + torch.tensor([1.0, 0.0])  # in the left column
+    everywhere = objective.loss(wrong, latents, noise, 0)
+    assert objective.loss(wrong, latents, noise, 0, torch.tensor([0.0, 3.0])) == pytest.approx(everywhere.item())
+    assert objective.loss(wrong, latents, noise, 0, torch.tensor([3.0, 0.0])) == pytest.approx(2.0, rel=1e-2)
+    last = objective.target(latents, noise, 999) + 1
+    assert objective.loss(last, latents, noise, 999, torch.tensor(3.0)) == pytest.approx(1.0)
+
+
 def test_pairs_share_their_motion_and_differ_in_appearance() -> None:
     motion, view = torch.arange(5).view(5, 1), torch.arange(4).view(1, 4)
     latents = torch.stack(torch.broadcast_tensors(motion, view), -1).float()[..., None, None, None]
-    clips = Clips(latents, (motion * 10 + view)[..., None].int())
+    covered = motion[..., None, None].to(torch.uint8)
+    clips = Clips(latents, (motion * 10 + view)[..., None].int(), covered)
     pairs = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3)
     reference, target = pairs["reference"][..., 0, 0, 0], pairs["latents"][..., 0, 0, 0]
     assert torch.equal(reference[:, 0], target[:, 0])
@@ -295,6 +320,7 @@ def test_pairs_share_their_motion_and_differ_in_appearance() -> None:
     assert (target[:, 1] < 3).all()
     assert 0.2 < (reference[:, 1] == 3).float().mean() < 0.4
     assert torch.equal(pairs["tokens"][:, 0], (target[:, 0] * 10 + target[:, 1]).long())
+    assert torch.equal(pairs["subject"].flatten(), SUBJECT_WEIGHT * target[:, 0])
     wrong = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3, mismatched=1.0)
     assert (wrong["reference"][:, 0] != wrong["latents"][:, 0]).float().mean() > 0.6
 

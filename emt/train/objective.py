@@ -81,9 +81,30 @@ class Objective:
         signal, sigma = self._at(timestep, latents)
         return signal * noise.float() - sigma * latents.float()
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
-        """Mean squared error to `target`, a float32 scalar."""
-        return F.mse_loss(prediction.float(), self.target(latents, noise, timestep))
+    def loss(
+        self,
+        prediction: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: Tensor | int,
+        subject: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error to `target`, a float32 scalar.
+
+        Args:
+            prediction: of the network.
+            latents: that were noised.
+            noise: that was added.
+            timestep: one for all or (batch,).
+            subject: where extra weight is put, broadcastable to `latents`. It counts in proportion to the signal's
+                variance that is left: where the noise still hides what is there, an extra weight there would
+                pull the prediction towards it.
+        """
+        target = self.target(latents, noise, timestep)
+        if subject is None:
+            return F.mse_loss(prediction.float(), target)
+        signal, _ = self._at(timestep, latents)
+        return ((1 + signal.square() * subject) * (prediction.float() - target).square()).mean()
 
 
 def adapter_loss(
@@ -97,6 +118,7 @@ def adapter_loss(
     noise: Tensor,
     reference_noise: Tensor,
     reference_timestep: int = 400,
+    subject: Tensor | None = None,
 ) -> Tensor:
     """Loss of denoising `target` with the motion of `reference` (EfficientMT, section 3.4).
 
@@ -113,6 +135,7 @@ def adapter_loss(
         noise: of the targets.
         reference_noise: of the references, fresh each step.
         reference_timestep: noise level at which references are read.
+        subject: extra weight on parts of the targets (`Objective.loss`).
 
     Returns:
         A float32 scalar.
@@ -122,4 +145,4 @@ def adapter_loss(
         level = torch.full_like(timestep, reference_timestep)
         motion = unet.encode_reference(noisy, level, empty_text.expand(reference.shape[0], -1, -1))
     prediction = unet(objective.add_noise(target, noise, timestep), timestep, text, motion)
-    return objective.loss(prediction, target, noise, timestep)
+    return objective.loss(prediction, target, noise, timestep, subject)
