@@ -327,8 +327,25 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        features = self._run(latents, timestep, text, None, adapted=False)[1]
-        return MotionFeatures({path: features[path] for path in self.fusion_modules()})
+        return self.denoise_with_features(latents, timestep, text)[1]
+
+    def denoise_with_features(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
+    ) -> tuple[Tensor, MotionFeatures]:
+        """The backbone's prediction for a noisy clip, and the motion that it read on the way, in one pass.
+
+        Both are differentiable in `sample`.
+
+        Args:
+            sample: noisy latents, (batch, channels, frames, height, width).
+            timestep: one for all, or (batch,).
+            text: the prompts' encoding, (batch, tokens, width), or `encode_text` of it.
+
+        Raises:
+            ValueError: for a wrong shape, which it names.
+        """
+        prediction, features = self._run(sample, timestep, text, None, adapted=False)
+        return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()})
 
     def encode_text(self, text: Tensor) -> TextFeatures:
         """Keys and values of all cross-attentions for prompts (batch, tokens, width)."""
