@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,3 +58,8 @@ def use_triton(x: Tensor) -> bool:
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, which refuses interpreted kernels: those are returned as they are."""
+    return kernel if interpreted() else torch.library.wrap_triton(kernel)
