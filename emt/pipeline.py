@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from emt.backend import Backend, TorchBackend
 from emt.errors import EmtError
 from emt.temporal import MotionFeatures
 from emt.unet import MotionTransferUNet
@@ -44,9 +45,6 @@ SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     "euler": EulerDiscreteScheduler,
     "lcm": LCMScheduler,
 }
-
-# Frames that the VAE takes at once: its activations at 512×512 are half a GiB a frame.
-_VAE_FRAMES = 4
 
 T = TypeVar("T")
 
@@ -164,6 +162,7 @@ class MotionTransferPipeline(DiffusionPipeline):
             reference_timestep=reference_timestep,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.backend: Backend = TorchBackend(self)
 
     # ------------------------------------------------------------------------------------------------------ motion
 
@@ -192,7 +191,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timestep = torch.tensor([self.config.reference_timestep], device=latents.device)
         noisy = DDIMScheduler.from_config(self.scheduler.config).add_noise(latents, noise, timestep)
-        features = self.unet.encode_reference(noisy, timestep, self.encode_prompts([""]))
+        features = self.backend.encode_reference(noisy, timestep, self.encode_prompts([""]))
         count, height, width, _ = pixels.shape
         return Motion(features, count, height, width, seed)
 
@@ -251,9 +250,11 @@ class MotionTransferPipeline(DiffusionPipeline):
         text = self.encode_prompts(negatives + prompts if guided else prompts)
         text_features = self.unet.encode_text(text)
         frames, height, width = self._shape(motions)
-        features = _joined(motions).prepare(self.unet) if motions else None
+        moved = self.backend.prepare_motion(_joined(motions)) if motions else None
+        # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
         sampler = self._sampler(scheduler)
-        sampler.set_timesteps(self.config.steps if steps is None else steps, device=self.device)
+        sampler.set_timesteps(self.config.steps if steps is None else steps, device="cpu")
+        timesteps = sampler.timesteps.to(self.device)
 
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         shape = (
@@ -271,7 +272,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         for i, timestep in enumerate(sampler.timesteps):
             scaled = sampler.scale_model_input(latents, timestep)
             sample = torch.cat([scaled, scaled]) if guided else scaled
-            prediction = self.unet(sample.to(self.unet.dtype), timestep, text_features, features).float()
+            prediction = self.backend.denoise(sample.to(self.unet.dtype), timesteps[i], text_features, moved).float()
             if guided:
                 away, towards = prediction.chunk(2)
                 prediction = away + guidance * (towards - away)
@@ -279,9 +280,10 @@ class MotionTransferPipeline(DiffusionPipeline):
             if on_step:
                 on_step(i + 1, len(sampler.timesteps))
 
-        broken = [i for i, clip in enumerate(latents) if not torch.isfinite(clip).all()]
+        broken = [i for i, good in enumerate(torch.isfinite(latents).flatten(1).all(1).tolist()) if not good]
         if broken:
             raise NonFiniteError(broken, [seeds[i] for i in broken])
+        del moved, prediction, sample
         return [self.decode_latents(clip) for clip in latents]
 
     # --------------------------------------------------------------------------------------------------- the parts
@@ -323,24 +325,17 @@ class MotionTransferPipeline(DiffusionPipeline):
 
     def encode_frames(self, frames: NDArray[np.uint8], generator: torch.Generator) -> Tensor:
         """Sampled latents of RGB frames (frames, height, width, 3): (1, channels, frames, height/8, width/8)."""
-        parts = []
-        for start in range(0, len(frames), _VAE_FRAMES):
-            chunk = torch.from_numpy(np.ascontiguousarray(frames[start : start + _VAE_FRAMES])).to(self.device)
-            chunk = (chunk.permute(0, 3, 1, 2) / 127.5 - 1).to(self.vae.dtype)
-            posterior = self.vae.encode(chunk).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
-            parts.append(posterior.mean + posterior.std * noise)
-        latents = torch.cat(parts) * self.vae.config.scaling_factor
+        images = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 3, 1, 2)
+        mean, std = self.backend.encode_images((images / 127.5 - 1).to(self.vae.dtype))
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        latents = (mean + std * noise) * self.vae.config.scaling_factor
         return latents.transpose(0, 1).unsqueeze(0).to(self.unet.dtype)
 
     def decode_latents(self, latents: Tensor) -> NDArray[np.uint8]:
         """RGB frames (frames, height, width, 3) of latents (channels, frames, height/8, width/8)."""
         latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
-        parts = []
-        for chunk in latents.split(_VAE_FRAMES):
-            image = self.vae.decode(chunk).sample.float()
-            parts.append(((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
-        return torch.cat(parts).numpy()
+        images = self.backend.decode_images(latents).float()
+        return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def _shape(self, motions: Sequence[Motion]) -> tuple[int, int, int]:
         shapes = {(m.frames, m.height, m.width) for m in motions}

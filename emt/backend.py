@@ -1,0 +1,368 @@
+"""What executes the network and the VAE for the pipeline: PyTorch, with CUDA graphs where there is a CUDA GPU.
+
+A denoising step launches some 2,000 kernels, most of them shorter than the time that the host needs to ask for one.
+A CUDA graph asks for all of them at once. It reads its inputs where they lay when it was recorded, so `TorchBackend`
+keeps a place for each of them and copies into it what has changed since the last step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from emt.temporal import MotionFeatures, PreparedMotion
+from emt.unet import MotionTransferUNet, TextFeatures
+
+if TYPE_CHECKING:
+    from emt.pipeline import MotionTransferPipeline
+
+#: Fastest first: for 4,096 tokens of 40 channels a head cuDNN takes half the time of flash attention.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+#: Pixels that the VAE takes at once on a GPU: two frames of 512×512 fill it, and take one GiB of activations.
+_VAE_PIXELS = 2 * 512 * 512
+#: Frames that it takes at once elsewhere.
+_VAE_FRAMES = 4
+
+
+class Backend(Protocol):
+    """What executes the network for a pipeline (`MotionTransferPipeline.backend`)."""
+
+    name: str
+
+    @property
+    def unet(self) -> MotionTransferUNet:
+        """The network, whose weights prepare text and motion in every case."""
+        ...
+
+    def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
+        """`MotionTransferUNet.encode_reference`."""
+        ...
+
+    def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
+        """What every step needs of references; good until motion of the same shape is prepared.
+
+        Classes that derive from this one inherit it.
+        """
+        return features.prepare(self.unet)
+
+    def denoise(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
+        """One call of the network, `MotionTransferUNet.forward`, on a guided batch."""
+        ...
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1."""
+        ...
+
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, h, w) from about -1 to 1 of latents (n, channels, h/8, w/8), not scaled."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records a computation once, so that it can be done again at less cost; its graphs share one memory pool."""
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What does the computation again, on the tensors that it read, and the tensor that receives its result."""
+        ...
+
+
+class CudaGraphs:
+    """Records CUDA graphs."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Replay and result of a computation that waits for nothing on the host."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose their kernels now, and Triton compiles its own
+            compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on using the GPU meanwhile: they save references.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            output = compute()
+        return graph.replay, output
+
+
+@dataclass
+class _Place:
+    """Where recorded calls read text or motion, and whose content is there."""
+
+    value: Any
+    source: weakref.ref[Any]
+
+    def fill(self, value: TextFeatures | PreparedMotion) -> None:
+        """Have the content of `value` here.
+
+        Raises:
+            RuntimeError: `value` lies in this very place, and another one has been written over it.
+        """
+        if self.source() is value:
+            return
+        here, there = list(_tensors(self.value)), list(_tensors(value))
+        if any(a is b for a, b in zip(here, there)):
+            raise RuntimeError("this prepared motion has given way to another one of its shape: prepare it again")
+        torch._foreach_copy_(here, there)
+        self.source = weakref.ref(value)
+
+
+@dataclass
+class _Call:
+    """A recorded call of the network."""
+
+    replay: Callable[[], None]
+    sample: Tensor
+    timestep: Tensor
+    text: _Place
+    motion: _Place | None
+    output: Tensor
+
+
+class TorchBackend(Backend):
+    """PyTorch itself. On a CUDA GPU the network's call is recorded as a CUDA graph for each shape, and replayed.
+
+    Results are those of the eager network: the same kernels run on the same numbers.
+
+    Args:
+        pipe: the pipeline whose network and VAE it runs.
+        graphs: record CUDA graphs on a CUDA GPU.
+        compile: let `torch.compile` make the network's kernels; the first call of a shape then takes minutes.
+        max_calls: recorded calls that are kept; the one that was not used for longest gives way.
+        recorder: what makes recorders, in place of `CudaGraphs` on a CUDA GPU and none elsewhere.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        pipe: MotionTransferPipeline,
+        *,
+        graphs: bool = True,
+        compile: bool = False,
+        max_calls: int = 8,
+        recorder: Callable[[], Recorder] | None = None,
+    ) -> None:
+        self._pipe = weakref.ref(pipe)  # the pipeline has the backend
+        self.graphs = graphs
+        self.max_calls = max_calls
+        self.attention: Sequence[SDPBackend] = _ATTENTION
+        self._make_recorder = recorder
+        self._recorder: Recorder | None = None
+        self._compiled = torch.compile(pipe.unet, dynamic=False) if compile else None
+        self._calls: OrderedDict[tuple[Any, ...], _Call] = OrderedDict()
+        self._motions: dict[tuple[Any, ...], _Place] = {}
+        self._weights: list[Tensor] = []
+        self._text: weakref.ref[TextFeatures] | None = None
+
+    # ------------------------------------------------------------------------------------------------- the network
+
+    @property
+    def pipe(self) -> MotionTransferPipeline:
+        """The pipeline whose parts it runs."""
+        pipe = self._pipe()
+        assert pipe is not None, "the pipeline of this backend is gone"
+        return pipe
+
+    @property
+    def unet(self) -> MotionTransferUNet:
+        """The pipeline's network."""
+        return self.pipe.unet
+
+    def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
+        """Read the motion of references, eagerly: it is done once for each."""
+        self._prepare_weights(latents.device)
+        with self._attention(latents):
+            return self.unet.encode_reference(latents, timestep, text)
+
+    def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
+        """What every step needs of references; good until motion of the same shape is prepared.
+
+        Where calls are recorded it is written to where those of its shape read it, layer by layer, so that there is
+        never a second one in memory (1 GiB for one reference of 16 frames at 512×512).
+        """
+        device = self.unet.device
+        self._prepare_weights(device)
+        if not self._records(device):
+            return features.prepare(self.unet)
+        place = self._motions.get(_motion_shape(features))
+        if place is None:
+            prepared = features.prepare(self.unet)
+            self._motions[_motion_shape(features)] = _Place(prepared, weakref.ref(prepared))
+            return prepared
+        prepared = PreparedMotion(dict(place.value.layers))
+        place.source = weakref.ref(prepared)  # first: if the rest fails, what is there is nobody's
+        for path, module in self.unet.fusion_modules().items():
+            layer = PreparedMotion({path: module.prepare(features.layers[path])})
+            here = PreparedMotion({path: prepared.layers[path]})
+            torch._foreach_copy_(list(_tensors(here)), list(_tensors(layer)))
+        return prepared
+
+    def denoise(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
+        """One call of the network; where calls are recorded, the replay of the one of this shape.
+
+        Raises:
+            RuntimeError: `motion` has given way to another one (`prepare_motion`).
+            ValueError: as the network does, for a wrong shape.
+        """
+        if not self._records(sample.device):
+            with self._attention(sample):
+                return self._run(sample, timestep, text, motion)
+        if self._text is None or self._text() is not text:  # a new clip: has anybody moved the weights?
+            self._prepare_weights(sample.device)
+            self._text = weakref.ref(text)
+        shapes = [tuple(_tensors(text))[i].shape for i in (0, -1)]
+        key = (sample.shape, sample.dtype, timestep.shape, timestep.dtype, *shapes, motion and _motion_shape(motion))
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._record(sample, timestep, text, motion)
+        else:
+            self._calls.move_to_end(key)
+            call.sample.copy_(sample)
+            call.timestep.copy_(timestep)
+            call.text.fill(text)
+            if call.motion is not None and motion is not None:
+                call.motion.fill(motion)
+        call.replay()
+        return call.output.clone()  # the next replay overwrites it
+
+    def reset(self) -> None:
+        """Drop all recorded calls and what they read."""
+        self._calls.clear()
+        self._motions.clear()
+        self._weights = []
+        self._recorder = self._text = None
+
+    def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
+        return (self._compiled or self.unet)(sample, timestep, text, motion)
+
+    def _records(self, device: torch.device) -> bool:
+        return self.graphs and (device.type == "cuda" or self._make_recorder is not None)
+
+    def _record(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> _Call:
+        """Record a call; its arguments are what its places hold first."""
+        while len(self._calls) >= self.max_calls:
+            self._calls.popitem(last=False)
+        self._drop_motions(keep=motion)
+        try:
+            return self._try_to_record(sample, timestep, text, motion)
+        except Exception as error:
+            problem = _out_of_memory(error)
+            if problem is None:
+                raise
+        problem.__traceback__ = problem.__context__ = None  # they hold what is to be freed
+        others = len(self._calls)
+        # Nothing may be left of it: what comes next is a smaller batch.
+        weights = self._weights
+        self.reset()
+        self._weights = weights
+        if sample.is_cuda:
+            torch.cuda.empty_cache()
+        if not others:
+            raise problem
+        return self._try_to_record(sample, timestep, text, motion)
+
+    def _try_to_record(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
+    ) -> _Call:
+        if self._recorder is None:
+            self._recorder = (self._make_recorder or CudaGraphs)()
+        sample, timestep = sample.clone(), timestep.clone()
+        own_text = TextFeatures({path: (key.clone(), value.clone()) for path, (key, value) in text.layers.items()})
+        moved = self._motion_place(motion) if motion is not None else None
+        with self._attention(sample):
+            replay, output = self._recorder.record(
+                lambda: self._run(sample, timestep, own_text, moved.value if moved else None)
+            )
+        return _Call(replay, sample, timestep, _Place(own_text, weakref.ref(text)), moved, output)
+
+    def _motion_place(self, motion: PreparedMotion) -> _Place:
+        """Where recorded calls read motion of this shape, with this one in it."""
+        place = self._motions.get(_motion_shape(motion))
+        if place is None:
+            place = self._motions[_motion_shape(motion)] = _Place(motion, weakref.ref(motion))
+        place.fill(motion)
+        return place
+
+    def _drop_motions(self, keep: PreparedMotion | None) -> None:
+        """Forget places of motion that no recorded call reads any more."""
+        used = {id(call.motion) for call in self._calls.values()}
+        kept = _motion_shape(keep) if keep is not None else None
+        self._motions = {shape: place for shape, place in self._motions.items() if id(place) in used or shape == kept}
+
+    def _prepare_weights(self, device: torch.device) -> None:
+        """Lay the weights out as the GPU reads them; drop calls that were recorded with weights moved since."""
+        channels_last = torch.channels_last
+        if device.type == "cuda" and not self.unet.conv_in.weight.is_contiguous(memory_format=channels_last):
+            self.unet.to(memory_format=channels_last)
+        if not self._records(device):
+            return
+        weights = [parameter.data for parameter in self.unet.parameters()]
+        if [w.data_ptr() for w in weights] != [w.data_ptr() for w in self._weights]:
+            self.reset()
+            self._weights = weights  # kept, so that a weight that is moved cannot be given the same address again
+
+    def _attention(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        return sdpa_kernel(list(self.attention), set_priority=True) if x.is_cuda else contextlib.nullcontext()
+
+    # ----------------------------------------------------------------------------------------------------- the VAE
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1."""
+        posteriors = [
+            self.pipe.vae.encode(chunk).latent_dist for chunk in images.split(_frames_at_once(images, pixels=1))
+        ]
+        return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, h, w) from about -1 to 1 of latents (n, channels, h/8, w/8), not scaled."""
+        pixels = self.pipe.vae_scale_factor**2
+        chunks = latents.split(_frames_at_once(latents, pixels))
+        return torch.cat([self.pipe.vae.decode(chunk).sample for chunk in chunks])
+
+
+def _frames_at_once(x: Tensor, pixels: int) -> int:
+    return max(1, _VAE_PIXELS // (pixels * x.shape[2] * x.shape[3])) if x.is_cuda else _VAE_FRAMES
+
+
+def _tensors(value: TextFeatures | PreparedMotion | MotionFeatures | None) -> Iterator[Tensor]:
+    """All tensors of features, in a fixed order."""
+    for pair in value.layers.values() if value is not None else ():
+        for part in pair:
+            if isinstance(part, Tensor):
+                yield part
+            else:
+                yield from (getattr(part, f.name) for f in fields(part))
+
+
+def _motion_shape(motion: MotionFeatures | PreparedMotion) -> tuple[Any, ...]:
+    """References, frames, height, width and type: what decides the shapes of all of a motion's tensors."""
+    if not motion.layers:  # a network without fusion blocks
+        return ()
+    if isinstance(motion, MotionFeatures):
+        feature = next(iter(motion.layers.values()))[0]
+        return (*feature.shape[:4], feature.dtype)
+    prepared = next(iter(motion.layers.values()))[0]
+    return (*prepared.scaler.shape[:2], *prepared.scaler.shape[3:], prepared.key.dtype)
+
+
+def _out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The want of memory that made a recording fail: ending it can fail in turn."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        error = error.__context__
+    return error

@@ -1,0 +1,218 @@
+"""The backend against the eager network: recorded calls see what is given now, never what was given before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from emt.backend import TorchBackend
+from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
+from emt.weights import random_model
+
+FRAMES, HEIGHT, WIDTH = 4, 24, 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("backend") / "model", frames=FRAMES, height=HEIGHT, width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> MotionTransferPipeline:
+    return load_pipeline(folder)
+
+
+def clip(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (FRAMES, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def motions(pipe) -> list[Motion]:
+    return [pipe.extract_motion(clip(seed)) for seed in (0, 1)]
+
+
+class Recorder:
+    """Records on any device what a CUDA graph records: a computation on the tensors that it read, and its result."""
+
+    recorded = 0
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        type(self).recorded += 1
+        output = torch.full_like(compute(), float("nan"))
+        return lambda: output.copy_(compute()), output
+
+
+class SmallMemory(Recorder):
+    """Has memory for batches up to a size; what is recorded first may leave less."""
+
+    largest = 2
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if len(compute()) > self.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().record(compute)
+
+
+@pytest.fixture
+def recording(folder, monkeypatch) -> MotionTransferPipeline:
+    monkeypatch.setattr(Recorder, "recorded", 0)
+    pipe = load_pipeline(folder)
+    pipe.backend = TorchBackend(pipe, recorder=Recorder)
+    return pipe
+
+
+class TestRecordedCalls:
+    def test_each_clip_is_the_one_of_the_eager_network(self, pipe, recording, motions):
+        """Prompt, motion, seed, batch, steps, guidance and scheduler change from clip to clip, and come back."""
+        asked = [
+            (("a cat", motions[0]), {}),
+            (("a cat", motions[1]), {}),
+            (("a dog", motions[0]), {"seed": 3}),
+            (("a dog", None), {}),
+            (("a dog", motions[0]), {"seed": 3, "guidance": 1.0}),
+            ((["a cat", "a dog"], motions[0]), {"seed": [1, 2]}),
+            ((["a cat", "a dog"], motions), {"scheduler": "dpm++", "steps": 3}),
+            ((["a cat", "a dog"], motions[::-1]), {"negative_prompt": "blurry"}),
+            (("a cat", motions[0]), {}),
+        ]
+        for (prompt, motion), options in asked:
+            options = {"steps": 2} | options
+            expected = pipe(prompt, motion, **options)
+            for got, wanted in zip(recording(prompt, motion, **options), expected, strict=True):
+                np.testing.assert_array_equal(got, wanted)
+
+    def test_one_recording_serves_all_clips_of_a_shape(self, recording, motions):
+        for seed, motion in enumerate(motions * 2):
+            recording(f"cat {seed}", motion, steps=3, seed=seed)
+        assert Recorder.recorded == 1
+        recording(["a", "b"], motions[0], steps=1)
+        recording("a", recording.extract_motion(clip(0, 16, 24)), steps=1)
+        assert Recorder.recorded == 3
+        recording("a", motions[0], steps=1)
+        assert Recorder.recorded == 3
+
+    def test_the_one_not_used_for_longest_gives_way(self, pipe, recording, motions):
+        recording.backend.max_calls = 2
+        for prompts in (["a"], ["a"] * 2, ["a"], ["a"] * 3, ["a"], ["a"] * 2):
+            seeds = list(range(len(prompts)))
+            expected = pipe(prompts, motions[0], steps=1, seed=seeds)
+            np.testing.assert_array_equal(recording(prompts, motions[0], steps=1, seed=seeds), expected)
+        assert Recorder.recorded == 4
+
+    def test_a_motion_that_has_given_way_is_not_mistaken_for_the_next_one(self, recording, motions):
+        text = recording.unet.encode_text(recording.encode_prompts(["a"]))
+        sample = torch.randn(1, 4, FRAMES, HEIGHT // 8, WIDTH // 8)
+        t = torch.tensor(5)
+        with torch.no_grad():
+            first = recording.backend.prepare_motion(motions[0].features)
+            recording.backend.denoise(sample, t, text, first)
+            recording.backend.prepare_motion(motions[1].features)
+            with pytest.raises(RuntimeError, match="has given way"):
+                recording.backend.denoise(sample, t, text, first)
+
+    @torch.no_grad()
+    def test_motion_that_another_prepared_is_copied(self, pipe, recording, motions):
+        text = recording.unet.encode_text(recording.encode_prompts(["a"]))
+        sample = torch.randn(1, 4, FRAMES, HEIGHT // 8, WIDTH // 8)
+        for motion in motions * 2:
+            prepared = motion.features.prepare(recording.unet)
+            got = recording.backend.denoise(sample, torch.tensor(5), text, prepared)
+            torch.testing.assert_close(got, pipe.unet(sample, 5, text, prepared), rtol=0, atol=0)
+
+    @torch.no_grad()
+    def test_weights_that_change(self, recording, motions):
+        """In place they are read anew; those moved elsewhere are recorded anew."""
+        before = recording("a cat", motions[0], steps=1)
+        recording.unet.conv_out.weight.mul_(2)
+        changed = recording("a cat", motions[0], steps=1)
+        assert (before[0] != changed[0]).any()
+        assert Recorder.recorded == 1
+        recording.unet.conv_out.weight.data = recording.unet.conv_out.weight / 2
+        np.testing.assert_array_equal(recording("a cat", motions[0], steps=1), before)
+        assert Recorder.recorded == 2
+
+
+class TestOutOfMemory:
+    def test_a_batch_that_does_not_fit_says_so_and_leaves_nothing(self, folder, motions):
+        pipe = load_pipeline(folder)
+        pipe.backend = TorchBackend(pipe, recorder=SmallMemory)
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe(["a", "b"], motions[0], steps=1)
+        assert not pipe.backend._calls
+        assert not pipe.backend._motions
+        pipe("a", motions[0], steps=1)  # the smaller batch that a caller tries next
+
+    def test_what_older_recordings_hold_is_freed_first(self, folder, motions, monkeypatch):
+        """A recording that fails beside others is tried once more without them."""
+        pipe = load_pipeline(folder)
+        pipe.backend = TorchBackend(pipe, recorder=SmallMemory)
+        pipe("a", motions[0], steps=1)
+        tried = []
+
+        def fails_to_end(self, compute):
+            tried.append(len(pipe.backend._calls))
+            if len(tried) > 1:
+                return Recorder.record(self, compute)
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("the capture was invalidated")  # as ending a CUDA graph's capture may
+
+        monkeypatch.setattr(SmallMemory, "record", fails_to_end)
+        pipe(["a", "b"], motions[0], steps=1)
+        assert tried == [1, 0]
+
+    def test_other_errors_are_raised_as_they_are(self, recording):
+        text = recording.unet.encode_text(recording.encode_prompts(["a"]))
+        with pytest.raises(ValueError, match="text has batch 1, sample has batch 3"):
+            recording.backend.denoise(torch.zeros(3, 4, 2, 3, 5), torch.tensor(3), text, None)
+
+
+@pytest.mark.gpu
+class TestCudaGraphs:
+    """On a GPU: a replay is the eager network, to the rounding of half precision."""
+
+    def test_replays_are_the_eager_network(self, folder):
+        pipe = load_pipeline(folder, "cuda", torch.float16)
+        eager = TorchBackend(pipe, graphs=False)
+        backend = pipe.backend
+        motions = [pipe.extract_motion(clip(seed)) for seed in (0, 1)]
+        generator = torch.Generator("cuda").manual_seed(0)
+        with torch.no_grad():
+            for i in range(12):
+                count = 1 + i % 3 // 2
+                motion = backend.prepare_motion(motions[i % 2].features)
+                text = pipe.unet.encode_text(pipe.encode_prompts([f"clip {i // 2}"] * 2 * count))
+                shape = (2 * count, 4, FRAMES, HEIGHT // 8, WIDTH // 8)
+                sample = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float16)
+                timestep = torch.tensor(41 * i, device="cuda")
+                got = backend.denoise(sample, timestep, text, motion if i % 5 else None)
+                wanted = eager.denoise(sample, timestep, text, motion if i % 5 else None)
+                error = (got.float() - wanted.float()).norm() / wanted.float().norm()
+                assert error < 2e-3, i
+
+    def test_clips_come_out_the_same(self, folder):
+        pipe = load_pipeline(folder, "cuda", torch.float16)
+        motion = pipe.extract_motion(clip())
+        recorded = [pipe("a cat", motion, steps=3, seed=seed)[0] for seed in (0, 1, 0)]
+        pipe.backend = TorchBackend(pipe, graphs=False)
+        for seed, got in zip((0, 1, 0), recorded, strict=True):
+            wanted = pipe("a cat", motion, steps=3, seed=seed)[0]
+            assert np.abs(got.astype(int) - wanted.astype(int)).mean() < 0.5
+
+    def test_out_of_memory_while_recording_is_told_as_such(self, folder):
+        pipe = load_pipeline(folder, "cuda", torch.float16)
+        motion = pipe.extract_motion(clip())
+        torch.cuda.empty_cache()
+        used, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((used + (24 << 20)) / total)
+        try:
+            with pytest.raises(torch.OutOfMemoryError):
+                pipe(["a cat"] * 64, motion, steps=1)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert pipe("a cat", motion, steps=1)[0].std() > 0
