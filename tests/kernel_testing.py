@@ -12,7 +12,7 @@ import inspect
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
@@ -79,6 +79,7 @@ def compiled(
     *,
     num_warps: int,
     num_stages: int = 3,
+    multiples: Collection[str] = (),
 ) -> Any:
     """Compile a kernel for GPUs of a compute capability, none of which need be here; return what Triton made.
 
@@ -89,6 +90,7 @@ def compiled(
         capability: such as 90 for 9.0.
         num_warps: of the launch.
         num_stages: of the launch.
+        multiples: parameters that are multiples of 16, as sizes and strides of real networks are.
 
     Every other parameter is an int32. Triton's assembler has to accept the result: `.asm["cubin"]` is machine code.
     """
@@ -101,7 +103,9 @@ def compiled(
         name: "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else "i32"
         for name in names
     }
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name not in constants}
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *multiples) if name not in constants
+    }
     source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
