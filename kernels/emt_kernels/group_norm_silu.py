@@ -1,0 +1,591 @@
+"""Group normalization of each frame, optionally with SiLU after it and a vector a channel added before it.
+
+Wu and He 2018 (arXiv 1803.08494). The kernels read channels-last memory, that is (frames, pixels, channels). A frame
+that is small enough is normalized by one kernel, which reads it once, a program for a group. Otherwise one kernel
+writes the statistics of blocks of pixels, channel by channel, so that rows are read whole; a second one combines
+them; and a third one applies them, in the opposite order, so that it finds in the cache what the first one read
+last. Nothing is added atomically: results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emt_kernels.selection import use_triton, wrap_triton
+
+
+def group_norm_silu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+) -> Tensor:
+    """What `group_norm_silu` computes, in plain PyTorch."""
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    x = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(x) if silu else x
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+) -> Tensor:
+    """Normalize each group of channels of each frame, scale and shift each channel, optionally apply SiLU.
+
+    Statistics are computed in float32 about a mean, never as a difference of squares, so that no finite float16
+    input overflows and a large mean costs no accuracy.
+
+    Args:
+        x: (frames, channels, height, width), best in channels-last memory; another layout is copied into it.
+        weight: (channels,).
+        bias: (channels,).
+        groups: divides channels.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        shift: (frames, channels), added to all pixels before: the time embedding of a residual block.
+
+    Returns:
+        As `x`, in channels-last memory where the kernel runs: its (frames, tokens, channels) are a view.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, which it names.
+    """
+    _check(x, weight, bias, groups, shift)
+    if use_triton(x):
+        return torch.ops.emt.group_norm_silu(x, weight, bias, groups, eps, silu, shift)
+    return group_norm_silu_reference(x, weight, bias, groups, eps, silu, shift)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
+    if x.ndim != 4 or x.shape[1] % groups:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (frames, channels divisible by {groups}, height, width)"
+        )
+    channels = x.shape[1]
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != (channels,):
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected {(channels,)}")
+    if shift is not None and shift.shape != x.shape[:2]:
+        raise ValueError(f"shift has shape {tuple(shift.shape)}, expected {tuple(x.shape[:2])}")
+
+
+# ------------------------------------------------------------------------------------------------------ launches
+
+_LANES = 16_384  # values that a program holds in registers where it holds all of a group
+_PIXELS = 256  # of a block of pixels, unless that makes too many blocks
+_BLOCKS = 64  # of pixels in a frame, at most
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a frame is divided among programs."""
+
+    align: int  # channels start at a multiple of so many, which tells the compiler how wide it may read
+    lanes: int  # channels that a program reads of a pixel
+    rows: int  # pixels that a program holds at once
+    blocks: int  # of pixels in a frame; 0 where a program takes one group of the whole frame
+    pixels: int  # of a block
+    warps: int
+
+
+def plan(channels: int, pixels: int, groups: int, *, whole: bool = True) -> Plan:
+    """Divide a frame; `whole` allows a program to hold one group of all of it."""
+    size = channels // groups
+    lanes, rows = _power_of_two(size), _power_of_two(pixels)
+    # A group's row of less than 64 bytes wastes memory transactions, which a tiny frame need not care about.
+    if whole and lanes * rows <= _LANES and (lanes >= 32 or lanes * rows <= _LANES // 16):
+        return Plan(math.gcd(size, 8), lanes, rows, 0, pixels, 8 if lanes * rows > _LANES // 2 else 4)
+    lanes = 128 if channels % 128 == 0 or channels % 128 > 64 else 64
+    rows = 2048 // lanes
+    blocks = min(-(-pixels // _PIXELS), _BLOCKS)
+    block = -(-pixels // (blocks * rows)) * rows
+    return Plan(math.gcd(channels, 8), lanes, rows, -(-pixels // block), block, 4)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+# ------------------------------------------------------------------------------------------------------- kernels
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _group_norm_frame(
+        x,
+        weight,
+        bias,
+        shift,
+        out,
+        pixels,
+        groups,
+        group_units,
+        EPS: tl.constexpr,
+        SILU: tl.constexpr,
+        SHIFT: tl.constexpr,
+        ALIGN: tl.constexpr,
+        LANES: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """One group of one whole frame: at most ROWS pixels and LANES channels, read once."""
+        group, frame = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        group_channels = group_units * ALIGN
+        channels = groups * group_channels
+        lane, row = tl.arange(0, LANES), tl.arange(0, ROWS)
+        exists = lane < group_channels
+        channel = group * group_channels + lane
+        mask = (row < pixels)[:, None] & exists[None, :]
+        base = frame * pixels * channels
+        at = row[:, None] * channels + channel[None, :]
+        v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
+        if SHIFT:
+            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+        # The mean is a value of the group plus the mean difference from it: exactly where all values are the same.
+        size = pixels * group_channels * 1.0
+        pivot = tl.sum(tl.where((row == 0)[:, None] & (lane == 0)[None, :], v, 0.0))
+        mean = pivot + tl.sum(tl.where(mask, v - pivot, 0.0)) / size
+        v -= mean
+        centred = tl.where(mask, v, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / size + EPS)
+        scale = rstd * tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+        y = v * scale[None, :] + tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if SILU:
+            y *= tl.sigmoid(y)
+        tl.store(out + base + at, y.to(out.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _group_norm_statistics(
+        x,
+        shift,
+        partial,
+        pixels,
+        channel_units,
+        block_pixels,
+        SHIFT: tl.constexpr,
+        ALIGN: tl.constexpr,
+        LANES: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Mean of every channel in one block of pixels, and sum of squared differences from it.
+
+        `partial` is (frames, 2, blocks, channels). Every lane follows its own values by Welford's recurrence; the
+        lanes are put together at the end (Chan, Golub and LeVeque 1983).
+        """
+        block, frame = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        blocks = tl.num_programs(1)
+        channels = channel_units * ALIGN
+        channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
+        exists = channel < channels
+        first = block * block_pixels
+        here = tl.minimum(block_pixels, pixels - first)
+        x += (frame * pixels + first) * channels
+        row = tl.arange(0, ROWS)
+        if SHIFT:
+            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
+        mean = tl.zeros((ROWS, LANES), tl.float32)
+        squares = tl.zeros((ROWS, LANES), tl.float32)
+        count = 0.0
+        for start in range(0, here, ROWS):
+            mask = (start + row < here)[:, None] & exists[None, :]
+            v = tl.load(x + (start + row)[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            if SHIFT:
+                v += s[None, :]
+            count += 1.0
+            difference = tl.where(mask, v - mean, 0.0)
+            mean += difference * (1.0 / count)
+            squares += difference * (v - mean)
+        counts = tl.maximum((here - row + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]  # values that a lane has seen
+        pivot = tl.sum(tl.where(row[:, None] == 0, mean, 0.0), axis=0)
+        mean -= pivot[None, :]
+        off = tl.sum(counts * mean, axis=0) / here.to(tl.float32)
+        mean -= off[None, :]
+        partial += (frame * 2 * blocks + block) * channels + channel
+        tl.store(partial, pivot + off, mask=exists)
+        tl.store(partial + blocks * channels, tl.sum(squares + counts * mean * mean, axis=0), mask=exists)
+
+    @triton.jit
+    def _group_norm_combine(
+        partial,
+        statistics,
+        pixels,
+        groups,
+        group_channels,
+        block_pixels,
+        blocks,
+        EPS: tl.constexpr,
+        LANES: tl.constexpr,
+    ):
+        """Mean and reciprocal standard deviation of one group of one frame; `statistics` is (frames, 2, groups)."""
+        group, frame = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        channels = groups * group_channels
+        partial += frame * 2 * blocks * channels + group * group_channels
+        size = pixels * (group_channels * 1.0)
+        pivot = tl.load(partial)
+        lane = tl.arange(0, LANES)
+        off = tl.zeros((LANES,), tl.float32)
+        for start in range(0, blocks * group_channels, LANES):
+            block = (start + lane) // group_channels
+            mask = block < blocks
+            at = block * channels + (start + lane) % group_channels
+            count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
+            off += tl.where(mask, (tl.load(partial + at, mask=mask, other=0.0) - pivot) * count, 0.0)
+        mean = pivot + tl.sum(off) / size
+        squares = tl.zeros((LANES,), tl.float32)
+        for start in range(0, blocks * group_channels, LANES):
+            block = (start + lane) // group_channels
+            mask = block < blocks
+            at = block * channels + (start + lane) % group_channels
+            count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
+            difference = tl.load(partial + at, mask=mask, other=0.0) - mean
+            squares += tl.load(partial + blocks * channels + at, mask=mask, other=0.0)
+            squares += tl.where(mask, difference * difference * count, 0.0)
+        statistics += frame * 2 * groups + group
+        tl.store(statistics, mean)
+        tl.store(statistics + groups, 1.0 / tl.sqrt(tl.sum(squares) / size + EPS))
+
+    @triton.jit
+    def _group_norm_apply(
+        x,
+        weight,
+        bias,
+        shift,
+        statistics,
+        out,
+        pixels,
+        channel_units,
+        groups,
+        group_channels,
+        block_pixels,
+        SILU: tl.constexpr,
+        SHIFT: tl.constexpr,
+        ALIGN: tl.constexpr,
+        LANES: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Normalize one block of pixels, the last block first."""
+        run = tl.num_programs(0) - 1 - tl.program_id(0)
+        block = tl.num_programs(1) - 1 - tl.program_id(1)
+        frame = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+        channels = channel_units * ALIGN
+        channel = run * LANES + tl.arange(0, LANES)
+        exists = channel < channels
+        statistics += frame * 2 * groups + channel // group_channels
+        mean = tl.load(statistics, mask=exists, other=0.0)
+        scale = tl.load(statistics + groups, mask=exists, other=0.0)
+        scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+        offset = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+        if SHIFT:
+            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
+        first = block * block_pixels
+        here = tl.minimum(block_pixels, pixels - first)
+        x += (frame * pixels + first) * channels
+        out += (frame * pixels + first) * channels
+        row = tl.arange(0, ROWS)
+        for start in range(0, here, ROWS):
+            mask = (start + row < here)[:, None] & exists[None, :]
+            at = (start + row)[:, None] * channels + channel[None, :]
+            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            if SHIFT:
+                v += s[None, :]
+            y = (v - mean[None, :]) * scale[None, :] + offset[None, :]
+            if SILU:
+                y *= tl.sigmoid(y)
+            tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _normalized_and_gradient(v, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
+        """The normalized values, and the gradient of what SiLU takes."""
+        normalized = (v - mean[None, :]) * rstd[None, :]
+        if SILU:
+            y = normalized * weight[None, :] + bias[None, :]
+            sigmoid = tl.sigmoid(y)
+            grad *= sigmoid * (1.0 + y * (1.0 - sigmoid))
+        return normalized, grad
+
+    @triton.jit
+    def _group_norm_gradient_sums(
+        x,
+        grad,
+        weight,
+        bias,
+        shift,
+        statistics,
+        sums,
+        pixels,
+        channel_units,
+        groups,
+        group_channels,
+        block_pixels,
+        SILU: tl.constexpr,
+        SHIFT: tl.constexpr,
+        ALIGN: tl.constexpr,
+        LANES: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Sums over a block of pixels: of the gradient, of gradient · normalized, and, with a shift, of normalized.
+
+        `sums` is (2 or 3, frames, blocks, channels).
+        """
+        block, frame = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        blocks = tl.num_programs(1)
+        channels = channel_units * ALIGN
+        channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
+        exists = channel < channels
+        statistics += frame * 2 * groups + channel // group_channels
+        mean = tl.load(statistics, mask=exists, other=0.0)
+        rstd = tl.load(statistics + groups, mask=exists, other=0.0)
+        w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+        if SHIFT:
+            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
+        first = block * block_pixels
+        here = tl.minimum(block_pixels, pixels - first)
+        x += (frame * pixels + first) * channels
+        grad += (frame * pixels + first) * channels
+        row = tl.arange(0, ROWS)
+        gradient_sum = tl.zeros((ROWS, LANES), tl.float32)
+        product_sum = tl.zeros((ROWS, LANES), tl.float32)
+        normalized_sum = tl.zeros((ROWS, LANES), tl.float32)
+        for start in range(0, here, ROWS):
+            mask = (start + row < here)[:, None] & exists[None, :]
+            at = (start + row)[:, None] * channels + channel[None, :]
+            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+            if SHIFT:
+                v += s[None, :]
+            normalized, g = _normalized_and_gradient(v, g, mean, rstd, w, b, SILU)
+            gradient_sum += g  # 0 where masked, as the gradient is
+            product_sum += g * normalized
+            if SHIFT:
+                normalized_sum += tl.where(mask, normalized, 0.0)
+        sums += (frame * blocks + block) * channels + channel
+        stride = tl.num_programs(2).to(tl.int64) * blocks * channels
+        tl.store(sums, tl.sum(gradient_sum, axis=0), mask=exists)
+        tl.store(sums + stride, tl.sum(product_sum, axis=0), mask=exists)
+        if SHIFT:
+            tl.store(sums + 2 * stride, tl.sum(normalized_sum, axis=0), mask=exists)
+
+    @triton.jit
+    def _group_norm_input_gradient(
+        x,
+        grad,
+        weight,
+        bias,
+        shift,
+        statistics,
+        means,
+        grad_x,
+        pixels,
+        channel_units,
+        groups,
+        group_channels,
+        block_pixels,
+        SILU: tl.constexpr,
+        SHIFT: tl.constexpr,
+        ALIGN: tl.constexpr,
+        LANES: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Gradient of a block of pixels, the last block first.
+
+        `means` is (2, frames, groups): of weight · gradient, and of weight · gradient · normalized.
+        """
+        run = tl.num_programs(0) - 1 - tl.program_id(0)
+        block = tl.num_programs(1) - 1 - tl.program_id(1)
+        frames = tl.num_programs(2)
+        frame = (frames - 1 - tl.program_id(2)).to(tl.int64)
+        channels = channel_units * ALIGN
+        channel = run * LANES + tl.arange(0, LANES)
+        exists = channel < channels
+        group = channel // group_channels
+        mean = tl.load(statistics + frame * 2 * groups + group, mask=exists, other=0.0)
+        rstd = tl.load(statistics + (frame * 2 + 1) * groups + group, mask=exists, other=0.0)
+        mean_gradient = tl.load(means + frame * groups + group, mask=exists, other=0.0)
+        mean_product = tl.load(means + (frames + frame) * groups + group, mask=exists, other=0.0)
+        w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+        if SHIFT:
+            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
+        first = block * block_pixels
+        here = tl.minimum(block_pixels, pixels - first)
+        x += (frame * pixels + first) * channels
+        grad += (frame * pixels + first) * channels
+        grad_x += (frame * pixels + first) * channels
+        row = tl.arange(0, ROWS)
+        for start in range(0, here, ROWS):
+            mask = (start + row < here)[:, None] & exists[None, :]
+            at = (start + row)[:, None] * channels + channel[None, :]
+            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+            if SHIFT:
+                v += s[None, :]
+            normalized, g = _normalized_and_gradient(v, g, mean, rstd, w, b, SILU)
+            dx = rstd[None, :] * (g * w[None, :] - mean_gradient[None, :] - normalized * mean_product[None, :])
+            tl.store(grad_x + at, dx.to(grad_x.dtype.element_ty), mask=mask)
+
+    # ------------------------------------------------------------------------------------------------- operators
+
+    def _grid(x: Tensor, p: Plan) -> tuple[int, int, int]:
+        return -(-x.shape[1] // p.lanes), p.blocks, x.shape[0]
+
+    def _arguments(x: Tensor, shift: Tensor | None, p: Plan) -> dict[str, Any]:
+        """What the kernels that go through blocks of pixels all take."""
+        return {
+            "x": x,
+            "shift": x if shift is None else shift,
+            "pixels": x.shape[2] * x.shape[3],
+            "channel_units": x.shape[1] // p.align,
+            "block_pixels": p.pixels,
+            "SHIFT": shift is not None,
+            "ALIGN": p.align,
+            "LANES": p.lanes,
+            "ROWS": p.rows,
+            "num_warps": p.warps,
+        }
+
+    def _statistics(x: Tensor, shift: Tensor | None, groups: int, eps: float, p: Plan) -> Tensor:
+        """Mean and reciprocal standard deviation, (frames, 2, groups)."""
+        frames, channels, height, width = x.shape
+        partial = torch.empty((frames, 2, p.blocks, channels), device=x.device, dtype=torch.float32)
+        statistics = torch.empty((frames, 2, groups), device=x.device, dtype=torch.float32)
+        wrap_triton(_group_norm_statistics)[_grid(x, p)](partial=partial, **_arguments(x, shift, p))
+        wrap_triton(_group_norm_combine)[(groups, frames)](
+            partial=partial,
+            statistics=statistics,
+            pixels=height * width,
+            groups=groups,
+            group_channels=channels // groups,
+            block_pixels=p.pixels,
+            blocks=p.blocks,
+            EPS=eps,
+            LANES=256,
+            num_warps=2,
+        )
+        return statistics
+
+    @torch.library.triton_op("emt::group_norm_silu", mutates_args={})
+    def _group_norm_silu(
+        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+    ) -> Tensor:
+        _check(x, weight, bias, groups, shift)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, bias, shift = weight.contiguous(), bias.contiguous(), None if shift is None else shift.contiguous()
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        frames, channels, height, width = x.shape
+        p = plan(channels, height * width, groups)
+        if p.blocks:
+            wrap_triton(_group_norm_apply)[_grid(x, p)](
+                weight=weight,
+                bias=bias,
+                statistics=_statistics(x, shift, groups, eps, p),
+                out=out,
+                groups=groups,
+                group_channels=channels // groups,
+                SILU=silu,
+                **_arguments(x, shift, p),
+            )
+            return out
+        wrap_triton(_group_norm_frame)[(groups, frames)](
+            x=x,
+            weight=weight,
+            bias=bias,
+            shift=x if shift is None else shift,
+            out=out,
+            pixels=height * width,
+            groups=groups,
+            group_units=channels // groups // p.align,
+            EPS=eps,
+            SILU=silu,
+            SHIFT=shift is not None,
+            ALIGN=p.align,
+            LANES=p.lanes,
+            ROWS=p.rows,
+            num_warps=p.warps,
+        )
+        return out
+
+    @_group_norm_silu.register_fake
+    def _(
+        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+    ) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+
+    @torch.library.triton_op("emt::group_norm_silu_backward", mutates_args={})
+    def _group_norm_silu_backward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+        shift: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x, weight, bias and shift (empty where there is none)."""
+        grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+        weight, bias, shift = weight.contiguous(), bias.contiguous(), None if shift is None else shift.contiguous()
+        frames, channels, height, width = x.shape
+        pixels, size = height * width, channels // groups
+        p = plan(channels, pixels, groups, whole=False)
+        statistics = _statistics(x, shift, groups, eps, p)
+        arguments = _arguments(x, shift, p) | {
+            "grad": grad,
+            "weight": weight,
+            "bias": bias,
+            "statistics": statistics,
+            "groups": groups,
+            "group_channels": size,
+            "SILU": silu,
+        }
+        partial = torch.empty(
+            (2 if shift is None else 3, frames, p.blocks, channels), device=x.device, dtype=torch.float32
+        )
+        wrap_triton(_group_norm_gradient_sums)[_grid(x, p)](sums=partial, **arguments)
+        sums = partial.sum(2)  # (2 or 3, frames, channels)
+        weighted = weight.float() * sums[:2]
+        means = weighted.unflatten(2, (groups, size)).sum(3) / (pixels * size)
+        grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+        wrap_triton(_group_norm_input_gradient)[_grid(x, p)](means=means, grad_x=grad_x, **arguments)
+        grad_bias, grad_weight = sums[0].sum(0), sums[1].sum(0)
+        if shift is None:
+            grad_shift = x.new_empty(0)
+        else:
+            mean_gradient, mean_product = means.repeat_interleave(size, 2)
+            rstd = statistics[:, 1].repeat_interleave(size, 1)
+            grad_shift = rstd * (weighted[0] - pixels * mean_gradient - sums[2] * mean_product)
+            grad_shift = grad_shift.to(shift.dtype)
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_shift
+
+    @_group_norm_silu_backward.register_fake
+    def _(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+        shift: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        grad_shift = torch.empty_like(shift) if shift is not None else x.new_empty(0)
+        grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+        return grad_x, torch.empty_like(weight), torch.empty_like(bias), grad_shift
+
+    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.groups, ctx.eps, ctx.silu, shift = inputs
+        ctx.save_for_backward(x, weight, bias, shift)
+
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, shift = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias, grad_shift = torch.ops.emt.group_norm_silu_backward(
+            grad, x, weight, bias, ctx.groups, ctx.eps, ctx.silu, shift
+        )
+        return grad_x, grad_weight, grad_bias, None, None, None, None if shift is None else grad_shift
+
+    _group_norm_silu.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,189 @@
+"""Layer normalization with the residual sum before it and the position encoding after it.
+
+Ba, Kiros and Hinton 2016 (arXiv 1607.06450). A transformer block reads each hidden state once: x + residual is the
+next residual, its norm is what the scaler and the motion features take, the norm with positions added is what
+temporal attention projects.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emt_kernels.selection import use_triton, wrap_triton
+
+
+def layer_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    positions: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `layer_norm` computes, in plain PyTorch."""
+    total = x if residual is None else x + residual
+    normalized = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return total, normalized, normalized if positions is None else normalized + positions[:, None]
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    positions: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize the channels of every token of ``x + residual``. Gradients take the reference.
+
+    Args:
+        x: (…, tokens, channels); (batch, frames, tokens, channels) with `positions`.
+        weight: (channels,).
+        bias: (channels,).
+        eps: added to the variance.
+        positions: (frames, channels).
+        residual: as `x`.
+
+    Returns:
+        The sum ``x + residual`` (`x` itself without a residual), its norm, and the norm with the positions of its
+        frame added (the norm itself without positions); each as `x`.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, which it names.
+    """
+    _check(x, weight, bias, positions, residual)
+    tensors = [t for t in (x, weight, bias, positions, residual) if t is not None]
+    if not use_triton(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return layer_norm_reference(x, weight, bias, eps, positions, residual)
+    outputs = list(torch.ops.emt.layer_norm(x, weight, bias, eps, positions, residual))
+    normalized = outputs.pop(0)
+    positioned = normalized if positions is None else outputs.pop(0)
+    return x if residual is None else outputs.pop(0), normalized, positioned
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor | None, residual: Tensor | None) -> None:
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected {tuple(x.shape[-1:])}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}")
+    if positions is not None:
+        if x.ndim != 4:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, frames, tokens, channels) with positions")
+        if positions.shape != (x.shape[1], x.shape[3]):
+            raise ValueError(f"positions has shape {tuple(positions.shape)}, expected {(x.shape[1], x.shape[3])}")
+
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _layer_norm_kernel(
+        x,
+        weight,
+        bias,
+        positions,
+        residual,
+        total,
+        out,
+        positioned,
+        rows,
+        tokens,
+        frames,
+        channels,
+        EPS: tl.constexpr,
+        POSITIONS: tl.constexpr,
+        RESIDUAL: tl.constexpr,
+        ROWS: tl.constexpr,
+        LANES: tl.constexpr,
+    ):
+        """ROWS tokens, all channels of each, held in registers: read once."""
+        first = tl.program_id(0).to(tl.int64) * ROWS
+        row, channel = tl.arange(0, ROWS), tl.arange(0, LANES)
+        mask = (first + row < rows)[:, None] & (channel < channels)[None, :]
+        base = first * channels
+        at = row[:, None] * channels + channel[None, :]
+        v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            v += tl.load(residual + base + at, mask=mask, other=0.0).to(tl.float32)
+            v = v.to(total.dtype.element_ty)  # the norm is that of the sum as it is kept
+            tl.store(total + base + at, v, mask=mask)
+            v = v.to(tl.float32)
+        # The mean is a value of the row plus the mean difference from it: exactly where all values are the same.
+        pivot = tl.sum(tl.where(channel[None, :] == 0, v, 0.0), axis=1)
+        size = channels * 1.0
+        mean = pivot + tl.sum(tl.where(mask, v - pivot[:, None], 0.0), axis=1) / size
+        difference = tl.where(mask, v - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(difference * difference, axis=1) / size + EPS)
+        w = tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        b = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        y = difference * rstd[:, None] * w[None, :] + b[None, :]
+        tl.store(out + base + at, y.to(out.dtype.element_ty), mask=mask)
+        if POSITIONS:
+            frame = ((first + row) // tokens % frames).to(tl.int32)
+            y += tl.load(positions + frame[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(positioned + base + at, y.to(out.dtype.element_ty), mask=mask)
+
+    @torch.library.triton_op("emt::layer_norm", mutates_args={})
+    def _layer_norm(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        positions: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The norm, then with positions the norm plus positions, then with a residual the sum."""
+        _check(x, weight, bias, positions, residual)
+        channels = x.shape[-1]
+        rows = x.numel() // channels
+        tokens, frames = (x.shape[2], x.shape[1]) if positions is not None else (1, 1)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        positioned = torch.empty_like(x) if positions is not None else out
+        total = torch.empty_like(x) if residual is not None else out
+        lanes = triton.next_power_of_2(channels)
+        block = max(4096 // lanes, 1)
+        wrap_triton(_layer_norm_kernel)[(triton.cdiv(rows, block),)](
+            x=x,
+            weight=weight.contiguous(),
+            bias=bias.contiguous(),
+            positions=x if positions is None else positions.contiguous(),
+            residual=x if residual is None else residual.contiguous(),
+            total=total,
+            out=out,
+            positioned=positioned,
+            rows=rows,
+            tokens=tokens,
+            frames=frames,
+            channels=channels,
+            EPS=eps,
+            POSITIONS=positions is not None,
+            RESIDUAL=residual is not None,
+            ROWS=block,
+            LANES=lanes,
+            num_warps=4 if lanes <= 4096 else 8,
+        )
+        outputs = [out]
+        if positions is not None:
+            outputs.append(positioned)
+        if residual is not None:
+            outputs.append(total)
+        return outputs
+
+    @_layer_norm.register_fake
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        positions: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> list[Tensor]:
+        shape = [t for t in (x, positions, residual) if t is not None]
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in shape]
