@@ -178,6 +178,11 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _rows(frames: int) -> int:
+    """Rows of a tile that holds all frames: a power of two that tensor cores take."""
+    return max(_power_of_two(frames), 16)
+
+
 def _rest(head_size: int, columns: int) -> int:
     """Columns of a head's second tile, which the first one leaves: 0 or a power of two that tensor cores take."""
     return max(_power_of_two(head_size - columns), 16) if columns < head_size else 0
@@ -237,27 +242,33 @@ def _reference(
     }
 
 
+def _plan(query: Tensor, heads: int, reference_frames: int, own: int, reference: int) -> Plan:
+    """The plan for a kernel that reads `own` tensors of the clip and `reference` of the reference."""
+    rows = own * _rows(query.shape[1]) + (reference * _rows(reference_frames) if reference_frames else 0)
+    return plan(heads, query.shape[-1] // heads, rows, query.itemsize)
+
+
 def _arguments(
-    tensors: dict[str, Tensor], heads: int, reference_frames: int, chosen: Plan | None
+    tensors: dict[str, Tensor], heads: int, reference_frames: int, p: Plan
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of a kernel that reads and writes `tensors`."""
-    batch, frames, tokens, channels = tensors["query"].shape
+    query = tensors["query"]
+    batch, frames, tokens, channels = query.shape
     head_size = channels // heads
-    rows = max(_power_of_two(frames), 16)
-    reference_rows = max(_power_of_two(reference_frames), 16) if reference_frames else 16
-    p = chosen or plan(
-        heads, head_size, 3 * rows + (2 * reference_rows if reference_frames else 0), tensors["query"].itemsize
-    )
     groups = -(-heads // p.heads)
     pixels = max(1, min(p.pixels, batch * groups * tokens // _PROGRAMS))
     arguments: dict[str, Any] = {}
     for name, x in tensors.items():
-        if name != "scale" and x.stride(-1) != 1:
-            x = x.contiguous()
-        arguments[name] = x
+        if name.startswith("scale"):
+            arguments[name] = x
+        else:
+            x = x.to(query.dtype)
+            arguments[name] = x if x.stride(-1) == 1 else x.contiguous()
         # (batch, frame, token, channel); positions are (frame, channel), the scale map (batch, frame, token).
-        dimensions = ("frame",) if x.ndim == 2 else ("batch", "frame", "token")
-        arguments |= {f"{name}_{dimension}": stride for dimension, stride in zip(dimensions, x.stride())}
+        if name != "scale_gradient":
+            dimensions = ("frame",) if x.ndim == 2 else ("batch", "frame", "token")
+            strides = zip(dimensions, arguments[name].stride())
+            arguments |= {f"{name}_{dimension}": stride for dimension, stride in strides}
     grid = (batch * groups * -(-tokens // pixels),)
     return grid, arguments | {
         "batch": batch,
@@ -269,8 +280,8 @@ def _arguments(
         "FRAMES": frames,
         "REFERENCE_FRAMES": reference_frames,
         "HEADS_TOGETHER": p.heads,
-        "ROWS": rows,
-        "REFERENCE_ROWS": reference_rows,
+        "ROWS": _rows(frames),
+        "REFERENCE_ROWS": _rows(reference_frames),
         "COLUMNS": p.columns,
         "REST": _rest(head_size, p.columns),
         "STAGES": p.stages,
@@ -359,6 +370,17 @@ if importlib.util.find_spec("triton") is not None:
         return own, reference, 1.0 / total
 
     @triton.jit
+    def _place(batch, pixels, HEADS: tl.constexpr, HEADS_TOGETHER: tl.constexpr):
+        """Sample, group of heads and first token of this program.
+
+        Programs follow each other with the sample fastest, so that samples of one reference find it in the cache.
+        """
+        program = tl.program_id(0)
+        groups: tl.constexpr = (HEADS + HEADS_TOGETHER - 1) // HEADS_TOGETHER
+        rest = program // batch
+        return program % batch, rest % groups, (rest // groups).to(tl.int64) * pixels
+
+    @triton.jit
     def _temporal_attention(
         query,
         key,
@@ -408,19 +430,11 @@ if importlib.util.find_spec("triton") is not None:
         STAGES: tl.constexpr,
         SOFTENING: tl.constexpr,
     ):
-        """Attention of HEADS_TOGETHER heads at up to `pixels` tokens of one sample.
-
-        Programs follow each other with the sample fastest, so that samples of one reference find it in the cache.
-        """
-        program = tl.program_id(0)
-        sample = program % batch
-        program = program // batch
-        groups: tl.constexpr = (HEADS + HEADS_TOGETHER - 1) // HEADS_TOGETHER
-        head = (program % groups) * HEADS_TOGETHER + tl.arange(0, HEADS_TOGETHER)
-        first = (program // groups) * pixels
+        """Attention of HEADS_TOGETHER heads at up to `pixels` tokens of one sample, one after another."""
+        sample, group, first = _place(batch, pixels, HEADS, HEADS_TOGETHER)
         own_reference = (sample % references).to(tl.int64)
         sample = sample.to(tl.int64)
-
+        head = group * HEADS_TOGETHER + tl.arange(0, HEADS_TOGETHER)
         frame = tl.arange(0, ROWS)
         exists = (head < HEADS)[:, None] & (frame < FRAMES)[None, :]
         query_rows = sample * query_batch + frame.to(tl.int64) * query_frame
@@ -441,7 +455,7 @@ if importlib.util.find_spec("triton") is not None:
             )
 
         for i in tl.range(0, tl.minimum(pixels, tokens - first), num_stages=STAGES):
-            t = first.to(tl.int64) + i
+            t = first + i
             q_a, q_b = _load(query + t * query_token, head, exists, query_rows, COLUMNS, REST, HEAD_SIZE)
             k_a, k_b = _load(key + t * key_token, head, exists, key_rows, COLUMNS, REST, HEAD_SIZE)
             own = _scores(q_a, q_b, k_a, k_b, REST)
@@ -479,6 +493,186 @@ if importlib.util.find_spec("triton") is not None:
                 o_a, o_b = _add_sums(o_a, o_b, reference, pv_a, pv_b, REST)
             _store(o_a * norm, o_b * norm, out + t * out_token, head, exists, out_rows, COLUMNS, REST, HEAD_SIZE)
 
+    @triton.jit
+    def _temporal_attention_backward(
+        query,
+        key,
+        value,
+        reference_key,
+        reference_value,
+        position_key,
+        position_value,
+        scale,
+        gradient,
+        query_gradient,
+        key_gradient,
+        value_gradient,
+        reference_key_gradient,
+        reference_value_gradient,
+        scale_gradient,
+        batch,
+        tokens,
+        references,
+        pixels,
+        query_batch,
+        query_frame,
+        query_token,
+        key_batch,
+        key_frame,
+        key_token,
+        value_batch,
+        value_frame,
+        value_token,
+        reference_key_batch,
+        reference_key_frame,
+        reference_key_token,
+        reference_value_batch,
+        reference_value_frame,
+        reference_value_token,
+        position_key_frame,
+        position_value_frame,
+        scale_batch,
+        scale_frame,
+        scale_token,
+        gradient_batch,
+        gradient_frame,
+        gradient_token,
+        query_gradient_batch,
+        query_gradient_frame,
+        query_gradient_token,
+        key_gradient_batch,
+        key_gradient_frame,
+        key_gradient_token,
+        value_gradient_batch,
+        value_gradient_frame,
+        value_gradient_token,
+        reference_key_gradient_batch,
+        reference_key_gradient_frame,
+        reference_key_gradient_token,
+        reference_value_gradient_batch,
+        reference_value_gradient_frame,
+        reference_value_gradient_token,
+        HEADS: tl.constexpr,
+        HEAD_SIZE: tl.constexpr,
+        FRAMES: tl.constexpr,
+        REFERENCE_FRAMES: tl.constexpr,  # 0 without reference
+        HEADS_TOGETHER: tl.constexpr,
+        ROWS: tl.constexpr,
+        REFERENCE_ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        REST: tl.constexpr,
+        STAGES: tl.constexpr,
+        SOFTENING: tl.constexpr,
+    ):
+        """Gradients of HEADS_TOGETHER heads at up to `pixels` tokens of one sample; probabilities are recomputed.
+
+        The gradients of reference keys and values are those of a sample, before the scale: (batch, reference frames,
+        tokens, channels). The gradient of the scale is the sum over the program's heads, (batch, groups of heads,
+        tokens, reference frames).
+        """
+        sample, group, first = _place(batch, pixels, HEADS, HEADS_TOGETHER)
+        own_reference = (sample % references).to(tl.int64)
+        sample = sample.to(tl.int64)
+        head = group * HEADS_TOGETHER + tl.arange(0, HEADS_TOGETHER)
+        frame = tl.arange(0, ROWS)
+        exists = (head < HEADS)[:, None] & (frame < FRAMES)[None, :]
+        query_rows = sample * query_batch + frame.to(tl.int64) * query_frame
+        key_rows = sample * key_batch + frame.to(tl.int64) * key_frame
+        value_rows = sample * value_batch + frame.to(tl.int64) * value_frame
+        gradient_rows = sample * gradient_batch + frame.to(tl.int64) * gradient_frame
+        query_gradient_rows = sample * query_gradient_batch + frame.to(tl.int64) * query_gradient_frame
+        key_gradient_rows = sample * key_gradient_batch + frame.to(tl.int64) * key_gradient_frame
+        value_gradient_rows = sample * value_gradient_batch + frame.to(tl.int64) * value_gradient_frame
+
+        reference_frame = tl.arange(0, REFERENCE_ROWS)
+        reference_exists = (head < HEADS)[:, None] & (reference_frame < REFERENCE_FRAMES)[None, :]
+        if REFERENCE_FRAMES > 0:
+            far = reference_frame.to(tl.int64)
+            reference_key_rows = own_reference * reference_key_batch + far * reference_key_frame
+            reference_value_rows = own_reference * reference_value_batch + far * reference_value_frame
+            rk_gradient_rows = sample * reference_key_gradient_batch + far * reference_key_gradient_frame
+            rv_gradient_rows = sample * reference_value_gradient_batch + far * reference_value_gradient_frame
+            groups: tl.constexpr = (HEADS + HEADS_TOGETHER - 1) // HEADS_TOGETHER
+            scale_gradient += (sample * groups + group) * tokens * REFERENCE_FRAMES + reference_frame
+            scale += sample * scale_batch + far * scale_frame
+            pk_a, pk_b = _load(position_key, head, reference_exists, far * position_key_frame, COLUMNS, REST, HEAD_SIZE)
+            pv_a, pv_b = _load(
+                position_value, head, reference_exists, far * position_value_frame, COLUMNS, REST, HEAD_SIZE
+            )
+
+        for i in tl.range(0, tl.minimum(pixels, tokens - first), num_stages=STAGES):
+            t = first + i
+            q_a, q_b = _load(query + t * query_token, head, exists, query_rows, COLUMNS, REST, HEAD_SIZE)
+            k_a, k_b = _load(key + t * key_token, head, exists, key_rows, COLUMNS, REST, HEAD_SIZE)
+            own = _scores(q_a, q_b, k_a, k_b, REST)
+            v_a, v_b = _load(value + t * value_token, head, exists, value_rows, COLUMNS, REST, HEAD_SIZE)
+            g_a, g_b = _load(gradient + t * gradient_token, head, exists, gradient_rows, COLUMNS, REST, HEAD_SIZE)
+            d_own = _scores(g_a, g_b, v_a, v_b, REST)
+            reference = own
+            if REFERENCE_FRAMES > 0:
+                s = tl.load(scale + t * scale_token, mask=reference_frame < REFERENCE_FRAMES, other=0.0)
+                s = s.to(tl.float32)[None, None, :]
+                rk_a, rk_b = _load(
+                    reference_key + t * reference_key_token,
+                    head,
+                    reference_exists,
+                    reference_key_rows,
+                    COLUMNS,
+                    REST,
+                    HEAD_SIZE,
+                )
+                rv_a, rv_b = _load(
+                    reference_value + t * reference_value_token,
+                    head,
+                    reference_exists,
+                    reference_value_rows,
+                    COLUMNS,
+                    REST,
+                    HEAD_SIZE,
+                )
+                unscaled = _scores(q_a, q_b, rk_a, rk_b, REST)
+                d_unscaled = _scores(g_a, g_b, rv_a, rv_b, REST)
+                reference = s * unscaled + _scores(q_a, q_b, pk_a, pk_b, REST)
+                d_reference = s * d_unscaled + _scores(g_a, g_b, pv_a, pv_b, REST)
+            own, reference, norm = _probabilities(
+                own, reference, frame < FRAMES, reference_frame < REFERENCE_FRAMES, REFERENCE_FRAMES > 0, SOFTENING
+            )
+            own *= norm
+            mean = tl.sum(own * d_own, axis=2, keep_dims=True)
+            if REFERENCE_FRAMES > 0:
+                reference *= norm
+                mean += tl.sum(reference * d_reference, axis=2, keep_dims=True)
+            d_own = own * (d_own - mean) * (SOFTENING * 0.6931471805599453)
+
+            dv_a, dv_b = _zeros(HEADS_TOGETHER, ROWS, COLUMNS, REST)
+            dv_a, dv_b = _add_sums(dv_a, dv_b, tl.permute(own, (0, 2, 1)), g_a, g_b, REST)
+            dv = value_gradient + t * value_gradient_token
+            _store(dv_a, dv_b, dv, head, exists, value_gradient_rows, COLUMNS, REST, HEAD_SIZE)
+            dk_a, dk_b = _zeros(HEADS_TOGETHER, ROWS, COLUMNS, REST)
+            dk_a, dk_b = _add_sums(dk_a, dk_b, tl.permute(d_own, (0, 2, 1)), q_a, q_b, REST)
+            dk = key_gradient + t * key_gradient_token
+            _store(dk_a, dk_b, dk, head, exists, key_gradient_rows, COLUMNS, REST, HEAD_SIZE)
+            dq_a, dq_b = _zeros(HEADS_TOGETHER, ROWS, COLUMNS, REST)
+            dq_a, dq_b = _add_sums(dq_a, dq_b, d_own, k_a, k_b, REST)
+            if REFERENCE_FRAMES > 0:
+                d_reference = reference * (d_reference - mean) * (SOFTENING * 0.6931471805599453)
+                dq_a, dq_b = _add_sums(dq_a, dq_b, d_reference * s, rk_a, rk_b, REST)
+                dq_a, dq_b = _add_sums(dq_a, dq_b, d_reference, pk_a, pk_b, REST)
+                ds = tl.sum(tl.sum(d_reference * unscaled + reference * d_unscaled, axis=1), axis=0)
+                tl.store(scale_gradient + t * REFERENCE_FRAMES, ds, mask=reference_frame < REFERENCE_FRAMES)
+                dv_a, dv_b = _zeros(HEADS_TOGETHER, REFERENCE_ROWS, COLUMNS, REST)
+                dv_a, dv_b = _add_sums(dv_a, dv_b, tl.permute(reference, (0, 2, 1)), g_a, g_b, REST)
+                dv = reference_value_gradient + t * reference_value_gradient_token
+                _store(dv_a, dv_b, dv, head, reference_exists, rv_gradient_rows, COLUMNS, REST, HEAD_SIZE)
+                dk_a, dk_b = _zeros(HEADS_TOGETHER, REFERENCE_ROWS, COLUMNS, REST)
+                dk_a, dk_b = _add_sums(dk_a, dk_b, tl.permute(d_reference, (0, 2, 1)), q_a, q_b, REST)
+                dk = reference_key_gradient + t * reference_key_gradient_token
+                _store(dk_a, dk_b, dk, head, reference_exists, rk_gradient_rows, COLUMNS, REST, HEAD_SIZE)
+            dq = query_gradient + t * query_gradient_token
+            _store(dq_a, dq_b, dq, head, exists, query_gradient_rows, COLUMNS, REST, HEAD_SIZE)
+
+    # ------------------------------------------------------------------------------------------------- operators
+
     def launch(
         query: Tensor,
         key: Tensor,
@@ -492,11 +686,12 @@ if importlib.util.find_spec("triton") is not None:
         chosen: Plan | None = None,
     ) -> Tensor:
         """Run the kernel by a plan, the one for these shapes unless one is given; see `temporal_attention`."""
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         tensors = {"query": query, "key": key, "value": value}
         tensors |= _reference(key, reference_key, reference_value, position_key, position_value, scale)
         frames = 0 if reference_key is None else reference_key.shape[1]
-        grid, arguments = _arguments(tensors | {"out": out}, heads, frames, chosen)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        p = chosen or _plan(query, heads, frames, own=3, reference=2)
+        grid, arguments = _arguments(tensors | {"out": out}, heads, frames, p)
         wrap_triton(_temporal_attention)[grid](**arguments)
         return out
 
@@ -513,3 +708,103 @@ if importlib.util.find_spec("triton") is not None:
         scale: Tensor | None = None,
     ) -> Tensor:
         return launch(query, key, value, heads, reference_key, reference_value, position_key, position_value, scale)
+
+    @_operator.register_fake
+    def _(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        reference_key: Tensor | None = None,
+        reference_value: Tensor | None = None,
+        position_key: Tensor | None = None,
+        position_value: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+    def _gradients(query: Tensor, reference_key: Tensor | None, groups: int) -> dict[str, Tensor]:
+        """Memory for what the backward kernel writes."""
+        batch, _, tokens, channels = query.shape
+        shapes = dict.fromkeys(("query", "key", "value"), query.shape)
+        if reference_key is not None:
+            shape = torch.Size((batch, reference_key.shape[1], tokens, channels))
+            shapes |= {"reference_key": shape, "reference_value": shape}
+        gradients = {
+            f"{name}_gradient": torch.empty(shape, dtype=query.dtype, device=query.device)
+            for name, shape in shapes.items()
+        }
+        if reference_key is not None:
+            gradients["scale_gradient"] = torch.empty(
+                (batch, groups, tokens, reference_key.shape[1]), dtype=torch.float32, device=query.device
+            )
+        return gradients
+
+    @torch.library.triton_op("emt::temporal_attention_backward", mutates_args={})
+    def _backward_operator(
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        reference_key: Tensor | None = None,
+        reference_value: Tensor | None = None,
+        position_key: Tensor | None = None,
+        position_value: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> list[Tensor]:
+        tensors = {"query": query, "key": key, "value": value, "gradient": gradient}
+        tensors |= _reference(key, reference_key, reference_value, position_key, position_value, scale)
+        frames = 0 if reference_key is None else reference_key.shape[1]
+        p = _plan(query, heads, frames, own=4, reference=2)
+        gradients = _gradients(query, reference_key, -(-heads // p.heads))
+        unused = dict.fromkeys(("reference_key_gradient", "reference_value_gradient", "scale_gradient"), gradient)
+        grid, arguments = _arguments(tensors | unused | gradients, heads, frames, p)
+        wrap_triton(_temporal_attention_backward)[grid](**arguments)
+        return list(gradients.values())
+
+    @_backward_operator.register_fake
+    def _(
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        reference_key: Tensor | None = None,
+        reference_value: Tensor | None = None,
+        position_key: Tensor | None = None,
+        position_value: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> list[Tensor]:
+        frames = 0 if reference_key is None else reference_key.shape[1]
+        p = _plan(query, heads, frames, own=4, reference=2)
+        return list(_gradients(query, reference_key, -(-heads // p.heads)).values())
+
+    def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *own, heads, reference_key, reference_value, position_key, position_value, scale = inputs
+        ctx.heads = heads
+        ctx.save_for_backward(*own, reference_key, reference_value, position_key, position_value, scale)
+
+    def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *reference = ctx.saved_tensors
+        gradients = torch.ops.emt.temporal_attention_backward(gradient, query, key, value, ctx.heads, *reference)
+        if reference[0] is None:
+            return *gradients, None, None, None, None, None, None
+        *own, key_gradient, value_gradient, scale_gradient = gradients
+        n, scale = reference[0].shape[0], reference[-1]
+
+        def of_reference(x: Tensor) -> Tensor:  # of all samples that share it, in a fixed order
+            x = x * scale.unsqueeze(-1).to(x.dtype)
+            return x if len(x) == n else x.unflatten(0, (-1, n)).sum(0)
+
+        return (
+            *own,
+            None,
+            of_reference(key_gradient),
+            of_reference(value_gradient),
+            key_gradient.sum((0, 2)),
+            value_gradient.sum((0, 2)),
+            scale_gradient.sum(1).transpose(1, 2).to(scale.dtype),
+        )
+
+    _operator.register_autograd(_backward, setup_context=_save)
