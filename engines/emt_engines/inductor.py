@@ -1,0 +1,403 @@
+"""AOTInductor: PyTorch's compiler, ahead of time, into packages that load in seconds.
+
+A package has the compiled code of one part for one size, and no weights: it reads the model's own, where they lie. So
+it is small, all sizes share one set of weights, and what is merged into those, such as a LoRA, shows at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from emt.backend import Recorder, TorchBackend
+from emt.errors import EmtError
+from emt.temporal import MotionFeatures, PreparedMotion
+from emt.unet import TextFeatures
+from emt_engines.manifest import Manifest, Part, Request, Size, sha256_of
+from emt_engines.signature import Function, features_of, function, motion_tensors, text_tensors
+
+if TYPE_CHECKING:
+    from emt.pipeline import MotionTransferPipeline
+
+_PARTS = ("denoise", "reference", "vae_encoder", "vae_decoder")
+#: Pixels that a call of the VAE takes: two frames of 512×512 fill a GPU.
+_VAE_PIXELS = 2 * 512 * 512
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "aot_inductor.package_constants_in_so": False,
+        # Short vectors, such as the four biases of the last convolution, would be written into the code.
+        "always_keep_tensor_constants": True,
+    }
+
+
+class InductorBuilder:
+    """Exports each part for each size and has AOTInductor compile it for the device that it is on."""
+
+    name = "inductor"
+    depends = ("torch", "cuda", "triton", "diffusers")
+    bound = True
+    refits = True
+    opset = None
+
+    def check(self, request: Request) -> None:
+        """Say whether it can be built here.
+
+        Raises:
+            EmtError: a compiler is missing, PyTorch is too old, or a range of sizes is asked for.
+        """
+        from torch._inductor.package import load_package  # noqa: F401
+
+        ranges = [str(size) for size in request.sizes if not size.exact]
+        if ranges:
+            raise EmtError(
+                f"--size has the range {', '.join(ranges)}",
+                "The backend inductor compiles one size after another: list them, as in --size 512x512,768x512.",
+            )
+        problem = missing_compiler() or (missing_toolkit() if request.device.startswith("cuda") else "")
+        if problem:
+            raise EmtError(f"an inductor engine cannot be built here: {problem}", "Ask `emt doctor`.")
+        if "user_managed" not in inspect.signature(_model_class().load_constants).parameters:
+            raise EmtError(f"PyTorch {torch.__version__} is too old for engines", "Install torch 2.8 or newer.")
+
+    def build(
+        self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
+    ) -> list[Part]:
+        """Compile every part for every size into `folder`; see `emt_engines.build.Builder`."""
+        _import_ops()
+        eager = TorchBackend(pipe, graphs=False)
+        eager._prepare_weights(pipe.device)  # the layout in which the packages will read them
+        total = len(request.sizes) * len(_PARTS)
+        parts = []
+        with eager._attention(torch.empty(0, device=pipe.device)), toolchain(request.device):
+            for i, size in enumerate(request.sizes):
+                for j, name in enumerate(_PARTS):
+                    progress(f"compiling {name} for {size}", (i * len(_PARTS) + j) / total)
+                    parts.append(_compile(pipe, request, name, size, folder))
+        return parts
+
+
+@torch.no_grad()
+def _compile(pipe: MotionTransferPipeline, request: Request, name: str, size: Size, folder: Path) -> Part:
+    width, height = size.least
+    most = 2 * request.batch[1]
+    images = images_at_once(request.frames, width, height)
+    # Compiled code takes other numbers of samples, and is tuned for this one: a clip and its guidance.
+    made = function(pipe, name, width=width, height=height, frames=request.frames, samples=2, images=images)
+    ranges = {"frames": (request.frames, request.frames), "width": (width, width), "height": (height, height)}
+    if made.varying:
+        ranges["samples"] = (1, most)
+    elif name.startswith("vae"):
+        ranges = {"images": (images, images), "width": (width, width), "height": (height, height)}
+    exported = _export(made, most)
+    wanted = made.module(*made.inputs.values())
+    file = folder / f"{name}-{size}.pt2"
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=_options())
+    names = _load_package(file, pipe.device).get_constant_fqns()
+    return Part(
+        name=name,
+        file=file.name,
+        sha256=sha256_of(file),
+        shapes=ranges,
+        inputs=made.input_specs(),
+        outputs=made.output_specs([wanted] if isinstance(wanted, Tensor) else wanted),
+        facts={"layout": _layout(_weights(made.module, names)), "orders": [_order(x) for x in made.inputs.values()]},
+    )
+
+
+def _export(made: Function, most: int) -> torch.export.ExportedProgram:
+    dimension = torch.export.Dim(made.varying, min=1, max=most) if made.varying else None
+    shapes = [{0: dimension} if made.varies(name) else None for name in made.inputs]
+    named = [p for p in inspect.signature(made.module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    own, rest = shapes[: len(named)], shapes[len(named) :]
+    return torch.export.export(
+        made.module.eval(), tuple(made.inputs.values()), dynamic_shapes=(*own, tuple(rest)) if rest else tuple(own)
+    )
+
+
+def images_at_once(frames: int, width: int, height: int) -> int:
+    """Images that a call of the VAE takes: as many as fill a GPU, and divide the frames of a clip."""
+    return max(n for n in range(1, frames + 1) if frames % n == 0 and (n == 1 or n * width * height <= _VAE_PIXELS))
+
+
+# ------------------------------------------------------------------------------------------------- weights and layouts
+
+
+def _model_class() -> Any:
+    from torch.export.pt2_archive._package import AOTICompiledModel
+
+    return AOTICompiledModel
+
+
+def _load_package(file: Path, device: torch.device) -> Any:
+    _import_ops()
+    index = device.index if device.type == "cuda" and device.index is not None else -1
+    return torch._inductor.aoti_load_package(str(file), run_single_threaded=True, device_index=index)
+
+
+def _import_ops() -> None:
+    """Register the kernels' ops: a package that calls one that is not there cannot be loaded."""
+    import emt_kernels
+
+    for module in pkgutil.iter_modules(emt_kernels.__path__):
+        importlib.import_module(f"emt_kernels.{module.name}")
+
+
+def _weights(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    return {name: own[name].detach() for name in sorted(names)}
+
+
+def _layout(weights: dict[str, Tensor]) -> str:
+    """A hash of the names, types, shapes and strides of weights, which compiled code takes for granted."""
+    listing = [(name, str(x.dtype), list(x.shape), list(x.stride())) for name, x in weights.items()]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _order(x: Tensor) -> list[int]:
+    """The dimensions of a dense tensor, from the slowest to the fastest in memory."""
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda d: (-strides[d] if x.shape[d] > 1 else -sys.maxsize, d))
+    return order if x.permute(order).is_contiguous() else list(range(x.ndim))
+
+
+def _in_order(x: Tensor, order: Sequence[int]) -> Tensor:
+    """The tensor itself, or a copy whose memory has the dimensions in this order."""
+    permuted = x.permute(*order)
+    if permuted.is_contiguous():
+        return x
+    return permuted.contiguous().permute(*(list(order).index(d) for d in range(x.ndim)))
+
+
+class _Package:
+    """A part, loaded: a function of tensors."""
+
+    def __init__(self, folder: Path, part: Part, module: nn.Module, device: torch.device) -> None:
+        self.part = part
+        self.module = module
+        self.model = _load_package(folder / part.file, device)
+        self.bind()
+
+    def bind(self) -> None:
+        """Have it read the weights where they lie now.
+
+        Raises:
+            EmtError: they are not laid out in memory as they were when it was compiled.
+        """
+        self.weights = _weights(self.module, self.model.get_constant_fqns())  # kept: the package only points at them
+        if _layout(self.weights) != self.part.facts["layout"]:
+            raise EmtError(
+                f"the engine's {self.part.name} was compiled for weights of other shapes, types or strides",
+                "Build the engine again with emt build-engine.",
+            )
+        self.model.load_constants(self.weights, check_full_update=True, user_managed=True)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run it on the inputs of `part.inputs`.
+
+        Raises:
+            ValueError: an input has another shape or type, which it names.
+        """
+        given = []
+        for spec, order, x in zip(self.part.inputs, self.part.facts["orders"], inputs, strict=True):
+            fits = len(spec.shape) == x.ndim and all(
+                wanted == found for wanted, found in zip(spec.shape, x.shape) if isinstance(wanted, int)
+            )
+            if not fits or str(x.dtype) != f"torch.{spec.dtype}":
+                raise ValueError(
+                    f"{spec.name} is {x.dtype} {tuple(x.shape)}, the engine takes {spec.dtype} {spec.shape}"
+                )
+            given.append(_in_order(x, order))
+        found = self.model(*given)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class InductorBackend(TorchBackend):
+    """Runs an engine of AOTInductor; on a CUDA GPU its calls are recorded as CUDA graphs, as those of PyTorch are.
+
+    Args:
+        folder: The engine.
+        manifest: Its manifest, which matches (`Manifest.match`).
+        pipe: The model, whose weights it reads.
+        recorder: As `TorchBackend` has it.
+    """
+
+    name = "inductor"
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        pipe: MotionTransferPipeline,
+        *,
+        recorder: Callable[[], Recorder] | None = None,
+    ) -> None:
+        super().__init__(pipe, recorder=recorder)
+        self.folder, self.manifest = folder, manifest
+        self._packages: dict[str, _Package] = {}
+
+    def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
+        """Read the motion of references, one after another.
+
+        Raises:
+            EmtError: the engine has no such shape.
+        """
+        self._prepare_weights(latents.device)
+        part = self._find("reference", frames=latents.shape[2], **self._pixels(latents))
+        count = latents.shape[0]
+        times = torch.as_tensor(timestep, device=latents.device).float().expand(count)
+        names = [spec.name for spec in part.outputs]
+        found = [self._package(part)([latents[i : i + 1], times[i : i + 1], text[i : i + 1]]) for i in range(count)]
+        return features_of(dict(zip(names, (torch.cat(x) if count > 1 else x[0] for x in zip(*found)))))
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1.
+
+        Raises:
+            EmtError: the engine has no such shape.
+        """
+        found = self._in_parts("vae_encoder", images, height=images.shape[2], width=images.shape[3])
+        mean, std = (torch.cat(x) for x in zip(*found))
+        return mean, std
+
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, h, w) from about -1 to 1 of latents (n, channels, h/8, w/8), not scaled.
+
+        Raises:
+            EmtError: the engine has no such shape.
+        """
+        return torch.cat([image for (image,) in self._in_parts("vae_decoder", latents, **self._pixels(latents))])
+
+    def _in_parts(self, name: str, x: Tensor, height: int, width: int) -> Iterator[tuple[Tensor, ...]]:
+        part = self._find(name, height=height, width=width)
+        at_once = part.shapes["images"][0]
+        if x.shape[0] % at_once:
+            raise EmtError(
+                f"the engine's {name} takes {at_once} images at once, which do not divide {x.shape[0]}",
+                f"Its clips have {self.manifest.frames} frames.",
+            )
+        for chunk in x.split(at_once):
+            yield self._package(part)([chunk])
+
+    def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
+        if not self._records(sample.device):
+            self._prepare_weights(sample.device)
+        tensors = motion_tensors(motion) if motion is not None else {}
+        count = next((x.shape[0] for name, x in tensors.items() if name.endswith("/key")), 1)
+        batch = sample.shape[0]
+        part = self._find(
+            "denoise" if motion is not None else "denoise_without_reference",
+            samples=batch // count,
+            frames=sample.shape[2],
+            **self._pixels(sample),
+        )
+        package = self._package(part)
+        times = torch.as_tensor(timestep, device=sample.device).float().expand(batch)
+        prompts = list(text_tensors(text).values())
+        found = []
+        for i in range(count):  # sample j follows reference j mod count
+            own = [x if "/position_" in name or count == 1 else x[i : i + 1] for name, x in tensors.items()]
+            found.append(package([sample[i::count], times[i::count], *(x[i::count] for x in prompts), *own])[0])
+        return found[0] if count == 1 else torch.stack(found, dim=1).flatten(0, 1)
+
+    # ------------------------------------------------------------------------------------------------------- packages
+
+    def _pixels(self, latents: Tensor) -> dict[str, int]:
+        factor = self.pipe.vae_scale_factor
+        return {"height": latents.shape[-2] * factor, "width": latents.shape[-1] * factor}
+
+    def _find(self, name: str, **shape: int) -> Part:
+        for part in self.manifest.parts:
+            if part.name == name and all(part.shapes[d][0] <= n <= part.shapes[d][1] for d, n in shape.items()):
+                return part
+        asked = ", ".join(f"{dimension} {n}" for dimension, n in shape.items())
+        raise EmtError(
+            f"the engine has no {name} for {asked}; its sizes are {', '.join(map(str, self.manifest.sizes))} of "
+            f"{self.manifest.frames} frames, up to {2 * self.manifest.batch[1]} samples",
+            "Build one that has it with emt build-engine.",
+        )
+
+    def _package(self, part: Part) -> _Package:
+        package = self._packages.get(part.file)
+        if package is None:
+            module = nn.Module()
+            module.unet, module.vae = self.unet, self.pipe.vae
+            package = self._packages[part.file] = _Package(self.folder, part, module, self.pipe.device)
+        return package
+
+    def _prepare_weights(self, device: torch.device) -> None:
+        before = self._weights
+        super()._prepare_weights(device)
+        if self._weights is not before:
+            for package in self._packages.values():
+                package.bind()
+
+
+# ---------------------------------------------------------------------------------------------------------- compilers
+
+
+def missing_compiler() -> str:
+    """What is wrong with this machine's C++ compiler; empty if nothing is."""
+    name = os.environ.get("CXX", "g++")
+    return "" if shutil.which(name) else f"there is no C++ compiler ({name})"
+
+
+def _cuda_home() -> Path | None:
+    from torch.utils import cpp_extension
+
+    bundled = Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{(torch.version.cuda or '').split('.')[0]}"
+    candidates = [Path(cpp_extension.CUDA_HOME)] if cpp_extension.CUDA_HOME else []
+    return next((home for home in [*candidates, bundled] if (home / "include" / "cuda_runtime_api.h").is_file()), None)
+
+
+def missing_toolkit() -> str:
+    """What is missing of CUDA's headers; empty if nothing is."""
+    return "" if _cuda_home() else "there are no headers of CUDA's toolkit (set CUDA_HOME to where it is)"
+
+
+@contextlib.contextmanager
+def toolchain(device: str) -> Iterator[None]:
+    """Lets the compiler find CUDA's headers, and the driver's library, which only its own name lacks in many places."""
+    home = _cuda_home() if device.startswith("cuda") else None
+    if home is None:
+        yield
+        return
+    from torch.utils import cpp_extension
+
+    torch.cuda.init()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    driver = next((line.split()[-1] for line in maps.splitlines() if "libcuda.so" in line), None)
+    before, found = dict(os.environ), cpp_extension.CUDA_HOME
+    with tempfile.TemporaryDirectory() as folder:
+        if driver:
+            (Path(folder) / "libcuda.so").symlink_to(driver)
+        cpp_extension.CUDA_HOME = str(home)
+        paths = [folder, str(home / "lib64"), str(home / "lib"), *before.get("LIBRARY_PATH", "").split(os.pathsep)]
+        os.environ["LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
+        try:
+            yield
+        finally:
+            cpp_extension.CUDA_HOME = found
+            if "LIBRARY_PATH" in before:
+                os.environ["LIBRARY_PATH"] = before["LIBRARY_PATH"]
+            else:
+                del os.environ["LIBRARY_PATH"]

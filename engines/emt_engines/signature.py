@@ -1,0 +1,209 @@
+"""The functions that an engine compiles, with flat tensors in and out under names that do not change.
+
+| part | inputs | outputs |
+|---|---|---|
+| denoise | sample, timestep, text/…, motion/… | prediction |
+| denoise_without_reference | sample, timestep, text/… | prediction |
+| reference | latents, timestep, text | feature/… |
+| vae_encoder | images | mean, std |
+| vae_decoder | latents | images |
+
+An engine takes one reference at a time: its samples all follow that one, so that a clip needs one copy of its motion
+whatever the batch. Samples of several references are as many calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from emt.temporal import MotionFeatures, PreparedMotion, PreparedReference
+from emt.unet import MotionTransferUNet, TextFeatures
+from emt_engines.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from emt.pipeline import MotionTransferPipeline
+
+_PAIR = ("key", "value")
+_FIELDS = tuple(f.name for f in fields(PreparedReference))
+
+
+def text_tensors(text: TextFeatures) -> dict[str, Tensor]:
+    """Keys and values of a prompt, by the name of the input: ``text/<transformer>/key``."""
+    return {f"text/{path}/{side}": x for path, pair in text.layers.items() for side, x in zip(_PAIR, pair)}
+
+
+def motion_tensors(motion: PreparedMotion) -> dict[str, Tensor]:
+    """A reference's tensors, by the name of the input: ``motion/<motion module>/<0 or 1>/<field>``."""
+    return {
+        f"motion/{path}/{i}/{name}": getattr(prepared, name)
+        for path, pair in motion.layers.items()
+        for i, prepared in enumerate(pair)
+        for name in _FIELDS
+    }
+
+
+def feature_tensors(features: MotionFeatures) -> dict[str, Tensor]:
+    """What a reference pass read, by the name of the output: ``feature/<motion module>/<0 or 1>``."""
+    return {f"feature/{path}/{i}": x for path, pair in features.layers.items() for i, x in enumerate(pair)}
+
+
+def features_of(tensors: Mapping[str, Tensor]) -> MotionFeatures:
+    """The inverse of `feature_tensors`."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        layers.setdefault(name.split("/")[1], []).append(tensor)
+    return MotionFeatures({path: (pair[0], pair[1]) for path, pair in layers.items()})
+
+
+class Denoise(nn.Module):
+    """The network, taking text and motion as the tensors of `text_tensors` and `motion_tensors`, in order."""
+
+    def __init__(self, unet: MotionTransferUNet, text: Sequence[str], motion: Sequence[str]) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text, self.motion = tuple(text), tuple(motion)
+
+    def forward(self, sample: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
+        """(samples, channels, frames, height, width) and (samples,) → the prediction, shaped as the sample."""
+        text: dict[str, list[Tensor]] = {}
+        motion: dict[str, list[dict[str, Tensor]]] = {}
+        for name, tensor in zip(self.text + self.motion, tensors, strict=True):
+            kind, path, *rest = name.split("/")
+            if kind == "text":
+                text.setdefault(path, []).append(tensor)
+            else:
+                motion.setdefault(path, [{}, {}])[int(rest[0])][rest[1]] = tensor
+        features = TextFeatures({path: (pair[0], pair[1]) for path, pair in text.items()})
+        prepared = PreparedMotion({p: (PreparedReference(**a), PreparedReference(**b)) for p, (a, b) in motion.items()})
+        return self.unet(sample, timestep, features, prepared if motion else None)
+
+
+class Reference(nn.Module):
+    """The reference pass, returning the tensors of `feature_tensors`, in order."""
+
+    def __init__(self, unet: MotionTransferUNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """(1, channels, frames, height, width), (1,) and (1, tokens, width) → features."""
+        return tuple(feature_tensors(self.unet.encode_reference(latents, timestep, text)).values())
+
+
+class VaeEncoder(nn.Module):
+    """The VAE's encoder."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, 3, height, width) from -1 to 1 → mean and standard deviation (images, channels, h/8, w/8)."""
+        posterior = self.vae.encode(images).latent_dist
+        return posterior.mean, posterior.std
+
+
+class VaeDecoder(nn.Module):
+    """The VAE's decoder."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(images, channels, h/8, w/8), not scaled → (images, 3, height, width)."""
+        return self.vae.decode(latents).sample
+
+
+@dataclass
+class Function:
+    """A part to compile: the module, example inputs by name, and the names of its outputs.
+
+    `varying` names the dimension that varies in all inputs that have it first: `samples`; empty if none does.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+    varying: str = ""
+
+    def varies(self, name: str) -> bool:
+        """Whether the first dimension of an input varies."""
+        return bool(self.varying) and not name.startswith("motion/")
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """The inputs as a manifest tells of them."""
+        return tuple(self._spec(name, x, self.varies(name)) for name, x in self.inputs.items())
+
+    def output_specs(self, outputs: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
+        """The outputs, of which `outputs` are examples, as a manifest tells of them."""
+        return tuple(self._spec(name, x, bool(self.varying)) for name, x in zip(self.outputs, outputs, strict=True))
+
+    def _spec(self, name: str, x: Tensor, varies: bool) -> TensorSpec:
+        shape: list[int | str] = list(x.shape)
+        if varies:
+            shape[0] = self.varying
+        return TensorSpec(name, str(x.dtype).removeprefix("torch."), tuple(shape))
+
+
+@torch.no_grad()
+def function(
+    pipe: MotionTransferPipeline,
+    name: str,
+    *,
+    width: int,
+    height: int,
+    frames: int,
+    samples: int = 1,
+    images: int = 1,
+    prepare: Callable[[MotionFeatures], PreparedMotion] | None = None,
+) -> Function:
+    """One part of an engine for a size, with examples of its inputs laid out in memory as they will be.
+
+    Args:
+        pipe: The model, on its device.
+        name: Of the part, see `emt_engines.manifest.Part`.
+        width: Pixels.
+        height: Pixels.
+        frames: Of a clip.
+        samples: Of the example, for the denoising parts.
+        images: Of the example, for the parts of the VAE.
+        prepare: What prepares motion at run time, if not the features themselves.
+    """
+    unet, factor = pipe.unet, pipe.vae_scale_factor
+    options: dict[str, Any] = {"device": pipe.device, "dtype": unet.dtype}
+    grid = height // factor, width // factor
+
+    def clips(count: int) -> Tensor:
+        return torch.randn(count, unet.config.in_channels, frames, *grid, **options)
+
+    def text(count: int) -> Tensor:
+        return torch.randn(count, pipe.tokenizer.model_max_length, unet.config.cross_attention_dim, **options)
+
+    def times(count: int) -> Tensor:
+        return torch.full((count,), 400.0, device=pipe.device)
+
+    if name == "reference":
+        inputs = {"latents": clips(1), "timestep": times(1), "text": text(1)}
+        layers = [f"feature/{path}/{i}" for path in unet.fusion_modules() for i in (0, 1)]
+        return Function(Reference(unet), inputs, tuple(layers))
+    if name == "vae_encoder":
+        pixels = torch.randn(images, 3, height, width, **options)
+        return Function(VaeEncoder(pipe.vae), {"images": pixels}, ("mean", "std"))
+    if name == "vae_decoder":
+        latents = torch.randn(images, unet.config.in_channels, *grid, **options)
+        return Function(VaeDecoder(pipe.vae), {"latents": latents}, ("images",))
+    prompts = text_tensors(unet.encode_text(text(samples)))
+    motion = {}
+    if name == "denoise":
+        features = unet.encode_reference(clips(1), times(1), text(1))
+        motion = motion_tensors(prepare(features) if prepare else features.prepare(unet))
+    inputs = {"sample": clips(samples), "timestep": times(samples), **prompts, **motion}
+    return Function(Denoise(unet, tuple(prompts), tuple(motion)), inputs, ("prediction",), "samples")
