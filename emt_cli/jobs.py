@@ -85,7 +85,7 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def identify(job: Job, *, reference: str, model: str, precision: str) -> str:
+def identify(job: Job, *, reference: str, model: str, precision: str, method: str = "") -> str:
     """The identity of a job: a hash over everything that decides its frames.
 
     Args:
@@ -93,8 +93,13 @@ def identify(job: Job, *, reference: str, model: str, precision: str) -> str:
         reference: SHA-256 of the reference's content.
         model: SHA-256 of the model's files.
         precision: The precision asked for.
+        method: How it is made if not as usual.
     """
-    return digest("job", ARITHMETIC, reference, job.prompt, job.seed, job.settings.as_dict(), model, precision)
+    settings = job.settings.as_dict()
+    if job.settings.best_of == 1:
+        del settings["best_of"]  # clips made before there was a choice are still these jobs'
+    values = [reference, job.prompt, job.seed, settings, model, precision, *([method] if method else [])]
+    return digest("job", ARITHMETIC, *values)
 
 
 def slug(text: str, limit: int = 80) -> str:

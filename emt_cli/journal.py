@@ -2,20 +2,24 @@
 
 `OUT/journal.jsonl` has one JSON object a line, only ever appended. Lines with `"event": "job"` tell of a job:
 
-    state       done | failed
+    state       done | failed | dropped (made, but below the thresholds of `emt make-pairs`)
     output      the clip, relative to OUT (done, and failed where it is known)
     id          the job's identity (see `emt_cli.jobs.identify`)
     reference, reference_sha256, prompt, seed, settings, model, model_sha256, precision, device, engine, batch
                 what made it: the record that the clip and its sidecar carry too
-    timings     seconds: decode, reference (once for a reference), steps, vae (a batch's share), encode
+    best_of     where several were made: the job's own seed, `first_seed`, and the seed and motion_fidelity (or
+                error) of all `candidates`; `seed` is that of the clip that was kept
+    motion_fidelity, temporal_consistency   of a clip that `emt make-pairs` has measured
+    timings     seconds: decode, reference (once for a reference), steps, vae (a batch's share), encode, and measure
+                where the motion was; of all candidates together
     peak_memory bytes: of the device on a GPU, of the process on a CPU
     bytes, mtime_ns   of the clip when it was finished
     adopted     true if a run before this one had made the clip and ended before it could say so
-    error, hint, origin   of a failed job: what is wrong, what to do, where the job was read
+    error, hint, origin   of a failed job: what is wrong, what to do, where the job was read; of a dropped one why
     finished    UTC time, ISO 8601
 
-Lines with `"event": "run"` end a run: done, skipped, failed, seconds, device, device_wait (the share of the time
-between the first and the last batch in which the device waited for data).
+Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds, device,
+device_wait (the share of the time between the first and the last batch in which the device waited for data).
 
 **What a crash leaves.** For each job the order is: clip (written beside, synced, renamed), sidecar `<clip>.json` (the
 same way), journal line (one write, synced). So a line never tells of a clip that is not whole; a clip without a
@@ -91,12 +95,11 @@ class Journal:
             self._repair()
         except OSError as error:
             raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
+        lines = [line for line in read(out) if isinstance(line.get("output"), str)]
         #: The last `done` line of each output.
-        self.finished = {
-            line["output"]: line
-            for line in read(out)
-            if line.get("state") == "done" and isinstance(line.get("output"), str)
-        }
+        self.finished = {line["output"]: line for line in lines if line.get("state") == "done"}
+        #: The last `dropped` line of each output.
+        self.dropped = {line["output"]: line for line in lines if line.get("state") == "dropped"}
 
     def _repair(self) -> None:
         """Cut off a last line that a crash left half-written, or end it if only its line break is missing."""

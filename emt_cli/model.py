@@ -99,9 +99,9 @@ class Model:
         return (1 if half else 2) * (weights + clips * _ACTIVATION * channels * pixels)
 
     def seconds(self, settings: Settings, gpu: bool) -> float:
-        """Estimated time of a clip; a model, not a measurement."""
+        """Estimated time of a job; a model, not a measurement."""
         flop = _FLOP * self.parameters.get("unet", 0) * work(settings.as_dict())
-        return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps)
+        return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps * settings.best_of)
 
     def size_that_fits(self, settings: Settings, available: float, half: bool) -> str:
         """Options of a smaller clip that should fit, of one that needs more than is available."""
@@ -117,9 +117,10 @@ class Model:
 
 
 def work(settings: Mapping[str, Any]) -> float:
-    """What the time of a clip is in proportion to: latent positions of its frames, guidance and steps."""
+    """What the time of a job is in proportion to: latent positions of a clip, guidance, steps and candidates."""
     passes = 1 if settings["guidance"] == 1 else 2
-    return settings["frames"] * settings["height"] * settings["width"] / 64 * passes * settings["steps"]
+    positions = settings["frames"] * settings["height"] * settings["width"] / 64
+    return positions * passes * settings["steps"] * settings.get("best_of", 1)
 
 
 @dataclass(frozen=True)

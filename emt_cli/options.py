@@ -92,6 +92,10 @@ class Settings:
         float | None, _clip("Frames per second of the result. Default: the reference's pace.", min=0.1, max=240.0)
     ] = None
     format: Annotated[Format, _clip("Format of the result. Default: mp4.")] = Format.MP4
+    best_of: Annotated[
+        int,
+        _clip("Make so many clips, with the seed and those after it, and keep the truest motion.", min=1, max=64),
+    ] = 1
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -16,6 +16,7 @@ import typer
 
 from emt.errors import EmtError
 from emt_cli import journal
+from emt_cli.best_of import check_tracking
 from emt_cli.cache import ContentIndex, default_dir
 from emt_cli.jobs import Item, Job, Rejected, check_readable, expand, identify, output_name, printable
 from emt_cli.model import Experience, Model, clip_bytes, find_model, work
@@ -166,6 +167,7 @@ def _planned(
         line = PlannedJob(item, "open", output, identity)
         try:
             model.check(item.settings)
+            check_tracking(item)
             needed = (item.settings.frames - 1) * (item.settings.stride or 1) + 1
             if frames < needed:
                 problem = f"{item.reference.name} has {frames} frames, but {needed} are needed"
@@ -242,6 +244,8 @@ def _print_table(plan: Plan) -> None:
         title = job.output or " ".join(part for part in (item.origin, str(item.reference), item.prompt[:60]) if part)
         style = {"problem": "red", "done": "green"}.get(job.state, "")
         note = f"{job.error.problem}. {job.error.hint}" if job.error else ""
+        if not note and isinstance(item, Job) and item.settings.best_of > 1:
+            note = f"the best of {item.settings.best_of}"
         seconds = duration(job.seconds) if job.state == "open" else ""
         table.add_row(Text(job.state, style), Text(printable(title)), seconds, Text(printable(note)))
     console.print(table)

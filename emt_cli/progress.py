@@ -11,12 +11,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from emt_cli.best_of import describe_choice
 from emt_cli.jobs import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-MARKS = {"done": "done", "skipped": "have", "failed": "FAILED"}
+MARKS = {"done": "done", "skipped": "have", "failed": "FAILED", "dropped": "dropped"}
 _TABLE_ROWS = 40
 
 
@@ -64,14 +65,15 @@ class Watcher:
                 print(printable(text), file=sys.stderr, flush=True)
 
     def job(self, line: dict[str, Any]) -> None:
-        """A job has ended: `line` is the journal's, its state done, skipped or failed."""
+        """A job has ended: `line` is the journal's, its state done, skipped, dropped or failed."""
         with self._guard:
             self.finished.append(line)
             state, count = line["state"], len(self.finished)
-            self._made += state == "done"
+            self._made += state in ("done", "dropped")
             if state == "failed" or not self._bars:
                 place = f"[{count}/{self.total}]" if self.total else f"[{count}]"
-                self.say(f"{place} {MARKS[state]} {_title(line)}" + (f": {_reason(line)}" if state == "failed" else ""))
+                note = _note(line)
+                self.say(f"{place} {MARKS[state]} {_title(line)}" + (f": {note}" if note else ""))
             if self._bars:
                 minutes = (time.monotonic() - self._started) / 60
                 note = f"{self._made / minutes:.1f} clips/min" if self._made else ""
@@ -101,6 +103,7 @@ class Watcher:
         if on_terminal and self.finished:
             self._table()
         text = f"{line['done']} done, {line['skipped']} already there, {line['failed']} failed"
+        text += f", {line['dropped']} dropped" if "dropped" in line else ""
         text += f" in {duration(line['seconds'])}"
         if line.get("device_wait") is not None:
             text += f"; the device ({line['device']}) waited {line['device_wait']:.1%} of the time"
@@ -112,13 +115,13 @@ class Watcher:
         from rich.text import Text
 
         table = Table("", "clip", "seconds", "")
-        ordered = sorted(self.finished, key=lambda line: ("failed", "done", "skipped").index(line["state"]))
+        order = ("failed", "dropped", "done", "skipped")
+        ordered = sorted(self.finished, key=lambda line: order.index(line["state"]))
         for line in ordered[:_TABLE_ROWS]:
             timings = line.get("timings") or {}
             seconds = f"{sum(timings.values()):.1f}" if line["state"] == "done" and timings else ""
             style = {"failed": "red", "done": "green"}.get(line["state"], "")
-            note = _reason(line) if line["state"] == "failed" else ""
-            table.add_row(Text(MARKS[line["state"]], style), Text(_title(line)), seconds, Text(printable(note)))
+            table.add_row(Text(MARKS[line["state"]], style), Text(_title(line)), seconds, Text(printable(_note(line))))
         console = Console(stderr=True)
         console.print(table)
         if len(ordered) > _TABLE_ROWS:
@@ -131,6 +134,11 @@ def _title(line: dict[str, Any]) -> str:
     prompt = line.get("prompt") or ""
     parts = [line.get("origin"), line.get("reference"), f'"{prompt[:60]}"' if prompt else ""]
     return printable(" ".join(part for part in parts if part))
+
+
+def _note(line: dict[str, Any]) -> str:
+    """What else there is to say of a job: why it failed or was dropped, or which candidate was kept."""
+    return _reason(line) if line["state"] in ("failed", "dropped") else describe_choice(line)
 
 
 def _reason(line: dict[str, Any]) -> str:

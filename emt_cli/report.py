@@ -40,7 +40,10 @@ _LONGEST = 512  # pixels, of a copy's longer side
 _POSTER = 256
 _PLAYABLE = (".mp4", ".webm")  # what every browser plays as it is
 _VIEW = ("frames", "height", "width", "fit", "start", "duration", "stride")
-_MADE = ("model", "engine", "device", "precision", "timings", "peak_memory", "batch", "adopted", "finished", "id")
+_MADE = (
+    *("best_of", "model", "engine", "device", "precision", "timings", "peak_memory"),
+    *("batch", "adopted", "finished", "id"),
+)
 _MEASURES = ("motion_fidelity", "camera", "temporal_consistency", "text_alignment", "leakage")
 _UNREADABLE = (EmtError, OSError, ValueError)
 

@@ -78,8 +78,13 @@ def rerun(
     except Exception as error:
         raise generator.explain(error, job) from None
     new = generator.record(job, identity, reference_sha256, batch)
+    new |= {name: record[name] for name in _KEPT if name in record}
     write_result(output, clips[index], playback_rate(job, frames.fps), new)
     typer.echo(output)
+
+
+#: What a run found out about a clip, and making it again does not.
+_KEPT = ("best_of", "motion_fidelity", "temporal_consistency")
 
 
 def _find_record(result: Path) -> dict[str, Any]:

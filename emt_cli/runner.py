@@ -24,13 +24,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
 from emt.files import write_atomically
+from emt_cli.best_of import Candidate, Contest, check_tracking
 from emt_cli.cache import ContentIndex, MotionCache
 from emt_cli.device import is_out_of_memory
 from emt_cli.generator import Generator, describe, playback_rate, read_reference
@@ -43,7 +44,9 @@ from emt_cli.results import read_record, sidecar, state_on_disk, write_result
 if TYPE_CHECKING:
     import numpy as np
 
+    from emt.evaluate.tracks import Tracklets
     from emt.pipeline import Motion
+    from emt.train.teacher import Filter
     from emt.video import Clip
 
 _READERS = _WRITERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # ffmpeg has threads of its own
@@ -65,6 +68,8 @@ class _Reference:
         self.fps = 0.0
         self.seconds: dict[str, float] = {}  # not yet in a job's timings
         self._release: Callable[[], None] | None = release
+        self._tracklets: Tracklets | None = None
+        self._guard = threading.Lock()
 
     def release(self) -> None:
         """Let the feeder have another reference read ahead."""
@@ -72,15 +77,36 @@ class _Reference:
             self._release()
             self._release = None
 
+    def read(self, index: ContentIndex) -> Clip:
+        """Its frames.
+
+        Raises:
+            EmtError: they cannot be read, or are no longer those that its hash was taken of.
+        """
+        clip = read_reference(self.job)
+        if index.sha256(self.job.reference) != self.sha256:
+            raise EmtError(f"{self.job.reference.name} changed while it was read", "Run again.")
+        return clip
+
+    def tracklets(self, index: ContentIndex) -> Tracklets:
+        """How its points move, tracked when it is first asked for; threads may ask."""
+        from emt.evaluate.tracks import track
+
+        with self._guard:
+            if self._tracklets is None:
+                self._tracklets = track(self.read(index).frames)
+            return self._tracklets
+
 
 @dataclass
 class _Task:
-    """A job that is to be done."""
+    """A job that is to be done, or a candidate in the contest of one."""
 
     job: Job
     identity: str
     output: PurePosixPath
     reference: _Reference
+    contest: Contest | None = None
 
     @property
     def line(self) -> dict[str, Any]:
@@ -110,6 +136,9 @@ class Runner:
         batch_size: Clips in a batch; None to measure what fits.
         overwrite: Do finished jobs again.
         json: Write a JSON line for each job to standard output, not the path of its clip.
+        filter: Drops clips that do not pass; None keeps all.
+        method: How clips are made if not as usual; part of each job's identity.
+        quiet: Write nothing to standard output.
     """
 
     def __init__(
@@ -124,7 +153,11 @@ class Runner:
         batch_size: int | None = None,
         overwrite: bool = False,
         json: bool = False,
+        filter: Filter | None = None,
+        method: str = "",
+        quiet: bool = False,
     ) -> None:
+        self.filter, self.method, self.quiet = filter, method, quiet
         self.journal, self.generator, self.index = journal, generator, index
         self.motions, self.watcher = motions, watcher
         self.precision, self.batch_size, self.overwrite, self.json = precision, batch_size, overwrite, json
@@ -171,6 +204,8 @@ class Runner:
 
     def _end(self, seconds: float) -> None:
         states = {state: self.summary.counts[state] for state in ("done", "skipped", "failed")}
+        if self.filter:
+            states["dropped"] = self.summary.counts["dropped"]
         line = {"event": "run", **states, "seconds": round(seconds, 3), "interrupted": self.summary.interrupted}
         if self._last_batch > self._first_batch:
             line["device"] = self.generator.device.name
@@ -225,7 +260,8 @@ class Runner:
         try:
             self.generator.model.check(job.settings)
             sha256 = self.index.sha256(job.reference)
-            identity = identify(job, reference=sha256, model=self.generator.model_sha256, precision=self.precision)
+            how = {"model": self.generator.model_sha256, "precision": self.precision, "method": self.method}
+            identity = identify(job, reference=sha256, **how)
             output = output_name(job, sha256)
             twin = self._seen.get(output)
             if twin not in (None, identity):
@@ -235,14 +271,18 @@ class Runner:
                 self._report_as_twin(line)
                 return None
             self._seen[output] = identity
+            check_tracking(job)
             clip = self.journal.out / output
             known = self.journal.finished.get(str(output))
             state = "open" if self.overwrite else state_on_disk(known, clip, job, identity)
             if state == "made":
                 self._adopt(line, clip)
-            if state == "open":
+            if self.filter and not self.overwrite and (reason := self._drop_again(line, clip, state)):
+                self._report({**line, "state": "dropped", "error": reason})
+            elif state == "open":
                 return _Task(job, identity, output, _Reference(job, sha256, self._ahead.release))
-            self._report({**line, "state": "skipped"})
+            else:
+                self._report({**line, "state": "skipped"})
         except (EmtError, OSError) as error:
             self._fail(line, self.generator.explain(error, job))
         return None
@@ -252,6 +292,18 @@ class Runner:
         record = read_record(clip)
         write_atomically(sidecar(clip), dumps(record) + b"\n")
         self._log_done({**line, **record, "adopted": True}, clip)
+
+    def _drop_again(self, line: dict[str, Any], clip: Path, state: str) -> str:
+        """Why a job of an earlier run does not pass this run's filter, by what was measured then; empty if it may."""
+        assert self.filter is not None
+        known = (self.journal.dropped if state == "open" else self.journal.finished).get(line["output"], {})
+        if known.get("id") != line["id"] or "motion_fidelity" not in known:
+            return ""
+        reason = self.filter.reason(known["motion_fidelity"], known["temporal_consistency"])
+        if reason and state != "open":
+            self.journal.append({**known, "state": "dropped", "error": reason})
+            _remove_result(clip)
+        return reason
 
     # ---- readers ------------------------------------------------------------------------------------------------
 
@@ -264,10 +316,8 @@ class Runner:
                 if kept:
                     source: tuple[Clip | Motion, float, bool] = (*kept, True)
                 else:
-                    clip = read_reference(reference.job)
+                    clip = reference.read(self.index)
                     source = clip, clip.fps, False
-                    if self.index.sha256(reference.job.reference) != reference.sha256:
-                        raise EmtError(f"{reference.job.reference.name} changed while it was read", "Run again.")
                 reference.seconds["decode"] = time.monotonic() - begun
                 reference.source.set_result(source)
             except BaseException as error:  # it is raised where the reference is used
@@ -286,9 +336,12 @@ class Runner:
             if task == "end":
                 return
             if isinstance(task, _Task) and self._encode(task):
-                batch.append(task)
-                if len(batch) >= self._limit(task.job):
-                    batch = self._finish(batch)
+                for candidate in _candidates(task):
+                    batch.append(candidate)
+                    if len(batch) >= self._limit(task.job):
+                        batch = self._finish(batch)
+                    if self._stopping:
+                        break
 
     def _finish(self, batch: list[_Task]) -> list[_Task]:
         """Run a batch that an interrupt lets finish; returns the next one, empty."""
@@ -334,7 +387,7 @@ class Runner:
                 reference.release()
                 del reference.source
         if isinstance(reference.motion, EmtError):
-            self._fail(task.line, reference.motion)
+            self._fail_task(task, reference.motion)
             return False
         return True
 
@@ -372,13 +425,13 @@ class Runner:
             clips, timings, peak = self.generator.generate(jobs, motions, on_step)  # type: ignore[arg-type]
         except NonFiniteError as error:
             for place in error.clips:
-                self._fail(tasks[place].line, NonFiniteError([0], [jobs[place].seed]))
+                self._fail_task(tasks[place], NonFiniteError([0], [jobs[place].seed]))
             rest = [task for place, task in enumerate(tasks) if place not in error.clips]
             return rest, max(1, len(rest))
         except Exception as error:
             size = len(tasks) // 2 if is_out_of_memory(error) else 1
             if len(tasks) == 1:
-                self._fail(tasks[0].line, self.generator.explain(error, jobs[0]))
+                self._fail_task(tasks[0], self.generator.explain(error, jobs[0]))
                 tasks = []
             elif is_out_of_memory(error):
                 self._limits[jobs[0].shape] = size
@@ -389,7 +442,8 @@ class Runner:
             for place, (task, frames) in enumerate(zip(tasks, clips)):
                 batch = {"size": len(tasks), "index": place, "shared_reference": shared}
                 once = {name: task.reference.seconds.pop(name, 0.0) for name in ("decode", "reference")}
-                self._hand_over(partial(self._save, task, frames, batch, {**once, **timings}, peak))
+                work = self._enter if task.contest else self._save
+                self._hand_over(partial(work, task, frames, batch, {**once, **timings}, peak))
             tasks = []
         finally:
             self._last_batch = time.monotonic()
@@ -410,7 +464,7 @@ class Runner:
             return True
         for task in tasks:
             problem = f"no space left on the disk of {self.journal.out}"
-            self._fail(task.line, EmtError(problem, "Free some, or name another folder with --out."))
+            self._fail_task(task, EmtError(problem, "Free some, or name another folder with --out."))
         return False
 
     def _hand_over(self, work: Callable[[], None]) -> None:
@@ -429,18 +483,64 @@ class Runner:
                 del work  # the frames
                 self._to_write.task_done()
 
+    def _enter(
+        self, task: _Task, frames: np.ndarray, batch: dict[str, Any], timings: dict[str, float], peak: int
+    ) -> None:
+        """Measure a candidate; the last one of its contest settles it."""
+        from emt.evaluate.motion import tracklet_fidelity
+        from emt.evaluate.tracks import track
+
+        assert task.contest is not None
+        begun = time.monotonic()
+        try:
+            fidelity = tracklet_fidelity(task.reference.tracklets(self.index), track(frames))
+        except Exception as error:
+            self._fail_task(task, self.generator.explain(error, task.job))
+            return
+        timings["measure"] = time.monotonic() - begun
+        if task.contest.enter(Candidate(task.job.seed, frames, batch, fidelity), timings, peak):
+            self._settle(task)
+
+    def _settle(self, task: _Task) -> None:
+        """All candidates of a job have ended: save the best, or fail with the last one's error."""
+        contest = task.contest
+        assert contest is not None
+        if contest.best is None:
+            assert contest.error is not None
+            self._fail(replace(task, job=contest.job).line, contest.error)
+            return
+        best = contest.best
+        winner = replace(task, job=replace(task.job, seed=best.seed))
+        self._save(winner, best.frames, dict(best.batch), dict(contest.timings), contest.peak)
+
     def _save(
         self, task: _Task, frames: np.ndarray, batch: dict[str, Any], timings: dict[str, float], peak: int
     ) -> None:
-        """Write a clip, its sidecar and its line, in this order (see `emt_cli.journal`)."""
-        begun = time.monotonic()
+        """Write a clip, its sidecar and its line, in this order (see `emt_cli.journal`); unless it is dropped."""
         clip = self.journal.out / task.output
         record = self.generator.record(task.job, task.identity, task.reference.sha256, batch)
+        record |= task.contest.record() if task.contest else {}
+        reason = ""
         try:
-            write_result(clip, frames, playback_rate(task.job, task.reference.fps), record)
-            timings["encode"] = time.monotonic() - begun
+            if self.filter:
+                begun = time.monotonic()
+                verdict = self.filter.judge(task.reference.tracklets(self.index), frames)
+                timings["measure"] = timings.get("measure", 0.0) + time.monotonic() - begun
+                record |= {"motion_fidelity": round(verdict.fidelity, 4)}
+                record |= {"temporal_consistency": round(verdict.consistency, 4)}
+                reason = verdict.reason
+            begun = time.monotonic()
+            if not reason:
+                write_result(clip, frames, playback_rate(task.job, task.reference.fps), record)
+                timings["encode"] = time.monotonic() - begun
             rounded = {name: round(seconds, 4) for name, seconds in timings.items()}
-            line = self._log_done({**task.line, **record, "timings": rounded, "peak_memory": peak}, clip)
+            line = {**task.line, **record, "timings": rounded, "peak_memory": peak}
+            if reason:
+                line |= {"state": "dropped", "error": reason}
+                self.journal.append(line)
+                _remove_result(clip)  # of an earlier run
+            else:
+                line = self._log_done(line, clip)
         except Exception as error:
             self._fail(task.line, self.generator.explain(error, task.job))
         else:
@@ -459,6 +559,13 @@ class Runner:
         except Exception as error:
             self.motions.limit = 0  # once is enough: the run goes on without
             self.watcher.say(f"encoded references are not kept: {self.generator.explain(error, reference.job)}")
+
+    def _fail_task(self, task: _Task, error: EmtError) -> None:
+        """A job has failed, or a candidate, which leaves the others of its contest."""
+        if task.contest is None:
+            self._fail(task.line, error)
+        elif task.contest.fail(task.job.seed, error):
+            self._settle(task)
 
     def _fail(self, line: dict[str, Any], error: EmtError) -> None:
         line = {**line, "state": "failed", "error": error.problem, "hint": error.hint}
@@ -484,10 +591,10 @@ class Runner:
                 self._twins.setdefault(line["output"], []).append(line)
 
     def _tell(self, line: dict[str, Any]) -> None:
-        path = self.journal.out / line["output"] if line["state"] != "failed" else None
+        path = self.journal.out / line["output"] if line["state"] in ("done", "skipped") else None
         self.summary.counts[line["state"]] += 1
         self.watcher.job(line)
-        if self.summary.pipe_closed:
+        if self.summary.pipe_closed or self.quiet:
             return
         if self.json:
             text = dumps({**line, "path": os.fspath(path)} if path else line)
@@ -504,9 +611,26 @@ class Runner:
 
 def _twin(line: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     """How a job ends that is the same as another one."""
-    if first["state"] == "failed":
-        return {**line, "state": "failed", "error": first["error"], "hint": first["hint"]}
+    if first["state"] in ("failed", "dropped"):
+        return {**line, **{key: first[key] for key in ("state", "error", "hint") if key in first}}
     return {**line, "state": "skipped", "duplicate": True}
+
+
+def _candidates(task: _Task) -> list[_Task]:
+    """What is to be made for a task: itself, or the candidates of its contest."""
+    if task.job.settings.best_of == 1:
+        return [task]
+    contest = Contest(task.job)
+    return [replace(task, job=job, contest=contest) for job in contest.jobs]
+
+
+def _remove_result(clip: Path) -> None:
+    """Remove a clip and its sidecar, if they are there."""
+    sidecar(clip).unlink(missing_ok=True)
+    if clip.is_dir():
+        shutil.rmtree(clip)
+    else:
+        clip.unlink(missing_ok=True)
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -16,15 +16,17 @@ def transfer(options: TransferOptions) -> None:
 
     Every reference goes with every prompt and seed. Results are OUT/<reference>/<prompt>-<seed>.mp4, each with
     its settings in a .json beside it; OUT/journal.jsonl tells what became of each job. Run it again and finished
-    clips are skipped, unfinished ones done.
+    clips are skipped, unfinished ones done. With --best-of N each job makes N clips, with its seed and those after it,
+    and keeps the one whose motion, measured on tracks of points, follows the reference best; its record has all scores.
 
     Standard output has the paths of the clips, or with --json a line for each job; all else is on standard error.
     Ctrl-C finishes the running batch, a second one stops at once.
     Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed, 2 bad usage, 130 interrupted.
     """
+    from emt_cli.best_of import check_tracking
     from emt_cli.cache import ContentIndex, MotionCache, default_dir
     from emt_cli.generator import Generator
-    from emt_cli.jobs import expand
+    from emt_cli.jobs import Job, expand
     from emt_cli.journal import Journal
     from emt_cli.model import find_model
     from emt_cli.planning import show
@@ -36,6 +38,9 @@ def transfer(options: TransferOptions) -> None:
         return
     model = find_model(options.model, download=True)
     listed, streamed = expand(options, model.defaults)
+    for job in listed:
+        if isinstance(job, Job):
+            check_tracking(job)
     folder = options.cache_dir or default_dir()
     index = ContentIndex(folder)
     journal = Journal(options.out)

@@ -109,6 +109,7 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
     changes = {
         "frames": 8, "height": 64, "width": 64, "steps": 3, "guidance": 2.0, "scheduler": Scheduler.LCM,
         "negative_prompt": "x", "fit": "pad", "start": 1.0, "duration": 2.0, "stride": 2, "fps": 3.0, "format": "gif",
+        "best_of": 3,
     }  # fmt: skip
     assert set(changes) == set(SETTING_NAMES)
     others = [replace(JOB, settings=replace(JOB.settings, **{k: parse_field(k, v)})) for k, v in changes.items()]
