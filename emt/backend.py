@@ -15,22 +15,24 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emt.temporal import MotionFeatures, PreparedMotion
 from emt.unet import MotionTransferUNet, TextFeatures
+from emt_kernels.group_norm_silu import group_norm_silu
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
 
 #: Fastest first: for 4,096 tokens of 40 channels a head cuDNN takes half the time of flash attention.
-_ATTENTION = [
+ATTENTION = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
-]
+)
 
 #: Pixels that the VAE takes at once on a GPU: two frames of 512×512 fill it, and take one GiB of activations.
 _VAE_PIXELS = 2 * 512 * 512
@@ -142,6 +144,11 @@ class TorchBackend(Backend):
     Args:
         pipe: the pipeline whose network and VAE it runs.
         graphs: record CUDA graphs on a CUDA GPU.
+        fuse: have query, key and value of a self-attention from one product on a CUDA GPU; the weights stay where
+            `state_dict` finds them.
+        channels_last: lay the network's weights out as the GPU reads them.
+        channels_last_vae: the VAE's too, with its group norms and SiLUs by `group_norm_silu`.
+        attention: implementations of spatial attention on a CUDA GPU, the preferred one first.
         compile: let `torch.compile` make the network's kernels; the first call of a shape then takes minutes.
         max_calls: recorded calls that are kept; the one that was not used for longest gives way.
         recorder: what makes recorders, in place of `CudaGraphs` on a CUDA GPU and none elsewhere.
@@ -154,6 +161,10 @@ class TorchBackend(Backend):
         pipe: MotionTransferPipeline,
         *,
         graphs: bool = True,
+        fuse: bool = True,
+        channels_last: bool = True,
+        channels_last_vae: bool = True,
+        attention: Sequence[SDPBackend] = ATTENTION,
         compile: bool = False,
         max_calls: int = 8,
         recorder: Callable[[], Recorder] | None = None,
@@ -161,7 +172,10 @@ class TorchBackend(Backend):
         self._pipe = weakref.ref(pipe)  # the pipeline has the backend
         self.graphs = graphs
         self.max_calls = max_calls
-        self.attention: Sequence[SDPBackend] = _ATTENTION
+        self.fuse = fuse
+        self.channels_last = channels_last
+        self.channels_last_vae = channels_last_vae
+        self.attention = attention
         self._make_recorder = recorder
         self._recorder: Recorder | None = None
         self._compiled = torch.compile(pipe.unet, dynamic=False) if compile else None
@@ -307,9 +321,10 @@ class TorchBackend(Backend):
 
     def _prepare_weights(self, device: torch.device) -> None:
         """Lay the weights out as the GPU reads them; drop calls that were recorded with weights moved since."""
-        channels_last = torch.channels_last
-        if device.type == "cuda" and not self.unet.conv_in.weight.is_contiguous(memory_format=channels_last):
-            self.unet.to(memory_format=channels_last)
+        if device.type == "cuda" and self.channels_last:
+            _lay_channels_last(self.unet, self.unet.conv_in)
+        if device.type == "cuda" and self.fuse:
+            self.unet.fuse_projections()
         if not self._records(device):
             return
         weights = [parameter.data for parameter in self.unet.parameters()]
@@ -324,16 +339,55 @@ class TorchBackend(Backend):
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1."""
-        posteriors = [
-            self.pipe.vae.encode(chunk).latent_dist for chunk in images.split(_frames_at_once(images, pixels=1))
-        ]
+        vae = self._vae(images.device)
+        chunks = images.split(_frames_at_once(images, pixels=1))
+        posteriors = [vae.encode(chunk).latent_dist for chunk in chunks]
         return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
     def decode_images(self, latents: Tensor) -> Tensor:
         """Images (n, 3, h, w) from about -1 to 1 of latents (n, channels, h/8, w/8), not scaled."""
-        pixels = self.pipe.vae_scale_factor**2
-        chunks = latents.split(_frames_at_once(latents, pixels))
-        return torch.cat([self.pipe.vae.decode(chunk).sample for chunk in chunks])
+        vae = self._vae(latents.device)
+        chunks = latents.split(_frames_at_once(latents, pixels=self.pipe.vae_scale_factor**2))
+        return torch.cat([vae.decode(chunk).sample for chunk in chunks])
+
+    def _vae(self, device: torch.device) -> Any:
+        vae = self.pipe.vae
+        if device.type == "cuda" and self.channels_last_vae:
+            _lay_channels_last(vae, vae.encoder.conv_in)
+            _fuse_norms(vae)
+        return vae
+
+
+class _GroupNormSiLU(nn.GroupNorm):
+    """A group norm, and the SiLU after it, of images in channels-last memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=True)
+
+
+def _fuse_norms(vae: nn.Module) -> None:
+    """Let the group norms before SiLUs of a diffusers VAE compute both. Its state dict stays as it is."""
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, nn.SiLU):
+            pairs = [("norm1", "nonlinearity"), ("norm2", "nonlinearity")]
+        elif isinstance(getattr(module, "conv_act", None), nn.SiLU):
+            pairs = [("conv_norm_out", "conv_act")]
+        else:
+            continue
+        for norm, activation in pairs:
+            plain = getattr(module, norm)
+            fused = _GroupNormSiLU(plain.num_groups, plain.num_channels, plain.eps, device="meta")
+            fused.weight, fused.bias = plain.weight, plain.bias
+            setattr(module, norm, fused)
+            setattr(module, activation, nn.Identity())
+
+
+def _lay_channels_last(module: nn.Module, first: Any) -> None:
+    """Lay the weights of all convolutions out channels-last, if `first`, one of them, is not."""
+    if not first.weight.is_contiguous(memory_format=torch.channels_last):
+        for parameter in module.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _frames_at_once(x: Tensor, pixels: int) -> int:

@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emt_kernels.temporal_attention import temporal_attention_reference
+from emt_kernels.geglu import geglu
+from emt_kernels.group_norm_silu import group_norm_silu
+from emt_kernels.layer_norm import layer_norm
+from emt_kernels.temporal_attention import temporal_attention
 
 if TYPE_CHECKING:
     from emt.unet import MotionTransferUNet
@@ -35,6 +38,18 @@ def sinusoidal_positions(frames: int, channels: int) -> Tensor:
     return positions
 
 
+def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+    """`norm` of images (frames, channels, height, width), plus `shift` (frames, channels) before and SiLU after."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, shift)
+
+
+def add_and_norm(
+    norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + residual``, `norm` of it, and that with `positions` (frames, channels) added."""
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, positions, residual)
+
+
 @dataclass
 class PreparedReference:
     """What one temporal attention needs of a reference at every step, computed once (`MotionFeatures.prepare`).
@@ -46,7 +61,9 @@ class PreparedReference:
     value: Tensor  # W_v f: (n, frames, tokens, channels)
     position_key: Tensor  # W_k p: (frames, channels)
     position_value: Tensor  # W_v p: (frames, channels)
-    scaler: Tensor  # the reference's half of the scaler's first convolution: (n, frames, channels/4, height, width)
+    scaler: (
+        Tensor  # what the scaler's first convolution adds to the clip's half: (n, frames, channels/4, height, width)
+    )
 
 
 @dataclass
@@ -114,23 +131,36 @@ class Scaler(nn.Module):
 
     def _half(self, x: Tensor, height: int, width: int, first: bool) -> Tensor:
         # The first convolution is linear, so that the clip's half and the reference's can be computed apart.
-        conv, frames, channels = self.spatial_convs[0], x.shape[1], x.shape[3]
+        conv, channels = self.spatial_convs[0], x.shape[3]
         half = slice(0, channels) if first else slice(channels, 2 * channels)
-        x = x + self.positions[:frames, None, half]
         image = x.flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return F.conv2d(image, conv.weight[:, half], None if first else conv.bias, padding=1)
 
-    def prepare(self, feature: Tensor) -> Tensor:
-        """The reference's half: (n, frames, height, width, channels) → (n, frames, channels/4, height, width)."""
-        n, frames, height, width, _ = feature.shape
-        return self._half(feature.flatten(2, 3), height, width, first=False).unflatten(0, (n, frames))
+    def prepare(self, feature: Tensor, added: Tensor) -> Tensor:
+        """All that the first convolution adds to the clip's half.
+
+        Args:
+            feature: of the reference, (n, frames, height, width, channels).
+            added: position encoding that the clip's features come with, (frames, channels).
+
+        Returns:
+            (n, frames, channels/4, height, width).
+        """
+        n, frames, height, width, channels = feature.shape
+        own, positions = self.positions[:frames].split(channels, dim=1)
+        prepared = self._half(feature.flatten(2, 3) + positions[:, None], height, width, first=False)
+        # The clip's features have the attention's encoding where they should have the scaler's own.
+        missing = (own - added)[None, :, None].expand(1, frames, height * width, channels)
+        correction = self._half(missing, height, width, first=True)
+        return prepared.unflatten(0, (n, frames)) + correction
 
     def forward(self, x: Tensor, prepared: Tensor) -> Tensor:
         """Scale of every reference token for clips `x`.
 
         Args:
-            x: the clip's layer-normed features, (batch, frames, tokens, channels).
-            prepared: the reference's half, (n, frames, channels/4, height, width); n divides batch.
+            x: the clip's layer-normed features with the attention's position encoding, (batch, frames, tokens,
+                channels).
+            prepared: the rest of the first convolution, (n, frames, channels/4, height, width); n divides batch.
 
         Returns:
             (batch, frames, tokens), between 0 and 1.
@@ -145,13 +175,32 @@ class Scaler(nn.Module):
 
 
 class QKV(nn.Module):
-    """Query, key and value projections without biases."""
+    """Query, key and value projections without biases; keys and values of `context_channels`."""
 
-    def __init__(self, channels: int) -> None:
+    fused: Tensor | None
+
+    def __init__(self, channels: int, context_channels: int | None = None) -> None:
         super().__init__()
+        context_channels = context_channels or channels
         self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(channels, channels, bias=False)
-        self.to_v = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.register_buffer("fused", None, persistent=False)
+
+    def fuse(self) -> None:
+        """Let inference have the three from one product; the weights become parts of one tensor, not copies of it."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        if self.fused is not None and self.fused.data_ptr() == self.to_q.weight.data_ptr():
+            return
+        self.fused = torch.cat([layer.weight.data for layer in layers])
+        for layer, part in zip(layers, self.fused.chunk(3), strict=True):
+            layer.weight.data = part
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value of the same (…, channels)."""
+        if self.fused is None or torch.is_grad_enabled():
+            return self.to_q(x), self.to_k(x), self.to_v(x)
+        return F.linear(x, self.fused).chunk(3, dim=-1)
 
 
 class TemporalAttention(QKV):
@@ -183,14 +232,12 @@ class TemporalAttention(QKV):
         return PreparedReference(qkv.to_k(feature), qkv.to_v(feature), qkv.to_k(positions), qkv.to_v(positions), scaler)
 
     def forward(self, x: Tensor, reference: PreparedReference | None, scale: Tensor | None, adapted: bool) -> Tensor:
-        """(batch, frames, tokens, channels) → the same; `scale` is (batch, frames, tokens)."""
-        qkv = self.projections(adapted)
-        x = x + self.positions[: x.shape[1], None]
-        q, k, v = qkv.to_q(x), qkv.to_k(x), qkv.to_v(x)
+        """(batch, frames, tokens, channels) with position encoding → the same; `scale` is (batch, frames, tokens)."""
+        q, k, v = self.projections(adapted).project(x)
         if reference is None:
-            out = temporal_attention_reference(q, k, v, self.heads)
+            out = temporal_attention(q, k, v, self.heads)
         else:
-            out = temporal_attention_reference(
+            out = temporal_attention(
                 q,
                 k,
                 v,
@@ -213,8 +260,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, channels) → (…, inner)."""
-        h, gate = self.proj(x).chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -245,16 +291,17 @@ class TemporalTransformerBlock(nn.Module):
 
     def forward(
         self, x: Tensor, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """(batch, frames, tokens, channels) → the same, and the features that a reference pass keeps."""
-        features = []
+        features, residual = [], None
         for i, (attention, norm) in enumerate(zip(self.attention_blocks, self.norms, strict=True)):
-            h = norm(x)
-            features.append(h)
+            x, feature, h = add_and_norm(norm, x, residual, attention.positions[: x.shape[1]])
+            features.append(feature)
             prepared = reference[i] if reference else None
             scale = self.scaler(h, prepared.scaler) if prepared else None
-            x = x + attention(h, prepared, scale, adapted)
-        return x + self.ff(self.ff_norm(x)), (features[0], features[1])
+            residual = attention(h, prepared, scale, adapted)
+        x, h, _ = add_and_norm(self.ff_norm, x, residual)
+        return x + self.ff(h), None if adapted else (features[0], features[1])
 
 
 class TemporalTransformer(nn.Module):
@@ -269,8 +316,8 @@ class TemporalTransformer(nn.Module):
 
     def forward(
         self, x: Tensor, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(batch·frames, channels, height, width) → the same, and the block's features in image shape.
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(batch·frames, channels, height, width) → the same, and a reference pass's features in image shape.
 
         Raises:
             ValueError: if the reference has another number of frames or another size than the clip.
@@ -283,10 +330,12 @@ class TemporalTransformer(nn.Module):
                     f"the motion has (frames, height, width) = {(reference_frames, *grid)} where the sample has "
                     f"{(frames, height, width)}: a sample and its reference have the same shape"
                 )
-        h = self.norm(x)  # per frame: the published network folds frames into the batch here
+        h = group_norm(self.norm, x)  # per frame: the published network folds frames into the batch here
         h = h.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, frames))  # (batch, frames, tokens, channels)
         h, features = self.transformer_blocks[0](self.proj_in(h), reference, adapted)
         h = self.proj_out(h).flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        if features is None:
+            return x + h, None
         return x + h, (features[0].unflatten(2, (height, width)), features[1].unflatten(2, (height, width)))
 
 
@@ -311,13 +360,13 @@ class MotionModule(nn.Module):
         """What denoising needs of a reference, from its two features (n, frames, height, width, channels)."""
         block = self.temporal_transformer.transformer_blocks[0]
         first, second = (
-            attention.prepare(feature, block.scaler.prepare(feature))
+            attention.prepare(feature, block.scaler.prepare(feature, attention.positions[: feature.shape[1]]))
             for attention, feature in zip(block.attention_blocks, features, strict=True)
         )
         return first, second
 
     def forward(
         self, x: Tensor, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """(batch·frames, channels, height, width) → the same, and the features that a reference pass keeps."""
         return self.temporal_transformer(x, frames, reference, adapted)

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from emt.errors import EmtError
 from emt.temporal import (
+    QKV,
     FeedForward,
     MotionFeatures,
     MotionModule,
     PreparedMotion,
     PreparedReference,
+    add_and_norm,
+    group_norm,
     sinusoidal_positions,
 )
 
@@ -72,10 +75,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`x` (batch·frames, in, height, width) and `time` (batch·frames, time channels) → (…, out, height, width)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        """Images (batch·frames, in, height, width) → (…, out, height, width); `time` after SiLU."""
+        h = self.conv1(group_norm(self.norm1, x, silu=True))
+        h = self.conv2(group_norm(self.norm2, h, silu=True, shift=self.time_emb_proj(time)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -90,20 +92,17 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(QKV):
     """Multi-head attention over the tokens of a frame, or from them to the tokens of the prompt."""
 
     def __init__(self, channels: int, context_channels: int, heads: int) -> None:
-        super().__init__()
+        super().__init__(channels, context_channels)
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_channels, channels, bias=False)
-        self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries of `x` (batch, tokens, channels) to projected `key` and `value` (batch, others, channels)."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), key, value))
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of projected queries (batch, tokens, channels) to keys and values (batch, others, channels)."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -121,12 +120,13 @@ class SpatialTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """`x` (batch·frames, tokens, channels), `text` keys and values (batch, text tokens, channels)."""
-        h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h))
+        x, h, _ = add_and_norm(self.norm1, x, None)
+        x, h, _ = add_and_norm(self.norm2, x, self.attn1(*self.attn1.project(h)))
         # All frames of a clip see the same prompt: they are queries of one attention.
-        per_clip = self.norm2(x).unflatten(0, (text[0].shape[0], -1)).flatten(1, 2)
-        x = x + self.attn2(per_clip, *text).reshape(x.shape)
-        return x + self.ff(self.norm3(x))
+        per_clip = h.unflatten(0, (text[0].shape[0], -1)).flatten(1, 2)
+        h = self.attn2(self.attn2.to_q(per_clip), *text).reshape(x.shape)
+        x, h, _ = add_and_norm(self.norm3, x, h)
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):
@@ -148,7 +148,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """(batch·frames, channels, height, width) → the same."""
         height, width = x.shape[2:]
-        h = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+        h = self.proj_in(group_norm(self.norm, x).permute(0, 2, 3, 1).flatten(1, 2))
         h = self.proj_out(self.transformer_blocks[0](h, text))
         return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
@@ -371,7 +371,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         features: dict[str, tuple[Tensor, Tensor]] = {}
 
         time = torch.as_tensor(timestep, device=sample.device).expand(batch)
-        time = self.time_embedding(time).repeat_interleave(frames, 0)  # (batch·frames, time channels)
+        time = F.silu(self.time_embedding(time)).repeat_interleave(frames, 0)  # (batch·frames, time channels)
 
         def layer(block: Block, i: int, x: Tensor) -> Tensor:
             # Gradient checkpointing recomputes one such layer at a time.
@@ -381,7 +381,9 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
                 x = transformer(x, text.layers[transformer.path])
             if block.motion_modules:
                 module = block.motion_modules[i]
-                x, features[module.path] = module(x, frames, references.get(module.path), adapted)
+                x, read = module(x, frames, references.get(module.path), adapted)
+                if read is not None:
+                    features[module.path] = read
             return x
 
         def run(block: Block, i: int, x: Tensor) -> Tensor:
@@ -410,7 +412,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
                 # An odd size was rounded up on the way down: the skip connection knows it.
                 x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
 
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(group_norm(self.conv_norm_out, x, silu=True))
         return x.unflatten(0, (batch, frames)).transpose(1, 2), features
 
     # -------------------------------------------------------------------------------------------------- its parts
@@ -423,6 +425,12 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             for module in block.motion_modules
             if module.temporal_transformer.transformer_blocks[0].scaler is not None
         }
+
+    def fuse_projections(self) -> None:
+        """Let inference have query, key and value of self-attention from one product (`QKV.fuse`)."""
+        for module in self.modules():
+            if isinstance(module, QKV) and module.to_q.in_features == module.to_k.in_features:
+                module.fuse()
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What EfficientMT trains: the adapter's temporal q/k/v and the scalers, by name in the state dict."""

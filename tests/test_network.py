@@ -153,7 +153,9 @@ class TestReadableModule:
         for i, conv in enumerate(scaler.spatial_convs):
             h = conv(h) if i == 0 else conv(torch.nn.functional.gelu(h))
         expected = torch.sigmoid(h - 5).reshape(1, frames, -1)
-        actual = scaler(own, scaler.prepare(reference.unflatten(2, (height, width))))
+        added = torch.randn(frames, 32)  # whatever encoding the attention's features come with, it is made good
+        prepared = scaler.prepare(reference.unflatten(2, (height, width)), added)
+        actual = scaler(own + added[:, None], prepared)
         torch.testing.assert_close(actual, expected)
 
     def test_adapter_parameters_are_the_published_trained_ones(self, unet):
