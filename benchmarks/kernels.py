@@ -1,0 +1,217 @@
+"""Time the kernels on one GPU, against their references in eager PyTorch and under `torch.compile`.
+
+    python benchmarks/kernels.py [group_norm_silu] [layer_norm] [geglu] [--skip-compile]
+
+A row tells milliseconds, the memory traffic that the operation cannot avoid per second, that rate as a share of a
+measured device copy's, the two references' milliseconds, the relative error against the reference in float32, and
+the seconds of the first call, which compiles. Everything is timed within a CUDA graph that calls the operation on
+many inputs in turn, more than the cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emt_kernels.geglu import geglu, geglu_reference
+from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from emt_kernels.layer_norm import layer_norm, layer_norm_reference
+
+FOOTPRINT = 512 * 2**20  # bytes that the inputs of a timing fill, ten times the cache of an H100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: an operation on inputs of one shape.
+
+    `kernel` and `reference` take what `inputs` makes; `traffic` is in bytes.
+    """
+
+    name: str
+    inputs: Callable[[], tuple[Any, ...]]
+    kernel: Callable[..., Any]
+    reference: Callable[..., Any]
+    traffic: int
+
+
+def random(*shape: int, channels_last: bool = False) -> Tensor:
+    """Normal float16 values on the GPU."""
+    x = torch.randn(shape, device="cuda", dtype=torch.float16)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def group_norm_silu_cases() -> Iterator[Case]:
+    """The group norms of SD 1.5 at 16 frames of 512×512 with guidance, and their gradients."""
+    shapes = [
+        (32, 320, 64, 64),
+        (32, 640, 64, 64),
+        (32, 960, 64, 64),
+        (32, 640, 32, 32),
+        (32, 1280, 32, 32),
+        (32, 1280, 16, 16),
+        (32, 1920, 16, 16),
+        (32, 2560, 16, 16),
+        (32, 1280, 8, 8),
+        (32, 2560, 8, 8),
+    ]
+
+    def forward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias, shift: function(x, weight, bias, 32, 1e-5, True, shift)
+
+    def backward(function: Callable[..., Tensor]) -> Callable[..., Any]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Any:
+            return torch.autograd.grad(function(x, weight, bias, 32, 1e-5, True), (x, weight, bias), grad)
+
+        return run
+
+    for shape, shifted in itertools.product(shapes, (False, True)):
+        if shifted and shape not in ((32, 320, 64, 64), (32, 1280, 8, 8)):
+            continue
+
+        def inputs(shape: tuple[int, ...] = shape, shifted: bool = shifted) -> tuple[Any, ...]:
+            channels = shape[1]
+            shift = random(shape[0], channels) if shifted else None
+            return random(*shape, channels_last=True), random(channels), random(channels), shift
+
+        functions = forward(group_norm_silu), forward(group_norm_silu_reference)
+        name = f"group_norm_silu {shape}" + (" + shift" if shifted else "")
+        yield Case(name, inputs, *functions, 4 * torch.Size(shape).numel())
+
+    for shape in shapes[:1] + shapes[3:4] + shapes[-1:]:
+
+        def trained(shape: tuple[int, ...] = shape) -> tuple[Any, ...]:
+            x, weight, bias = random(*shape, channels_last=True), random(shape[1]), random(shape[1])
+            grad = random(*shape, channels_last=True)
+            return *(t.requires_grad_() for t in (x, weight, bias)), grad
+
+        functions = backward(group_norm_silu), backward(group_norm_silu_reference)
+        yield Case(f"group_norm_silu {shape} and gradient", trained, *functions, 10 * torch.Size(shape).numel())
+
+
+def layer_norm_cases() -> Iterator[Case]:
+    """The layer norms of the spatial and temporal transformers at the same size."""
+    for channels, tokens in ((320, 4096), (640, 1024), (1280, 256), (1280, 64)):
+        shape = (2, 16, tokens, channels)
+        for positions, residual in ((False, False), (True, False), (False, True), (True, True)):
+
+            def inputs(
+                shape: tuple[int, ...] = shape, positions: bool = positions, residual: bool = residual
+            ) -> tuple[Any, ...]:
+                return (
+                    random(*shape),
+                    random(shape[3]),
+                    random(shape[3]),
+                    1e-5,
+                    random(shape[1], shape[3]) if positions else None,
+                    random(*shape) if residual else None,
+                )
+
+            name = f"layer_norm {shape}" + " + positions" * positions + " + residual" * residual
+            traffic = 2 * torch.Size(shape).numel() * (2 + positions + 2 * residual)
+            yield Case(name, inputs, layer_norm, layer_norm_reference, traffic)
+
+
+def geglu_cases() -> Iterator[Case]:
+    """The feed-forward layers at the same size."""
+    for channels, tokens in ((320, 4096), (640, 1024), (1280, 256), (1280, 64)):
+        shape = (32, tokens, 8 * channels)
+
+        def inputs(shape: tuple[int, ...] = shape) -> tuple[Any, ...]:
+            return (random(*shape),)
+
+        yield Case(f"geglu {shape}", inputs, geglu, geglu_reference, 3 * torch.Size(shape).numel())
+
+
+KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
+    "group_norm_silu": group_norm_silu_cases,
+    "layer_norm": layer_norm_cases,
+    "geglu": geglu_cases,
+}
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors of one, or of a tuple."""
+    return [t for t in (values if isinstance(values, tuple) else (values,)) if isinstance(t, Tensor)]
+
+
+def milliseconds(function: Callable[..., Any], inputs: list[tuple[Any, ...]], repeats: int = 15) -> float:
+    """Median time of one call within a CUDA graph that calls `function` on all inputs in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for arguments in inputs[:2]:
+            function(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [function(*arguments) for arguments in inputs]  # kept, so that no two share memory
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(inputs))
+    del outputs
+    return statistics.median(times[3:])
+
+
+def error(case: Case, arguments: tuple[Any, ...]) -> float:
+    """Largest relative error (Frobenius norm) of the outputs against the reference in float32."""
+    wide = tuple(a.detach().float().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments)
+    pairs = zip(tensors(case.kernel(*arguments)), tensors(case.reference(*wide)), strict=True)
+    return max(((ours.float() - exact).norm() / exact.norm()).item() for ours, exact in pairs)
+
+
+def row(case: Case, copy: float, compile_reference: bool) -> str:
+    """Time one case; `copy` is a device copy's bytes per second."""
+    first = case.inputs()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    case.kernel(*first)
+    torch.cuda.synchronize()
+    cold = time.perf_counter() - start
+    size = sum(t.nbytes for t in tensors(first))
+    inputs = [first] + [case.inputs() for _ in range(min(max(FOOTPRINT // size, 2), 64))]
+    ours, eager = milliseconds(case.kernel, inputs), milliseconds(case.reference, inputs)
+    compiled = "-"
+    if compile_reference and not any(t.requires_grad for t in tensors(first)):
+        torch.compiler.reset()
+        compiled = f"{milliseconds(torch.compile(case.reference, fullgraph=True), inputs):.4f}"
+    rate = case.traffic / ours * 1e3
+    return (
+        f"{case.name:62} {ours:8.4f} {rate / 1e9:8.0f} {rate / copy:7.1%} {eager:9.4f} {compiled:>9}"
+        f" {error(case, first):9.1e} {cold:8.2f}"
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
+    parser.add_argument("--skip-compile", action="store_true", help="leave torch.compile of the references out")
+    options = parser.parse_args()
+    for name in options.kernels:
+        if name not in KERNELS:
+            parser.error(f"no kernel {name}: {', '.join(KERNELS)}")
+    big = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    copy = 2 * big.nbytes / milliseconds(torch.Tensor.copy_, [(torch.empty_like(big), big)] * 3) * 1e3
+    del big
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, device copy {copy / 1e9:.0f} GB/s")
+    print(f"{'':62} {'ms':>8} {'GB/s':>8} {'of copy':>7} {'eager':>9} {'compiled':>9} {'error':>9} {'first s':>8}")
+    for name in options.kernels or KERNELS:
+        for case in KERNELS[name]():
+            print(row(case, copy, not options.skip_compile), flush=True)
+
+
+if __name__ == "__main__":
+    main()
