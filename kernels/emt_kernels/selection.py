@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 Kernels = Literal["auto", "triton", "reference"]
 
 _asked: Kernels = "auto"
+_substitutes: dict[str, Callable[..., Any]] = {}
 
 
 @functools.lru_cache(maxsize=1)
@@ -53,6 +56,23 @@ def select(kernels: Kernels) -> tuple[str, str]:
 def use_triton(x: Tensor) -> bool:
     """Whether a kernel's function runs its Triton kernel for `x`."""
     return x.is_cuda and _asked != "reference" and not unavailable()
+
+
+@contextlib.contextmanager
+def substitutes(**functions: Callable[..., Any]) -> Iterator[None]:
+    """Have kernels' functions of these names call others meanwhile, as exporters to graphs with own operators need."""
+    before = dict(_substitutes)
+    _substitutes.update(functions)
+    try:
+        yield
+    finally:
+        _substitutes.clear()
+        _substitutes.update(before)
+
+
+def substitute(name: str) -> Callable[..., Any] | None:
+    """What a kernel's function calls in place of its kernel or reference; None outside of `substitutes`."""
+    return _substitutes.get(name)
 
 
 def interpreted() -> bool:
