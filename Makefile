@@ -5,7 +5,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-CLIP   ?= examples/references/bounce.mp4
 
 .PHONY: demo test test-slow test-gpu lint format bench clean
 
@@ -41,7 +40,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py --clip $(CLIP)
+	$(BIN)/python benchmarks/ladder.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

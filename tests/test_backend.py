@@ -206,13 +206,13 @@ class TestCudaGraphs:
 
     def test_out_of_memory_while_recording_is_told_as_such(self, folder):
         pipe = load_pipeline(folder, "cuda", torch.float16)
-        motion = pipe.extract_motion(clip())
+        motion, large = pipe.extract_motion(clip()), pipe.extract_motion(clip(0, 128, 128))
         torch.cuda.empty_cache()
         used, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction((used + (24 << 20)) / total)
         try:
             with pytest.raises(torch.OutOfMemoryError):
-                pipe(["a cat"] * 64, motion, steps=1)
+                pipe(["a cat"] * 64, large, steps=1)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert pipe("a cat", motion, steps=1)[0].std() > 0
