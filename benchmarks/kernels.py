@@ -1,136 +1,261 @@
-"""Time kernels against the memory they move and against PyTorch, at the sizes of Stable Diffusion 1.5, on one GPU.
+"""Time the kernels on one GPU, against their references in eager PyTorch and under `torch.compile`.
 
-    python benchmarks/kernels.py temporal_attention [--sweep] [--output table.json]
+    python benchmarks/kernels.py [temporal_attention] [group_norm_silu] [layer_norm] [geglu] [--skip-compile]
+    python benchmarks/kernels.py temporal_attention_plans
 
-A share is the time of a device copy that moves as many bytes, over the time of the kernel; every byte that has to be
-read or written is counted once. The caches are cleared before every call. `--sweep` runs every way to divide the work.
+A row tells milliseconds, the memory traffic that the operation cannot avoid per second, that rate as a share of a
+measured device copy's, the two references' milliseconds, the relative error against the reference in float32, and
+the seconds of the first call, which compiles. Everything is timed within a CUDA graph that calls the operation on
+many inputs in turn, more than the cache holds. The second form times every way to divide the work of temporal
+attention, not only the one that is chosen.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import functools
+import itertools
+import statistics
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from emt_kernels import temporal_attention as temporal
+from emt_kernels.geglu import geglu, geglu_reference
+from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from emt_kernels.layer_norm import layer_norm, layer_norm_reference
+from emt_kernels.temporal_attention import Plan, launch, plan, temporal_attention, temporal_attention_reference
 
-Row = dict[str, Any]
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    """Median time of `work` on the device, with cold caches."""
-    return triton.testing.do_bench(work, warmup=10, rep=60, quantiles=[0.5])
+FOOTPRINT = 512 * 2**20  # bytes that the inputs of a timing fill, ten times the cache of an H100
 
 
-def copy_milliseconds(moved: int) -> float:
-    """Median time of a device copy that moves so many bytes, read and written together."""
-    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return milliseconds(lambda: target.copy_(source))
+@dataclass(frozen=True)
+class Case:
+    """One row: an operation on inputs of one shape.
+
+    `kernel` and `reference` take what `inputs` makes; `traffic` is in bytes.
+    """
+
+    name: str
+    inputs: Callable[[], tuple[Any, ...]]
+    kernel: Callable[..., Any]
+    reference: Callable[..., Any]
+    traffic: int
+    alone: bool = False  # the reference is not timed, only compared
 
 
-def figures(time: float, copy: float, moved: int) -> Row:
-    """Columns that every table has."""
-    return {"ms": round(time, 4), "GB/s": round(moved / time / 1e6), "share of copy": round(copy / time, 3)}
+def random(*shape: int, channels_last: bool = False) -> Tensor:
+    """Normal float16 values on the GPU."""
+    x = torch.randn(shape, device="cuda", dtype=torch.float16)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
-# ------------------------------------------------------------------------------------------- temporal_attention
+def group_norm_silu_cases() -> Iterator[Case]:
+    """The group norms of SD 1.5 at 16 frames of 512×512 with guidance, and their gradients."""
+    shapes = [
+        (32, 320, 64, 64),
+        (32, 640, 64, 64),
+        (32, 960, 64, 64),
+        (32, 640, 32, 32),
+        (32, 1280, 32, 32),
+        (32, 1280, 16, 16),
+        (32, 1920, 16, 16),
+        (32, 2560, 16, 16),
+        (32, 1280, 8, 8),
+        (32, 2560, 8, 8),
+    ]
 
-FRAMES, CLIPS = 16, 2
-LEVELS = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # tokens, head size
+    def forward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias, shift: function(x, weight, bias, 32, 1e-5, True, shift)
 
+    def backward(function: Callable[..., Tensor]) -> Callable[..., Any]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Any:
+            return torch.autograd.grad(function(x, weight, bias, 32, 1e-5, True), (x, weight, bias), grad)
 
-def temporal_attention(sweep: bool) -> Iterator[Row]:
-    """Two clips (guidance) of 16 frames with and without one reference, 8 heads."""
-    for tokens, head_size in LEVELS:
-        for reference in (True, False):
-            yield from _level(tokens, head_size, 8, reference, sweep)
+        return run
 
-
-def _level(tokens: int, head_size: int, heads: int, reference: bool, sweep: bool) -> Iterator[Row]:
-    channels = heads * head_size
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float16, device="cuda")
-
-    arguments: list[Any] = [*(normal(CLIPS, FRAMES, tokens, channels) for _ in range(3)), heads]
-    if reference:
-        arguments += [normal(1, FRAMES, tokens, channels) for _ in range(2)]
-        arguments += [normal(FRAMES, channels) for _ in range(2)]
-        arguments += [torch.rand(CLIPS, FRAMES, tokens, device="cuda").half()]
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    moved = sum(x.numel() * x.element_size() for x in (*tensors, arguments[0]))
-    copy = copy_milliseconds(moved)
-    case = {"pixels × heads × size": f"{CLIPS * tokens}×{heads}×{head_size}", "reference": reference}
-    sdpa = milliseconds(lambda: temporal.temporal_attention_reference(*arguments))
-    yield case | {"design": "scaled_dot_product_attention"} | figures(sdpa, copy, moved) | {"× SDPA": 1.0}
-
-    exact = temporal.temporal_attention_reference(*(x.float() if isinstance(x, Tensor) else x for x in arguments))
-    rows = 3 * FRAMES + (2 * FRAMES if reference else 0)
-    shipped = temporal.plan(heads, head_size, rows, 2)
-    for chosen in dict.fromkeys([shipped, *(_plans(shipped, head_size) if sweep else ())]):
-
-        def work(chosen: temporal.Plan = chosen) -> Tensor:
-            return temporal.launch(*arguments, chosen=chosen)
-
-        try:
-            error = (work().float() - exact).abs().max().item()
-            time = milliseconds(work)
-        except triton.OutOfResources:
+    for shape, shifted in itertools.product(shapes, (False, True)):
+        if shifted and shape not in ((32, 320, 64, 64), (32, 1280, 8, 8)):
             continue
-        yield (
-            case
-            | {"design": "shipped" if chosen == shipped else "plan"}
-            | asdict(chosen)
-            | figures(time, copy, moved)
-            | {"× SDPA": round(sdpa / time, 2), "largest error": round(error, 5)}
-        )
+
+        def inputs(shape: tuple[int, ...] = shape, shifted: bool = shifted) -> tuple[Any, ...]:
+            channels = shape[1]
+            shift = random(shape[0], channels) if shifted else None
+            return random(*shape, channels_last=True), random(channels), random(channels), shift
+
+        functions = forward(group_norm_silu), forward(group_norm_silu_reference)
+        name = f"group_norm_silu {shape}" + (" + shift" if shifted else "")
+        yield Case(name, inputs, *functions, 4 * torch.Size(shape).numel())
+
+    for shape in shapes[:1] + shapes[3:4] + shapes[-1:]:
+
+        def trained(shape: tuple[int, ...] = shape) -> tuple[Any, ...]:
+            x, weight, bias = random(*shape, channels_last=True), random(shape[1]), random(shape[1])
+            grad = random(*shape, channels_last=True)
+            return *(t.requires_grad_() for t in (x, weight, bias)), grad
+
+        functions = backward(group_norm_silu), backward(group_norm_silu_reference)
+        yield Case(f"group_norm_silu {shape} and gradient", trained, *functions, 10 * torch.Size(shape).numel())
 
 
-def _plans(shipped: temporal.Plan, head_size: int) -> Iterator[temporal.Plan]:
-    whole = max(triton.next_power_of_2(head_size), 16)
-    for columns in (shipped.columns, whole) if head_size < 64 else (shipped.columns,):
-        for heads, warps in ((1, 1), (2, 1), (2, 2), (4, 4), (8, 8)):
-            for stages in (1, 2, 3):
-                if heads * max(stages - 1, 1) * head_size > 1000:  # more shared memory than there is
-                    continue
-                for pixels in (4, 16) if stages > 1 else (1, 4, 16):  # one compilation serves all of them
-                    yield replace(shipped, heads=heads, warps=warps, stages=stages, columns=columns, pixels=pixels)
+def layer_norm_cases() -> Iterator[Case]:
+    """The layer norms of the spatial and temporal transformers at the same size."""
+    for channels, tokens in ((320, 4096), (640, 1024), (1280, 256), (1280, 64)):
+        shape = (2, 16, tokens, channels)
+        for positions, residual in ((False, False), (True, False), (False, True), (True, True)):
+
+            def inputs(
+                shape: tuple[int, ...] = shape, positions: bool = positions, residual: bool = residual
+            ) -> tuple[Any, ...]:
+                return (
+                    random(*shape),
+                    random(shape[3]),
+                    random(shape[3]),
+                    1e-5,
+                    random(shape[1], shape[3]) if positions else None,
+                    random(*shape) if residual else None,
+                )
+
+            name = f"layer_norm {shape}" + " + positions" * positions + " + residual" * residual
+            traffic = 2 * torch.Size(shape).numel() * (2 + positions + 2 * residual)
+            yield Case(name, inputs, layer_norm, layer_norm_reference, traffic)
 
 
-# -------------------------------------------------------------------------------------------------------- tables
+def geglu_cases() -> Iterator[Case]:
+    """The feed-forward layers at the same size."""
+    for channels, tokens in ((320, 4096), (640, 1024), (1280, 256), (1280, 64)):
+        shape = (32, tokens, 8 * channels)
 
-KERNELS: dict[str, Callable[[bool], Iterator[Row]]] = {"temporal_attention": temporal_attention}
+        def inputs(shape: tuple[int, ...] = shape) -> tuple[Any, ...]:
+            return (random(*shape),)
+
+        yield Case(f"geglu {shape}", inputs, geglu, geglu_reference, 3 * torch.Size(shape).numel())
 
 
-def main(command_line: list[str] | None = None) -> None:
-    """Print a row for every measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kernel", choices=KERNELS)
-    parser.add_argument("--sweep", action="store_true", help="every way to divide the work, not only the shipped one")
-    parser.add_argument("--output", type=Path, help="write the rows as JSON, too")
-    given = parser.parse_args(command_line)
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
-    rows = []
-    for row in KERNELS[given.kernel](given.sweep):
-        rows.append(row)
-        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    if given.output:
-        given.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+def temporal_attention_cases() -> Iterator[Case]:
+    """Both temporal attentions of two clips (guidance) of 16 frames of 512×512, with one reference and without."""
+    for (tokens, size), reference in itertools.product(((4096, 40), (1024, 80), (256, 160), (64, 160)), (True, False)):
+        channels = 8 * size
+
+        def inputs(tokens: int = tokens, channels: int = channels, reference: bool = reference) -> tuple[Any, ...]:
+            own = tuple(random(2, 16, tokens, channels) for _ in range(3))
+            if not reference:
+                return *own, 8
+            scale = torch.rand(2, 16, tokens, device="cuda").half()
+            rows = (random(1, 16, tokens, channels), random(1, 16, tokens, channels))
+            return *own, 8, *rows, random(16, channels), random(16, channels), scale
+
+        clips, row = 2 * 16 * tokens, 2 * channels  # bytes of a row
+        traffic = 4 * clips * row + reference * (clips * row + 2 * 16 * row + 2 * clips)
+        name = f"temporal_attention {2 * tokens}×8×{size}" + " + reference" * reference
+        yield Case(name, inputs, temporal_attention, temporal_attention_reference, traffic)
+
+
+def temporal_attention_plan_cases() -> Iterator[Case]:
+    """The same under every plan; names end with its heads, warps, stages, columns and pixels."""
+    for case in temporal_attention_cases():
+        query, _, _, heads, *reference = case.inputs()
+        size = query.shape[-1] // heads
+        chosen = plan(heads, size, (3 + 2 * bool(reference)) * 16, query.itemsize)
+        yield replace(case, name=f"{case.name} {astuple(chosen)} chosen")
+        for columns in {chosen.columns, 64} if size == 40 else {chosen.columns}:
+            for together, warps in ((1, 1), (2, 1), (2, 2), (4, 4), (8, 8)):
+                for stages in (1, 2, 3):
+                    if together * max(stages - 1, 1) * size > 1000:  # more shared memory than there is
+                        continue
+                    for pixels in (4, 16) if stages > 1 else (1, 4, 16):  # one compilation serves all of them
+                        p = Plan(together, warps, stages, columns, pixels)
+                        kernel = functools.partial(launch, chosen=p)
+                        yield replace(case, name=f"{case.name} {astuple(p)}", kernel=kernel, alone=True)
+
+
+KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
+    "temporal_attention": temporal_attention_cases,
+    "group_norm_silu": group_norm_silu_cases,
+    "layer_norm": layer_norm_cases,
+    "geglu": geglu_cases,
+}
+PLANS = {"temporal_attention_plans": temporal_attention_plan_cases}  # run only if named
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors of one, or of a tuple."""
+    return [t for t in (values if isinstance(values, tuple) else (values,)) if isinstance(t, Tensor)]
+
+
+def milliseconds(function: Callable[..., Any], inputs: list[tuple[Any, ...]], repeats: int = 15) -> float:
+    """Median time of one call within a CUDA graph that calls `function` on all inputs in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for arguments in inputs[:2]:
+            function(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [function(*arguments) for arguments in inputs]  # kept, so that no two share memory
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(inputs))
+    del outputs
+    return statistics.median(times[3:])
+
+
+def error(case: Case, arguments: tuple[Any, ...]) -> float:
+    """Largest relative error (Frobenius norm) of the outputs against the reference in float32."""
+    wide = tuple(a.detach().float().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments)
+    pairs = zip(tensors(case.kernel(*arguments)), tensors(case.reference(*wide)), strict=True)
+    return max(((ours.float() - exact).norm() / exact.norm()).item() for ours, exact in pairs)
+
+
+def row(case: Case, copy: float, compile_reference: bool) -> str:
+    """Time one case; `copy` is a device copy's bytes per second."""
+    first = case.inputs()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    case.kernel(*first)
+    torch.cuda.synchronize()
+    cold = time.perf_counter() - start
+    size = sum(t.nbytes for t in tensors(first))
+    inputs = [first] + [case.inputs() for _ in range(min(max(FOOTPRINT // size, 2), 64))]
+    ours, eager, compiled = milliseconds(case.kernel, inputs), "-", "-"
+    if not case.alone:
+        eager = f"{milliseconds(case.reference, inputs):.4f}"
+    if compile_reference and not case.alone and not any(t.requires_grad for t in tensors(first)):
+        torch.compiler.reset()
+        compiled = f"{milliseconds(torch.compile(case.reference, fullgraph=True), inputs):.4f}"
+    rate = case.traffic / ours * 1e3
+    return (
+        f"{case.name:70} {ours:8.4f} {rate / 1e9:8.0f} {rate / copy:7.1%} {eager:>9} {compiled:>9}"
+        f" {error(case, first):9.1e} {cold:8.2f}"
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS | PLANS))
+    parser.add_argument("--skip-compile", action="store_true", help="leave torch.compile of the references out")
+    options = parser.parse_args()
+    for name in options.kernels:
+        if name not in KERNELS | PLANS:
+            parser.error(f"no kernel {name}: {', '.join(KERNELS | PLANS)}")
+    big = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    copy = 2 * big.nbytes / milliseconds(torch.Tensor.copy_, [(torch.empty_like(big), big)] * 3) * 1e3
+    del big
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, device copy {copy / 1e9:.0f} GB/s")
+    print(f"{'':70} {'ms':>8} {'GB/s':>8} {'of copy':>7} {'eager':>9} {'compiled':>9} {'error':>9} {'first s':>8}")
+    for name in options.kernels or KERNELS:
+        for case in (KERNELS | PLANS)[name]():
+            print(row(case, copy, not options.skip_compile), flush=True)
 
 
 if __name__ == "__main__":

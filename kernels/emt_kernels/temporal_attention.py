@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import use_triton, wrap_triton
+from emt_kernels.selection import substitute, use_triton, wrap_triton
 
 # CUDA's fused attention kernels put the batch on a grid axis of 65,535 blocks.
 _MAX_ATTENTION_BATCH = 65_535
@@ -118,7 +118,9 @@ def temporal_attention(
             is missing.
     """
     _check(query, key, value, heads, reference_key, reference_value, position_key, position_value, scale)
-    function = torch.ops.emt.temporal_attention if use_triton(query) else temporal_attention_reference
+    function = substitute("temporal_attention")
+    if function is None:
+        function = torch.ops.emt.temporal_attention if use_triton(query) else temporal_attention_reference
     return function(query, key, value, heads, reference_key, reference_value, position_key, position_value, scale)
 
 
@@ -595,10 +597,6 @@ if importlib.util.find_spec("triton") is not None:
             groups: tl.constexpr = (HEADS + HEADS_TOGETHER - 1) // HEADS_TOGETHER
             scale_gradient += (sample * groups + group) * tokens * REFERENCE_FRAMES + reference_frame
             scale += sample * scale_batch + far * scale_frame
-            pk_a, pk_b = _load(position_key, head, reference_exists, far * position_key_frame, COLUMNS, REST, HEAD_SIZE)
-            pv_a, pv_b = _load(
-                position_value, head, reference_exists, far * position_value_frame, COLUMNS, REST, HEAD_SIZE
-            )
 
         for i in tl.range(0, tl.minimum(pixels, tokens - first), num_stages=STAGES):
             t = first + i
@@ -629,6 +627,13 @@ if importlib.util.find_spec("triton") is not None:
                     COLUMNS,
                     REST,
                     HEAD_SIZE,
+                )
+                # Read again at every token: kept, they would leave too few registers.
+                pk_a, pk_b = _load(
+                    position_key, head, reference_exists, far * position_key_frame, COLUMNS, REST, HEAD_SIZE
+                )
+                pv_a, pv_b = _load(
+                    position_value, head, reference_exists, far * position_value_frame, COLUMNS, REST, HEAD_SIZE
                 )
                 unscaled = _scores(q_a, q_b, rk_a, rk_b, REST)
                 d_unscaled = _scores(g_a, g_b, rv_a, rv_b, REST)
