@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emt.temporal import MotionFeatures, PreparedMotion
+from emt.temporal import MotionFeatures, PreparedMotion, PreparedReference
 from emt.unet import MotionTransferUNet, TextFeatures
 from emt_kernels.group_norm_silu import group_norm_silu
 
@@ -150,6 +150,7 @@ class TorchBackend(Backend):
         channels_last_vae: the VAE's too, with its group norms and SiLUs by `group_norm_silu`.
         attention: implementations of spatial attention on a CUDA GPU, the preferred one first.
         compile: let `torch.compile` make the network's kernels; the first call of a shape then takes minutes.
+        low_memory: spare memory at the expense of time (`MotionTransferPipeline.save_memory`).
         max_calls: recorded calls that are kept; the one that was not used for longest gives way.
         recorder: what makes recorders, in place of `CudaGraphs` on a CUDA GPU and none elsewhere.
     """
@@ -166,13 +167,15 @@ class TorchBackend(Backend):
         channels_last_vae: bool = True,
         attention: Sequence[SDPBackend] = ATTENTION,
         compile: bool = False,
+        low_memory: bool = False,
         max_calls: int = 8,
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self._pipe = weakref.ref(pipe)  # the pipeline has the backend
-        self.graphs = graphs
+        self.graphs = graphs and not low_memory
+        self.low_memory = low_memory
         self.max_calls = max_calls
-        self.fuse = fuse
+        self.fuse = fuse and not low_memory  # what moves between memories comes apart
         self.channels_last = channels_last
         self.channels_last_vae = channels_last_vae
         self.attention = attention
@@ -210,6 +213,8 @@ class TorchBackend(Backend):
         Where calls are recorded it is written to where those of its shape read it, layer by layer, so that there is
         never a second one in memory (1 GiB for one reference of 16 frames at 512×512).
         """
+        if self.low_memory:
+            return PreparedMotion(_LayerByLayer(self.unet, features))
         device = self.unet.device
         self._prepare_weights(device)
         if not self._records(device):
@@ -236,7 +241,10 @@ class TorchBackend(Backend):
         """
         if not self._records(sample.device):
             with self._attention(sample):
-                return self._run(sample, timestep, text, motion)
+                if not self.low_memory:
+                    return self._run(sample, timestep, text, motion)
+                parts = range(len(sample))
+                return torch.cat([self._run(sample[i : i + 1], timestep, *_part(text, motion, i)) for i in parts])
         if self._text is None or self._text() is not text:  # a new clip: has anybody moved the weights?
             self._prepare_weights(sample.device)
             self._text = weakref.ref(text)
@@ -340,14 +348,14 @@ class TorchBackend(Backend):
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1."""
         vae = self._vae(images.device)
-        chunks = images.split(_frames_at_once(images, pixels=1))
+        chunks = images.split(self._frames_at_once(images, pixels=1))
         posteriors = [vae.encode(chunk).latent_dist for chunk in chunks]
         return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
     def decode_images(self, latents: Tensor) -> Tensor:
         """Images (n, 3, h, w) from about -1 to 1 of latents (n, channels, h/8, w/8), not scaled."""
         vae = self._vae(latents.device)
-        chunks = latents.split(_frames_at_once(latents, pixels=self.pipe.vae_scale_factor**2))
+        chunks = latents.split(self._frames_at_once(latents, pixels=self.pipe.vae_scale_factor**2))
         return torch.cat([vae.decode(chunk).sample for chunk in chunks])
 
     def _vae(self, device: torch.device) -> Any:
@@ -356,6 +364,46 @@ class TorchBackend(Backend):
             _lay_channels_last(vae, vae.encoder.conv_in)
             _fuse_norms(vae)
         return vae
+
+    def _frames_at_once(self, x: Tensor, pixels: int) -> int:
+        if self.low_memory:
+            return 1
+        return max(1, _VAE_PIXELS // (pixels * x.shape[2] * x.shape[3])) if x.is_cuda else _VAE_FRAMES
+
+
+class _LayerByLayer(Mapping[str, tuple[PreparedReference, PreparedReference]]):
+    """Prepares what a layer needs of references when it is asked for, and keeps nothing."""
+
+    def __init__(self, unet: MotionTransferUNet, features: MotionFeatures) -> None:
+        self.features = features
+        self._modules = unet.fusion_modules()
+        self._unet = unet
+
+    def __getitem__(self, path: str) -> tuple[PreparedReference, PreparedReference]:
+        return self._modules[path].prepare(self.features.layers[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def part(self, i: int) -> _LayerByLayer:
+        """The same for the reference of sample i of a batch."""
+        layers = {}
+        for path, (first, second) in self.features.layers.items():
+            j = i % len(first)
+            layers[path] = first[j : j + 1], second[j : j + 1]
+        return _LayerByLayer(self._unet, MotionFeatures(layers))
+
+
+def _part(text: TextFeatures, motion: PreparedMotion | None, i: int) -> tuple[TextFeatures, PreparedMotion | None]:
+    """Text and motion of sample i of a batch."""
+    own = TextFeatures({path: (key[i : i + 1], value[i : i + 1]) for path, (key, value) in text.layers.items()})
+    if motion is None:
+        return own, None
+    assert isinstance(motion.layers, _LayerByLayer), "this motion was prepared by another backend"
+    return own, PreparedMotion(motion.layers.part(i))
 
 
 class _GroupNormSiLU(nn.GroupNorm):
@@ -388,10 +436,6 @@ def _lay_channels_last(module: nn.Module, first: Any) -> None:
         for parameter in module.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
-def _frames_at_once(x: Tensor, pixels: int) -> int:
-    return max(1, _VAE_PIXELS // (pixels * x.shape[2] * x.shape[3])) if x.is_cuda else _VAE_FRAMES
 
 
 def _tensors(value: TextFeatures | PreparedMotion | MotionFeatures | None) -> Iterator[Tensor]:

@@ -164,6 +164,15 @@ class MotionTransferPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.backend: Backend = TorchBackend(self)
 
+    def save_memory(self, device: torch.device | str) -> None:
+        """Make clips on a GPU with little memory, more slowly; the pipeline is in the computer's memory so far.
+
+        Of text encoder, network and VAE only the one that is needed is on the GPU. Samples go through the network
+        one by one, frames through the VAE, and a reference is prepared layer by layer, anew at each step.
+        """
+        self.enable_model_cpu_offload(device=device)
+        self.backend = TorchBackend(self, low_memory=True)
+
     # ------------------------------------------------------------------------------------------------------ motion
 
     @torch.no_grad()
@@ -254,7 +263,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
         sampler = self._sampler(scheduler)
         sampler.set_timesteps(self.config.steps if steps is None else steps, device="cpu")
-        timesteps = sampler.timesteps.to(self.device)
+        timesteps = sampler.timesteps.to(self._execution_device)
 
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         shape = (
@@ -264,7 +273,7 @@ class MotionTransferPipeline(DiffusionPipeline):
             width // self.vae_scale_factor,
         )
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        latents = noise.to(self.device) * sampler.init_noise_sigma  # the sampler's state stays in float32
+        latents = noise.to(self._execution_device) * sampler.init_noise_sigma  # the sampler's state stays in float32
         step_options: dict[str, Any] = {}
         if "generator" in inspect.signature(sampler.step).parameters:
             step_options["generator"] = generators
@@ -305,7 +314,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.text_encoder(ids.to(self.device))[0].to(self.unet.dtype)
+        return self.text_encoder(ids.to(self._execution_device))[0].to(self.unet.dtype)
 
     def check_words(self, prompt: str) -> None:
         """Raise an `EmtError` if the vocabulary is one of whole words and lacks some of the prompt."""
@@ -325,7 +334,7 @@ class MotionTransferPipeline(DiffusionPipeline):
 
     def encode_frames(self, frames: NDArray[np.uint8], generator: torch.Generator) -> Tensor:
         """Sampled latents of RGB frames (frames, height, width, 3): (1, channels, frames, height/8, width/8)."""
-        images = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 3, 1, 2)
+        images = torch.from_numpy(np.ascontiguousarray(frames)).to(self._execution_device).permute(0, 3, 1, 2)
         mean, std = self.backend.encode_images((images / 127.5 - 1).to(self.vae.dtype))
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         latents = (mean + std * noise) * self.vae.config.scaling_factor

@@ -7,7 +7,7 @@ convolutions around it, so that neither spatial nor temporal attention needs a p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class PreparedReference:
 class PreparedMotion:
     """A reference's motion, ready for denoising: two `PreparedReference` for each motion module that takes it."""
 
-    layers: dict[str, tuple[PreparedReference, PreparedReference]]
+    layers: Mapping[str, tuple[PreparedReference, PreparedReference]]
 
     def prepare(self, unet: MotionTransferUNet) -> PreparedMotion:
         """Itself: it is prepared."""

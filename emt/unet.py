@@ -8,6 +8,7 @@ Parameter names are the published ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from emt.errors import EmtError
@@ -329,6 +331,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         """
         return self.denoise_with_features(latents, timestep, text)[1]
 
+    @apply_forward_hook
     def denoise_with_features(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
     ) -> tuple[Tensor, MotionFeatures]:
@@ -347,6 +350,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         prediction, features = self._run(sample, timestep, text, None, adapted=False)
         return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()})
 
+    @apply_forward_hook
     def encode_text(self, text: Tensor) -> TextFeatures:
         """Keys and values of all cross-attentions for prompts (batch, tokens, width)."""
         width = self.config.cross_attention_dim
@@ -488,7 +492,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         for key, _ in text.layers.values():
             if key.shape[0] != sample.shape[0]:
                 raise ValueError(f"text has batch {key.shape[0]}, sample has batch {sample.shape[0]} in shape {shape}")
-        for first, _ in references.values():
+        for first, _ in itertools.islice(references.values(), 1):
             if sample.shape[0] % first.key.shape[0]:
                 raise ValueError(f"{first.key.shape[0]} motions do not divide the batch of sample, shape {shape}")
 

@@ -136,6 +136,28 @@ class TestRecordedCalls:
         assert Recorder.recorded == 2
 
 
+class TestLowMemory:
+    def test_clips_are_the_same(self, pipe, folder, motions):
+        """To the last bit of a sum: samples go through the network one by one."""
+        small = load_pipeline(folder)
+        small.backend = TorchBackend(small, low_memory=True)
+        for motion in (motions, motions[0], None):
+            options = {"steps": 2, "seed": [3, 4]}
+            got, wanted = small(["a", "b"], motion, **options), pipe(["a", "b"], motion, **options)
+            assert np.abs(np.asarray(got, int) - np.asarray(wanted, int)).max() <= 1
+
+    @pytest.mark.gpu
+    def test_weights_come_and_go(self, folder):
+        pipe = load_pipeline(folder, dtype=torch.float16)
+        pipe.save_memory("cuda")
+        motion = pipe.extract_motion(clip())
+        (got,) = pipe("a cat", motion, steps=2)
+        assert {part.device.type for part in (pipe.unet, pipe.text_encoder)} == {"cpu"}
+        usual = load_pipeline(folder, "cuda", torch.float16)
+        (wanted,) = usual("a cat", usual.extract_motion(clip()), steps=2)
+        assert np.abs(got.astype(int) - wanted.astype(int)).mean() < 0.5
+
+
 class TestOutOfMemory:
     def test_a_batch_that_does_not_fit_says_so_and_leaves_nothing(self, folder, motions):
         pipe = load_pipeline(folder)
