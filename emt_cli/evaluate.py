@@ -190,11 +190,12 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
             f"{folder} has no {journal.FILE_NAME}.",
             "Give a folder that `emt transfer --out` has written, or a .jsonl or .csv file of pairs.",
         )
-    done = {
-        line["output"]: line
-        for line in journal.read(folder)
-        if line.get("state") == "done" and isinstance(line.get("output"), str)
-    }
+    done: dict[str, dict[str, Any]] = {}
+    for line in journal.read(folder):
+        if line.get("state") == "done" and isinstance(line.get("output"), str):
+            done[line["output"]] = line
+        elif line.get("state") == "dropped":
+            done.pop(line.get("output", ""), None)
     for name, line in done.items():
         timings = line.get("timings") or {}
         record = {key: line[key] for key in ("seed", "model", "engine", "device") if line.get(key) is not None}

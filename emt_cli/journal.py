@@ -65,6 +65,29 @@ def read(out: Path) -> list[dict[str, Any]]:
         raise EmtError(f"cannot read {out / FILE_NAME}: {error.strerror}") from None
 
 
+def current(out: Path) -> list[dict[str, Any]]:
+    """The last word on each job of a folder's journal.
+
+    A job that failed before it had an output gives way to a later one that fits it.
+
+    Raises:
+        EmtError: the journal is there but may not be read.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    nameless: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in read(out):
+        if line.get("event") != "job" or line.get("state") not in ("done", "failed", "dropped"):
+            continue
+        known = tuple(line.get(key) for key in ("origin", "reference", "prompt", "seed"))
+        if not isinstance(line.get("output"), str):
+            nameless[known] = line
+            continue
+        named[line["output"]] = line
+        for other in [key for key in nameless if all(a is None or a == b for a, b in zip(key, known))]:
+            del nameless[other]
+    return [*named.values(), *nameless.values()]
+
+
 def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
     for line in content.split(b"\n"):
         try:

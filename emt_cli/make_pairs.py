@@ -1,47 +1,149 @@
-"""`emt make-pairs`: rendered clips of the same motions with different content, to train the adapter on."""
+"""`emt make-pairs`: clips of the same motions with different content, to train the adapter on."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emt_cli.options import check_device
+from emt_cli.options import Precision, TransferOptions, check_device, parse_batch_size, parse_seeds
+
+if TYPE_CHECKING:
+    from emt.train.data import Rendering
+    from emt.train.teacher import Filter, Guidance
 
 _PLAIN_SECONDS = 15.0
+_RENDERED, _TAUGHT = "Rendered pairs", "Pairs from real clips"
+_OPTIONS = {
+    _RENDERED: ("motions", "appearances", "realism", "two_subjects", "camera", "seed", "fps"),
+    _TAUGHT: (
+        *("from_references", "prompts", "seeds", "model", "steps", "guidance", "motion_guidance"),
+        *("min_fidelity", "min_consistency", "no_filter", "precision", "batch_size"),
+    ),
+}
+
+
+def _rendered(help: str, **limits: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=_RENDERED, **limits)
+
+
+def _taught(help: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=_TAUGHT, **limits)
 
 
 def make_pairs(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; goes on with one that is not complete.")],
-    motions: Annotated[int, typer.Option(help="Motions, with those that are there.", min=1, max=1_000_000)],
-    appearances: Annotated[int, typer.Option(help="Clips of each motion.", min=2, max=16)] = 2,
+    context: typer.Context,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="Folder to write; goes on with one not complete.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The same.", show_default=False)
+    ] = None,
+    motions: Annotated[
+        int | None, _rendered("Motions, with those that are there.", min=1, max=1_000_000, show_default=False)
+    ] = None,
+    appearances: Annotated[int, _rendered("Clips of each motion.", min=2, max=16)] = 2,
     realism: Annotated[
-        float, typer.Option(help="Share of motions whose reference looks like real footage.", min=0, max=1)
+        float, _rendered("Share of motions whose reference looks like real footage.", min=0, max=1)
     ] = 0.3,
-    two_subjects: Annotated[float, typer.Option(help="Share of motions with two subjects.", min=0, max=1)] = 0.2,
-    camera: Annotated[float, typer.Option(help="Share of motions with a moving camera.", min=0, max=1)] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0, max=2**63 - 1)] = 0,
-    device: Annotated[str, typer.Option(help="Where clips are drawn: auto, cuda, cuda:N, mps or cpu.")] = "auto",
-    fps: Annotated[float, typer.Option(help="Frames a second of the clips.", min=1, max=120)] = 8.0,
+    two_subjects: Annotated[float, _rendered("Share of motions with two subjects.", min=0, max=1)] = 0.2,
+    camera: Annotated[float, _rendered("Share of motions with a moving camera.", min=0, max=1)] = 0.5,
+    seed: Annotated[int, _rendered("Of everything that is drawn.", min=0, max=2**63 - 1)] = 0,
+    fps: Annotated[float, _rendered("Frames a second of the clips.", min=1, max=120)] = 8.0,
+    from_references: Annotated[
+        list[str] | None,
+        _taught("A clip, a folder of clips, or a glob in quotes; may be repeated.", metavar="CLIPS"),
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None, _taught("What the new clips show: a line each, as for emt transfer.", metavar="FILE")
+    ] = None,
+    seeds: Annotated[str, _taught("Seeds for each reference and prompt, as in 0,7,10-15.")] = "0",
+    model: Annotated[str | None, _taught("Folder or hub id of the base that teaches.", show_default=False)] = None,
+    steps: Annotated[int | None, _taught("Denoising steps. Default: the model's.", min=1, max=500)] = None,
+    guidance: Annotated[
+        float | None, _taught("Guidance by the prompt, 1 for none. Default: the model's.", min=1, max=50)
+    ] = None,
+    motion_guidance: Annotated[
+        float, _taught("Weight of guidance by the motion; 2000 is published, 0 is none.", min=0, max=1e9)
+    ] = 2000.0,
+    min_fidelity: Annotated[
+        float, _taught("Drop clips whose motion fidelity to the reference is lower.", min=-1, max=1)
+    ] = 0.8,
+    min_consistency: Annotated[float, _taught("Drop clips whose temporal consistency is lower.", min=0, max=1)] = 0.7,
+    no_filter: Annotated[bool, _taught("Measure clips, but keep all.", "--no-filter")] = False,
+    precision: Annotated[Precision, _taught("auto is fp16 on a GPU and fp32 on a CPU.")] = Precision.AUTO,
+    batch_size: Annotated[str, _taught("Clips made together, 1 to 64 or auto.", metavar="N|auto")] = "auto",
+    device: Annotated[str, typer.Option(help="Where clips are made: auto, cuda, cuda:N, mps or cpu.")] = "auto",
 ) -> None:
-    """Render pairs of clips for `emt train`: the same motion, played by different subjects over different scenes.
+    """Make pairs of clips for `emt train`: the same motion, played with different content.
 
-    Writes a folder for each motion, with clips of 16 frames of 128×128 named <caption>.mp4 and a metadata.jsonl; prints
-    OUT on stdout. Captions never name the motion. An interrupted run goes on when it is started again.
+    With --motions they are rendered: different subjects over different scenes, in clips of 16 frames of 128×128.
+
+    With --from-references they are made from real clips, as the paper's were: a teacher that needs no training plays
+    each reference's motion with every prompt, by motion guidance on the model's own temporal attention; clips that
+    follow it badly or flicker are dropped. OUT/pairs.jsonl tells what was kept and dropped, and why.
+
+    Writes a folder for each motion, with clips and a metadata.jsonl; prints OUT on stdout if there are pairs. Captions
+    never name the motion. An interrupted run goes on when it is started again.
     """
     check_device(device)
+    folder = out or output
+    if folder is None or (out and output):
+        raise typer.BadParameter("name one folder to write, as OUT or with --out (and put globs in quotes)")
+    if (motions is None) == (not from_references):
+        raise typer.BadParameter("give either --motions, to render pairs, or --from-references, to make them of clips")
+    _check_options(context, _RENDERED if from_references else _TAUGHT)
+    if motions is not None:
+        from emt.train.data import Rendering
+
+        _render(folder, motions, Rendering(appearances, realism, two_subjects, camera, seed, fps), device)
+        typer.echo(folder)
+    else:
+        if not prompts:
+            raise typer.BadParameter("--from-references needs --prompts FILE: what the new clips show, a line each")
+        parse_seeds(seeds)
+        parse_batch_size(batch_size)
+        from emt.train.teacher import Filter, Guidance
+
+        given = {"steps": steps, "guidance": guidance}
+        options = TransferOptions(
+            references=from_references,
+            prompts=prompts,
+            seeds=seeds,
+            out=folder,
+            model=model,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            settings={name: value for name, value in given.items() if value is not None},
+        )
+        wanted = Filter(None, None) if no_filter else Filter(min_fidelity, min_consistency)
+        _teach(options, Guidance(weight=motion_guidance), wanted)
+
+
+def _check_options(context: typer.Context, other: str) -> None:
+    """Turn away options of the other kind of pairs, which would be ignored."""
+    for name in _OPTIONS[other]:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            needed = "--motions" if other == _RENDERED else "--from-references"
+            raise typer.BadParameter(f"{option} goes with {needed}")
+
+
+def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from emt.train.data import Rendering, write_pairs
+    from emt.train.data import write_pairs
     from emt.train.world import World
     from emt_cli.device import Device
 
     place = Device.open(device, "fp32").place
-    rendering = Rendering(appearances, realism, two_subjects, camera, seed, fps)
     console = Console(stderr=True)
     columns = (TextColumn("motions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     made, told = 0, time.monotonic()
@@ -50,13 +152,55 @@ def make_pairs(
 
         def make_world() -> World:
             print(f"painting the world on {place}", file=sys.stderr)
-            return World(place, seed=seed)
+            return World(place, seed=rendering.seed)
 
-        for done, fresh in write_pairs(out, motions, rendering, make_world, workers=appearances):
+        for done, fresh in write_pairs(out, motions, rendering, make_world, workers=rendering.appearances):
             made += fresh
             progress.update(task, completed=done)
             if not console.is_terminal and time.monotonic() - told > _PLAIN_SECONDS:
                 told = time.monotonic()
                 print(f"{done} of {motions} motions", file=sys.stderr, flush=True)
     print(f"{made} motions made, {motions - made} were there", file=sys.stderr)
-    typer.echo(out)
+
+
+def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None:
+    from emt.evaluate.tracks import opencv
+    from emt_cli.cache import ContentIndex, MotionCache, default_dir
+    from emt_cli.jobs import expand
+    from emt_cli.journal import Journal
+    from emt_cli.model import find_model
+    from emt_cli.progress import Watcher
+    from emt_cli.runner import Runner
+    from emt_cli.teaching import TeachingGenerator, check_motions, complete, method, print_summary
+
+    opencv()
+    if "-" in (options.references or []):
+        raise typer.BadParameter("--from-references takes clips, not jobs on standard input")
+    model = find_model(options.model, download=True)
+    listed = check_motions(expand(options, model.defaults)[0])
+    index = ContentIndex(default_dir())
+    journal = Journal(options.out)
+    try:
+        runner = Runner(
+            journal,
+            TeachingGenerator(model, model.sha256(index), options.device, options.precision.value, guidance),
+            index,
+            MotionCache(default_dir() / "motion", options.cache_size * 1e9),
+            Watcher(len(listed)),
+            precision=options.precision.value,
+            batch_size=parse_batch_size(options.batch_size),
+            filter=wanted,
+            method=method(guidance),
+            quiet=True,
+        )
+        summary = runner.run(listed)
+        report = complete(options.out)
+    finally:
+        journal.close()
+    print_summary(report)
+    if any(row["state"] == "kept" for row in report):
+        typer.echo(options.out)
+    if summary.interrupted:
+        raise typer.Exit(130)
+    if summary.counts["failed"]:
+        raise typer.Exit(1)

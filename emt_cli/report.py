@@ -93,7 +93,7 @@ def write_report(out: Path, output: Path | None = None) -> Path:
 
 def _collect(out: Path, page: Path) -> dict[str, Any]:
     """What the page shows, as JSON values."""
-    lines = sorted(_current(journal.read(out)), key=_order)
+    lines = sorted((line for line in journal.current(out) if line["state"] != "dropped"), key=_order)
     metrics = _Metrics.read(out / METRICS)
     labels = _labels(line["reference"] for line in lines if line.get("reference"))
     gallery = _Gallery(out, page)
@@ -108,23 +108,6 @@ def _collect(out: Path, page: Path) -> dict[str, Any]:
         job["metrics"] = metrics.of(line)
         jobs.append({key: value for key, value in job.items() if value not in (None, "", {})})
     return {"title": out.absolute().name, "references": references, "jobs": jobs, "summary": metrics.summary}
-
-
-def _current(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last word on each job. A job that failed before it had an output gives way to a later one that fits it."""
-    named: dict[str, dict[str, Any]] = {}
-    nameless: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in lines:
-        if line.get("event") != "job" or line.get("state") not in ("done", "failed"):
-            continue
-        known = tuple(line.get(key) for key in ("origin", "reference", "prompt", "seed"))
-        if not isinstance(line.get("output"), str):
-            nameless[known] = line
-            continue
-        named[line["output"]] = line
-        for other in [key for key in nameless if all(a is None or a == b for a, b in zip(key, known))]:
-            del nameless[other]
-    return [*named.values(), *nameless.values()]
 
 
 def _order(line: dict[str, Any]) -> tuple[Any, ...]:

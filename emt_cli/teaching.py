@@ -1,0 +1,199 @@
+"""Pairs from real clips: what a teacher makes of references and prompts, filtered and written in the layout of pairs.
+
+A folder of pairs is an output folder of `emt transfer` as well, made by a teacher instead of the adapter: its journal
+makes it resumable, keeps each failure to its own job, and lets `emt evaluate` and `emt report` read it. What comes on
+top follows from the journal at any time: the sampled reference and `metadata.jsonl` in each motion's folder, and
+`pairs.jsonl`, which says of every clip whether it was kept, and why not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from emt.errors import EmtError
+from emt.files import write_atomically
+from emt_cli import journal
+from emt_cli.generator import Generator, playback_rate, read_reference
+from emt_cli.jobs import Job, Rejected, digest
+from emt_cli.journal import dumps
+from emt_cli.model import Model
+from emt_cli.options import Settings, parse_field
+from emt_cli.results import read_record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from emt.pipeline import Motion
+    from emt.train.teacher import Guidance, Teacher
+
+REPORT = "pairs.jsonl"
+REFERENCE = "reference.mp4"
+_MEASURES = ("motion_fidelity", "temporal_consistency")
+_OWN = ("steps", "guidance", "negative_prompt")  # settings that a line of prompts may have: others change the motion
+
+
+class TeachingGenerator(Generator):
+    """Makes clips by motion guidance on the model's backbone (`emt.train.teacher`).
+
+    Args:
+        model: The model; it is loaded when it is first needed.
+        model_sha256: Hash of its content.
+        device: auto, cuda, cuda:N, mps or cpu.
+        precision: auto, fp32, fp16 or bf16.
+        guidance: How motions are imposed.
+    """
+
+    def __init__(self, model: Model, model_sha256: str, device: str, precision: str, guidance: Guidance) -> None:
+        super().__init__(model, model_sha256, device, precision)
+        self.guidance = guidance
+        self._teacher: Teacher | None = None
+
+    def generate(
+        self, jobs: Sequence[Job], motions: Sequence[Motion], on_step: Callable[[int, int], None]
+    ) -> tuple[list[np.ndarray], dict[str, float], int]:
+        """Make the clips of jobs of one shape in one batch; see `Generator.generate`."""
+        import time
+
+        from emt.train.teacher import Teacher
+
+        settings = jobs[0].settings
+        self._teacher = self._teacher or Teacher(self.load(), self.guidance)
+        self.device.start_measuring()
+        begun = time.monotonic()
+        latents = self._teacher.sample(
+            [job.prompt for job in jobs],
+            motions,
+            seeds=[job.seed for job in jobs],
+            steps=settings.steps,
+            text_guidance=settings.guidance,
+            negative_prompts=[job.settings.negative_prompt for job in jobs],
+            on_step=on_step,
+        )
+        self.device.synchronize()
+        stepped = time.monotonic()
+        clips = self._teacher.decode(latents)
+        timings = {"steps": (stepped - begun) / len(jobs), "vae": (time.monotonic() - stepped) / len(jobs)}
+        return clips, timings, self.device.memory()[1]
+
+    def record(self, job: Job, identity: str, reference_sha256: str, batch: dict[str, Any]) -> dict[str, Any]:
+        """All that it takes to make a clip again, `teacher` among it."""
+        return {**super().record(job, identity, reference_sha256, batch), "teacher": asdict(self.guidance)}
+
+
+def method(guidance: Guidance) -> str:
+    """What makes a teacher's job another one than the adapter's with the same settings."""
+    return digest("teacher", asdict(guidance))
+
+
+def check_motions(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
+    """Turn away jobs whose own line reads the reference otherwise: clips of a folder share one motion."""
+    checked: list[Job | Rejected] = []
+    for item in items:
+        others = sorted(set(item.own) - set(_OWN)) if isinstance(item, Job) else []
+        if isinstance(item, Job) and others:
+            hint = f"A line of prompts for pairs may set {', '.join(_OWN)}."
+            error = EmtError(f"pairs cannot be made with a {others[0]} of their own", hint)
+            item = Rejected(error, item.origin, str(item.reference), item.prompt)
+        checked.append(item)
+    return checked
+
+
+def complete(out: Path) -> list[dict[str, Any]]:
+    """Write what follows from a folder's journal: references, metadata and the report.
+
+    Args:
+        out: A folder of pairs, which no other process is writing.
+
+    Returns:
+        The lines of the report, by reference, prompt and seed.
+
+    Raises:
+        EmtError: The folder cannot be written.
+    """
+    kept: dict[str, list[dict[str, Any]]] = {}
+    report = []
+    for line in journal.current(out):
+        output, state = line.get("output", ""), line["state"]
+        if output:
+            clips = kept.setdefault(str(PurePosixPath(output).parent), [])
+            if state == "done":
+                state = "kept" if (out / output).exists() else "gone"
+            if state == "kept":
+                clips.append(line)
+        told = {key: line.get(key) for key in ("reference", "prompt", "seed", *_MEASURES)}
+        report.append({"file": output, "state": state, "reason": line.get("error", ""), **told})
+    report.sort(key=lambda row: (row["reference"] or "", row["prompt"] or "", row["seed"] or 0))
+    try:
+        for folder, lines in kept.items():
+            if lines:
+                _complete_motion(out / folder, sorted(lines, key=lambda line: line["output"]))
+            else:
+                _clear_motion(out / folder)
+        write_atomically(out / REPORT, b"".join(dumps(row) + b"\n" for row in report))
+    except OSError as error:
+        raise EmtError(f"cannot write to {out}: {error.strerror}", "Check the free space and permissions.") from None
+    return report
+
+
+def _complete_motion(folder: Path, lines: list[dict[str, Any]]) -> None:
+    """Write the reference of a motion as its clips saw it, and what its clips are."""
+    from emt.train.data import METADATA
+
+    records: list[dict[str, Any]] = []
+    try:
+        _write_reference(folder / REFERENCE, lines[0])
+        records.append({"file": REFERENCE, "caption": "", "role": "reference"})
+    except EmtError as error:
+        print(f"{folder.name}: without its reference, {error.problem}", file=sys.stderr)
+    for line in lines:
+        name = PurePosixPath(line["output"]).name
+        known = {key: line[key] for key in ("seed", *_MEASURES) if key in line}
+        records.append({"file": name, "caption": line["prompt"], "role": "target", **known})
+    write_atomically(folder / METADATA, b"".join(dumps(record) + b"\n" for record in records))
+
+
+def _write_reference(path: Path, line: dict[str, Any]) -> None:
+    """Write the frames that a job's motion was read from, unless they are there."""
+    from emt.video import write_clip
+
+    settings = Settings(**{name: parse_field(name, value) for name, value in line["settings"].items()})
+    job = Job(Path(line["reference"]), line["prompt"], line["seed"], settings)
+    identity = digest("reference", line["reference_sha256"], job.view)
+    if path.is_file() and read_record(path).get("id") == identity:
+        return
+    clip = read_reference(job)
+    write_clip(path, clip.frames, playback_rate(job, clip.fps), metadata={"emt": dumps({"id": identity}).decode()})
+
+
+def _clear_motion(folder: Path) -> None:
+    """Leave nothing of a motion none of whose clips was kept."""
+    from emt.train.data import METADATA
+
+    for name in (REFERENCE, METADATA):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def print_summary(report: Sequence[dict[str, Any]]) -> None:
+    """A table on standard error: what was kept of each reference."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from emt_cli.jobs import printable
+
+    table = Table("reference", "kept", "dropped", "failed", "fidelity", "consistency")
+    for reference in dict.fromkeys(row["reference"] or "" for row in report):
+        rows = [row for row in report if (row["reference"] or "") == reference]
+        count = [str(sum(row["state"] == state for row in rows)) for state in ("kept", "dropped", "failed")]
+        means = []
+        for name in _MEASURES:
+            values = [row[name] for row in rows if row[name] is not None]
+            means.append(f"{sum(values) / len(values):.3f}" if values else "")
+        table.add_row(Text(printable(Path(reference).name)), *count, *means)
+    Console(stderr=True).print(table)
