@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-import emt.temporal
+from emt.train.motions import FRAME, Motions
 from emt.train.objective import Objective
 from emt.train.world import World
 from emt.unet import MotionTransferUNet
+from emt_kernels import selection
+from emt_kernels.temporal_attention import temporal_attention_reference
 from recipes.text import make_text_encoder, make_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ sizes
@@ -40,6 +42,7 @@ class Sizes:
     side: int = 128
     frames: int = 16
     variants: int = 8  # paintings of each scene of the world
+    latents: int = 8  # channels; with 4, a subject of 40 pixels came back as a blot
     vae: tuple[int, ...] = (32, 64, 96, 96)
     unet: tuple[int, ...] = (96, 128)
     groups: int = 16
@@ -50,19 +53,29 @@ class Sizes:
 
 SMALL = Sizes()
 """The small model."""
-TINY = Sizes(side=32, frames=4, variants=1, vae=(16, 16, 16, 16), unet=(16, 32), groups=8, text_width=32, text_layers=1)
+TINY = Sizes(
+    side=32,
+    frames=4,
+    variants=1,
+    latents=4,
+    vae=(16, 16, 16, 16),
+    unet=(16, 32),
+    groups=8,
+    text_width=32,
+    text_layers=1,
+)
 """A toy with the same parts, to try the recipes on a CPU."""
 
 
 def make_vae(sizes: Sizes) -> AutoencoderKL:
-    """A KL autoencoder, 8 pixels a latent, 4 channels, without attention."""
+    """A KL autoencoder, 8 pixels a latent, without attention."""
     levels = len(sizes.vae)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=sizes.vae,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=sizes.latents,
         norm_num_groups=min(sizes.groups, 16),
         sample_size=sizes.side,
         scaling_factor=1.0,  # not known before there are latents
@@ -73,6 +86,8 @@ def make_vae(sizes: Sizes) -> AutoencoderKL:
 def make_unet(sizes: Sizes, fusion_blocks: Sequence[int] | None) -> MotionTransferUNet:
     """The network; `fusion_blocks` () for the backbone alone, None for the adapter in all up blocks."""
     unet = MotionTransferUNet(
+        in_channels=sizes.latents,
+        out_channels=sizes.latents,
         block_out_channels=sizes.unet,
         layers_per_block=1,
         cross_attention_dim=sizes.text_width,
@@ -145,6 +160,8 @@ class Stage:
         self.sizes = TINY if o.tiny else SMALL
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.graph = self.device.type == "cuda" and not o.eager
+        # The compiler fuses norms with what stands around them, in both directions; a kernel would be a wall to it.
+        selection.select("reference")
         torch.manual_seed(o.seed)
         self.generator = torch.Generator(self.device).manual_seed(o.seed)
         self.started = time.monotonic()
@@ -248,6 +265,14 @@ def model_weights(folder: Path) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------- latents
 
 
+def cover(motions: Motions, side: int) -> Tensor:
+    """Where subjects are: (n, frames, side, side) uint8, a disc around each as wide as its sprite."""
+    at = (torch.arange(side, device=motions.position.device) + 0.5) * (FRAME / side)
+    x, y = (part[..., None, None] for part in motions.position.unbind(-1))  # (n, frames, subjects, 1, 1)
+    distance = ((at[None, :] - x).square() + (at[:, None] - y).square()).sqrt()
+    return (distance < 0.5 * motions.scale[..., None, None]).any(2).to(torch.uint8)
+
+
 SUBJECT_WEIGHT = 3.0
 """Extra weight of the loss where a subject is: subjects are a tenth of the picture and most of what prompts ask for."""
 
@@ -274,7 +299,7 @@ class Clips:
     def random(cls, stage: Stage) -> Clips:
         """Noise of the right shape, enough to compile a stage with."""
         sizes, side = stage.sizes, stage.sizes.side // 8
-        latents = torch.randn(4, 4, 4, sizes.frames, side, side, device=stage.device).half()
+        latents = torch.randn(4, 4, sizes.latents, sizes.frames, side, side, device=stage.device).half()
         tokens = tokenize(make_tokenizer(), [""]).to(stage.device)
         subjects = torch.zeros(4, sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
         return cls(latents, tokens.expand(4, 4, -1), subjects)
@@ -634,8 +659,11 @@ def fastest_attention(stage: Stage) -> Iterator[str]:
     A fused kernel made for long sequences spends most of a tile on nothing at 16 frames, in the backward pass above
     all; which of the ways wins depends on the device, so each is timed.
     """
-    usual = emt.temporal.temporal_attention_reference
-    ways = {"fused": usual} | {name: functools.partial(usual, attend=attend) for name, attend in ATTENTIONS.items()}
+    usual = temporal_attention_reference
+    ways: dict[str, Callable[..., Tensor]] = {"fused": usual}
+    ways |= {name: functools.partial(usual, attend=attend) for name, attend in ATTENTIONS.items()}
+    if not selection.unavailable():
+        ways["kernel"] = torch.ops.emt.temporal_attention
     if stage.device.type != "cuda":
         yield "fused"
         return
@@ -657,11 +685,8 @@ def fastest_attention(stage: Stage) -> Iterator[str]:
     best = min(times, key=times.__getitem__)
     milliseconds = {name: round(1e3 * seconds, 2) for name, seconds in times.items()}
     print(f"[{stage.name}] temporal attention, ms forward and backward: {milliseconds}, taken: {best}", flush=True)
-    emt.temporal.temporal_attention_reference = ways[best]  # type: ignore[assignment]
-    try:
+    with selection.substitutes(temporal_attention=ways[best]):
         yield best
-    finally:
-        emt.temporal.temporal_attention_reference = usual
 
 
 @contextlib.contextmanager

@@ -10,17 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from emt.train.motions import FRAME, Motions
-from recipes.common import Stage, load_vae, save_on_signals, save_weights, stage_parser, tokenize
+from recipes.common import Stage, cover, load_vae, save_on_signals, save_weights, stage_parser, tokenize
 from recipes.text import make_tokenizer
-
-
-def cover(motions: Motions, side: int) -> Tensor:
-    """Where subjects are: (n, frames, side, side) uint8, a disc around each as wide as its sprite."""
-    at = (torch.arange(side, device=motions.position.device) + 0.5) * (FRAME / side)
-    x, y = (part[..., None, None] for part in motions.position.unbind(-1))  # (n, frames, subjects, 1, 1)
-    distance = ((at[None, :] - x).square() + (at[:, None] - y).square()).sqrt()
-    return (distance < 0.5 * motions.scale[..., None, None]).any(2).to(torch.uint8)
 
 
 @torch.no_grad()
@@ -47,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return torch.cat(parts).unflatten(0, clips.shape[:2]).transpose(1, 2).half()
 
     side = stage.sizes.side // 8
-    shape = (o.motions, o.appearances, 4, stage.sizes.frames, side, side)
+    shape = (o.motions, o.appearances, stage.sizes.latents, stage.sizes.frames, side, side)
     latents = torch.empty(shape, dtype=torch.float16, device=stage.device)
     subjects = torch.empty(o.motions, stage.sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
     tokens = tokenize(tokenizer, [""])[0].repeat(o.motions, o.appearances, 1)

@@ -27,6 +27,7 @@ from recipes.common import (
     Clips,
     NonFiniteLoss,
     Trainer,
+    cover,
     load_weights,
     make_base,
     make_scheduler,
@@ -37,7 +38,6 @@ from recipes.common import (
     with_noise,
 )
 from recipes.evaluate_small import evaluate, read_motions
-from recipes.render_latents import cover
 from recipes.text import make_text_encoder, make_tokenizer
 from recipes.train_base import base_loss, without_motion_modules
 from recipes.train_vae import vae_loss
@@ -250,14 +250,14 @@ def test_losses_never_wait_for_the_device(attention: str | None, monkeypatch: py
     # The meta device has no values: whatever asks for one, which a CUDA graph cannot hold, fails.
     if attention is not None:
         way = functools.partial(temporal_attention_reference, attend=ATTENTIONS[attention])
-        monkeypatch.setattr("emt.temporal.temporal_attention_reference", way)
+        monkeypatch.setattr("emt.temporal.temporal_attention", way)
     kind = {"device": "meta", "dtype": torch.bfloat16}
     with torch.device("meta"):
         (unet, text), adapted, vae = make_base(SMALL), make_unet(SMALL, None), make_vae(SMALL)
     for module in (unet, text, adapted, vae):
         module.to(torch.bfloat16)
     objective = Objective.from_scheduler(make_scheduler(), "meta")
-    latents = torch.empty(8, 4, 16, 16, 16, **kind)
+    latents = torch.empty(8, SMALL.latents, 16, 16, 16, **kind)
     noise, t = torch.empty(latents.shape, device="meta"), torch.empty(8, dtype=torch.long, device="meta")
     tokens = torch.empty(8, 16, dtype=torch.long, device="meta")
     torch.autograd.grad(
@@ -267,7 +267,8 @@ def test_losses_never_wait_for_the_device(attention: str | None, monkeypatch: py
     loss = adapter_loss(adapted, objective, latents, latents, hidden, hidden[:1], t, noise, noise)
     torch.autograd.grad(loss, [p for _, p in adapted.adapter_parameters()])
     frames = torch.empty(2, 3, 128, 128, **kind)
-    torch.autograd.grad(vae_loss(vae, frames, torch.empty(2, 4, 16, 16, **kind)), list(vae.parameters()))
+    subject, noise = torch.empty(2, 1, 128, 128, **kind), torch.empty(2, SMALL.latents, 16, 16, **kind)
+    torch.autograd.grad(vae_loss(vae, frames, subject, noise), list(vae.parameters()))
 
 
 # ------------------------------------------------------------------------------------------------------- the stages

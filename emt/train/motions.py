@@ -282,7 +282,7 @@ def _cost(path: Tensor, two: Tensor) -> Tensor:
     """
     x, y, scale, _ = path.unbind(0)
     reach = 0.42 * scale
-    outside = torch.stack([reach - x, x + reach - FRAME, reach - y, y + reach - FRAME, scale - 84, 18 - scale])
+    outside = torch.stack([reach - x, x + reach - FRAME, reach - y, y + reach - FRAME, scale - 88, 23 - scale])
     alone = outside.amax((0, -1)).clamp(min=0)
     gap = torch.hypot(x[:, :, 0] - x[:, :, 1], y[:, :, 0] - y[:, :, 1]) - reach.sum(2)
     start = (x[:, :, 0, 0] - x[:, :, 1, 0]).abs()
@@ -364,9 +364,9 @@ def draw_motions(
     rotation = rotation + torch.where(q(7) < 0.6, lean, 0.0)
 
     pair = two[:, None, None, None]
-    side = torch.where(pair, q(11, 28.0, 40.0), q(11, 32.0, 56.0))
+    side = torch.where(pair, q(11, 34.0, 46.0), q(11, 40.0, 64.0))
     log_size = log_size - log_size.mean(-1, keepdim=True)
-    scale = (side * torch.exp(log_size)).clamp(20.0, 80.0)
+    scale = (side * torch.exp(log_size)).clamp(25.0, 84.0)
     # Fit the path between margins that keep nearly all of the subject in the frame.
     margin = 0.46 * scale.amax(-1, keepdim=True)
     half_x, half_y = _range(x) / 2, _range(y) / 2
