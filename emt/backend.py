@@ -204,7 +204,7 @@ class TorchBackend(Backend):
     def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
         """Read the motion of references, eagerly: it is done once for each."""
         self._prepare_weights(latents.device)
-        with self._attention(latents):
+        with self._attention(latents.device):
             return self.unet.encode_reference(latents, timestep, text)
 
     def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
@@ -240,7 +240,7 @@ class TorchBackend(Backend):
             ValueError: as the network does, for a wrong shape.
         """
         if not self._records(sample.device):
-            with self._attention(sample):
+            with self._attention(sample.device):
                 if not self.low_memory:
                     return self._run(sample, timestep, text, motion)
                 parts = range(len(sample))
@@ -269,6 +269,14 @@ class TorchBackend(Backend):
         self._motions.clear()
         self._weights = []
         self._recorder = self._text = None
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Weights laid out and attention chosen as calls on the pipeline's device have them, for who compiles those."""
+        self._prepare_weights(self.pipe.device)
+        with self._attention(self.pipe.device):
+            self._vae(self.pipe.device)
+            yield
 
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
         return (self._compiled or self.unet)(sample, timestep, text, motion)
@@ -307,7 +315,7 @@ class TorchBackend(Backend):
         sample, timestep = sample.clone(), timestep.clone()
         own_text = TextFeatures({path: (key.clone(), value.clone()) for path, (key, value) in text.layers.items()})
         moved = self._motion_place(motion) if motion is not None else None
-        with self._attention(sample):
+        with self._attention(sample.device):
             replay, output = self._recorder.record(
                 lambda: self._run(sample, timestep, own_text, moved.value if moved else None)
             )
@@ -340,8 +348,9 @@ class TorchBackend(Backend):
             self.reset()
             self._weights = weights  # kept, so that a weight that is moved cannot be given the same address again
 
-    def _attention(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
-        return sdpa_kernel(list(self.attention), set_priority=True) if x.is_cuda else contextlib.nullcontext()
+    def _attention(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        cuda = device.type == "cuda"
+        return sdpa_kernel(list(self.attention), set_priority=True) if cuda else contextlib.nullcontext()
 
     # ----------------------------------------------------------------------------------------------------- the VAE
 
