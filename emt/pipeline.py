@@ -293,7 +293,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         if broken:
             raise NonFiniteError(broken, [seeds[i] for i in broken])
         del moved, prediction, sample
-        return [self.decode_latents(clip) for clip in latents]
+        return self._decode(list(latents))
 
     # --------------------------------------------------------------------------------------------------- the parts
 
@@ -342,9 +342,20 @@ class MotionTransferPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: Tensor) -> NDArray[np.uint8]:
         """RGB frames (frames, height, width, 3) of latents (channels, frames, height/8, width/8)."""
-        latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
-        images = self.backend.decode_images(latents).float()
-        return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return self._decode([latents])[0]
+
+    def _decode(self, clips: list[Tensor]) -> list[NDArray[np.uint8]]:
+        decoded = []
+        for latents in clips:
+            latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
+            images = ((self.backend.decode_images(latents).float() + 1) * 127.5).clamp(0, 255).round()
+            images = images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+            # Into pinned memory a copy needs no wait, so that the next clip is being decoded meanwhile.
+            frames = torch.empty(images.shape, dtype=torch.uint8, pin_memory=images.is_cuda)
+            decoded.append(frames.copy_(images, non_blocking=True))
+        if clips[0].is_cuda:
+            torch.cuda.synchronize(clips[0].device)
+        return [frames.numpy() for frames in decoded]
 
     def _shape(self, motions: Sequence[Motion]) -> tuple[int, int, int]:
         shapes = {(m.frames, m.height, m.width) for m in motions}
