@@ -44,10 +44,10 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False, shift: Tensor 
 
 
 def add_and_norm(
-    norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, positions: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x + residual``, `norm` of it, and that with `positions` (frames, channels) added."""
-    return layer_norm(x, norm.weight, norm.bias, norm.eps, positions, residual)
+    norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, positions: Tensor | None = None, plain: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``x + residual``, `norm` of it (None unless `plain`), and that with `positions` (frames, channels) added."""
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, positions, residual, plain)
 
 
 @dataclass
@@ -295,13 +295,14 @@ class TemporalTransformerBlock(nn.Module):
         """(batch, frames, tokens, channels) → the same, and the features that a reference pass keeps."""
         features, residual = [], None
         for i, (attention, norm) in enumerate(zip(self.attention_blocks, self.norms, strict=True)):
-            x, feature, h = add_and_norm(norm, x, residual, attention.positions[: x.shape[1]])
-            features.append(feature)
+            x, feature, h = add_and_norm(norm, x, residual, attention.positions[: x.shape[1]], not adapted)
+            if feature is not None:
+                features.append(feature)
             prepared = reference[i] if reference else None
             scale = self.scaler(h, prepared.scaler) if prepared else None
             residual = attention(h, prepared, scale, adapted)
-        x, h, _ = add_and_norm(self.ff_norm, x, residual)
-        return x + self.ff(h), None if adapted else (features[0], features[1])
+        x, _, h = add_and_norm(self.ff_norm, x, residual)
+        return x + self.ff(h), (features[0], features[1]) if features else None
 
 
 class TemporalTransformer(nn.Module):

@@ -203,21 +203,23 @@ def test_plan_reads_sixteen_bytes_at_once(channels: int, pixels: int) -> None:
     dtype=dtypes,
     positioned=st.booleans(),
     summed=st.booleans(),
+    plain=st.booleans(),
     seed=seeds,
 )
 @few
 def test_layer_norm(
-    device: str, shape: tuple[int, int, int, int], dtype: str, positioned: bool, summed: bool, seed: int
+    device: str, shape: tuple[int, int, int, int], dtype: str, positioned: bool, summed: bool, plain: bool, seed: int
 ) -> None:
     make = random(seed, device, dtype)
     x, weight, bias = make(*shape, scale=3, mean=1), make(shape[3]), make(shape[3])
     positions = make(shape[1], shape[3]) if positioned else None
     residual = make(*shape) if summed else None
     with poisoned_memory():
-        ours = torch.ops.emt.layer_norm(x, weight, bias, 1e-5, positions, residual)
-    total = x if residual is None else ours[-1]  # the norm is that of the sum as it is kept, rounded
+        ours = torch.ops.emt.layer_norm(x, weight, bias, 1e-5, positions, residual, plain)
+    total = x if residual is None else ours[0]  # the norm is that of the sum as it is kept, rounded
     _, *exact = layer_norm_reference(*wide(total, weight, bias), 1e-5, *wide(positions))
-    expected = exact[: 1 + positioned] + ([] if residual is None else [x.double() + residual.double()])
+    expected = [] if residual is None else [x.double() + residual.double()]
+    expected += exact[:1] * (plain or not positioned) + exact[1:] * positioned
     assert len(ours) == len(expected)
     scale = 10 + exact[0].abs()
     for a, b in zip(ours, expected):
@@ -243,7 +245,7 @@ def test_layer_norm_of_extreme_values(device: str, channels: int) -> None:
 def test_layer_norm_operator_is_registered_well(device: str) -> None:
     make = random(0, device, "fp32")
     x, weight, bias, positions = make(2, 3, 5, 6), make(6), make(6), make(3, 6)
-    for extra in ((), (positions,), (None, x.clone()), (positions, x.clone())):
+    for extra in ((), (positions,), (None, x.clone()), (positions, x.clone(), False)):
         _check_operator(torch.ops.emt.layer_norm, (x, weight, bias, 1e-5, *extra), device)
 
 
@@ -290,6 +292,7 @@ def test_reference_runs_where_triton_does_not() -> None:
     assert torch.equal(normalized, F.layer_norm(2 * tokens, (6,), weight, bias))
     assert torch.equal(positioned, normalized + positions[:, None])
     assert layer_norm(tokens, weight, bias, 1e-5)[0] is tokens
+    assert layer_norm(tokens, weight, bias, 1e-5, positions, plain=False)[1] is None
     (y.sum() + positioned.sum() + geglu(tokens).sum()).backward()
     assert all(t.grad is not None for t in (x, weight, bias, tokens))
 
@@ -323,7 +326,7 @@ def test_kernels_compile(capability: int) -> None:
     half = ("x", "weight", "bias", "shift", "out", "grad", "grad_x", "positions", "residual", "total", "positioned")
     types = dict.fromkeys(half, "fp16") | dict.fromkeys(("partial", "statistics", "sums", "means"), "fp32")
     norm = {"EPS": 1e-5, "SILU": True, "SHIFT": True, "ALIGN": 8, "LANES": 64, "ROWS": 8}  # few rows compile sooner
-    layer = {"EPS": 1e-5, "POSITIONS": True, "RESIDUAL": True, "ROWS": 1, "LANES": 512}
+    layer = {"EPS": 1e-5, "PLAIN": True, "POSITIONS": True, "RESIDUAL": True, "ROWS": 1, "LANES": 512}
     group = group_norm_module
     for kernel, constants in (
         (group._group_norm_frame, norm | {"pixels": 1, "group_units": 1}),  # the launcher makes constants of ones

@@ -23,11 +23,13 @@ def layer_norm_reference(
     eps: float,
     positions: Tensor | None = None,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    plain: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """What `layer_norm` computes, in plain PyTorch."""
     total = x if residual is None else x + residual
     normalized = F.layer_norm(total, weight.shape, weight, bias, eps)
-    return total, normalized, normalized if positions is None else normalized + positions[:, None]
+    positioned = normalized if positions is None else normalized + positions[:, None]
+    return total, normalized if plain else None, positioned
 
 
 def layer_norm(
@@ -37,7 +39,8 @@ def layer_norm(
     eps: float,
     positions: Tensor | None = None,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    plain: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Normalize the channels of every token of ``x + residual``. Gradients take the reference.
 
     Args:
@@ -47,10 +50,11 @@ def layer_norm(
         eps: added to the variance.
         positions: (frames, channels).
         residual: as `x`.
+        plain: whether the norm without positions is wanted, too; it is a third of the memory traffic.
 
     Returns:
-        The sum ``x + residual`` (`x` itself without a residual), its norm, and the norm with the positions of its
-        frame added (the norm itself without positions); each as `x`.
+        The sum ``x + residual`` (`x` itself without a residual), its norm (None unless `plain`), and the norm with the
+        positions of its frame added (the norm itself without positions); each as `x`.
 
     Raises:
         ValueError: for shapes that do not fit each other, which it names.
@@ -58,11 +62,10 @@ def layer_norm(
     _check(x, weight, bias, positions, residual)
     tensors = [t for t in (x, weight, bias, positions, residual) if t is not None]
     if not use_triton(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return layer_norm_reference(x, weight, bias, eps, positions, residual)
-    outputs = list(torch.ops.emt.layer_norm(x, weight, bias, eps, positions, residual))
-    normalized = outputs.pop(0)
-    positioned = normalized if positions is None else outputs.pop(0)
-    return x if residual is None else outputs.pop(0), normalized, positioned
+        return layer_norm_reference(x, weight, bias, eps, positions, residual, plain)
+    outputs = torch.ops.emt.layer_norm(x, weight, bias, eps, positions, residual, plain)
+    total = x if residual is None else outputs[0]
+    return total, outputs[-2 if positions is not None else -1] if plain else None, outputs[-1]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor | None, residual: Tensor | None) -> None:
@@ -97,6 +100,7 @@ if importlib.util.find_spec("triton") is not None:
         frames,
         channels,
         EPS: tl.constexpr,
+        PLAIN: tl.constexpr,
         POSITIONS: tl.constexpr,
         RESIDUAL: tl.constexpr,
         ROWS: tl.constexpr,
@@ -123,11 +127,12 @@ if importlib.util.find_spec("triton") is not None:
         w = tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float32)
         b = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
         y = difference * rstd[:, None] * w[None, :] + b[None, :]
-        tl.store(out + base + at, y.to(out.dtype.element_ty), mask=mask)
+        if PLAIN:
+            tl.store(out + base + at, y.to(out.dtype.element_ty), mask=mask)
         if POSITIONS:
             frame = ((first + row) // tokens % frames).to(tl.int32)
             y += tl.load(positions + frame[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(positioned + base + at, y.to(out.dtype.element_ty), mask=mask)
+            tl.store(positioned + base + at, y.to(positioned.dtype.element_ty), mask=mask)
 
     @torch.library.triton_op("emt::layer_norm", mutates_args={})
     def _layer_norm(
@@ -137,16 +142,18 @@ if importlib.util.find_spec("triton") is not None:
         eps: float,
         positions: Tensor | None = None,
         residual: Tensor | None = None,
+        plain: bool = True,
     ) -> list[Tensor]:
-        """The norm, then with positions the norm plus positions, then with a residual the sum."""
+        """The sum with a residual, the norm if `plain` or without positions, the norm plus positions with them."""
         _check(x, weight, bias, positions, residual)
         channels = x.shape[-1]
         rows = x.numel() // channels
         tokens, frames = (x.shape[2], x.shape[1]) if positions is not None else (1, 1)
         x = x.contiguous()
-        out = torch.empty_like(x)
-        positioned = torch.empty_like(x) if positions is not None else out
-        total = torch.empty_like(x) if residual is not None else out
+        written = residual is not None, plain or positions is None, positions is not None
+        outputs = [torch.empty_like(x) for _ in range(sum(written))]
+        remaining = iter(outputs)
+        total, out, positioned = (next(remaining) if needed else outputs[0] for needed in written)
         lanes = triton.next_power_of_2(channels)
         block = max(4096 // lanes, 1)
         wrap_triton(_layer_norm_kernel)[(triton.cdiv(rows, block),)](
@@ -163,17 +170,13 @@ if importlib.util.find_spec("triton") is not None:
             frames=frames,
             channels=channels,
             EPS=eps,
-            POSITIONS=positions is not None,
-            RESIDUAL=residual is not None,
+            RESIDUAL=written[0],
+            PLAIN=written[1],
+            POSITIONS=written[2],
             ROWS=block,
             LANES=lanes,
             num_warps=4 if lanes <= 4096 else 8,
         )
-        outputs = [out]
-        if positions is not None:
-            outputs.append(positioned)
-        if residual is not None:
-            outputs.append(total)
         return outputs
 
     @_layer_norm.register_fake
@@ -184,6 +187,7 @@ if importlib.util.find_spec("triton") is not None:
         eps: float,
         positions: Tensor | None = None,
         residual: Tensor | None = None,
+        plain: bool = True,
     ) -> list[Tensor]:
-        shape = [t for t in (x, positions, residual) if t is not None]
-        return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in shape]
+        outputs = (residual is not None) + (plain or positions is None) + (positions is not None)
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(outputs)]
