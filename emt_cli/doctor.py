@@ -151,11 +151,11 @@ def _triton() -> Finding:
         return Finding(
             "triton", "limited", "not installed: no fused kernels", f"{sys.executable} -m pip install triton"
         )
-    import torch
+    from emt_kernels.selection import unavailable
 
-    if not torch.cuda.is_available():
-        return Finding("triton", "limited", f"{version}, unused without a CUDA GPU: PyTorch computes all")
-    return Finding("triton", "ok", version)
+    if problem := unavailable():
+        return Finding("triton", "limited", f"{version}; its kernels are not used, PyTorch computes all: {problem}")
+    return Finding("triton", "ok", f"{version}; its kernels are used")
 
 
 def _tensorrt() -> Finding:
