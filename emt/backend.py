@@ -370,8 +370,7 @@ class TorchBackend(Backend):
     def _vae(self, device: torch.device) -> Any:
         vae = self.pipe.vae
         if device.type == "cuda" and self.channels_last_vae:
-            _lay_channels_last(vae, vae.encoder.conv_in)
-            _fuse_norms(vae)
+            prepare_vae(vae)
         return vae
 
     def _frames_at_once(self, x: Tensor, pixels: int) -> int:
@@ -422,8 +421,12 @@ class _GroupNormSiLU(nn.GroupNorm):
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=True)
 
 
-def _fuse_norms(vae: nn.Module) -> None:
-    """Let the group norms before SiLUs of a diffusers VAE compute both. Its state dict stays as it is."""
+def prepare_vae(vae: Any) -> None:
+    """Lay the weights of a diffusers VAE out channels-last, and let its group norms compute the SiLUs after them.
+
+    Its state dict stays as it is.
+    """
+    _lay_channels_last(vae, vae.encoder.conv_in)
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, nn.SiLU):
             pairs = [("norm1", "nonlinearity"), ("norm2", "nonlinearity")]

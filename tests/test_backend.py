@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emt.backend import TorchBackend
+from emt.backend import TorchBackend, prepare_vae
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.weights import random_model
 
@@ -134,6 +134,54 @@ class TestRecordedCalls:
         recording.unet.conv_out.weight.data = recording.unet.conv_out.weight / 2
         np.testing.assert_array_equal(recording("a cat", motions[0], steps=1), before)
         assert Recorder.recorded == 2
+
+
+class TestWeightsForTheGpu:
+    """What the backend does to weights on a GPU, done here on the CPU: to everybody else the model stays the same."""
+
+    @pytest.fixture
+    def own(self, folder) -> MotionTransferPipeline:
+        return load_pipeline(folder)
+
+    @torch.no_grad()
+    def test_one_product_gives_query_key_and_value(self, pipe, own, motions):
+        before = {name: tensor.clone() for name, tensor in own.unet.state_dict().items()}
+        own.unet.fuse_projections()
+        after = own.unet.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        attention = own.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        assert attention.fused.data_ptr() == attention.to_q.weight.data_ptr()
+        got, wanted = (p("a cat", motions[0], steps=2)[0].astype(int) for p in (own, pipe))
+        assert np.abs(got - wanted).max() <= 1
+        own.unet.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in after.items()})
+        assert not attention.fused.any()
+
+    def test_fused_weights_are_still_trained(self, own, motions):
+        own.unet.fuse_projections()
+        sample = torch.randn(1, 4, FRAMES, HEIGHT // 8, WIDTH // 8)
+        own.unet(sample, 5, own.encode_prompts(["a"]), motions[0].features).square().mean().backward()
+        assert all(parameter.grad.any() for name, parameter in own.unet.adapter_parameters() if "adapter.to_q" in name)
+
+    def test_fused_weights_are_saved(self, own, tmp_path):
+        own.unet.fuse_projections()
+        own.unet.save_pretrained(tmp_path)
+        again = type(own.unet).from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in own.unet.state_dict().items())
+
+    def test_the_vae_computes_the_same(self, pipe, own):
+        names = list(own.vae.state_dict())
+        images = torch.rand(2, 3, HEIGHT, WIDTH) * 2 - 1
+        for _ in range(2):  # twice is once
+            prepare_vae(own.vae)
+        assert list(own.vae.state_dict()) == names
+        assert own.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not any(isinstance(module, torch.nn.SiLU) for module in own.vae.decoder.modules())
+        with torch.no_grad():
+            for got, wanted in zip(own.backend.encode_images(images), pipe.backend.encode_images(images), strict=True):
+                torch.testing.assert_close(got, wanted)
+            latents = torch.randn(2, 4, HEIGHT // 8, WIDTH // 8)
+            torch.testing.assert_close(own.backend.decode_images(latents), pipe.backend.decode_images(latents))
 
 
 class TestLowMemory:
