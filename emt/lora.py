@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from emt.checkpoints import Origin, State, locate, published_motion_name, read_checkpoint, read_config
 from emt.errors import EmtError
+
+if TYPE_CHECKING:
+    from emt.pipeline import MotionTransferPipeline
 
 # The names of a layer's halves: kohya, PEFT, diffusers, and the attention processors of diffusers and AnimateDiff.
 _LORA_HALF = re.compile(
@@ -141,6 +144,23 @@ class LoraMerge:
                 delta = factor * (up.float().flatten(1) @ down.float().flatten(1))
                 weight = weight + delta.reshape(weight.shape)
             self.states[part][name] = weight.to(dtype)
+
+
+@torch.no_grad()
+def merge_loras(pipe: MotionTransferPipeline, loras: Sequence[tuple[Path, float]]) -> None:
+    """Add LoRA files, each times its scale, to the weights of a pipeline that is on the CPU, in place.
+
+    Raises:
+        EmtError: for a file that does not fit, naming every key that does not.
+    """
+    own = {"unet": dict(pipe.unet.named_parameters())}
+    own["text_encoder"] = {n.removeprefix("text_model."): p for n, p in pipe.text_encoder.named_parameters()}
+    merge = LoraMerge(*({name: p.data for name, p in part.items()} for part in own.values()))
+    for path, scale in loras:
+        merge.read(path, scale)
+    merge.apply(pipe.unet.dtype)
+    for part, name in merge.layers:
+        own[part][name].copy_(merge.states[part][name])
 
 
 def _lora_fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:

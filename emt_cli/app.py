@@ -22,6 +22,8 @@ COMMANDS = {
     "report": "Write a page that shows references and results side by side, playing in sync.",
     "make-pairs": "Render pairs of clips with the same motion and different content, to train on.",
     "train": "Train the motion transfer adapter of a model on pairs of clips.",
+    "build-engine": "Compile a model ahead of time for this GPU and chosen shapes.",
+    "engines": "List, show, verify and prune the engines in the cache.",
     "rerun": "Make a result again from the settings it carries.",
     "doctor": "Look at GPU, driver, PyTorch, Triton, TensorRT, ffmpeg, model, disk and cache.",
     "import-weights": "Make one model folder from Stable Diffusion 1.5, a motion module and the adapter.",
@@ -41,6 +43,8 @@ class LazyGroup(TyperGroup):
             return None
         name = cmd_name.replace("-", "_")
         function = getattr(importlib.import_module(f"emt_cli.{name}"), name)
+        if isinstance(function, typer.Typer):
+            return typer.main.get_command(function)
         single = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
         single.command(cmd_name, context_settings=_HELP)(function)
         return typer.main.get_command(single)

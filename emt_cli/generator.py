@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emt import __version__
 from emt.errors import EmtError
 from emt_cli.device import Device, is_out_of_memory
+from emt_cli.engine_choice import TORCH, Engine, EngineChoice
 from emt_cli.jobs import ARITHMETIC, Job, digest
 from emt_cli.model import Model
 from emt_cli.progress import size
@@ -18,10 +19,9 @@ from emt_cli.progress import size
 if TYPE_CHECKING:
     import numpy as np
 
+    from emt.backend import Backend
     from emt.pipeline import Motion, MotionTransferPipeline
     from emt.video import Clip
-
-ENGINE = "pytorch"
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -54,6 +54,42 @@ def playback_rate(job: Job, reference_fps: float) -> float:
     return job.settings.fps or min(max(reference_fps, 0.1), fastest)
 
 
+def open_pipeline(
+    model: Model, device: Device, prepare: Callable[[MotionTransferPipeline], None] = lambda pipe: None
+) -> MotionTransferPipeline:
+    """A model on a device, the libraries' own messages silenced.
+
+    Args:
+        model: The model.
+        device: Where to.
+        prepare: Changes it before it goes there.
+
+    Raises:
+        EmtError: the model cannot be opened, or does not fit in the device's memory.
+    """
+    import warnings
+
+    import transformers
+    from diffusers.utils import logging as diffusers_logging
+
+    from emt.pipeline import load_pipeline
+
+    warnings.simplefilter("ignore")  # for developers of the libraries, not for who runs this program
+    transformers.logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        pipe = load_pipeline(model.folder, "cpu", device.dtype)
+        prepare(pipe)
+        return pipe.to(device.place)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = f"the model {model.name} does not fit in the memory of {device.name}"
+        raise EmtError(problem, "Use --precision fp16, or --device cpu.") from None
+
+
 class Generator:
     """The model on its device: encodes references and makes batches of clips. One thread may use it.
 
@@ -62,15 +98,20 @@ class Generator:
         model_sha256: Hash of its content.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: auto, fp32, fp16 or bf16.
+        engines: Chooses what executes the network; None for PyTorch.
     """
 
-    def __init__(self, model: Model, model_sha256: str, device: str, precision: str) -> None:
+    def __init__(
+        self, model: Model, model_sha256: str, device: str, precision: str, engines: EngineChoice | None = None
+    ) -> None:
         self.model = model
         self.model_sha256 = model_sha256
         self._asked = device, precision
         self._guard = threading.Lock()
         self._device: Device | None = None
         self._pipe: MotionTransferPipeline | None = None
+        self._engines = engines
+        self._backends: dict[Path, Backend] = {}
 
     @property
     def device(self) -> Device:
@@ -94,37 +135,63 @@ class Generator:
         """
         if self._pipe is None:
             device = self.device  # first: it takes its turn at importing
-            import warnings
-
-            import transformers
-            from diffusers.utils import logging as diffusers_logging
-
-            from emt.pipeline import load_pipeline
-
-            warnings.simplefilter("ignore")  # for developers of the libraries, not for who runs this program
-            transformers.logging.set_verbosity_error()
-            diffusers_logging.set_verbosity_error()
-            transformers.logging.disable_progress_bar()
-            diffusers_logging.disable_progress_bar()
-            try:
-                self._pipe = load_pipeline(self.model.folder, device.place, device.dtype)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = f"the model {self.model.name} does not fit in the memory of {device.name}"
-                raise EmtError(problem, "Use --precision fp16, or --device cpu.") from None
+            if self._engines:
+                self._engines.check_match(device)
+            self._pipe = open_pipeline(self.model, device)
+            self._torch = self._pipe.backend
         return self._pipe
+
+    def check(self, job: Job) -> None:
+        """Say whether the model, and the engine that the user named, can make a job's clip; needs no torch.
+
+        Raises:
+            EmtError: it cannot.
+        """
+        self.model.check(job.settings)
+        if self._engines:
+            self._engines.check(job.settings)
+
+    def engine(self, job: Job) -> Engine | None:
+        """The engine that makes a job's clip; None for PyTorch.
+
+        Raises:
+            EmtError: there is no such device, or the engine that the user named may not run on it.
+        """
+        s = job.settings
+        return self._engines.find(self.device, s.width, s.height, s.frames) if self._engines else None
+
+    def _switch(self, pipe: MotionTransferPipeline, engine: Engine | None) -> None:
+        """Let an engine, or PyTorch, execute the network from here on."""
+        if engine is None:
+            pipe.backend = self._torch
+            return
+        if engine.folder not in self._backends:
+            from emt_engines.build import open_engine
+
+            self._backends[engine.folder] = open_engine(engine.folder, engine.manifest, pipe)
+        pipe.backend = self._backends[engine.folder]
+
+    def most_clips(self, job: Job) -> int | None:
+        """The most clips like a job's that can be made in one batch; None if only memory limits them."""
+        engine = self.engine(job)
+        return engine.manifest.batch[1] if engine else None
 
     def motion_key(self, job: Job, reference_sha256: str) -> str:
         """What motion features depend on, as a hash; of the device too, so that a clip can be made again exactly."""
-        where = [self.device.name, self.device.precision]
+        engine = self.engine(job)
+        where = [self.device.name, self.device.precision, *([engine.manifest.id] if engine else [])]
         return digest("motion", ARITHMETIC, reference_sha256, job.view, self.model_sha256, *where)
 
-    def encode(self, source: Clip | Motion) -> Motion:
-        """The motion of a clip, on the device; a motion that was read from the cache is moved there."""
+    def encode(self, job: Job, source: Clip | Motion) -> Motion:
+        """The motion of a job's clip, on the device; a motion that was read from the cache is moved there."""
         from emt.pipeline import Motion
 
-        motion = source if isinstance(source, Motion) else self.load().extract_motion(source)
+        if isinstance(source, Motion):
+            motion = source
+        else:
+            pipe = self.load()
+            self._switch(pipe, self.engine(job))
+            motion = pipe.extract_motion(source)
         motion = motion.to(self.device.place)
         self.device.synchronize()
         return motion
@@ -138,6 +205,7 @@ class Generator:
             The frames of each; a clip's share of the time of steps and VAE, in seconds; peak memory in bytes.
         """
         pipe, settings = self.load(), jobs[0].settings
+        self._switch(pipe, self.engine(jobs[0]))
         self.device.start_measuring()
         begun = stepped = time.monotonic()
 
@@ -167,6 +235,11 @@ class Generator:
         """All that it takes to make a clip again: what the clip and its sidecar carry."""
         import torch
 
+        engine = self.engine(job)
+        ran = {"engine": TORCH}
+        if engine:
+            own = engine.manifest
+            ran = {"engine": own.backend, "engine_id": own.id, "engine_folder": str(engine.folder.absolute())}
         return {
             "id": identity,
             **describe(job),
@@ -176,7 +249,7 @@ class Generator:
             "model_sha256": self.model_sha256,
             "device": self.device.name,
             "precision": self.device.precision,
-            "engine": ENGINE,
+            **ran,
             "batch": batch,
             "arithmetic": ARITHMETIC,
             "versions": {"emt": __version__, "torch": str(torch.__version__)},

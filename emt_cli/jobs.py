@@ -92,7 +92,7 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
         job: The job.
         reference: SHA-256 of the reference's content.
         model: SHA-256 of the model's files.
-        precision: The precision asked for.
+        precision: The arithmetic asked for (`TransferOptions.arithmetic`).
         method: How it is made if not as usual.
     """
     settings = job.settings.as_dict()

@@ -159,6 +159,15 @@ class TransferOptions:
     precision: Annotated[
         Precision, typer.Option(help="auto is fp16 on a GPU and fp32 on a CPU.", rich_help_panel=_RUN)
     ] = Precision.AUTO
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What executes the network: the folder of an engine (see emt build-engine); torch; or auto, an engine "
+            "of the cache if one matches, else torch.",
+            rich_help_panel=_RUN,
+            metavar="DIR|auto|torch",
+        ),
+    ] = "auto"
     batch_size: Annotated[
         str,
         typer.Option(
@@ -188,6 +197,17 @@ class TransferOptions:
         bool, typer.Option("--dry-run", help="Print the plan and stop, as `emt plan`.", rich_help_panel=_RUN)
     ] = False
     settings: Mapping[str, Any] = field(default_factory=dict)  # the settings given on the command line, by name
+
+    @property
+    def arithmetic(self) -> str:
+        """What was asked for that decides the last bits of frames: the precision, and the engine unless it is auto.
+
+        Raises:
+            EmtError: the engine asked for is none.
+        """
+        from emt_cli.engine_choice import AUTO, engine_id
+
+        return self.precision.value + ("" if self.engine == AUTO else f" {engine_id(self.engine)}")
 
 
 def check_device(device: str) -> str:

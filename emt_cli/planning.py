@@ -145,6 +145,7 @@ def _planned(
     index: ContentIndex,
     lines: list[dict[str, Any]],
 ) -> Iterator[PlannedJob]:
+    arithmetic = options.arithmetic
     finished = {line.get("output"): line for line in lines if line.get("state") == "done"}
     references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -163,7 +164,7 @@ def _planned(
         if output in seen:
             continue
         seen.add(output)
-        identity = identify(item, reference=sha256, model=model_sha256, precision=options.precision.value)
+        identity = identify(item, reference=sha256, model=model_sha256, precision=arithmetic)
         line = PlannedJob(item, "open", output, identity)
         try:
             model.check(item.settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,14 @@ def rerun(
     model: Annotated[
         str | None, typer.Option(help="Where the model is now, if it has moved.", show_default=False)
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Engine folder, or torch. Default: the one that made the clip.",
+            metavar="DIR|torch",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
 ) -> None:
@@ -34,7 +43,8 @@ def rerun(
     batch of the same size, since the order of additions, and with it the last bits, depends on it.
     """
     from emt_cli.cache import ContentIndex, default_dir
-    from emt_cli.generator import ENGINE, Generator, playback_rate, read_reference
+    from emt_cli.engine_choice import EngineChoice
+    from emt_cli.generator import Generator, playback_rate, read_reference
     from emt_cli.jobs import Job
     from emt_cli.model import find_model
     from emt_cli.results import write_result
@@ -50,7 +60,7 @@ def rerun(
         job = Job(Path(record["reference"]), prompt, seed, settings)
         batch, precision = record["batch"], Precision(record["precision"])
         size, index, shared = int(batch["size"]), int(batch["index"]), bool(batch["shared_reference"])
-        identity, made_on, engine = record["id"], record["device"], record["engine"]
+        identity, made_on = record["id"], record["device"]
         reference_sha256, made_by = record["reference_sha256"], record["model_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EmtError(f"the settings in {result} are damaged: {error!r}", "Try the .json beside the clip.") from None
@@ -64,15 +74,15 @@ def rerun(
             f"the model {found.folder} is not the one that made {clip.name}: its files have changed",
             "Name the one that did with --model.",
         )
-    if engine != ENGINE:
-        typer.echo(f"note: it was made by the engine {engine}, this is {ENGINE}", err=True)
-    generator = Generator(found, model_sha256, check_device(device), precision.value)
+    choice = EngineChoice(engine or _recorded_engine(record), found, contents)
+    choice.check(settings)
+    generator = Generator(found, model_sha256, check_device(device), precision.value, choice)
     if generator.device.name != made_on:
         typer.echo(f"note: made on {made_on}, made again on {generator.device.name}: bits may differ", err=True)
 
     frames = read_reference(job)
     try:
-        motion = generator.encode(frames)
+        motion = generator.encode(job, frames)
         motions = [motion] * size if shared else [replace(motion) for _ in range(size)]
         clips, _, _ = generator.generate([job] * size, motions, lambda done, steps: None)
     except Exception as error:
@@ -119,3 +129,23 @@ def _check_reference(contents: Any, path: Path, sha256: str) -> None:
 def _recorded_model(record: dict[str, Any]) -> str:
     folder = record.get("model_folder", "")
     return folder if Path(folder).is_dir() else record["model"]
+
+
+def _recorded_engine(record: dict[str, Any]) -> str:
+    """What executed the network for a clip: torch, or the folder of an engine where it was or in the cache."""
+    from emt_cli.engine_choice import TORCH, Engine, engines_dir, kept_engines
+    from emt_engines.manifest import Manifest
+
+    wanted = record.get("engine_id")
+    if not wanted:
+        return TORCH
+    with suppress(EmtError):
+        folder = Path(record["engine_folder"])
+        if Manifest.read(folder).id == wanted:
+            return str(folder)
+    known: list[Engine] = [engine for engine in kept_engines(engines_dir())[0] if engine.manifest.id == wanted]
+    if known:
+        return str(known[0].folder)
+    text = f"the engine that made it ({record.get('engine')}, {record.get('engine_folder')}) is gone"
+    typer.echo(f"note: {text}; made again by torch: bits may differ", err=True)
+    return TORCH

@@ -132,7 +132,7 @@ class Runner:
         index: Content hashes.
         motions: Motion features of earlier runs.
         watcher: Is told of the progress.
-        precision: As asked for; part of each job's identity.
+        precision: The arithmetic asked for, part of each job's identity.
         batch_size: Clips in a batch; None to measure what fits.
         overwrite: Do finished jobs again.
         json: Write a JSON line for each job to standard output, not the path of its clip.
@@ -258,7 +258,7 @@ class Runner:
         """What is to be done for a job; None if nothing is, or nothing can be."""
         line = {"event": "job", **describe(job)}
         try:
-            self.generator.model.check(job.settings)
+            self.generator.check(job)
             sha256 = self.index.sha256(job.reference)
             how = {"model": self.generator.model_sha256, "precision": self.precision, "method": self.method}
             identity = identify(job, reference=sha256, **how)
@@ -377,7 +377,7 @@ class Runner:
             try:
                 source, reference.fps, kept = reference.source.result()
                 begun = time.monotonic()
-                reference.motion = self.generator.encode(source)
+                reference.motion = self.generator.encode(task.job, source)
                 reference.seconds["reference"] = time.monotonic() - begun
                 if not kept:
                     self._hand_over(partial(self._keep_motion, reference))
@@ -393,7 +393,9 @@ class Runner:
 
     def _limit(self, job: Job) -> int:
         """Clips of this shape in a batch, by what was asked for and what did not fit so far."""
-        return self._limits.get(job.shape, self.batch_size or 1)
+        limit = self._limits.get(job.shape, self.batch_size or 1)
+        most = self.generator.most_clips(job)
+        return limit if most is None else min(limit, most)
 
     def _run_batch(self, tasks: list[_Task]) -> None:
         """Make the clips of tasks of one shape; what fails together is tried in smaller batches."""

@@ -25,6 +25,7 @@ def transfer(options: TransferOptions) -> None:
     """
     from emt_cli.best_of import check_tracking
     from emt_cli.cache import ContentIndex, MotionCache, default_dir
+    from emt_cli.engine_choice import EngineChoice, engines_dir
     from emt_cli.generator import Generator
     from emt_cli.jobs import Job, expand
     from emt_cli.journal import Journal
@@ -43,15 +44,17 @@ def transfer(options: TransferOptions) -> None:
             check_tracking(job)
     folder = options.cache_dir or default_dir()
     index = ContentIndex(folder)
+    watcher = Watcher(None if "-" in (options.references or []) else len(listed))
+    engines = EngineChoice(options.engine, model, index, engines_dir(options.cache_dir), watcher.say)
     journal = Journal(options.out)
     try:
         runner = Runner(
             journal,
-            Generator(model, model.sha256(index), options.device, options.precision.value),
+            Generator(model, model.sha256(index), options.device, options.precision.value, engines),
             index,
             MotionCache(folder / "motion", options.cache_size * 1e9),
-            Watcher(None if "-" in (options.references or []) else len(listed)),
-            precision=options.precision.value,
+            watcher,
+            precision=options.arithmetic,
             batch_size=parse_batch_size(options.batch_size),
             overwrite=options.overwrite,
             json=options.json,

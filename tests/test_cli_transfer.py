@@ -51,7 +51,7 @@ def test_references_times_prompts_become_clips_that_carry_their_settings(tmp_pat
         assert line.items() >= record.items()
         assert set(line["timings"]) == {"decode", "reference", "steps", "vae", "encode"}
         assert line["peak_memory"] > 1e6
-        assert (record["device"], record["precision"], record["engine"]) == ("cpu", "fp32", "pytorch")
+        assert (record["device"], record["precision"], record["engine"]) == ("cpu", "fp32", "torch")
         assert record["settings"]["steps"] == 2, "the model's own default"
     assert not list(tmp_path.rglob(".emt-partial-*"))
 

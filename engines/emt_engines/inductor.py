@@ -44,6 +44,8 @@ def _options() -> dict[str, Any]:
         "aot_inductor.package_constants_in_so": False,
         # Short vectors, such as the four biases of the last convolution, would be written into the code.
         "always_keep_tensor_constants": True,
+        # Most of a build is the C++ that calls the kernels; optimising it gains nothing that a CUDA graph leaves.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
     }
 
 
@@ -81,11 +83,9 @@ class InductorBuilder:
     ) -> list[Part]:
         """Compile every part for every size into `folder`; see `emt_engines.build.Builder`."""
         _import_ops()
-        eager = TorchBackend(pipe, graphs=False)
-        eager._prepare_weights(pipe.device)  # the layout in which the packages will read them
         total = len(request.sizes) * len(_PARTS)
         parts = []
-        with eager._attention(torch.empty(0, device=pipe.device)), toolchain(request.device):
+        with TorchBackend(pipe, graphs=False).prepared(), toolchain(request.device):
             for i, size in enumerate(request.sizes):
                 for j, name in enumerate(_PARTS):
                     progress(f"compiling {name} for {size}", (i * len(_PARTS) + j) / total)
@@ -192,15 +192,20 @@ class _Package:
         self.part = part
         self.module = module
         self.model = _load_package(folder / part.file, device)
+        self.names = self.model.get_constant_fqns()
+        self.weights: dict[str, Tensor] = {}
         self.bind()
 
     def bind(self) -> None:
-        """Have it read the weights where they lie now.
+        """Have it read the weights where they lie now, if that is not where they lay.
 
         Raises:
             EmtError: they are not laid out in memory as they were when it was compiled.
         """
-        self.weights = _weights(self.module, self.model.get_constant_fqns())  # kept: the package only points at them
+        weights = _weights(self.module, self.names)
+        if [w.data_ptr() for w in weights.values()] == [w.data_ptr() for w in self.weights.values()]:
+            return
+        self.weights = weights  # kept: the package only points at them
         if _layout(self.weights) != self.part.facts["layout"]:
             raise EmtError(
                 f"the engine's {self.part.name} was compiled for weights of other shapes, types or strides",
@@ -214,6 +219,7 @@ class _Package:
         Raises:
             ValueError: an input has another shape or type, which it names.
         """
+        self.bind()
         given = []
         for spec, order, x in zip(self.part.inputs, self.part.facts["orders"], inputs, strict=True):
             fits = len(spec.shape) == x.ndim and all(
@@ -254,6 +260,8 @@ class InductorBackend(TorchBackend):
         super().__init__(pipe, recorder=recorder)
         self.folder, self.manifest = folder, manifest
         self._packages: dict[str, _Package] = {}
+        with self.prepared():
+            pass  # weights are laid out now as the packages were compiled for
 
     def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
         """Read the motion of references, one after another.
@@ -299,8 +307,6 @@ class InductorBackend(TorchBackend):
             yield self._package(part)([chunk])
 
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
-        if not self._records(sample.device):
-            self._prepare_weights(sample.device)
         tensors = motion_tensors(motion) if motion is not None else {}
         count = next((x.shape[0] for name, x in tensors.items() if name.endswith("/key")), 1)
         batch = sample.shape[0]
@@ -343,13 +349,6 @@ class InductorBackend(TorchBackend):
             module.unet, module.vae = self.unet, self.pipe.vae
             package = self._packages[part.file] = _Package(self.folder, part, module, self.pipe.device)
         return package
-
-    def _prepare_weights(self, device: torch.device) -> None:
-        before = self._weights
-        super()._prepare_weights(device)
-        if self._weights is not before:
-            for package in self._packages.values():
-                package.bind()
 
 
 # ---------------------------------------------------------------------------------------------------------- compilers

@@ -13,7 +13,8 @@ import json
 import platform
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,74 @@ class Weights:
     """What an engine's numbers come from, as SHA-256 of contents.
 
     Attributes:
-        parts: Of `unet` (without the adapter), `adapter` and `vae`.
+        parts: Of `unet` (without the adapter), `adapter`, `vae`, and `config`, the sizes of the networks.
         loras: Of each LoRA merged into them, with its scale, in order.
     """
 
     parts: Mapping[str, str]
     loras: tuple[tuple[str, float], ...] = ()
+
+
+#: Finds a fact that follows from a file's content, or remembers it: (name of the fact, file, how to find it).
+Remember = Callable[[str, Path, Callable[[], Any]], Any]
+
+
+def weights_of(
+    folder: Path, loras: Sequence[tuple[Path, float]] = (), remember: Remember = lambda fact, path, find: find()
+) -> Weights:
+    """The hashes of a model folder's weights.
+
+    Args:
+        folder: The model.
+        loras: Files to merge into them, and their scales.
+        remember: Keeps the hashes of files that have not changed.
+
+    Raises:
+        EmtError: a file is missing or damaged.
+    """
+    try:
+        unet, adapter = _gathered(
+            remember("engine-weights", file, lambda file=file: _tensor_digests(file))  # type: ignore[misc]
+            for file in sorted((folder / "unet").glob("*.safetensors"))
+        )
+        (vae,) = _gathered(
+            [remember("sha256", file, lambda file=file: sha256_of(file))]  # type: ignore[misc]
+            for file in sorted((folder / "vae").glob("*.safetensors"))
+        )
+        sizes = [json.loads((folder / part / "config.json").read_bytes()) for part in ("unet", "vae")]
+        own = [{name: value for name, value in c.items() if not name.startswith("_")} for c in sizes]
+        config = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        merged = tuple((remember("sha256", f, lambda f=f: sha256_of(f)), scale) for f, scale in loras)  # type: ignore[misc]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise EmtError(f"the weights of {folder} cannot be read: {error}", "Make the model folder again.") from None
+    return Weights({"unet": unet, "adapter": adapter, "vae": vae, "config": config}, merged)
+
+
+def _gathered(files: Iterable[Sequence[str]]) -> list[str]:
+    """One hash for each column of hashes, a row a file."""
+    return [hashlib.sha256(json.dumps(column).encode()).hexdigest() for column in zip(*files)]
+
+
+def _tensor_digests(file: Path) -> tuple[str, str]:
+    """Hashes of the tensors of a safetensors file: of the backbone, and of the adapter."""
+    hashers = hashlib.sha256(), hashlib.sha256()
+    with open(file, "rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name in sorted(header):
+            tensor = header[name]
+            begin, end = tensor["data_offsets"]
+            hasher = hashers[".adapter." in name or ".scaler." in name]
+            hasher.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
+            stream.seek(8 + length + begin)
+            while begin < end:
+                block = stream.read(min(1 << 20, end - begin))
+                if not block:
+                    raise ValueError(f"{file.name} ends too early")
+                hasher.update(block)
+                begin += len(block)
+    return hashers[0].hexdigest(), hashers[1].hexdigest()
 
 
 @dataclass(frozen=True)
@@ -232,9 +295,9 @@ class Request:
         backend: inductor, tensorrt, tensorrt-rtx or onnx; empty for any.
         precision: fp32, fp16 or bf16.
         device: Where it runs, as torch names it: `cuda:0`, `cpu`.
-        sizes: Of clips.
-        frames: Of a clip.
-        batch: Least and most clips at once; guidance doubles them.
+        sizes: Of clips; none: whichever the engine has.
+        frames: Of a clip; 0: as many as the engine has.
+        batch: Least and most clips at once; guidance doubles them. Any number fits (0, 0).
         weights: What the network's numbers come from.
         model: What the user calls the model; for messages.
         loras: As the user named them; for messages.
@@ -349,9 +412,11 @@ class Manifest:
         return ""
 
     def _other_weights(self, weights: Weights) -> str:
+        names = {"unet": "network", "adapter": "adapter", "vae": "VAE"}
+        if weights.parts.get("config") != self.weights.parts.get("config"):
+            return "it was built for networks of other sizes than the model's"
         if self.refits:
             return ""
-        names = {"unet": "network", "adapter": "adapter", "vae": "VAE"}
         for part, sha256 in self.weights.parts.items():
             if weights.parts.get(part) != sha256:
                 return f"it was built from another {names.get(part, part)} than the model's"
@@ -374,12 +439,12 @@ class Manifest:
         return ""
 
     def _other_shapes(self, request: Request) -> str:
-        if request.frames != self.frames:
+        if request.frames not in (0, self.frames):
             return f"it makes clips of {self.frames} frames, not {request.frames}"
         for size in request.sizes:
             if not any(own.contains(size) for own in self.sizes):
                 return f"it makes clips of {', '.join(map(str, self.sizes))} pixels, not {size}"
-        if request.batch[0] < self.batch[0] or request.batch[1] > self.batch[1]:
+        if request.batch != (0, 0) and (request.batch[0] < self.batch[0] or request.batch[1] > self.batch[1]):
             own, other = ("..".join(map(str, batch)) for batch in (self.batch, request.batch))
             return f"it makes {own} clips at once, not {other}"
         return ""

@@ -1,0 +1,135 @@
+"""`emt build-engine`: compiles a model's network ahead of time, for this machine and for chosen shapes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emt.errors import EmtError
+from emt_cli.options import Precision, check_device
+
+
+class EngineBackend(str, Enum):
+    """What compiles and runs an engine."""
+
+    INDUCTOR = "inductor"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+    ONNX = "onnx"
+
+
+def build_engine(
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id; needed.", show_default=False, metavar="FOLDER|HUB_ID")
+    ] = None,
+    backend: Annotated[EngineBackend, typer.Option(help="What compiles it.")] = EngineBackend.INDUCTOR,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of clips, as in 512x512,768x512, width first; tensorrt also takes a range MIN..MAX. "
+            "Default: the model's.",
+            metavar="WxH[,WxH…]",
+            show_default=False,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of a clip; default: the model's.", min=2, max=32, show_default=False)
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Clips at once, N or MIN..MAX.", metavar="N|MIN..MAX")] = "1..4",
+    precision: Annotated[Precision, typer.Option(help="auto is fp16 on a GPU and fp32 on a CPU.")] = Precision.AUTO,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA merged into the weights; may be repeated.", metavar="FILE[:SCALE]", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu.", metavar="DEVICE")] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the engine. Default: one in the cache, which `emt transfer` looks into.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Compile a model's network and VAE ahead of time, for the GPU (or CPU) of this machine and for chosen shapes.
+
+    Prints the engine's folder on standard output; progress is on standard error. `emt transfer` uses a matching engine
+    of the cache by itself, or the one that `--engine` names. The engine is compared with PyTorch, and not kept if it
+    differs too much; Ctrl-C leaves nothing half-written.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from emt_cli.cache import ContentIndex, default_dir
+    from emt_cli.device import Device
+    from emt_cli.engine_choice import engines_dir, model_weights
+    from emt_cli.generator import open_pipeline
+    from emt_cli.jobs import digest
+    from emt_cli.model import find_model
+    from emt_engines.manifest import Request, Size
+
+    try:
+        clips = parse_batch(batch)
+        sizes = tuple(Size.parse(text) for text in size.split(",")) if size else ()
+        check_device(device)
+    except EmtError as error:
+        raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
+    found = find_model(model, download=True)
+    width, height = found.defaults.get("width", 512), found.defaults.get("height", 512)
+    place = Device.open(device, precision.value)
+
+    from emt.lora import merge_loras
+    from emt.weights import parse_lora
+    from emt_engines import build
+
+    loras = [parse_lora(value) for value in lora or []]
+    request = Request(
+        backend=backend.value,
+        precision=place.precision,
+        device=place.place,
+        sizes=sizes or (Size((width, height), (width, height)),),
+        frames=frames or found.defaults.get("frames", 16),
+        batch=clips,
+        weights=model_weights(found, ContentIndex(default_dir()), loras),
+        model=str(found.folder.absolute()) if Path(found.name).is_dir() else found.name,
+        loras=tuple(lora or ()),
+    )
+    maker = build.builder(backend.value)
+    maker.check(request)
+    name = f"{found.folder.absolute().name}-{backend.value}-{place.precision}-{digest(request.command, place.name)[:8]}"
+    folder = output or engines_dir() / name
+    build.check_target(folder)
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task("loading the model", total=1.0)
+
+        def progress(what: str, done: float) -> None:
+            bars.update(task, description=what, completed=done)
+            if not console.is_terminal:
+                print(what, file=sys.stderr, flush=True)
+
+        pipe = open_pipeline(found, place, prepare=lambda pipe: merge_loras(pipe, loras))
+        manifest = build.build_engine(pipe, request, folder, progress)
+    told = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"
+    print(f"built in {manifest.seconds:.0f} s; {told}", file=sys.stderr)
+    typer.echo(folder)
+
+
+def parse_batch(text: str) -> tuple[int, int]:
+    """The range of `--batch`: `4` or `1..4`.
+
+    Raises:
+        EmtError: it is neither, or not within 1 to 16.
+    """
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high <= 16:
+        raise EmtError(f"--batch is {text!r}", "Allowed are numbers from 1 to 16 and ranges of them, as in 1..4.")
+    return low, high

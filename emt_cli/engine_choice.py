@@ -1,0 +1,184 @@
+"""Which engine runs which clips: the one that `--engine` names, or one of the cache that matches, or PyTorch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emt.errors import EmtError
+from emt_cli.cache import ContentIndex, default_dir
+from emt_cli.model import Model
+from emt_cli.options import Settings
+from emt_engines.manifest import FILE, Manifest, Request, Size, Weights, weights_of
+
+if TYPE_CHECKING:
+    from emt_cli.device import Device
+
+AUTO, TORCH = "auto", "torch"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def engines_dir(cache: Path | None = None) -> Path:
+    """Where engines are kept unless the user says otherwise."""
+    return (cache or default_dir()) / "engines"
+
+
+def kept_engines(folder: Path) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
+    """The engines in a folder of engines, the newest first, and those that are damaged."""
+    engines, damaged = [], []
+    for path in sorted(folder.glob(f"*/{FILE}")):
+        try:
+            engines.append(Engine(path.parent, Manifest.read(path.parent)))
+        except EmtError as error:
+            damaged.append((path.parent, error))
+    return sorted(engines, key=lambda engine: engine.manifest.built, reverse=True), damaged
+
+
+def model_weights(model: Model, index: ContentIndex, loras: Sequence[tuple[Path, float]] = ()) -> Weights:
+    """Hashes of a model's weights, remembered."""
+
+    def remember(fact: str, path: Path, find: Callable[[], Any]) -> Any:
+        return index.remember(fact, path, path.stat(), find)
+
+    return weights_of(model.folder, loras, remember)
+
+
+def engine_id(asked: str) -> str:
+    """The engine of `--engine` as part of a job's identity: the same wherever its folder lies.
+
+    Raises:
+        EmtError: it is no engine.
+    """
+    return asked if asked in (AUTO, TORCH) else Manifest.read(Path(asked)).id
+
+
+class EngineChoice:
+    """Chooses the engine for clips of a shape, once for each. Threads may share it.
+
+    Args:
+        asked: auto, torch, or the folder of an engine.
+        model: The model that makes the clips.
+        index: Content hashes.
+        kept: The folder of engines that auto looks into.
+        say: Is told what auto chose and why.
+
+    Raises:
+        EmtError: `asked` is no engine.
+    """
+
+    def __init__(
+        self,
+        asked: str,
+        model: Model,
+        index: ContentIndex,
+        kept: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.model, self.index, self.say = model, index, say
+        self.kept = kept or engines_dir()
+        self.asked = asked
+        self.named = None if asked in (AUTO, TORCH) else Engine(Path(asked), Manifest.read(Path(asked)))
+        self._guard = threading.Lock()
+        self._chosen: dict[tuple[int, int, int], Engine | None] = {}
+        self._fitting: list[Engine] | None = None
+
+    def check(self, settings: Settings) -> None:
+        """See that the engine that the user named makes clips of this shape; needs no torch.
+
+        Raises:
+            EmtError: it does not; says what to build.
+        """
+        if self.named and not self.named.manifest.covers(settings.width, settings.height, settings.frames):
+            own = self.named.manifest
+            sizes = ", ".join(map(str, own.sizes))
+            wanted = Size((settings.width, settings.height), (settings.width, settings.height))
+            request = self._request(own.precision, "", own, (*own.sizes, wanted), settings.frames)
+            raise EmtError(
+                f"the engine {self.named.folder} makes clips of {own.frames} frames of {sizes} pixels, not "
+                f"{settings.frames} frames of {wanted}",
+                f"Build one with: {request.command}",
+            )
+
+    def check_match(self, device: Device) -> None:
+        """See that the engine that the user named may run on a device.
+
+        Raises:
+            EmtError: it may not; says why, and what to build.
+        """
+        if self.named:
+            with self._guard:
+                self._fitting = self._fitting or self._fits(device)
+
+    def find(self, device: Device, width: int, height: int, frames: int) -> Engine | None:
+        """The engine for clips of a shape; None for PyTorch.
+
+        Raises:
+            EmtError: the engine that the user named may not run here; says why, and what to build.
+        """
+        with self._guard:
+            shape = (width, height, frames)
+            if shape not in self._chosen:
+                self._chosen[shape] = self._choose(device, *shape)
+            return self._chosen[shape]
+
+    def _choose(self, device: Device, width: int, height: int, frames: int) -> Engine | None:
+        if self.asked == TORCH:
+            return None
+        if self._fitting is None:
+            self._fitting = self._fits(device)
+        fitting = [engine for engine in self._fitting if engine.manifest.covers(width, height, frames)]
+        if self.asked != AUTO:
+            return fitting[0] if fitting else None
+        if fitting:
+            engine = fitting[0]
+            self.say(f"engine: {engine.manifest.backend}, {engine.folder} (it matches the model and {device.name})")
+        elif self._fitting:
+            self.say(f"engine: torch for {frames} frames of {width}x{height}, which no engine here has")
+        return fitting[0] if fitting else None
+
+    def _fits(self, device: Device) -> list[Engine]:
+        """The engine that the user named, or those of the cache that may run."""
+        candidates = [self.named] if self.named else kept_engines(self.kept)[0]
+        if not candidates:
+            return []
+        fitting, reasons = [], []
+        for engine in candidates:
+            own = engine.manifest
+            request = self._request(device.precision, device.place, None, (), 0)
+            ok, reason = own.match(request)
+            if ok:
+                fitting.append(engine)
+                continue
+            reasons.append(f"{engine.folder.name}: {reason}")
+            if self.named:
+                right = self._request(device.precision, device.place, own, own.sizes, own.frames)
+                raise EmtError(
+                    f"the engine {engine.folder} does not match: {reason}", f"Build the right one with: {right.command}"
+                )
+        if not fitting:
+            self.say(f"engine: torch, since no engine matches ({'; '.join(reasons[:3])})")
+        return fitting
+
+    def _request(
+        self, precision: str, place: str, like: Manifest | None, sizes: tuple[Size, ...], frames: int
+    ) -> Request:
+        return Request(
+            backend=like.backend if like else "",
+            precision=precision,
+            device=place or "cuda:0",
+            sizes=sizes,
+            frames=frames,
+            batch=like.batch if like else (0, 0),
+            weights=model_weights(self.model, self.index),
+            model=self.model.name,
+        )

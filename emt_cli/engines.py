@@ -1,0 +1,274 @@
+"""`emt engines`: looks after the engines in the cache."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emt.errors import EmtError
+
+if TYPE_CHECKING:
+    from emt_cli.engine_choice import Engine
+
+engines = typer.Typer(
+    help="List, show, verify and prune the engines in the cache.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Json = Annotated[bool, typer.Option("--json", help="JSON Lines on standard output.")]
+_Cache = Annotated[
+    Path | None,
+    typer.Option(help="Cache folder, whose `engines` is looked into. Default: emt in the user's cache folder."),
+]
+_Names = Annotated[
+    list[str] | None, typer.Argument(help="Folders, or names in the cache. Default: all.", show_default=False)
+]
+
+
+@engines.command("list")
+def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
+    """List the engines in the cache, the newest first."""
+    found, damaged = _kept(cache_dir)
+    if json:
+        for engine in found:
+            _print_json(_told(engine))
+        for folder, error in damaged:
+            _print_json({"folder": str(folder), "error": error.problem})
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from emt_cli.jobs import printable
+    from emt_cli.progress import size
+
+    table = Table("engine", "model", "backend", "precision", "sizes", "frames", "clips", "device", "parity", "on disk")
+    for engine in found:
+        told, own = _told(engine), engine.manifest
+        parity = "not verified" if own.parity is None else f"{own.parity:.1e}"
+        clips = "..".join(map(str, own.batch))
+        cells = [engine.folder.name, own.model, own.backend, own.precision, " ".join(told["sizes"]), str(own.frames)]
+        table.add_row(*(Text(printable(c)) for c in [*cells, clips, own.place.device, parity, size(told["bytes"])]))
+    for folder, _ in damaged:
+        table.add_row(Text(printable(folder.name)), Text("damaged", "red"))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+@engines.command()
+def show(
+    engine: Annotated[str, typer.Argument(help="Folder, or name in the cache.")],
+    cache_dir: _Cache = None,
+    json: _Json = False,
+) -> None:
+    """Print what an engine is made from and for, and whether its libraries and its code are those of this machine."""
+    found = _find(engine, cache_dir)
+    body = {**asdict(found.manifest), "id": found.manifest.id, "folder": str(found.folder)}
+    if json:
+        _print_json(body)
+        return
+    from emt_cli.jobs import printable
+
+    told = _told(found)
+    lines = {
+        "folder": told["folder"],
+        "backend": told["backend"],
+        "model": told["model"],
+        "precision": told["precision"],
+        "sizes": ", ".join(told["sizes"]),
+        "frames": told["frames"],
+        "clips at once": "..".join(map(str, told["batch"])),
+        "built": f"{told['built']} in {found.manifest.seconds:.0f} s",
+        "for": f"{found.manifest.place.device} ({found.manifest.place.capability})",
+        "with": ", ".join(f"{name} {version}" for name, version in found.manifest.place.versions.items()),
+        "weights": "the model's when it is loaded" if found.manifest.refits else found.manifest.weights.parts,
+        "here": _fits_here(found) or "it runs",
+    }
+    for name, value in lines.items():
+        print(f"{name:<14} {printable(str(value))}")
+    for part in found.manifest.parts:
+        parity = "not verified" if part.parity is None else f"parity {part.parity:.1e}"
+        print(f"{'part':<14} {part.name} {parity}  {part.file}  {part.sha256[:12]}…")
+
+
+@engines.command()
+def verify(
+    names: _Names = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model folder or hub id, to compare with PyTorch again. Default: the engine's.", show_default=False
+        ),
+    ] = None,
+    cache_dir: _Cache = None,
+    json: _Json = False,
+) -> None:
+    """Check the SHA-256 of every file, and compare again with PyTorch where the engine can run and its model is here.
+
+    Exit code 1 if an engine is damaged or differs too much.
+    """
+    from emt_cli.engine_choice import Engine
+
+    failed = False
+    listed: list[Engine | tuple[Path, EmtError]]
+    if names:
+        listed = [_find(name, cache_dir) for name in names]
+    else:
+        found, damaged = _kept(cache_dir)
+        listed = [*found, *damaged]
+    for item in listed:
+        line: dict[str, Any] = {"folder": str(item.folder if isinstance(item, Engine) else item[0])}
+        try:
+            if not isinstance(item, Engine):
+                raise item[1]
+            line |= _verify(item, model)
+        except EmtError as error:
+            failed = True
+            line |= {"state": "failed", "error": error.problem}
+        if json:
+            _print_json(line)
+        else:
+            parity = line.get("parity")
+            told = "; ".join(f"{name} {p:.1e}" for name, p in parity.items()) if parity else line.get("reason", "")
+            print(f"{line['state']:<7} {line['folder']}  {line.get('error', told)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@engines.command()
+def prune(
+    older_than: Annotated[
+        float | None, typer.Option(help="Days; remove engines built before that too.", min=0, show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    cache_dir: _Cache = None,
+    json: _Json = False,
+) -> None:
+    """Remove engines that cannot run any more: damaged, of other versions, code, devices, or a model that is gone.
+
+    Asks before it removes anything, unless --yes is given.
+    """
+    import shutil
+    from datetime import datetime, timedelta, timezone
+
+    found, damaged = _kept(cache_dir)
+    doomed = [(folder, error.problem) for folder, error in damaged]
+    for engine in found:
+        built = datetime.fromisoformat(engine.manifest.built)
+        reason = _fits_here(engine) or _model_gone(engine)
+        if older_than is not None and datetime.now(timezone.utc) - built > timedelta(days=older_than):
+            reason = reason or f"built {engine.manifest.built}"
+        if reason:
+            doomed.append((engine.folder, reason))
+    if not doomed:
+        print("nothing to remove", file=sys.stderr)
+        return
+    for folder, reason in doomed:
+        print(f"{folder}: {reason}", file=sys.stderr)
+    if not yes and not typer.confirm(f"Remove {len(doomed)}?", err=True):
+        raise typer.Exit(1)
+    for folder, reason in doomed:
+        shutil.rmtree(folder)
+        if json:
+            _print_json({"folder": str(folder), "removed": True, "reason": reason})
+        else:
+            print(folder)
+
+
+def _kept(cache_dir: Path | None) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
+    from emt_cli.engine_choice import engines_dir, kept_engines
+
+    return kept_engines(engines_dir(cache_dir))
+
+
+def _find(name: str, cache_dir: Path | None) -> Engine:
+    from emt_cli.engine_choice import Engine, engines_dir
+    from emt_engines.manifest import Manifest
+
+    kept = engines_dir(cache_dir) / name
+    folder = kept if Path(name).name == name and kept.is_dir() else Path(name)
+    return Engine(folder, Manifest.read(folder))
+
+
+def _told(engine: Engine) -> dict[str, Any]:
+    own = engine.manifest
+    return {
+        "folder": str(engine.folder),
+        "id": own.id,
+        "backend": own.backend,
+        "model": own.model,
+        "precision": own.precision,
+        "sizes": [str(size) for size in own.sizes],
+        "frames": own.frames,
+        "batch": own.batch,
+        "device": own.place.device,
+        "parity": own.parity,
+        "bytes": sum(path.stat().st_size for path in engine.folder.iterdir() if path.is_file()),
+        "built": own.built,
+    }
+
+
+def _fits_here(engine: Engine) -> str:
+    """Why an engine cannot run on this machine; empty if it can."""
+    import torch
+
+    from emt_engines.manifest import Request
+
+    own = engine.manifest
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if own.place.device != "cpu" else []
+    reason = ""
+    for device in [*gpus, "cpu"]:
+        request = Request("", own.precision, device, (), 0, (0, 0), own.weights)
+        ok, told = own.match(request)
+        if ok:
+            return ""
+        reason = reason or told
+    return reason
+
+
+def _model_gone(engine: Engine) -> str:
+    from emt_cli.model import find_model
+
+    try:
+        find_model(engine.manifest.model, download=False)
+    except EmtError as error:
+        return error.problem
+    return ""
+
+
+def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
+    """Check an engine's files, and its numbers where it can run."""
+    own = engine.manifest
+    own.check_files(engine.folder)
+    reason = _fits_here(engine)
+    if reason:
+        return {"state": "whole", "reason": f"not compared: {reason}"}
+    from emt_cli.cache import ContentIndex, default_dir
+    from emt_cli.device import Device
+    from emt_cli.engine_choice import EngineChoice
+    from emt_cli.generator import open_pipeline
+    from emt_cli.model import find_model
+    from emt_engines.build import verified
+
+    try:
+        found = find_model(model or own.model, download=False)
+    except EmtError as error:
+        return {"state": "whole", "reason": f"not compared: {error.problem}"}
+    device = Device.open("cpu" if own.place.device == "cpu" else "cuda", own.precision)
+    EngineChoice(str(engine.folder), found, ContentIndex(default_dir())).check_match(device)
+    parts = verified(engine.folder, own, open_pipeline(found, device))
+    return {"state": "ok", "parity": {part.name: part.parity for part in parts if part.parity is not None}}
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    from emt_cli.journal import dumps
+
+    sys.stdout.buffer.write(dumps(value) + b"\n")
+    sys.stdout.buffer.flush()
