@@ -83,21 +83,21 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records CUDA graphs."""
+    """Records CUDA graphs on the current device."""
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Replay and result of a computation that waits for nothing on the host."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries choose their kernels now, and Triton compiles its own
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # libraries choose their kernels now, and Triton compiles its own
             compute()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on using the GPU meanwhile: they save references.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = compute()
         return graph.replay, output
 
@@ -310,12 +310,12 @@ class TorchBackend(Backend):
     def _try_to_record(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
     ) -> _Call:
-        if self._recorder is None:
-            self._recorder = (self._make_recorder or CudaGraphs)()
         sample, timestep = sample.clone(), timestep.clone()
         own_text = TextFeatures({path: (key.clone(), value.clone()) for path, (key, value) in text.layers.items()})
         moved = self._motion_place(motion) if motion is not None else None
-        with self._attention(sample.device):
+        here = torch.cuda.device(sample.device) if sample.is_cuda else contextlib.nullcontext()
+        with here, self._attention(sample.device):
+            self._recorder = self._recorder or (self._make_recorder or CudaGraphs)()
             replay, output = self._recorder.record(
                 lambda: self._run(sample, timestep, own_text, moved.value if moved else None)
             )
