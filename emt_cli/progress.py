@@ -142,7 +142,7 @@ def _note(line: dict[str, Any]) -> str:
 
 
 def _reason(line: dict[str, Any]) -> str:
-    return " ".join(f"{line.get('error', '')}. {line.get('hint') or ''}".replace("..", ".").split())
+    return " ".join(f"{line.get('error', '').rstrip('.')}. {line.get('hint') or ''}".split())
 
 
 def duration(seconds: float) -> str:
