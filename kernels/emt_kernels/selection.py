@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -15,13 +14,22 @@ from torch import Tensor
 Kernels = Literal["auto", "triton", "reference"]
 
 _asked: Kernels = "auto"
+# Found out once, and not through a cache of functools nor importlib in a call: torch.compile follows neither.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_problem: str | None = None
 _substitutes: dict[str, Callable[..., Any]] = {}
 
 
-@functools.lru_cache(maxsize=1)
 def unavailable() -> str:
     """Why Triton's kernels cannot run on this machine; empty if they can."""
-    if importlib.util.find_spec("triton") is None:
+    global _problem
+    if _problem is None:
+        _problem = _find_problem()
+    return _problem
+
+
+def _find_problem() -> str:
+    if not _INSTALLED:
         return "Triton is not installed"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
