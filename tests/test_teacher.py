@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from emt.train.data import PairDataset, find_pairs
 from emt.train.teacher import Filter, Guidance, Teacher, attention_map
 from emt.video import read_clip
 from emt.weights import random_model
+from emt_cli.jobs import Job, Rejected
+from emt_cli.options import Settings
+from emt_cli.teaching import check_motions
 
 cv2 = pytest.importorskip("cv2")
 
@@ -170,9 +174,9 @@ def make(folder: Path, *options: str) -> Ended:
     return emt(*command(*options), folder=folder, environment=environment(folder))
 
 
-def prepare(folder: Path) -> None:
-    clip(folder / "clips" / "walk.mp4", 1)
-    clip(folder / "clips" / "turn.mp4", 2)
+def prepare(folder: Path, *more: str) -> None:
+    for seed, name in enumerate(("walk", *more)):
+        clip(folder / "clips" / f"{name}.mp4", seed)
     (folder / "prompts.txt").write_text("a red fox\na blue car, at night\n")
 
 
@@ -183,7 +187,7 @@ def told(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Ended]:
     folder = tmp_path_factory.mktemp("taught")
-    prepare(folder)
+    prepare(folder, "turn")
     (folder / "clips" / "broken.mp4").write_bytes(b"no video")
     return folder, make(folder, *ALL)
 
@@ -230,10 +234,11 @@ def test_a_bad_reference_fails_alone_and_is_told(made):
 def test_thresholds_drop_clips_and_can_be_moved_later(tmp_path):
     """What was measured is not measured again; what is to be kept after all is made again."""
     prepare(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red fox\n")
     strict = ("--min-fidelity", "-1", "--min-consistency", "1")
     first = make(tmp_path, *strict)
     assert first.code == 0, first.err
-    assert "0 done, 0 already there, 0 failed, 4 dropped" in first.err
+    assert "0 done, 0 already there, 0 failed, 1 dropped" in first.err
     assert not list((tmp_path / "pairs").rglob("*.mp4"))
     assert {row["state"] for row in told(tmp_path)} == {"dropped"}
     assert all("below 1" in row["reason"] for row in told(tmp_path))
@@ -241,38 +246,41 @@ def test_thresholds_drop_clips_and_can_be_moved_later(tmp_path):
     assert make(tmp_path, *strict).code == 0
     assert len(journal(tmp_path / "pairs")) == lines, "nothing was done"
 
-    assert "4 done" in make(tmp_path, *strict, "--no-filter").err
-    assert len(find_pairs(tmp_path / "pairs", lambda text: None)) == 8
+    assert "1 done" in make(tmp_path, *strict, "--no-filter").err
+    assert len(find_pairs(tmp_path / "pairs", lambda text: None)) == 1
     again = make(tmp_path, *strict)
-    assert "0 already there, 0 failed, 4 dropped" in again.err
+    assert "0 already there, 0 failed, 1 dropped" in again.err
     assert not list((tmp_path / "pairs").rglob("*.mp4"))
     assert not list((tmp_path / "pairs").glob("*/metadata.jsonl"))
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
     prepare(tmp_path)
-    run = Run(*command(*ALL, "--seeds", "0-2"), folder=tmp_path, environment=environment(tmp_path))
-    while not list((tmp_path / "pairs").glob("*/*.json")):
+    run = Run(*command(*ALL, "--steps", "20"), folder=tmp_path, environment=environment(tmp_path))
+    while not list((tmp_path / "cache").glob("emt/motion/*.json")):  # the reference is encoded, the first batch runs
         run.process.join(0.02)
         assert run.process.is_alive()
+    run.process.join(0.05)
     run.send(signal.SIGINT)
     ended = run.end()
     assert ended.code == 130, ended.err
-    before = {row["file"] for row in told(tmp_path)}
-    assert 1 <= len(before) < 12
+    assert [row["state"] for row in told(tmp_path)] == ["kept"]
     assert find_pairs(tmp_path / "pairs", lambda text: None), "what is there can be trained on"
-    ended = make(tmp_path, *ALL, "--seeds", "0-2")
-    assert f"{12 - len(before)} done, {len(before)} already there" in ended.err
-    assert len(told(tmp_path)) == 12
+    ended = make(tmp_path, *ALL, "--steps", "20")
+    assert "1 done, 1 already there" in ended.err
+    assert len(told(tmp_path)) == 2
 
 
-def test_another_guidance_makes_other_clips(made):
-    folder, _ = made
-    kept = [row["file"] for row in told(folder) if row["state"] == "kept"]
-    before = {file: (folder / "pairs" / file).read_bytes() for file in kept}
+def test_another_guidance_makes_another_clip(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    for name in ("turn.mp4", "broken.mp4"):
+        (folder / "clips" / name).unlink()
+    (folder / "prompts.txt").write_text("a red fox\n")
+    [row] = [row for row in told(folder) if "walk" in row["reference"] and row["prompt"] == "a red fox"]
+    before = (folder / "pairs" / row["file"]).read_bytes()
     ended = make(folder, *ALL, "--motion-guidance", "1e5")
-    assert "4 done, 0 already there" in ended.err
-    assert all((folder / "pairs" / file).read_bytes() != content for file, content in before.items())
+    assert "1 done, 0 already there" in ended.err
+    assert (folder / "pairs" / row["file"]).read_bytes() != before
 
 
 @pytest.mark.parametrize(
@@ -293,16 +301,12 @@ def test_what_does_not_fit_together_is_bad_usage(tmp_path, options, said):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_prompt_may_not_read_its_reference_otherwise(tmp_path):
+def test_a_prompt_may_not_read_its_reference_otherwise():
     """Clips of a folder share one motion: another start would be another one."""
-    prepare(tmp_path)
-    rows = [{"prompt": "a fox", "start": 0.1}, {"prompt": "a car", "steps": 1}]
-    (tmp_path / "prompts.txt").rename(tmp_path / "old.txt")
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    given = ["--prompts", "prompts.jsonl", "--model", str(model()), "-o", "pairs", "--device", "cpu", *ALL]
-    ended = emt(
-        "make-pairs", "--from-references", "clips/walk.mp4", *given, folder=tmp_path, environment=environment(tmp_path)
-    )
-    assert ended.code == 1
-    assert {row["prompt"]: row["state"] for row in told(tmp_path)} == {"a fox": "failed", "a car": "kept"}
-    assert "a start of their own" in ended.err
+    other = Job(Path("/a.mp4"), "a fox", 0, Settings(start=0.1), own=("start",), origin="line 1")
+    same = Job(Path("/a.mp4"), "a car", 0, Settings(steps=1), own=("steps",))
+    rejected, kept = check_motions([other, same])
+    assert kept is same
+    assert isinstance(rejected, Rejected)
+    assert (rejected.origin, rejected.prompt) == ("line 1", "a fox")
+    assert "a start of their own" in rejected.error.problem
