@@ -1,0 +1,201 @@
+"""Engines of ONNX files: what is in them, and that onnxruntime computes what the network does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from emt.errors import EmtError
+from emt.pipeline import load_pipeline
+from emt.weights import random_model
+from emt_engines.build import build_engine, open_engine
+from emt_engines.manifest import Manifest, Request, Size, Weights
+from emt_engines.onnx_export import PARTS, OnnxBuilder, export
+from emt_engines.parity import difference
+from emt_kernels.temporal_attention import temporal_attention_reference
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+FRAMES = 3
+
+
+def request(**changes) -> Request:
+    values = {"backend": "onnx", "precision": "fp32", "device": "cpu", "sizes": (Size.parse("32x32..64x48"),)}
+    values |= {"frames": FRAMES, "batch": (1, 2), "weights": Weights({})}
+    return Request(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    folder = random_model(tmp_path_factory.mktemp("model") / "tiny", frames=FRAMES, fusion_blocks=[1])
+    return load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(pipe, tmp_path_factory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("engine") / "onnx"
+    return folder, build_engine(pipe, request(), folder)
+
+
+def nodes(folder: Path, name: str):
+    return onnx.load(folder / f"{name}.onnx", load_external_data=False)
+
+
+# ---------------------------------------------------------------------------------------------------- the definition
+
+
+@pytest.mark.parametrize(("batch", "references", "frames", "others", "tokens"), [(1, 1, 3, 3, 5), (6, 3, 4, 2, 1)])
+def test_the_node_is_defined_as_the_network_computes_it(batch, references, frames, others, tokens):
+    """For any number of references that divides the batch, and any number of their frames."""
+    import onnx.parser
+    from onnx import TensorProto, helper
+
+    from emt_engines.onnx_export import DOMAIN, FUNCTION, NODE, OPSET
+
+    heads, channels = 2, 8
+    names = ("query", "key", "value", "reference_key", "reference_value", "position_key", "position_value", "scale")
+    clip, other = (batch, frames, tokens, channels), (references, others, tokens, channels)
+    shapes = [clip] * 3 + [other] * 2 + [(others, channels)] * 2 + [(batch, others, tokens)]
+    torch.manual_seed(batch)
+    given = {name: torch.randn(shape) for name, shape in zip(names, shapes)}
+    node = helper.make_node(NODE, names, ["out"], domain=DOMAIN, heads=heads, plugin_namespace=DOMAIN)
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in given.items()]
+    graph = helper.make_graph(
+        [node], "one", inputs, [helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * 4)]
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(
+        graph, functions=[onnx.parser.parse_function(FUNCTION)], opset_imports=opsets, ir_version=10
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: x.numpy() for name, x in given.items()})
+    query, key, value, *reference = given.values()
+    wanted = temporal_attention_reference(query, key, value, heads, *reference)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+def test_a_build_measures_each_part_to_a_hundred_thousandth(engine):
+    """onnxruntime against the eager network: smallest, typical and largest size; one sample, and as many as fit."""
+    _, manifest = engine
+    assert [part.name for part in manifest.parts] == list(PARTS)
+    for part in manifest.parts:
+        assert part.parity is not None
+        assert part.parity <= 1e-5, part.name
+
+
+def test_files_hold_for_sizes_and_samples_that_nobody_asked_for(engine, pipe):
+    from emt_engines.onnx_export import as_file_takes
+    from emt_engines.signature import function
+
+    folder, _ = engine
+    session = onnxruntime.InferenceSession(str(folder / "denoise.onnx"), providers=["CPUExecutionProvider"])
+    for samples, width, height in ((1, 16, 112), (5, 48, 16)):
+        made = function(pipe, "denoise", width=width, height=height, frames=FRAMES, samples=samples)
+        inputs = {name: x.numpy() for name, x in as_file_takes(made.inputs).items()}
+        found = torch.from_numpy(session.run(None, inputs)[0])
+        with torch.no_grad():
+            assert difference(found, made.module(*made.inputs.values())) <= 1e-5
+
+
+def test_samples_follow_their_references_in_turn(engine, pipe):
+    """Sample i follows reference i mod n, as the network has it: an engine runs each reference's samples apart."""
+    folder, manifest = engine
+    backend = open_engine(folder, manifest, pipe)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        text = pipe.unet.encode_text(torch.randn(4, 77, pipe.unet.config.cross_attention_dim))
+        clips = torch.randn(2, 4, FRAMES, 4, 6)
+        prompts = torch.randn(2, 77, pipe.unet.config.cross_attention_dim)
+        features = backend.encode_reference(clips, torch.tensor(400), prompts)
+        read = pipe.unet.encode_reference(clips, torch.tensor(400), prompts)
+        for path, pair in read.layers.items():
+            for own, wanted in zip(features.layers[path], pair):
+                assert difference(own, wanted) <= 1e-5
+        motion = backend.prepare_motion(features)
+        sample, timestep = torch.randn(4, 4, FRAMES, 4, 6), torch.tensor(17)
+        found = backend.denoise(sample, timestep, text, motion)
+        assert difference(found, pipe.unet(sample, timestep, text, motion)) <= 1e-5
+
+
+def test_temporal_integration_is_one_node_with_a_definition(engine, pipe):
+    folder, _ = engine
+    model = nodes(folder, "denoise")
+    found = [node for node in model.graph.node if node.domain == "emt"]
+    assert len(found) == 2 * len(pipe.unet.fusion_modules())
+    for node in found:
+        assert node.op_type == "TemporalAttention"
+        assert len(node.input) == 8
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes == {"heads": 2, "plugin_namespace": b"emt", "plugin_version": b"1"}
+    assert [(f.domain, f.name) for f in model.functions] == [("emt", "TemporalAttention")]
+    assert {o.domain: o.version for o in model.opset_import} == {"": 23, "emt": 1}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_files_are_valid_and_say_what_varies(engine, name):
+    folder, manifest = engine
+    onnx.checker.check_model(str(folder / f"{name}.onnx"))
+    model = nodes(folder, name)
+    assert {tensor.data_location for tensor in model.graph.initializer if len(tensor.raw_data) > 1024} == set()
+    assert {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"} == {
+        f"{name}.onnx.data"
+    }
+    assert not any(node.metadata_props for node in model.graph.node)
+    part = next(part for part in manifest.parts if part.name == name)
+    words = {size for spec in part.inputs for size in spec.shape if isinstance(size, str)}
+    counted = {"denoise": {"samples"}, "reference": set()}.get(name, {"images"})
+    factors = {"vae_encoder": {"8*height", "8*width"}, "vae_decoder": {"height", "width"}}
+    assert words == counted | factors.get(name, {"2*height", "2*width"} | words & {"height", "width"})
+
+
+def test_inputs_have_the_names_of_the_network(engine, pipe):
+    _, manifest = engine
+    part = next(part for part in manifest.parts if part.name == "denoise")
+    names = [spec.name for spec in part.inputs]
+    assert names[:2] == ["sample", "timestep"]
+    for path in pipe.unet.fusion_modules():
+        assert f"motion/{path}/0/key" in names
+        assert f"motion/{path}/1/scaler" in names
+    key = next(spec for spec in part.inputs if spec.name.endswith("motion_modules.0/0/key"))
+    assert key.shape == (1, FRAMES, "2*height", "2*width", 16)
+
+
+# ------------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_shapes_that_an_engine_was_not_built_for_are_refused(engine, pipe):
+    folder, manifest = engine
+    backend = open_engine(folder, manifest, pipe)
+    with pytest.raises(EmtError, match="width 128") as caught:
+        backend.decode_images(torch.zeros(1, 4, 4, 16))
+    assert "32 to 64" in caught.value.problem
+
+
+def test_clips_without_a_reference_are_refused(engine, pipe):
+    folder, manifest = engine
+    text = pipe.unet.encode_text(torch.zeros(1, 77, pipe.unet.config.cross_attention_dim))
+    with pytest.raises(EmtError, match="reference"):
+        open_engine(folder, manifest, pipe).denoise(torch.zeros(1, 4, FRAMES, 4, 4), torch.tensor(1), text, None)
+
+
+def test_sizes_that_the_levels_do_not_halve_evenly_are_refused(pipe, tmp_path):
+    with pytest.raises(EmtError, match="multiples of 16"):
+        OnnxBuilder().build(pipe, request(sizes=(Size.parse("40x32"),)), tmp_path, lambda what, done: None)
+
+
+# ------------------------------------------------------------------------------------------------------------- in fp16
+
+
+def test_fp16_files_have_fp16_tensors(pipe, tmp_path):
+    half = load_pipeline(pipe.name_or_path, dtype=torch.float16)
+    inputs, outputs = export(half, "vae_decoder", FRAMES, tmp_path / "vae_decoder.onnx")
+    assert {spec.dtype for spec in (*inputs, *outputs)} == {"float16"}
+    weights = [t for t in nodes(tmp_path, "vae_decoder").graph.initializer if t.dims and not t.name.startswith("val_")]
+    assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
