@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": "Show what `emt transfer` with the same arguments would do, without loading anything.",
     "evaluate": "Measure how well results follow their references' motion and their prompts.",
     "report": "Write a page that shows references and results side by side, playing in sync.",
-    "make-pairs": "Render pairs of clips with the same motion and different content, to train on.",
+    "make-pairs": "Make pairs of clips with the same motion and different content, to train on.",
     "train": "Train the motion transfer adapter of a model on pairs of clips.",
     "build-engine": "Compile a model ahead of time for this GPU and chosen shapes.",
     "engines": "List, show, verify and prune the engines in the cache.",
