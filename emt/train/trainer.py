@@ -267,7 +267,8 @@ class Trainer:
 
         Args:
             stop: Asked after each step.
-            on_step: Called after each step with its record: step, loss, grad_norm, skipped, steps_per_second.
+            on_step: Called after each step with its record: step, loss, grad_norm, skipped, steps_per_second, and on a
+                GPU peak_gib.
 
         Returns:
             Whether the last step was reached.
@@ -289,6 +290,8 @@ class Trainer:
                     "skipped": self.skipped,
                     "steps_per_second": (self.step - first) / (time.monotonic() - started),
                 }
+                if self.accelerator.device.type == "cuda":
+                    record["peak_gib"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
                 if self.board and log:
                     # JSON has no NaN: null stands for a step that was skipped.
                     log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
