@@ -64,8 +64,6 @@ class InductorBuilder:
         Raises:
             EmtError: a compiler is missing, PyTorch is too old, or a range of sizes is asked for.
         """
-        from torch._inductor.package import load_package  # noqa: F401
-
         ranges = [str(size) for size in request.sizes if not size.exact]
         if ranges:
             raise EmtError(
