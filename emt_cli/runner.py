@@ -282,7 +282,9 @@ class Runner:
             elif state == "open":
                 return _Task(job, identity, output, _Reference(job, sha256, self._ahead.release))
             else:
-                self._report({**line, "state": "skipped"})
+                known = self.journal.finished[str(output)]
+                chosen = {key: known[key] for key in ("seed", "best_of") if "best_of" in known}
+                self._report({**line, **chosen, "state": "skipped"})
         except (EmtError, OSError) as error:
             self._fail(line, self.generator.explain(error, job))
         return None

@@ -84,13 +84,17 @@ def test_another_number_of_candidates_is_another_job(tmp_path):
     clip(tmp_path / "a.mp4")
     (tmp_path / "jobs.jsonl").write_text(json.dumps({"prompt": "y", "best_of": 2}))
 
-    def states(*arguments: object) -> list[str]:
-        return [line["state"] for line in lines(transfer(tmp_path, "a.mp4", "--prompt", "x", "--json", *arguments))]
+    def run(*arguments: object) -> list[dict]:
+        return lines(transfer(tmp_path, "a.mp4", "--prompt", "x", "--json", *arguments))
 
-    assert states() == ["done"]
-    assert states("--best-of", 2) == ["done"]
-    assert states("--best-of", 2, "--prompts", "jobs.jsonl") == ["skipped", "done"]
-    assert len(journal(tmp_path / "out")[-1]["best_of"]["candidates"]) == 2, "a job's own line may ask for it"
+    [one] = run()
+    assert "best_of" not in one
+    [two] = run("--best-of", 2)
+    assert (two["state"], two["output"]) == ("done", one["output"])
+    assert two["id"] != one["id"]
+    [again, own] = run("--best-of", 2, "--prompts", "jobs.jsonl")
+    assert (again["state"], again["best_of"]) == ("skipped", two["best_of"]), "it still says which was kept"
+    assert (own["state"], len(own["best_of"]["candidates"])) == ("done", 2), "a job's own line may ask for it"
 
 
 def test_a_job_whose_candidates_all_fail_fails_once(tmp_path):
