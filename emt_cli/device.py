@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emt.errors import EmtError
-from emt_cli.options import Precision
+from emt_cli.options import Kernels, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -22,22 +23,27 @@ class Device:
         place: For torch: `cuda:0`, `mps` or `cpu`.
         name: What it is, as recorded in results: a GPU's name, or `cpu`.
         precision: fp32, fp16 or bf16.
+        kernels: triton or reference (`emt_kernels.selection`).
+        why: Why these kernels.
     """
 
     place: str
     name: str
     precision: str
+    kernels: str = "reference"
+    why: str = ""
 
     @classmethod
-    def open(cls, device: str, precision: str) -> Device:
+    def open(cls, device: str, precision: str, kernels: str = "auto") -> Device:
         """Choose and check a device.
 
         Args:
             device: auto, cuda, cuda:N, mps or cpu; auto takes the first there is, in the order cuda, mps, cpu.
             precision: auto is fp16 on a GPU and fp32 on a CPU.
+            kernels: auto, triton or reference; chosen for the whole process.
 
         Raises:
-            EmtError: this machine has no such device.
+            EmtError: this machine has no such device, or Triton's kernels are asked for and do not run on it.
         """
         import torch
 
@@ -58,7 +64,7 @@ class Device:
             place, name = "cpu", "cpu"
         if precision == Precision.AUTO.value:
             precision = "fp32" if place == "cpu" else "fp16"
-        return cls(place, name, precision)
+        return cls(place, name, precision, *_choose_kernels(place, kernels))
 
     @property
     def is_gpu(self) -> bool:
@@ -86,6 +92,16 @@ class Device:
 
             torch.cuda.synchronize(self.place)
 
+    def mark(self) -> Callable[[], None]:
+        """What waits until all is done that the device has been asked for so far."""
+        if not self.is_gpu:
+            return lambda: None
+        import torch
+
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.place))
+        return event.synchronize
+
     def memory(self) -> tuple[int, int, int]:
         """Bytes in use, at the peak (on a CPU: of the process since its start), and to be had in all."""
         if self.is_gpu:
@@ -103,6 +119,20 @@ class Device:
             import torch
 
             torch.cuda.empty_cache()
+
+
+def _choose_kernels(place: str, asked: str) -> tuple[str, str]:
+    """Kernels that run on a device, and why."""
+    from emt_kernels.selection import select
+
+    try:
+        if place.startswith("cuda"):
+            return select(asked)  # type: ignore[arg-type]
+        if asked == Kernels.TRITON.value:
+            raise RuntimeError(f"Triton's kernels need a CUDA GPU, the device is {place}")
+    except RuntimeError as error:
+        raise EmtError(str(error), "Use --kernels auto, or ask `emt doctor`.") from None
+    return Kernels.REFERENCE.value, "asked for" if asked == Kernels.REFERENCE.value else f"the device is {place}"
 
 
 def _system_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +56,10 @@ def playback_rate(job: Job, reference_fps: float) -> float:
 
 
 def open_pipeline(
-    model: Model, device: Device, prepare: Callable[[MotionTransferPipeline], None] = lambda pipe: None
+    model: Model,
+    device: Device,
+    prepare: Callable[[MotionTransferPipeline], None] = lambda pipe: None,
+    low_memory: bool = False,
 ) -> MotionTransferPipeline:
     """A model on a device, the libraries' own messages silenced.
 
@@ -63,6 +67,7 @@ def open_pipeline(
         model: The model.
         device: Where to.
         prepare: Changes it before it goes there.
+        low_memory: Let it go there part by part, as each is needed.
 
     Raises:
         EmtError: the model cannot be opened, or does not fit in the device's memory.
@@ -82,7 +87,10 @@ def open_pipeline(
     try:
         pipe = load_pipeline(model.folder, "cpu", device.dtype)
         prepare(pipe)
-        return pipe.to(device.place)
+        if not low_memory:
+            return pipe.to(device.place)
+        pipe.save_memory(device.place)
+        return pipe
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -99,19 +107,35 @@ class Generator:
         device: auto, cuda, cuda:N, mps or cpu.
         precision: auto, fp32, fp16 or bf16.
         engines: Chooses what executes the network; None for PyTorch.
+        kernels: auto, triton or reference.
+        low_memory: Spare the GPU's memory, at the expense of time.
+        say: Is told what was chosen and why.
     """
 
     def __init__(
-        self, model: Model, model_sha256: str, device: str, precision: str, engines: EngineChoice | None = None
+        self,
+        model: Model,
+        model_sha256: str,
+        device: str,
+        precision: str,
+        engines: EngineChoice | None = None,
+        *,
+        kernels: str = "auto",
+        low_memory: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.model = model
         self.model_sha256 = model_sha256
-        self._asked = device, precision
+        self.low_memory = low_memory
+        self._asked = device, precision, kernels
+        self._say = say
         self._guard = threading.Lock()
         self._device: Device | None = None
         self._pipe: MotionTransferPipeline | None = None
         self._engines = engines
         self._backends: dict[Path, Backend] = {}
+        if low_memory:  # little of little memory may be lost between what is in use
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
     @property
     def device(self) -> Device:
@@ -125,6 +149,11 @@ class Generator:
                 import emt.pipeline  # noqa: F401  (here, since two threads that import it at once trip over each other)
 
                 self._device = Device.open(*self._asked)
+                if self.low_memory and not self._device.is_gpu:
+                    problem = f"--memory low spares the memory of CUDA GPUs, the device is {self._device.place}"
+                    raise EmtError(problem, "Leave it out.")
+                if self._device.is_gpu:
+                    self._say(f"kernels: {self._device.kernels} ({self._device.why})")
             return self._device
 
     def load(self) -> MotionTransferPipeline:
@@ -137,7 +166,7 @@ class Generator:
             device = self.device  # first: it takes its turn at importing
             if self._engines:
                 self._engines.check_match(device)
-            self._pipe = open_pipeline(self.model, device)
+            self._pipe = open_pipeline(self.model, device, low_memory=self.low_memory)
             self._torch = self._pipe.backend
         return self._pipe
 
@@ -179,7 +208,8 @@ class Generator:
     def motion_key(self, job: Job, reference_sha256: str) -> str:
         """What motion features depend on, as a hash; of the device too, so that a clip can be made again exactly."""
         engine = self.engine(job)
-        where = [self.device.name, self.device.precision, *([engine.manifest.id] if engine else [])]
+        device = self.device
+        where = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]
         return digest("motion", ARITHMETIC, reference_sha256, job.view, self.model_sha256, *where)
 
     def encode(self, job: Job, source: Clip | Motion) -> Motion:
@@ -208,9 +238,13 @@ class Generator:
         self._switch(pipe, self.engine(jobs[0]))
         self.device.start_measuring()
         begun = stepped = time.monotonic()
+        wait_for_last = self.device.mark()
 
         def stepped_to(done: int, steps: int) -> None:
-            nonlocal stepped
+            nonlocal stepped, wait_for_last
+            # One step ahead of the device is enough to keep it busy; further ahead, progress would tell of the future.
+            wait_for_last()
+            wait_for_last = self.device.mark()
             if done == steps:
                 self.device.synchronize()
                 stepped = time.monotonic()
@@ -240,6 +274,8 @@ class Generator:
         if engine:
             own = engine.manifest
             ran = {"engine": own.backend, "engine_id": own.id, "engine_folder": str(engine.folder.absolute())}
+        if self.low_memory:
+            ran["memory"] = "low"
         return {
             "id": identity,
             **describe(job),
@@ -249,6 +285,7 @@ class Generator:
             "model_sha256": self.model_sha256,
             "device": self.device.name,
             "precision": self.device.precision,
+            "kernels": self.device.kernels,
             **ran,
             "batch": batch,
             "arithmetic": ARITHMETIC,

@@ -29,7 +29,7 @@ from emt.errors import EmtError
 from emt_cli.options import JOB_FIELDS, SETTING_NAMES, Format, Settings, TransferOptions, parse_field, parse_seeds
 
 #: Raised when the same inputs and settings would give other frames than before; part of every identity.
-ARITHMETIC = 1
+ARITHMETIC = 2
 MAX_LINE = 1 << 20  # characters of one line of a job file
 
 

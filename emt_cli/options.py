@@ -56,6 +56,21 @@ class Precision(str, Enum):
     BF16 = "bf16"
 
 
+class Kernels(str, Enum):
+    """What computes attention over time, norms and gated activations."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    REFERENCE = "reference"
+
+
+class Memory(str, Enum):
+    """How much of a GPU's memory may be used."""
+
+    AUTO = "auto"
+    LOW = "low"
+
+
 _CLIP, _JOBS, _RUN = "The clip", "Jobs", "Running"
 
 
@@ -168,6 +183,20 @@ class TransferOptions:
             metavar="DIR|auto|torch",
         ),
     ] = "auto"
+    kernels: Annotated[
+        Kernels,
+        typer.Option(
+            help="triton: fused GPU kernels; reference: PyTorch's own; auto: triton where they run.",
+            rich_help_panel=_RUN,
+        ),
+    ] = Kernels.AUTO
+    memory: Annotated[
+        Memory,
+        typer.Option(
+            help="low: 16 frames of 512x512 in 4 GiB of GPU memory with fp16, more slowly; runs without engines.",
+            rich_help_panel=_RUN,
+        ),
+    ] = Memory.AUTO
     batch_size: Annotated[
         str,
         typer.Option(
@@ -200,14 +229,18 @@ class TransferOptions:
 
     @property
     def arithmetic(self) -> str:
-        """What was asked for that decides the last bits of frames: the precision, and the engine unless it is auto.
+        """What was asked for that decides the last bits of frames: the precision, and all else that is not auto.
 
         Raises:
             EmtError: the engine asked for is none.
         """
         from emt_cli.engine_choice import AUTO, engine_id
 
-        return self.precision.value + ("" if self.engine == AUTO else f" {engine_id(self.engine)}")
+        asked = [self.precision.value]
+        asked += [engine_id(self.engine)] if self.engine != AUTO else []
+        asked += [f"kernels {self.kernels.value}"] if self.kernels is not Kernels.AUTO else []
+        asked += ["memory low"] if self.memory is Memory.LOW else []
+        return " ".join(asked)
 
 
 def check_device(device: str) -> str:
@@ -364,6 +397,8 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
             check_device(given["device"])
             parse_batch_size(given["batch_size"])
             parse_seeds(given["seeds"])
+            if given["memory"] is Memory.LOW and given["engine"] not in ("auto", "torch"):
+                raise EmtError("--memory low and --engine exclude each other", "Give one of them.")
         except EmtError as error:
             raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
         command(TransferOptions(**given, settings=settings))

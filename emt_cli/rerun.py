@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.options import Precision, Settings, check_device, parse_field
+from emt_cli.options import Kernels, Precision, Settings, check_device, parse_field
 
 
 def rerun(
@@ -35,6 +35,10 @@ def rerun(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")] = "auto",
+    kernels: Annotated[
+        Kernels | None,
+        typer.Option(help="auto, triton or reference. Default: those that made the clip, if they run here."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
 ) -> None:
     """Make a result again from the settings it carries: on the same kind of device, the very same frames.
@@ -45,7 +49,7 @@ def rerun(
     from emt_cli.cache import ContentIndex, default_dir
     from emt_cli.engine_choice import EngineChoice
     from emt_cli.generator import Generator, playback_rate, read_reference
-    from emt_cli.jobs import Job
+    from emt_cli.jobs import ARITHMETIC, Job
     from emt_cli.model import find_model
     from emt_cli.results import write_result
 
@@ -62,6 +66,7 @@ def rerun(
         size, index, shared = int(batch["size"]), int(batch["index"]), bool(batch["shared_reference"])
         identity, made_on = record["id"], record["device"]
         reference_sha256, made_by = record["reference_sha256"], record["model_sha256"]
+        made_with, low_memory = Kernels(record.get("kernels", "reference")), record.get("memory") == "low"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EmtError(f"the settings in {result} are damaged: {error!r}", "Try the .json beside the clip.") from None
     job = replace(job, reference=reference.absolute()) if reference else job
@@ -74,9 +79,25 @@ def rerun(
             f"the model {found.folder} is not the one that made {clip.name}: its files have changed",
             "Name the one that did with --model.",
         )
-    choice = EngineChoice(engine or _recorded_engine(record), found, contents)
-    choice.check(settings)
-    generator = Generator(found, model_sha256, check_device(device), precision.value, choice)
+    choice = None
+    if not low_memory:
+        choice = EngineChoice(engine or _recorded_engine(record), found, contents)
+        choice.check(settings)
+    kernels = kernels or (Kernels.AUTO if made_with is Kernels.TRITON else made_with)
+    generator = Generator(
+        found,
+        model_sha256,
+        check_device(device),
+        precision.value,
+        choice,
+        kernels=kernels.value,
+        low_memory=low_memory,
+    )
+    if record.get("arithmetic") != ARITHMETIC:
+        typer.echo("note: it was made by another version of emt, whose arithmetic differs in the last bits", err=True)
+    if generator.device.kernels != made_with.value:
+        told = f"made with the kernels {made_with.value}, made again with {generator.device.kernels}"
+        typer.echo(f"note: {told}: bits may differ", err=True)
     if generator.device.name != made_on:
         typer.echo(f"note: made on {made_on}, made again on {generator.device.name}: bits may differ", err=True)
 

@@ -7,7 +7,7 @@ from itertools import chain
 
 import typer
 
-from emt_cli.options import TransferOptions, parse_batch_size, takes_options
+from emt_cli.options import Memory, TransferOptions, parse_batch_size, takes_options
 
 
 @takes_options
@@ -45,12 +45,25 @@ def transfer(options: TransferOptions) -> None:
     folder = options.cache_dir or default_dir()
     index = ContentIndex(folder)
     watcher = Watcher(None if "-" in (options.references or []) else len(listed))
-    engines = EngineChoice(options.engine, model, index, engines_dir(options.cache_dir), watcher.say)
+    low_memory = options.memory is Memory.LOW
+    engines = None
+    if not low_memory:
+        engines = EngineChoice(options.engine, model, index, engines_dir(options.cache_dir), watcher.say)
+    generator = Generator(
+        model,
+        model.sha256(index),
+        options.device,
+        options.precision.value,
+        engines,
+        kernels=options.kernels.value,
+        low_memory=low_memory,
+        say=watcher.say,
+    )
     journal = Journal(options.out)
     try:
         runner = Runner(
             journal,
-            Generator(model, model.sha256(index), options.device, options.precision.value, engines),
+            generator,
             index,
             MotionCache(folder / "motion", options.cache_size * 1e9),
             watcher,
