@@ -237,10 +237,9 @@ def arguments_of(kernel: str, head_size: int, reference: bool, dtype: torch.dtyp
     tensors |= dict.fromkeys(("position_key", "position_value"), empty[0, :, 0]) | {"scale": empty[..., 0]}
     if kernel == "forward":
         tensors["out"] = empty
-    else:
-        tensors |= dict.fromkeys(["gradient", *(f"{name}_gradient" for name in (*NAMES[:5], "scale"))], empty)
-    p = module._plan(empty, 8, frames, own=3 if kernel == "forward" else 4, reference=2)
-    return module._arguments(tensors, 8, frames, p)[1]
+        return module._forward_arguments(tensors, 8, frames, module._plan(empty, 8, frames))[1]
+    tensors |= dict.fromkeys(["gradient", *(f"{name}_gradient" for name in (*NAMES[:5], "scale"))], empty)
+    return module._backward_arguments(tensors, 8, frames)[1]
 
 
 def assert_compiles(kernel: str, head_size: int, reference: bool, dtype: torch.dtype, capability: int) -> None:

@@ -199,6 +199,7 @@ def _columns(head_size: int) -> int:
 
 # Shared memory that a program may use on every supported GPU: 99 KiB (RTX 30, 40 and 50), less what else it holds.
 _SHARED_MEMORY = 80 * 1024
+_HEADS_BACKWARD = 2  # of a program
 _PROGRAMS = 2048  # wanted, so that the last ones do not leave most of a GPU idle
 
 
@@ -244,52 +245,71 @@ def _reference(
     }
 
 
-def _plan(query: Tensor, heads: int, reference_frames: int, own: int, reference: int) -> Plan:
-    """The plan for a kernel that reads `own` tensors of the clip and `reference` of the reference."""
-    rows = own * _rows(query.shape[1]) + (reference * _rows(reference_frames) if reference_frames else 0)
+def _plan(query: Tensor, heads: int, reference_frames: int) -> Plan:
+    """The plan for the forward kernel."""
+    rows = 3 * _rows(query.shape[1]) + (2 * _rows(reference_frames) if reference_frames else 0)
     return plan(heads, query.shape[-1] // heads, rows, query.itemsize)
 
 
-def _arguments(
-    tensors: dict[str, Tensor], heads: int, reference_frames: int, p: Plan
-) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments of a kernel that reads and writes `tensors`."""
+def _arguments(tensors: dict[str, Tensor], heads: int, reference_frames: int, p: Plan) -> dict[str, Any]:
+    """Arguments of a kernel that reads and writes `tensors`."""
     query = tensors["query"]
     batch, frames, tokens, channels = query.shape
-    head_size = channels // heads
-    groups = -(-heads // p.heads)
-    pixels = max(1, min(p.pixels, batch * groups * tokens // _PROGRAMS))
     arguments: dict[str, Any] = {}
     for name, x in tensors.items():
-        if name.startswith("scale"):
+        if name == "scale_gradient":
             arguments[name] = x
-        else:
+            continue
+        if name != "scale":
             x = x.to(query.dtype)
-            arguments[name] = x if x.stride(-1) == 1 else x.contiguous()
+            x = x if x.stride(-1) == 1 else x.contiguous()
         # (batch, frame, token, channel); positions are (frame, channel), the scale map (batch, frame, token).
-        if name != "scale_gradient":
-            dimensions = ("frame",) if x.ndim == 2 else ("batch", "frame", "token")
-            strides = zip(dimensions, arguments[name].stride())
-            arguments |= {f"{name}_{dimension}": stride for dimension, stride in strides}
-    grid = (batch * groups * -(-tokens // pixels),)
-    return grid, arguments | {
+        dimensions = ("frame",) if x.ndim == 2 else ("batch", "frame", "token")
+        arguments[name] = x
+        arguments |= {f"{name}_{dimension}": stride for dimension, stride in zip(dimensions, x.stride())}
+    return arguments | {
         "batch": batch,
         "tokens": tokens,
         "references": tensors["reference_key"].shape[0],
-        "pixels": pixels,
         "HEADS": heads,
-        "HEAD_SIZE": head_size,
+        "HEAD_SIZE": channels // heads,
         "FRAMES": frames,
         "REFERENCE_FRAMES": reference_frames,
         "HEADS_TOGETHER": p.heads,
         "ROWS": _rows(frames),
         "REFERENCE_ROWS": _rows(reference_frames),
         "COLUMNS": p.columns,
-        "REST": _rest(head_size, p.columns),
         "STAGES": p.stages,
-        "SOFTENING": math.log2(math.e) / math.sqrt(head_size),
+        "SOFTENING": math.log2(math.e) / math.sqrt(channels // heads),
         "num_warps": p.warps,
     }
+
+
+def _forward_arguments(
+    tensors: dict[str, Tensor], heads: int, reference_frames: int, p: Plan
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments of the forward kernel."""
+    batch, _, tokens, channels = tensors["query"].shape
+    groups = -(-heads // p.heads)
+    pixels = max(1, min(p.pixels, batch * groups * tokens // _PROGRAMS))
+    arguments = {"pixels": pixels, "REST": _rest(channels // heads, p.columns)}
+    return (batch * groups * -(-tokens // pixels),), arguments | _arguments(tensors, heads, reference_frames, p)
+
+
+def _backward_arguments(
+    tensors: dict[str, Tensor], heads: int, reference_frames: int
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments of the backward kernel."""
+    batch, _, tokens, channels = tensors["query"].shape
+    p = Plan(
+        heads=_HEADS_BACKWARD,
+        warps=_HEADS_BACKWARD,
+        stages=2,
+        columns=min(_columns(channels // heads), 32),
+        pixels=1,
+    )
+    grid = (batch * -(-heads // _HEADS_BACKWARD) * tokens,)
+    return grid, _arguments(tensors, heads, reference_frames, p)
 
 
 # ------------------------------------------------------------------------------------------------------- kernels
@@ -298,59 +318,62 @@ if importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
-    # Tiles are (heads of a program, frames, columns of a head), in two tiles of columns, `a` and `b`, where a power
-    # of two does not cover the size of a head tightly. Products are batched over heads: each warp has its own.
+    # Tiles are (heads of a program, frames, columns of a head). Products are batched over heads: each warp has its own.
+    # The forward kernel holds a head in two tiles, `a` and `b`, where one power of two does not cover it tightly.
 
     @triton.jit
-    def _tile(x, head, exists, rows, FIRST: tl.constexpr, COLUMNS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    def _tile(x, head, exists, rows, first, COLUMNS: tl.constexpr, HEAD_SIZE: tl.constexpr):
         """Pointers and mask of one tile; `rows` are offsets of frames, `exists` says which heads and frames are."""
-        column = FIRST + tl.arange(0, COLUMNS)
+        column = first + tl.arange(0, COLUMNS)
         pointers = x + (rows[None, :, None] + (head * HEAD_SIZE)[:, None, None] + column[None, None, :])
         return pointers, exists[:, :, None] & (column < HEAD_SIZE)[None, None, :]
 
     @triton.jit
+    def _load_tile(x, head, exists, rows, first, COLUMNS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+        pointers, mask = _tile(x, head, exists, rows, first, COLUMNS, HEAD_SIZE)
+        return tl.load(pointers, mask=mask, other=0.0)
+
+    @triton.jit
+    def _store_tile(y, x, head, exists, rows, first, COLUMNS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+        pointers, mask = _tile(x, head, exists, rows, first, COLUMNS, HEAD_SIZE)
+        tl.store(pointers, y.to(x.dtype.element_ty), mask=mask)
+
+    # Products of float32 are made of three of TensorFloat-32: as exact. Types of 16 bits are taken as they are.
+
+    @triton.jit
+    def _add_products(total, x, y):
+        """Add the products of all rows: (heads, rows of x, columns) and (heads, rows of y, columns)."""
+        return tl.dot(x, tl.permute(y, (0, 2, 1)), total, input_precision="tf32x3")
+
+    @triton.jit
+    def _sums(weights, y):
+        """Sums of rows: (heads, rows, rows of y) and (heads, rows of y, columns), in float32."""
+        return tl.dot(weights.to(y.dtype), y, input_precision="tf32x3")
+
+    @triton.jit
     def _load(x, head, exists, rows, COLUMNS: tl.constexpr, REST: tl.constexpr, HEAD_SIZE: tl.constexpr):
-        """Both tiles of columns; the first one twice if there is no second."""
-        pointers, mask = _tile(x, head, exists, rows, 0, COLUMNS, HEAD_SIZE)
-        a = tl.load(pointers, mask=mask, other=0.0)
+        """A head's two tiles; the first one twice if there is no second."""
+        a = _load_tile(x, head, exists, rows, 0, COLUMNS, HEAD_SIZE)
         b = a
         if REST > 0:
-            pointers, mask = _tile(x, head, exists, rows, COLUMNS, REST, HEAD_SIZE)
-            b = tl.load(pointers, mask=mask, other=0.0)
+            b = _load_tile(x, head, exists, rows, COLUMNS, REST, HEAD_SIZE)
         return a, b
 
     @triton.jit
-    def _store(a, b, x, head, exists, rows, COLUMNS: tl.constexpr, REST: tl.constexpr, HEAD_SIZE: tl.constexpr):
-        """Write both tiles of columns."""
-        pointers, mask = _tile(x, head, exists, rows, 0, COLUMNS, HEAD_SIZE)
-        tl.store(pointers, a.to(x.dtype.element_ty), mask=mask)
-        if REST > 0:
-            pointers, mask = _tile(x, head, exists, rows, COLUMNS, REST, HEAD_SIZE)
-            tl.store(pointers, b.to(x.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _scores(x_a, x_b, y_a, y_b, REST: tl.constexpr):
-        """Products of all rows: (heads, rows of x, columns) and (heads, rows of y, columns) → float32."""
+    def _products(x_a, x_b, y_a, y_b, REST: tl.constexpr):
+        """Products of all rows of two pairs of tiles."""
         s = tl.dot(x_a, tl.permute(y_a, (0, 2, 1)), input_precision="tf32x3")
         if REST > 0:
-            s = tl.dot(x_b, tl.permute(y_b, (0, 2, 1)), s, input_precision="tf32x3")
+            s = _add_products(s, x_b, y_b)
         return s
 
     @triton.jit
-    def _add_sums(o_a, o_b, p, y_a, y_b, REST: tl.constexpr):
-        """Add weighted sums of rows: (heads, rows, rows of y) and (heads, rows of y, columns) → float32."""
-        p = p.to(y_a.dtype)
-        o_a = tl.dot(p, y_a, o_a, input_precision="tf32x3")
+    def _add_sums(a, b, weights, y_a, y_b, REST: tl.constexpr):
+        """Add sums of rows of a pair of tiles."""
+        weights = weights.to(y_a.dtype)
+        a = tl.dot(weights, y_a, a, input_precision="tf32x3")
         if REST > 0:
-            o_b = tl.dot(p, y_b, o_b, input_precision="tf32x3")
-        return o_a, o_b
-
-    @triton.jit
-    def _zeros(HEADS_TOGETHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
-        a = tl.zeros((HEADS_TOGETHER, ROWS, COLUMNS), tl.float32)
-        b = a
-        if REST > 0:
-            b = tl.zeros((HEADS_TOGETHER, ROWS, REST), tl.float32)
+            b = tl.dot(weights, y_b, b, input_precision="tf32x3")
         return a, b
 
     @triton.jit
@@ -460,7 +483,7 @@ if importlib.util.find_spec("triton") is not None:
             t = first + i
             q_a, q_b = _load(query + t * query_token, head, exists, query_rows, COLUMNS, REST, HEAD_SIZE)
             k_a, k_b = _load(key + t * key_token, head, exists, key_rows, COLUMNS, REST, HEAD_SIZE)
-            own = _scores(q_a, q_b, k_a, k_b, REST)
+            own = _products(q_a, q_b, k_a, k_b, REST)
             reference = own
             if REFERENCE_FRAMES > 0:
                 s = tl.load(scale + t * scale_token, mask=reference_frame < REFERENCE_FRAMES, other=0.0)
@@ -474,13 +497,15 @@ if importlib.util.find_spec("triton") is not None:
                     REST,
                     HEAD_SIZE,
                 )
-                reference = s * _scores(q_a, q_b, rk_a, rk_b, REST) + _scores(q_a, q_b, pk_a, pk_b, REST)
+                reference = s * _products(q_a, q_b, rk_a, rk_b, REST) + _products(q_a, q_b, pk_a, pk_b, REST)
             own, reference, norm = _probabilities(
                 own, reference, frame < FRAMES, reference_frame < REFERENCE_FRAMES, REFERENCE_FRAMES > 0, SOFTENING
             )
             v_a, v_b = _load(value + t * value_token, head, exists, value_rows, COLUMNS, REST, HEAD_SIZE)
-            o_a, o_b = _zeros(HEADS_TOGETHER, ROWS, COLUMNS, REST)
-            o_a, o_b = _add_sums(o_a, o_b, own, v_a, v_b, REST)
+            o_a = _sums(own, v_a)
+            o_b = o_a
+            if REST > 0:
+                o_b = _sums(own, v_b)
             if REFERENCE_FRAMES > 0:
                 rv_a, rv_b = _load(
                     reference_value + t * reference_value_token,
@@ -493,7 +518,10 @@ if importlib.util.find_spec("triton") is not None:
                 )
                 o_a, o_b = _add_sums(o_a, o_b, reference * s, rv_a, rv_b, REST)
                 o_a, o_b = _add_sums(o_a, o_b, reference, pv_a, pv_b, REST)
-            _store(o_a * norm, o_b * norm, out + t * out_token, head, exists, out_rows, COLUMNS, REST, HEAD_SIZE)
+            here = out + t * out_token
+            _store_tile(o_a * norm, here, head, exists, out_rows, 0, COLUMNS, HEAD_SIZE)
+            if REST > 0:
+                _store_tile(o_b * norm, here, head, exists, out_rows, COLUMNS, REST, HEAD_SIZE)
 
     @triton.jit
     def _temporal_attention_backward(
@@ -515,7 +543,6 @@ if importlib.util.find_spec("triton") is not None:
         batch,
         tokens,
         references,
-        pixels,
         query_batch,
         query_frame,
         query_token,
@@ -562,119 +589,110 @@ if importlib.util.find_spec("triton") is not None:
         ROWS: tl.constexpr,
         REFERENCE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
-        REST: tl.constexpr,
         STAGES: tl.constexpr,
         SOFTENING: tl.constexpr,
     ):
-        """Gradients of HEADS_TOGETHER heads at up to `pixels` tokens of one sample; probabilities are recomputed.
+        """Gradients of HEADS_TOGETHER heads at one token of one sample; probabilities are recomputed.
 
         The gradients of reference keys and values are those of a sample, before the scale: (batch, reference frames,
         tokens, channels). The gradient of the scale is the sum over the program's heads, (batch, groups of heads,
-        tokens, reference frames).
+        tokens, reference frames). Heads are gone through twice in tiles of COLUMNS, for the products of all rows and
+        for the gradients: the second time they come from the cache, and few registers are needed.
         """
-        sample, group, first = _place(batch, pixels, HEADS, HEADS_TOGETHER)
+        sample, group, token = _place(batch, 1, HEADS, HEADS_TOGETHER)
         own_reference = (sample % references).to(tl.int64)
         sample = sample.to(tl.int64)
         head = group * HEADS_TOGETHER + tl.arange(0, HEADS_TOGETHER)
         frame = tl.arange(0, ROWS)
         exists = (head < HEADS)[:, None] & (frame < FRAMES)[None, :]
-        query_rows = sample * query_batch + frame.to(tl.int64) * query_frame
-        key_rows = sample * key_batch + frame.to(tl.int64) * key_frame
-        value_rows = sample * value_batch + frame.to(tl.int64) * value_frame
-        gradient_rows = sample * gradient_batch + frame.to(tl.int64) * gradient_frame
-        query_gradient_rows = sample * query_gradient_batch + frame.to(tl.int64) * query_gradient_frame
-        key_gradient_rows = sample * key_gradient_batch + frame.to(tl.int64) * key_gradient_frame
-        value_gradient_rows = sample * value_gradient_batch + frame.to(tl.int64) * value_gradient_frame
+        near = frame.to(tl.int64)
+        query_rows = sample * query_batch + near * query_frame + token * query_token
+        key_rows = sample * key_batch + near * key_frame + token * key_token
+        value_rows = sample * value_batch + near * value_frame + token * value_token
+        gradient_rows = sample * gradient_batch + near * gradient_frame + token * gradient_token
 
+        own = tl.zeros((HEADS_TOGETHER, ROWS, ROWS), tl.float32)
+        d_own = tl.zeros((HEADS_TOGETHER, ROWS, ROWS), tl.float32)
         reference_frame = tl.arange(0, REFERENCE_ROWS)
-        reference_exists = (head < HEADS)[:, None] & (reference_frame < REFERENCE_FRAMES)[None, :]
         if REFERENCE_FRAMES > 0:
             far = reference_frame.to(tl.int64)
-            reference_key_rows = own_reference * reference_key_batch + far * reference_key_frame
-            reference_value_rows = own_reference * reference_value_batch + far * reference_value_frame
-            rk_gradient_rows = sample * reference_key_gradient_batch + far * reference_key_gradient_frame
-            rv_gradient_rows = sample * reference_value_gradient_batch + far * reference_value_gradient_frame
-            groups: tl.constexpr = (HEADS + HEADS_TOGETHER - 1) // HEADS_TOGETHER
-            scale_gradient += (sample * groups + group) * tokens * REFERENCE_FRAMES + reference_frame
-            scale += sample * scale_batch + far * scale_frame
-
-        for i in tl.range(0, tl.minimum(pixels, tokens - first), num_stages=STAGES):
-            t = first + i
-            q_a, q_b = _load(query + t * query_token, head, exists, query_rows, COLUMNS, REST, HEAD_SIZE)
-            k_a, k_b = _load(key + t * key_token, head, exists, key_rows, COLUMNS, REST, HEAD_SIZE)
-            own = _scores(q_a, q_b, k_a, k_b, REST)
-            v_a, v_b = _load(value + t * value_token, head, exists, value_rows, COLUMNS, REST, HEAD_SIZE)
-            g_a, g_b = _load(gradient + t * gradient_token, head, exists, gradient_rows, COLUMNS, REST, HEAD_SIZE)
-            d_own = _scores(g_a, g_b, v_a, v_b, REST)
-            reference = own
-            if REFERENCE_FRAMES > 0:
-                s = tl.load(scale + t * scale_token, mask=reference_frame < REFERENCE_FRAMES, other=0.0)
-                s = s.to(tl.float32)[None, None, :]
-                rk_a, rk_b = _load(
-                    reference_key + t * reference_key_token,
-                    head,
-                    reference_exists,
-                    reference_key_rows,
-                    COLUMNS,
-                    REST,
-                    HEAD_SIZE,
-                )
-                rv_a, rv_b = _load(
-                    reference_value + t * reference_value_token,
-                    head,
-                    reference_exists,
-                    reference_value_rows,
-                    COLUMNS,
-                    REST,
-                    HEAD_SIZE,
-                )
-                # Read again at every token: kept, they would leave too few registers.
-                pk_a, pk_b = _load(
-                    position_key, head, reference_exists, far * position_key_frame, COLUMNS, REST, HEAD_SIZE
-                )
-                pv_a, pv_b = _load(
-                    position_value, head, reference_exists, far * position_value_frame, COLUMNS, REST, HEAD_SIZE
-                )
-                unscaled = _scores(q_a, q_b, rk_a, rk_b, REST)
-                d_unscaled = _scores(g_a, g_b, rv_a, rv_b, REST)
-                reference = s * unscaled + _scores(q_a, q_b, pk_a, pk_b, REST)
-                d_reference = s * d_unscaled + _scores(g_a, g_b, pv_a, pv_b, REST)
-            own, reference, norm = _probabilities(
-                own, reference, frame < FRAMES, reference_frame < REFERENCE_FRAMES, REFERENCE_FRAMES > 0, SOFTENING
+            reference_exists = (head < HEADS)[:, None] & (reference_frame < REFERENCE_FRAMES)[None, :]
+            rk_rows = own_reference * reference_key_batch + far * reference_key_frame + token * reference_key_token
+            rv_rows = (
+                own_reference * reference_value_batch + far * reference_value_frame + token * reference_value_token
             )
-            own *= norm
-            mean = tl.sum(own * d_own, axis=2, keep_dims=True)
-            if REFERENCE_FRAMES > 0:
-                reference *= norm
-                mean += tl.sum(reference * d_reference, axis=2, keep_dims=True)
-            d_own = own * (d_own - mean) * (SOFTENING * 0.6931471805599453)
+            pk_rows = far * position_key_frame
+            pv_rows = far * position_value_frame
+            scale += sample * scale_batch + far * scale_frame + token * scale_token
+            s = tl.load(scale, mask=reference_frame < REFERENCE_FRAMES, other=0.0).to(tl.float32)[None, None, :]
+            unscaled = tl.zeros((HEADS_TOGETHER, ROWS, REFERENCE_ROWS), tl.float32)
+            positions = unscaled
+            d_unscaled = unscaled
+            d_positions = unscaled
 
-            dv_a, dv_b = _zeros(HEADS_TOGETHER, ROWS, COLUMNS, REST)
-            dv_a, dv_b = _add_sums(dv_a, dv_b, tl.permute(own, (0, 2, 1)), g_a, g_b, REST)
-            dv = value_gradient + t * value_gradient_token
-            _store(dv_a, dv_b, dv, head, exists, value_gradient_rows, COLUMNS, REST, HEAD_SIZE)
-            dk_a, dk_b = _zeros(HEADS_TOGETHER, ROWS, COLUMNS, REST)
-            dk_a, dk_b = _add_sums(dk_a, dk_b, tl.permute(d_own, (0, 2, 1)), q_a, q_b, REST)
-            dk = key_gradient + t * key_gradient_token
-            _store(dk_a, dk_b, dk, head, exists, key_gradient_rows, COLUMNS, REST, HEAD_SIZE)
-            dq_a, dq_b = _zeros(HEADS_TOGETHER, ROWS, COLUMNS, REST)
-            dq_a, dq_b = _add_sums(dq_a, dq_b, d_own, k_a, k_b, REST)
+        for first in tl.range(0, HEAD_SIZE, COLUMNS, num_stages=STAGES):
+            q = _load_tile(query, head, exists, query_rows, first, COLUMNS, HEAD_SIZE)
+            k = _load_tile(key, head, exists, key_rows, first, COLUMNS, HEAD_SIZE)
+            v = _load_tile(value, head, exists, value_rows, first, COLUMNS, HEAD_SIZE)
+            g = _load_tile(gradient, head, exists, gradient_rows, first, COLUMNS, HEAD_SIZE)
+            own = _add_products(own, q, k)
+            d_own = _add_products(d_own, g, v)
             if REFERENCE_FRAMES > 0:
-                d_reference = reference * (d_reference - mean) * (SOFTENING * 0.6931471805599453)
-                dq_a, dq_b = _add_sums(dq_a, dq_b, d_reference * s, rk_a, rk_b, REST)
-                dq_a, dq_b = _add_sums(dq_a, dq_b, d_reference, pk_a, pk_b, REST)
-                ds = tl.sum(tl.sum(d_reference * unscaled + reference * d_unscaled, axis=1), axis=0)
-                tl.store(scale_gradient + t * REFERENCE_FRAMES, ds, mask=reference_frame < REFERENCE_FRAMES)
-                dv_a, dv_b = _zeros(HEADS_TOGETHER, REFERENCE_ROWS, COLUMNS, REST)
-                dv_a, dv_b = _add_sums(dv_a, dv_b, tl.permute(reference, (0, 2, 1)), g_a, g_b, REST)
-                dv = reference_value_gradient + t * reference_value_gradient_token
-                _store(dv_a, dv_b, dv, head, reference_exists, rv_gradient_rows, COLUMNS, REST, HEAD_SIZE)
-                dk_a, dk_b = _zeros(HEADS_TOGETHER, REFERENCE_ROWS, COLUMNS, REST)
-                dk_a, dk_b = _add_sums(dk_a, dk_b, tl.permute(d_reference, (0, 2, 1)), q_a, q_b, REST)
-                dk = reference_key_gradient + t * reference_key_gradient_token
-                _store(dk_a, dk_b, dk, head, reference_exists, rk_gradient_rows, COLUMNS, REST, HEAD_SIZE)
-            dq = query_gradient + t * query_gradient_token
-            _store(dq_a, dq_b, dq, head, exists, query_gradient_rows, COLUMNS, REST, HEAD_SIZE)
+                rk = _load_tile(reference_key, head, reference_exists, rk_rows, first, COLUMNS, HEAD_SIZE)
+                rv = _load_tile(reference_value, head, reference_exists, rv_rows, first, COLUMNS, HEAD_SIZE)
+                pk = _load_tile(position_key, head, reference_exists, pk_rows, first, COLUMNS, HEAD_SIZE)
+                pv = _load_tile(position_value, head, reference_exists, pv_rows, first, COLUMNS, HEAD_SIZE)
+                unscaled = _add_products(unscaled, q, rk)
+                positions = _add_products(positions, q, pk)
+                d_unscaled = _add_products(d_unscaled, g, rv)
+                d_positions = _add_products(d_positions, g, pv)
+
+        reference = own
+        if REFERENCE_FRAMES > 0:
+            reference = s * unscaled + positions
+        own, reference, norm = _probabilities(
+            own, reference, frame < FRAMES, reference_frame < REFERENCE_FRAMES, REFERENCE_FRAMES > 0, SOFTENING
+        )
+        own *= norm
+        mean = tl.sum(own * d_own, axis=2, keep_dims=True)
+        if REFERENCE_FRAMES > 0:
+            reference *= norm
+            d_reference = s * d_unscaled + d_positions
+            mean += tl.sum(reference * d_reference, axis=2, keep_dims=True)
+            d_reference = reference * (d_reference - mean) * (SOFTENING * 0.6931471805599453)
+            d_scale = tl.sum(tl.sum(d_reference * unscaled + reference * d_unscaled, axis=1), axis=0)
+            groups: tl.constexpr = (HEADS + HEADS_TOGETHER - 1) // HEADS_TOGETHER
+            scale_gradient += ((sample * groups + group) * tokens + token) * REFERENCE_FRAMES + reference_frame
+            tl.store(scale_gradient, d_scale, mask=reference_frame < REFERENCE_FRAMES)
+        d_own = own * (d_own - mean) * (SOFTENING * 0.6931471805599453)
+
+        dq_rows = sample * query_gradient_batch + near * query_gradient_frame + token * query_gradient_token
+        dk_rows = sample * key_gradient_batch + near * key_gradient_frame + token * key_gradient_token
+        dv_rows = sample * value_gradient_batch + near * value_gradient_frame + token * value_gradient_token
+        if REFERENCE_FRAMES > 0:
+            drk_rows = sample * reference_key_gradient_batch + far * reference_key_gradient_frame
+            drk_rows += token * reference_key_gradient_token
+            drv_rows = sample * reference_value_gradient_batch + far * reference_value_gradient_frame
+            drv_rows += token * reference_value_gradient_token
+        for first in tl.range(0, HEAD_SIZE, COLUMNS, num_stages=STAGES):
+            q = _load_tile(query, head, exists, query_rows, first, COLUMNS, HEAD_SIZE)
+            k = _load_tile(key, head, exists, key_rows, first, COLUMNS, HEAD_SIZE)
+            g = _load_tile(gradient, head, exists, gradient_rows, first, COLUMNS, HEAD_SIZE)
+            dq = _sums(d_own, k)
+            if REFERENCE_FRAMES > 0:
+                rk = _load_tile(reference_key, head, reference_exists, rk_rows, first, COLUMNS, HEAD_SIZE)
+                pk = _load_tile(position_key, head, reference_exists, pk_rows, first, COLUMNS, HEAD_SIZE)
+                dq += _sums(d_reference * s, rk) + _sums(d_reference, pk)
+            dk = _sums(tl.permute(d_own, (0, 2, 1)), q)
+            dv = _sums(tl.permute(own, (0, 2, 1)), g)
+            _store_tile(dq, query_gradient, head, exists, dq_rows, first, COLUMNS, HEAD_SIZE)
+            _store_tile(dk, key_gradient, head, exists, dk_rows, first, COLUMNS, HEAD_SIZE)
+            _store_tile(dv, value_gradient, head, exists, dv_rows, first, COLUMNS, HEAD_SIZE)
+            if REFERENCE_FRAMES > 0:
+                drk = _sums(tl.permute(d_reference, (0, 2, 1)), q)
+                drv = _sums(tl.permute(reference, (0, 2, 1)), g)
+                _store_tile(drk, reference_key_gradient, head, reference_exists, drk_rows, first, COLUMNS, HEAD_SIZE)
+                _store_tile(drv, reference_value_gradient, head, reference_exists, drv_rows, first, COLUMNS, HEAD_SIZE)
 
     # ------------------------------------------------------------------------------------------------- operators
 
@@ -695,8 +713,8 @@ if importlib.util.find_spec("triton") is not None:
         tensors |= _reference(key, reference_key, reference_value, position_key, position_value, scale)
         frames = 0 if reference_key is None else reference_key.shape[1]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        p = chosen or _plan(query, heads, frames, own=3, reference=2)
-        grid, arguments = _arguments(tensors | {"out": out}, heads, frames, p)
+        p = chosen or _plan(query, heads, frames)
+        grid, arguments = _forward_arguments(tensors | {"out": out}, heads, frames, p)
         wrap_triton(_temporal_attention)[grid](**arguments)
         return out
 
@@ -761,10 +779,9 @@ if importlib.util.find_spec("triton") is not None:
         tensors = {"query": query, "key": key, "value": value, "gradient": gradient}
         tensors |= _reference(key, reference_key, reference_value, position_key, position_value, scale)
         frames = 0 if reference_key is None else reference_key.shape[1]
-        p = _plan(query, heads, frames, own=4, reference=2)
-        gradients = _gradients(query, reference_key, -(-heads // p.heads))
+        gradients = _gradients(query, reference_key, -(-heads // _HEADS_BACKWARD))
         unused = dict.fromkeys(("reference_key_gradient", "reference_value_gradient", "scale_gradient"), gradient)
-        grid, arguments = _arguments(tensors | unused | gradients, heads, frames, p)
+        grid, arguments = _backward_arguments(tensors | unused | gradients, heads, frames)
         wrap_triton(_temporal_attention_backward)[grid](**arguments)
         return list(gradients.values())
 
@@ -781,9 +798,7 @@ if importlib.util.find_spec("triton") is not None:
         position_value: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> list[Tensor]:
-        frames = 0 if reference_key is None else reference_key.shape[1]
-        p = _plan(query, heads, frames, own=4, reference=2)
-        return list(_gradients(query, reference_key, -(-heads // p.heads)).values())
+        return list(_gradients(query, reference_key, -(-heads // _HEADS_BACKWARD)).values())
 
     def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *own, heads, reference_key, reference_value, position_key, position_value, scale = inputs
