@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("best-of")
     clip(folder / "a.mp4", 1)
     job = ["a.mp4", "--prompt", "x", "--format", "png", "--batch-size", 3, "--json"]
-    alone = lines(transfer(folder, *job, "--seeds", "3-5", "-o", "alone"))
+    alone = sorted(lines(transfer(folder, *job, "--seeds", "3-5", "-o", "alone")), key=lambda line: line["seed"])
     ended = transfer(folder, *job, "--seeds", "3", "--best-of", 3, "-o", "best", "--report")
     assert ended.code == 0, ended.err
     return folder, alone, lines(ended), ended.err
