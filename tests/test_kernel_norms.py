@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -62,7 +63,12 @@ def wide(*tensors: Tensor | None) -> list[Any]:
 
 # ------------------------------------------------------------------------------------------------ group_norm_silu
 
-# Tiny frames are normalized by one kernel; larger ones, of groups of less than 32 channels, block by block.
+
+def in_blocks(blocks: bool) -> Any:
+    """Have frames normalized block by block, however small they are, instead of as planned."""
+    return mock.patch.object(group_norm_module, "plan", return_value=None) if blocks else contextlib.nullcontext()
+
+
 frame_sizes = st.tuples(st.integers(1, 9), st.integers(1, 9)) | st.tuples(st.integers(15, 24), st.integers(17, 23))
 
 
@@ -77,6 +83,7 @@ def group_norms(draw: st.DrawFn) -> dict[str, Any]:
         "dtype": draw(dtypes),
         "silu": draw(st.booleans()),
         "shifted": draw(st.booleans()),
+        "blocks": draw(st.booleans()),
         "channels_last": draw(st.booleans()),
         "seed": draw(seeds),
     }
@@ -96,7 +103,7 @@ def group_norm_inputs(case: dict[str, Any], device: str) -> tuple[Tensor, Tensor
 def test_group_norm_silu(device: str, case: dict[str, Any]) -> None:
     x, weight, bias, shift = group_norm_inputs(case, device)
     arguments = case["groups"], 1e-5, case["silu"]
-    with poisoned_memory():
+    with poisoned_memory(), in_blocks(case["blocks"]):
         y = torch.ops.emt.group_norm_silu(x, weight, bias, *arguments, shift)
     assert y.dtype == x.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -128,25 +135,27 @@ def test_group_norm_silu_gradients(device: str, case: dict[str, Any]) -> None:
 
 
 @kernel_test
-@pytest.mark.parametrize("size", [(3, 5), (20, 18)])
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("value", [6e4, -6e4, 0.1, 0.0])
-def test_group_norm_of_a_constant_is_its_bias(device: str, value: float, size: tuple[int, int]) -> None:
-    x = torch.full((2, 14, *size), value, dtype=torch.float16, device=device)
+def test_group_norm_of_a_constant_is_its_bias(device: str, value: float, blocks: bool) -> None:
+    x = torch.full((2, 14, 20, 18), value, dtype=torch.float16, device=device)
     weight, bias = random(0, device, "fp16")(2, 14)
-    y = torch.ops.emt.group_norm_silu(x, weight, bias, 2, 1e-5, False)
+    with in_blocks(blocks):
+        y = torch.ops.emt.group_norm_silu(x, weight, bias, 2, 1e-5, False)
     assert torch.equal(y, bias[:, None, None].expand_as(y))
 
 
 @kernel_test
-@pytest.mark.parametrize("size", [(3, 5), (20, 18)])
-def test_group_norm_of_extreme_values(device: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_group_norm_of_extreme_values(device: str, blocks: bool) -> None:
     """The largest differences that float16 holds, and the smallest beside a large mean."""
-    signs = torch.randint(0, 2, (2, 14, *size), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    signs = torch.randint(0, 2, (2, 14, 20, 18), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     one, zero = torch.ones(14, device=device).half(), torch.zeros(14, device=device).half()
     for x in (65504 * signs, 30_000 + 16 * signs, -2_000 + signs):
         half = x.half().to(device)
         assert torch.equal(half.double().cpu(), x)
-        y = torch.ops.emt.group_norm_silu(half, one, zero, 2, 1e-5, False)
+        with in_blocks(blocks):
+            y = torch.ops.emt.group_norm_silu(half, one, zero, 2, 1e-5, False)
         assert_rounded(y, F.group_norm(half.double(), 2, eps=1e-5), 100)
 
 
@@ -156,7 +165,8 @@ def test_group_norm_operators_are_registered_well(device: str) -> None:
     inputs = [t.requires_grad_() for t in group_norm_inputs(case, device) if t is not None]
     x, weight, bias, shift = inputs
     _check_operator(torch.ops.emt.group_norm_silu, (x, weight, bias, 2, 1e-5, True, shift), device)
-    _check_operator(torch.ops.emt.group_norm_silu, (x, weight, bias, 2, 1e-5, True), device)
+    with in_blocks(True):
+        _check_operator(torch.ops.emt.group_norm_silu, (x, weight, bias, 2, 1e-5, True), device)
     detached = [t.detach() for t in (torch.randn_like(x), *inputs)]
     _check_operator(torch.ops.emt.group_norm_silu_backward, (*detached[:4], 2, 1e-5, True, detached[4]), device)
 
@@ -168,30 +178,21 @@ def _check_operator(operator: Any, arguments: tuple[Any, ...], device: str) -> N
     torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
 
-@given(
-    size=st.integers(1, 200),
-    groups=st.integers(1, 40),
-    pixels=st.integers(1, 20_000) | st.just(512 * 512),
-    whole=st.booleans(),
-)
+@given(size=st.integers(1, 5000), pixels=st.integers(1, 20_000) | st.just(512 * 512))
 @settings(deadline=None)
-def test_plan_covers_the_frame(size: int, groups: int, pixels: int, whole: bool) -> None:
-    p = plan(size * groups, pixels, groups, whole=whole)
-    if p.blocks:
-        assert p.blocks <= 64
-        assert (p.blocks - 1) * p.pixels < pixels <= p.blocks * p.pixels
-        assert p.pixels % p.rows == 0
-        assert size * groups % p.align == 0
-    else:
-        assert whole
-        assert p.rows >= pixels
+def test_plan_holds_the_group(size: int, pixels: int) -> None:
+    p = plan(size, pixels)
+    if p is not None:
         assert p.lanes >= size
-        assert size % p.align == 0
+        assert p.rows <= 2 * pixels
+        assert p.lanes * p.rows <= 16_384  # more would not fit into registers
 
 
-@pytest.mark.parametrize(("channels", "pixels"), [(320, 4096), (640, 1024), (1280, 256), (2560, 64), (960, 4096)])
-def test_plan_reads_sixteen_bytes_at_once(channels: int, pixels: int) -> None:
-    assert plan(channels, pixels, 32).align == 8
+def test_plan_of_the_published_network() -> None:
+    """Groups of 20 to 80 channels are read by one program each, up to 32×32; 64×64 is read block by block."""
+    cached = [(20, 32 * 32), (40, 32 * 32), (40, 16 * 16), (60, 16 * 16), (80, 16 * 16), (40, 8 * 8), (80, 8 * 8)]
+    assert all(plan(*case) is not None for case in cached)
+    assert all(plan(size, 64 * 64) is None for size in (10, 20, 30))
 
 
 # ----------------------------------------------------------------------------------------------------- layer_norm
@@ -325,7 +326,15 @@ def test_kernels_compile(capability: int) -> None:
     pytest.importorskip("triton")
     half = ("x", "weight", "bias", "shift", "out", "grad", "grad_x", "positions", "residual", "total", "positioned")
     types = dict.fromkeys(half, "fp16") | dict.fromkeys(("partial", "statistics", "sums", "means"), "fp32")
-    norm = {"EPS": 1e-5, "SILU": True, "SHIFT": True, "ALIGN": 8, "LANES": 64, "ROWS": 8}  # few rows compile sooner
+    norm = {
+        "EPS": 1e-5,
+        "SILU": True,
+        "SHIFT": True,
+        "ALIGN": 8,
+        "LANES": 64,
+        "ROWS": 8,
+        "BLOCK": 8,
+    }  # few rows compile sooner
     layer = {"EPS": 1e-5, "PLAIN": True, "POSITIONS": True, "RESIDUAL": True, "ROWS": 1, "LANES": 512}
     group = group_norm_module
     for kernel, constants in (

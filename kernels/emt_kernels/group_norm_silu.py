@@ -1,10 +1,10 @@
 """Group normalization of each frame, optionally with SiLU after it and a vector a channel added before it.
 
-Wu and He 2018 (arXiv 1803.08494). The kernels read channels-last memory, that is (frames, pixels, channels). A frame
-that is small enough is normalized by one kernel, which reads it once, a program for a group. Otherwise one kernel
-writes the statistics of blocks of pixels, channel by channel, so that rows are read whole; a second one combines
-them; and a third one applies them, in the opposite order, so that it finds in the cache what the first one read
-last. Nothing is added atomically: results repeat bit for bit.
+Wu and He 2018 (arXiv 1803.08494). The kernels read channels-last memory, that is (frames, pixels, channels). Where a
+group of a frame is small enough to stay in a multiprocessor's cache, one kernel reads it twice, a program for a
+group. Otherwise one kernel writes the statistics of blocks of pixels, channel by channel, so that rows are read
+whole; a second one combines them; and a third one applies them, in the opposite order, so that it finds in the cache
+what the first one read last. Nothing is added atomically: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -75,35 +75,34 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor |
 
 # ------------------------------------------------------------------------------------------------------ launches
 
-_LANES = 16_384  # values that a program holds in registers where it holds all of a group
-_PIXELS = 256  # of a block of pixels, unless that makes too many blocks
-_BLOCKS = 64  # of pixels in a frame, at most
+_LANES = 64  # channels that a program reads of a pixel, where groups are not read apart
+_BLOCK = 128  # pixels of a block of statistics
+_ROWS = 32  # pixels that a program holds at once of two inputs; of one it holds twice as many
+_CACHED = 49_152  # values of a group that is read twice by one program
+_WARP = 512  # values for which one more warp reads such a group
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a frame is divided among programs."""
+    """How one program reads one group of a frame: `rows` pixels of `lanes` channels at once, with `warps`."""
 
-    align: int  # channels start at a multiple of so many, which tells the compiler how wide it may read
-    lanes: int  # channels that a program reads of a pixel
-    rows: int  # pixels that a program holds at once
-    blocks: int  # of pixels in a frame; 0 where a program takes one group of the whole frame
-    pixels: int  # of a block
+    lanes: int
+    rows: int
     warps: int
 
 
-def plan(channels: int, pixels: int, groups: int, *, whole: bool = True) -> Plan:
-    """Divide a frame; `whole` allows a program to hold one group of all of it."""
-    size = channels // groups
-    lanes, rows = _power_of_two(size), _power_of_two(pixels)
-    # A group's row of less than 64 bytes wastes memory transactions, which a tiny frame need not care about.
-    if whole and lanes * rows <= _LANES and (lanes >= 32 or lanes * rows <= _LANES // 16):
-        return Plan(math.gcd(size, 8), lanes, rows, 0, pixels, 8 if lanes * rows > _LANES // 2 else 4)
-    lanes = 128 if channels % 128 == 0 or channels % 128 > 64 else 64
-    rows = 2048 // lanes
-    blocks = min(-(-pixels // _PIXELS), _BLOCKS)
-    block = -(-pixels // (blocks * rows)) * rows
-    return Plan(math.gcd(channels, 8), lanes, rows, -(-pixels // block), block, 4)
+def plan(size: int, pixels: int) -> Plan | None:
+    """How one program normalizes a group of `size` channels; None where blocks of pixels are to be faster.
+
+    The more a group takes of the cache, the more warps share it, so that fewer groups are in the cache at once.
+    """
+    values = size * pixels
+    # A group's row of less than 40 bytes wastes memory transactions, which a tiny frame need not care about.
+    if values > (_CACHED if size >= 20 else 4096) or size > 4096:
+        return None
+    lanes = _power_of_two(size)
+    warps = 4 if values <= _CACHED // 4 else 8 if values <= _CACHED // 2 else 16
+    return Plan(lanes, min(max(_WARP * warps // lanes, 1), _power_of_two(pixels)), warps)
 
 
 def _power_of_two(n: int) -> int:
@@ -133,31 +132,55 @@ if importlib.util.find_spec("triton") is not None:
         LANES: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        """One group of one whole frame: at most ROWS pixels and LANES channels, read once."""
+        """One group of one frame: its statistics, then itself once more from the cache.
+
+        Every lane follows its own values by Welford's recurrence; the lanes are put together at the end (Chan, Golub
+        and LeVeque 1983).
+        """
         group, frame = tl.program_id(0), tl.program_id(1).to(tl.int64)
         group_channels = group_units * ALIGN
         channels = groups * group_channels
         lane, row = tl.arange(0, LANES), tl.arange(0, ROWS)
         exists = lane < group_channels
         channel = group * group_channels + lane
-        mask = (row < pixels)[:, None] & exists[None, :]
-        base = frame * pixels * channels
-        at = row[:, None] * channels + channel[None, :]
-        v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
+        x += frame * pixels * channels
+        out += frame * pixels * channels
         if SHIFT:
-            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
+        means = tl.zeros((ROWS, LANES), tl.float32)
+        squares = tl.zeros((ROWS, LANES), tl.float32)
+        count = 0.0
+        for start in range(0, pixels, ROWS):
+            mask = (start + row < pixels)[:, None] & exists[None, :]
+            v = tl.load(x + (start + row)[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            if SHIFT:
+                v += s[None, :]
+            count += 1.0
+            difference = tl.where(mask, v - means, 0.0)
+            means += difference * (1.0 / count)
+            squares += difference * (v - means)
+        counts = tl.maximum((pixels - row + ROWS - 1) // ROWS, 0).to(tl.float32)  # values that a lane has seen
+        weights = tl.where(exists[None, :], counts[:, None], 0.0)
         # The mean is a value of the group plus the mean difference from it: exactly where all values are the same.
         size = pixels * group_channels * 1.0
-        pivot = tl.sum(tl.where((row == 0)[:, None] & (lane == 0)[None, :], v, 0.0))
-        mean = pivot + tl.sum(tl.where(mask, v - pivot, 0.0)) / size
-        v -= mean
-        centred = tl.where(mask, v, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / size + EPS)
+        pivot = tl.sum(tl.where((row == 0)[:, None] & (lane == 0)[None, :], means, 0.0))
+        means -= pivot
+        off = tl.sum(weights * means) / size
+        means -= off
+        mean = pivot + off
+        rstd = 1.0 / tl.sqrt(tl.sum(squares + weights * means * means) / size + EPS)
         scale = rstd * tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
-        y = v * scale[None, :] + tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
-        if SILU:
-            y *= tl.sigmoid(y)
-        tl.store(out + base + at, y.to(out.dtype.element_ty), mask=mask)
+        offset = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+        for start in range(0, pixels, ROWS):
+            mask = (start + row < pixels)[:, None] & exists[None, :]
+            at = (start + row)[:, None] * channels + channel[None, :]
+            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            if SHIFT:
+                v += s[None, :]
+            y = (v - mean) * scale[None, :] + offset[None, :]
+            if SILU:
+                y *= tl.sigmoid(y)
+            tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _group_norm_statistics(
@@ -166,48 +189,36 @@ if importlib.util.find_spec("triton") is not None:
         partial,
         pixels,
         channel_units,
-        block_pixels,
         SHIFT: tl.constexpr,
         ALIGN: tl.constexpr,
         LANES: tl.constexpr,
-        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
-        """Mean of every channel in one block of pixels, and sum of squared differences from it.
+        """Mean of every channel in one block of BLOCK pixels, and sum of squared differences from it.
 
-        `partial` is (frames, 2, blocks, channels). Every lane follows its own values by Welford's recurrence; the
-        lanes are put together at the end (Chan, Golub and LeVeque 1983).
+        `partial` is (frames, 2, blocks, channels).
         """
         block, frame = tl.program_id(1), tl.program_id(2).to(tl.int64)
         blocks = tl.num_programs(1)
         channels = channel_units * ALIGN
         channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
         exists = channel < channels
-        first = block * block_pixels
-        here = tl.minimum(block_pixels, pixels - first)
+        first = block * BLOCK
+        row = tl.arange(0, BLOCK)
+        mask = (first + row < pixels)[:, None] & exists[None, :]
         x += (frame * pixels + first) * channels
-        row = tl.arange(0, ROWS)
+        v = tl.load(x + row[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         if SHIFT:
-            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
-        mean = tl.zeros((ROWS, LANES), tl.float32)
-        squares = tl.zeros((ROWS, LANES), tl.float32)
-        count = 0.0
-        for start in range(0, here, ROWS):
-            mask = (start + row < here)[:, None] & exists[None, :]
-            v = tl.load(x + (start + row)[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-            if SHIFT:
-                v += s[None, :]
-            count += 1.0
-            difference = tl.where(mask, v - mean, 0.0)
-            mean += difference * (1.0 / count)
-            squares += difference * (v - mean)
-        counts = tl.maximum((here - row + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]  # values that a lane has seen
-        pivot = tl.sum(tl.where(row[:, None] == 0, mean, 0.0), axis=0)
-        mean -= pivot[None, :]
-        off = tl.sum(counts * mean, axis=0) / here.to(tl.float32)
-        mean -= off[None, :]
+            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+        here = tl.minimum(pixels - first, BLOCK).to(tl.float32)
+        # The mean is the first value plus the mean difference from it: exactly where all values are the same.
+        pivot = tl.sum(tl.where(row[:, None] == 0, v, 0.0), axis=0)
+        v = tl.where(mask, v - pivot[None, :], 0.0)
+        off = tl.sum(v, axis=0) / here
+        v = tl.where(mask, v - off[None, :], 0.0)
         partial += (frame * 2 * blocks + block) * channels + channel
         tl.store(partial, pivot + off, mask=exists)
-        tl.store(partial + blocks * channels, tl.sum(squares + counts * mean * mean, axis=0), mask=exists)
+        tl.store(partial + blocks * channels, tl.sum(v * v, axis=0), mask=exists)
 
     @triton.jit
     def _group_norm_combine(
@@ -216,10 +227,10 @@ if importlib.util.find_spec("triton") is not None:
         pixels,
         groups,
         group_channels,
-        block_pixels,
         blocks,
         EPS: tl.constexpr,
         LANES: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         """Mean and reciprocal standard deviation of one group of one frame; `statistics` is (frames, 2, groups)."""
         group, frame = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -233,7 +244,7 @@ if importlib.util.find_spec("triton") is not None:
             block = (start + lane) // group_channels
             mask = block < blocks
             at = block * channels + (start + lane) % group_channels
-            count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
+            count = tl.minimum(pixels - block * BLOCK, BLOCK).to(tl.float32)
             off += tl.where(mask, (tl.load(partial + at, mask=mask, other=0.0) - pivot) * count, 0.0)
         mean = pivot + tl.sum(off) / size
         squares = tl.zeros((LANES,), tl.float32)
@@ -241,7 +252,7 @@ if importlib.util.find_spec("triton") is not None:
             block = (start + lane) // group_channels
             mask = block < blocks
             at = block * channels + (start + lane) % group_channels
-            count = tl.minimum(pixels - block * block_pixels, block_pixels).to(tl.float32)
+            count = tl.minimum(pixels - block * BLOCK, BLOCK).to(tl.float32)
             difference = tl.load(partial + at, mask=mask, other=0.0) - mean
             squares += tl.load(partial + blocks * channels + at, mask=mask, other=0.0)
             squares += tl.where(mask, difference * difference * count, 0.0)
@@ -261,14 +272,13 @@ if importlib.util.find_spec("triton") is not None:
         channel_units,
         groups,
         group_channels,
-        block_pixels,
         SILU: tl.constexpr,
         SHIFT: tl.constexpr,
         ALIGN: tl.constexpr,
         LANES: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        """Normalize one block of pixels, the last block first."""
+        """Normalize ROWS pixels, the last ones first."""
         run = tl.num_programs(0) - 1 - tl.program_id(0)
         block = tl.num_programs(1) - 1 - tl.program_id(1)
         frame = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
@@ -280,23 +290,18 @@ if importlib.util.find_spec("triton") is not None:
         scale = tl.load(statistics + groups, mask=exists, other=0.0)
         scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
         offset = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
-        if SHIFT:
-            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
-        first = block * block_pixels
-        here = tl.minimum(block_pixels, pixels - first)
-        x += (frame * pixels + first) * channels
-        out += (frame * pixels + first) * channels
+        first = block * ROWS
         row = tl.arange(0, ROWS)
-        for start in range(0, here, ROWS):
-            mask = (start + row < here)[:, None] & exists[None, :]
-            at = (start + row)[:, None] * channels + channel[None, :]
-            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            if SHIFT:
-                v += s[None, :]
-            y = (v - mean[None, :]) * scale[None, :] + offset[None, :]
-            if SILU:
-                y *= tl.sigmoid(y)
-            tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+        mask = (first + row < pixels)[:, None] & exists[None, :]
+        base = (frame * pixels + first) * channels
+        at = row[:, None] * channels + channel[None, :]
+        v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
+        if SHIFT:
+            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+        y = (v - mean[None, :]) * scale[None, :] + offset[None, :]
+        if SILU:
+            y *= tl.sigmoid(y)
+        tl.store(out + base + at, y.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _normalized_and_gradient(v, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
@@ -321,12 +326,12 @@ if importlib.util.find_spec("triton") is not None:
         channel_units,
         groups,
         group_channels,
-        block_pixels,
         SILU: tl.constexpr,
         SHIFT: tl.constexpr,
         ALIGN: tl.constexpr,
         LANES: tl.constexpr,
         ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         """Sums over a block of pixels: of the gradient, of gradient · normalized, and, with a shift, of normalized.
 
@@ -344,8 +349,8 @@ if importlib.util.find_spec("triton") is not None:
         b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
         if SHIFT:
             s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
-        first = block * block_pixels
-        here = tl.minimum(block_pixels, pixels - first)
+        first = block * BLOCK
+        here = tl.minimum(pixels - first, BLOCK)
         x += (frame * pixels + first) * channels
         grad += (frame * pixels + first) * channels
         row = tl.arange(0, ROWS)
@@ -385,14 +390,13 @@ if importlib.util.find_spec("triton") is not None:
         channel_units,
         groups,
         group_channels,
-        block_pixels,
         SILU: tl.constexpr,
         SHIFT: tl.constexpr,
         ALIGN: tl.constexpr,
         LANES: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        """Gradient of a block of pixels, the last block first.
+        """Gradient of ROWS pixels, the last ones first.
 
         `means` is (2, frames, groups): of weight · gradient, and of weight · gradient · normalized.
         """
@@ -410,87 +414,89 @@ if importlib.util.find_spec("triton") is not None:
         mean_product = tl.load(means + (frames + frame) * groups + group, mask=exists, other=0.0)
         w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
         b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
-        if SHIFT:
-            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
-        first = block * block_pixels
-        here = tl.minimum(block_pixels, pixels - first)
-        x += (frame * pixels + first) * channels
-        grad += (frame * pixels + first) * channels
-        grad_x += (frame * pixels + first) * channels
+        first = block * ROWS
         row = tl.arange(0, ROWS)
-        for start in range(0, here, ROWS):
-            mask = (start + row < here)[:, None] & exists[None, :]
-            at = (start + row)[:, None] * channels + channel[None, :]
-            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-            if SHIFT:
-                v += s[None, :]
-            normalized, g = _normalized_and_gradient(v, g, mean, rstd, w, b, SILU)
-            dx = rstd[None, :] * (g * w[None, :] - mean_gradient[None, :] - normalized * mean_product[None, :])
-            tl.store(grad_x + at, dx.to(grad_x.dtype.element_ty), mask=mask)
+        mask = (first + row < pixels)[:, None] & exists[None, :]
+        base = (frame * pixels + first) * channels
+        at = row[:, None] * channels + channel[None, :]
+        v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + base + at, mask=mask, other=0.0).to(tl.float32)
+        if SHIFT:
+            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+        normalized, g = _normalized_and_gradient(v, g, mean, rstd, w, b, SILU)
+        dx = rstd[None, :] * (g * w[None, :] - mean_gradient[None, :] - normalized * mean_product[None, :])
+        tl.store(grad_x + base + at, dx.to(grad_x.dtype.element_ty), mask=mask)
 
     # ------------------------------------------------------------------------------------------------- operators
 
-    def _grid(x: Tensor, p: Plan) -> tuple[int, int, int]:
-        return -(-x.shape[1] // p.lanes), p.blocks, x.shape[0]
+    def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
+        return -(-x.shape[1] // _LANES), -(-(x.shape[2] * x.shape[3]) // rows), x.shape[0]
 
-    def _arguments(x: Tensor, shift: Tensor | None, p: Plan) -> dict[str, Any]:
+    def _arguments(x: Tensor, shift: Tensor | None) -> dict[str, Any]:
         """What the kernels that go through blocks of pixels all take."""
+        align = math.gcd(x.shape[1], 8)
         return {
             "x": x,
             "shift": x if shift is None else shift,
             "pixels": x.shape[2] * x.shape[3],
-            "channel_units": x.shape[1] // p.align,
-            "block_pixels": p.pixels,
+            "channel_units": x.shape[1] // align,
             "SHIFT": shift is not None,
-            "ALIGN": p.align,
-            "LANES": p.lanes,
-            "ROWS": p.rows,
-            "num_warps": p.warps,
+            "ALIGN": align,
+            "LANES": _LANES,
+            "num_warps": 4,
         }
 
-    def _statistics(x: Tensor, shift: Tensor | None, groups: int, eps: float, p: Plan) -> Tensor:
+    def _statistics(x: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
         """Mean and reciprocal standard deviation, (frames, 2, groups)."""
         frames, channels, height, width = x.shape
-        partial = torch.empty((frames, 2, p.blocks, channels), device=x.device, dtype=torch.float32)
+        grid = _grid(x, _BLOCK)
+        partial = torch.empty((frames, 2, grid[1], channels), device=x.device, dtype=torch.float32)
         statistics = torch.empty((frames, 2, groups), device=x.device, dtype=torch.float32)
-        wrap_triton(_group_norm_statistics)[_grid(x, p)](partial=partial, **_arguments(x, shift, p))
+        wrap_triton(_group_norm_statistics)[grid](partial=partial, BLOCK=_BLOCK, **_arguments(x, shift))
         wrap_triton(_group_norm_combine)[(groups, frames)](
             partial=partial,
             statistics=statistics,
             pixels=height * width,
             groups=groups,
             group_channels=channels // groups,
-            block_pixels=p.pixels,
-            blocks=p.blocks,
+            blocks=grid[1],
             EPS=eps,
             LANES=256,
+            BLOCK=_BLOCK,
             num_warps=2,
         )
         return statistics
 
-    @torch.library.triton_op("emt::group_norm_silu", mutates_args={})
-    def _group_norm_silu(
-        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+    def launch(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+        shift: Tensor | None,
+        chosen: Plan | None,
     ) -> Tensor:
-        _check(x, weight, bias, groups, shift)
+        """Run the kernels of one plan; see `group_norm_silu`."""
         x = x.contiguous(memory_format=torch.channels_last)
         weight, bias, shift = weight.contiguous(), bias.contiguous(), None if shift is None else shift.contiguous()
         out = torch.empty_like(x, memory_format=torch.channels_last)
         frames, channels, height, width = x.shape
-        p = plan(channels, height * width, groups)
-        if p.blocks:
-            wrap_triton(_group_norm_apply)[_grid(x, p)](
+        size = channels // groups
+        if chosen is None:
+            wrap_triton(_group_norm_apply)[_grid(x, 2 * _ROWS)](
                 weight=weight,
                 bias=bias,
-                statistics=_statistics(x, shift, groups, eps, p),
+                statistics=_statistics(x, shift, groups, eps),
                 out=out,
                 groups=groups,
-                group_channels=channels // groups,
+                group_channels=size,
                 SILU=silu,
-                **_arguments(x, shift, p),
+                ROWS=2 * _ROWS,
+                **_arguments(x, shift),
             )
             return out
+        align = math.gcd(size, 8)
         wrap_triton(_group_norm_frame)[(groups, frames)](
             x=x,
             weight=weight,
@@ -499,16 +505,24 @@ if importlib.util.find_spec("triton") is not None:
             out=out,
             pixels=height * width,
             groups=groups,
-            group_units=channels // groups // p.align,
+            group_units=size // align,
             EPS=eps,
             SILU=silu,
             SHIFT=shift is not None,
-            ALIGN=p.align,
-            LANES=p.lanes,
-            ROWS=p.rows,
-            num_warps=p.warps,
+            ALIGN=align,
+            LANES=chosen.lanes,
+            ROWS=chosen.rows,
+            num_warps=chosen.warps,
         )
         return out
+
+    @torch.library.triton_op("emt::group_norm_silu", mutates_args={})
+    def _group_norm_silu(
+        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+    ) -> Tensor:
+        _check(x, weight, bias, groups, shift)
+        chosen = plan(x.shape[1] // groups, x.shape[2] * x.shape[3])
+        return launch(x, weight, bias, groups, eps, silu, shift, chosen)
 
     @_group_norm_silu.register_fake
     def _(
@@ -532,9 +546,8 @@ if importlib.util.find_spec("triton") is not None:
         weight, bias, shift = weight.contiguous(), bias.contiguous(), None if shift is None else shift.contiguous()
         frames, channels, height, width = x.shape
         pixels, size = height * width, channels // groups
-        p = plan(channels, pixels, groups, whole=False)
-        statistics = _statistics(x, shift, groups, eps, p)
-        arguments = _arguments(x, shift, p) | {
+        statistics = _statistics(x, shift, groups, eps)
+        arguments = _arguments(x, shift) | {
             "grad": grad,
             "weight": weight,
             "bias": bias,
@@ -542,16 +555,18 @@ if importlib.util.find_spec("triton") is not None:
             "groups": groups,
             "group_channels": size,
             "SILU": silu,
+            "ROWS": _ROWS,
         }
+        grid = _grid(x, _BLOCK)
         partial = torch.empty(
-            (2 if shift is None else 3, frames, p.blocks, channels), device=x.device, dtype=torch.float32
+            (2 if shift is None else 3, frames, grid[1], channels), device=x.device, dtype=torch.float32
         )
-        wrap_triton(_group_norm_gradient_sums)[_grid(x, p)](sums=partial, **arguments)
+        wrap_triton(_group_norm_gradient_sums)[grid](sums=partial, BLOCK=_BLOCK, **arguments)
         sums = partial.sum(2)  # (2 or 3, frames, channels)
         weighted = weight.float() * sums[:2]
         means = weighted.unflatten(2, (groups, size)).sum(3) / (pixels * size)
         grad_x = torch.empty_like(x, memory_format=torch.channels_last)
-        wrap_triton(_group_norm_input_gradient)[_grid(x, p)](means=means, grad_x=grad_x, **arguments)
+        wrap_triton(_group_norm_input_gradient)[_grid(x, _ROWS)](means=means, grad_x=grad_x, **arguments)
         grad_bias, grad_weight = sums[0].sum(0), sums[1].sum(0)
         if shift is None:
             grad_shift = x.new_empty(0)
