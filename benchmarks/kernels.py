@@ -1,13 +1,13 @@
 """Time the kernels on one GPU, against their references in eager PyTorch and under `torch.compile`.
 
     python benchmarks/kernels.py [temporal_attention] [group_norm_silu] [layer_norm] [geglu] [--skip-compile]
-    python benchmarks/kernels.py temporal_attention_plans
+    python benchmarks/kernels.py temporal_attention_plans group_norm_silu_plans
 
 A row tells milliseconds, the memory traffic that the operation cannot avoid per second, that rate as a share of a
 measured device copy's, the two references' milliseconds, the relative error against the reference in float32, and
 the seconds of the first call, which compiles. Everything is timed within a CUDA graph that calls the operation on
-many inputs in turn, more than the cache holds. The second form times every way to divide the work of temporal
-attention, not only the one that is chosen.
+many inputs in turn, more than the cache holds. The second form times every way to divide the work, not only the one
+that is chosen.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emt_kernels import group_norm_silu as group_norm_module
 from emt_kernels.geglu import geglu, geglu_reference
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from emt_kernels.layer_norm import layer_norm, layer_norm_reference
@@ -53,20 +54,22 @@ def random(*shape: int, channels_last: bool = False) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
+GROUP_NORMS = [
+    (32, 320, 64, 64),
+    (32, 640, 64, 64),
+    (32, 960, 64, 64),
+    (32, 640, 32, 32),
+    (32, 1280, 32, 32),
+    (32, 1280, 16, 16),
+    (32, 1920, 16, 16),
+    (32, 2560, 16, 16),
+    (32, 1280, 8, 8),
+    (32, 2560, 8, 8),
+]
+
+
 def group_norm_silu_cases() -> Iterator[Case]:
     """The group norms of SD 1.5 at 16 frames of 512×512 with guidance, and their gradients."""
-    shapes = [
-        (32, 320, 64, 64),
-        (32, 640, 64, 64),
-        (32, 960, 64, 64),
-        (32, 640, 32, 32),
-        (32, 1280, 32, 32),
-        (32, 1280, 16, 16),
-        (32, 1920, 16, 16),
-        (32, 2560, 16, 16),
-        (32, 1280, 8, 8),
-        (32, 2560, 8, 8),
-    ]
 
     def forward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, weight, bias, shift: function(x, weight, bias, 32, 1e-5, True, shift)
@@ -77,7 +80,7 @@ def group_norm_silu_cases() -> Iterator[Case]:
 
         return run
 
-    for shape, shifted in itertools.product(shapes, (False, True)):
+    for shape, shifted in itertools.product(GROUP_NORMS, (False, True)):
         if shifted and shape not in ((32, 320, 64, 64), (32, 1280, 8, 8)):
             continue
 
@@ -90,7 +93,7 @@ def group_norm_silu_cases() -> Iterator[Case]:
         name = f"group_norm_silu {shape}" + (" + shift" if shifted else "")
         yield Case(name, inputs, *functions, 4 * torch.Size(shape).numel())
 
-    for shape in shapes[:1] + shapes[3:4] + shapes[-1:]:
+    for shape in GROUP_NORMS[:1] + GROUP_NORMS[3:4] + GROUP_NORMS[-1:]:
 
         def trained(shape: tuple[int, ...] = shape) -> tuple[Any, ...]:
             x, weight, bias = random(*shape, channels_last=True), random(shape[1]), random(shape[1])
@@ -99,6 +102,26 @@ def group_norm_silu_cases() -> Iterator[Case]:
 
         functions = backward(group_norm_silu), backward(group_norm_silu_reference)
         yield Case(f"group_norm_silu {shape} and gradient", trained, *functions, 10 * torch.Size(shape).numel())
+
+
+def group_norm_silu_plan_cases() -> Iterator[Case]:
+    """The same block by block, and by one program for a group with 4 to 16 warps; names end with the plan."""
+    for case in group_norm_silu_cases():
+        if "shift" in case.name or "gradient" in case.name:
+            continue
+        x = case.inputs()[0]
+        size = x.shape[1] // 32
+        lanes = 1 << (size - 1).bit_length()
+        whole = [group_norm_module.Plan(lanes, 512 * warps // lanes, warps) for warps in (4, 8, 16)]
+        for p in (None, *whole):
+
+            def kernel(*arguments: Any, p: group_norm_module.Plan | None = p) -> Tensor:
+                x, weight, bias, shift = arguments
+                return group_norm_module.launch(x, weight, bias, 32, 1e-5, True, shift, p)
+
+            chosen = " chosen" * (p == group_norm_module.plan(size, x.shape[2] * x.shape[3]))
+            name = f"{case.name} {astuple(p) if p else 'in blocks'}{chosen}"
+            yield replace(case, name=name, kernel=kernel, alone=True)
 
 
 def layer_norm_cases() -> Iterator[Case]:
@@ -179,7 +202,10 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "layer_norm": layer_norm_cases,
     "geglu": geglu_cases,
 }
-PLANS = {"temporal_attention_plans": temporal_attention_plan_cases}  # run only if named
+PLANS = {  # run only if named
+    "temporal_attention_plans": temporal_attention_plan_cases,
+    "group_norm_silu_plans": group_norm_silu_plan_cases,
+}
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -249,9 +275,12 @@ def main() -> None:
     for name in options.kernels:
         if name not in KERNELS | PLANS:
             parser.error(f"no kernel {name}: {', '.join(KERNELS | PLANS)}")
-    big = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    copy = 2 * big.nbytes / milliseconds(torch.Tensor.copy_, [(torch.empty_like(big), big)] * 3) * 1e3
-    del big
+    big = torch.zeros(2**29, device="cuda", dtype=torch.float16)
+    pair = [(torch.empty_like(big), big)] * 3
+    # The better of the driver's copy and a kernel that reads and writes as much.
+    times = milliseconds(torch.Tensor.copy_, pair), milliseconds(lambda out, x: torch.neg(x, out=out), pair)
+    copy = 2 * big.nbytes / min(times) * 1e3
+    del big, pair
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, device copy {copy / 1e9:.0f} GB/s")
     print(f"{'':70} {'ms':>8} {'GB/s':>8} {'of copy':>7} {'eager':>9} {'compiled':>9} {'error':>9} {'first s':>8}")
     for name in options.kernels or KERNELS:
