@@ -129,11 +129,10 @@ class _Call:
     """A recorded call of the network."""
 
     replay: Callable[[], None]
-    sample: Tensor
-    timestep: Tensor
-    text: _Place
-    motion: _Place | None
+    inputs: list[Tensor]
     output: Tensor
+    text: _Place | None = None
+    motion: _Place | None = None
 
 
 class TorchBackend(Backend):
@@ -184,6 +183,7 @@ class TorchBackend(Backend):
         self._compiled = torch.compile(pipe.unet, dynamic=False) if compile else None
         self._calls: OrderedDict[tuple[Any, ...], _Call] = OrderedDict()
         self._motions: dict[tuple[Any, ...], _Place] = {}
+        self._references: dict[tuple[Any, ...], dict[str, torch.Size]] = {}  # shapes that were met
         self._weights: list[Tensor] = []
         self._text: weakref.ref[TextFeatures] | None = None
 
@@ -202,10 +202,38 @@ class TorchBackend(Backend):
         return self.pipe.unet
 
     def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
-        """Read the motion of references, eagerly: it is done once for each."""
+        """Read the motion of references; where calls are recorded, this one is when its shape comes again."""
         self._prepare_weights(latents.device)
-        with self._attention(latents.device):
-            return self.unet.encode_reference(latents, timestep, text)
+        key = ("reference", latents.shape, latents.dtype, timestep.shape, timestep.dtype, text.shape)
+        if not self._records(latents.device) or key not in self._references:
+            with self._attention(latents.device):
+                features = self.unet.encode_reference(latents, timestep, text)
+            self._references[key] = {path: a.shape for path, (a, _) in features.layers.items()}
+            return features
+        inputs = (latents, timestep, text)
+        call = self._calls.get(key)
+        if call is None:
+            try:
+                call = self._calls[key] = self._record(lambda: self._record_reference(*inputs))
+            except (torch.OutOfMemoryError, MemoryError):  # it has been made without before
+                return self.unet.encode_reference(*inputs)
+        else:
+            self._calls.move_to_end(key)
+        for place, tensor in zip(call.inputs, inputs, strict=True):
+            place.copy_(tensor)
+        call.replay()
+        shapes = self._references[key]
+        parts = call.output.clone().split([shape.numel() for shape in shapes.values() for _ in range(2)])
+        layers = zip(shapes.items(), parts[::2], parts[1::2])
+        return MotionFeatures({path: (a.view(shape), b.view(shape)) for (path, shape), a, b in layers})
+
+    def _record_reference(self, *inputs: Tensor) -> _Call:
+        own = [x.clone() for x in inputs]
+        replay, output = self._compute_and_record(
+            inputs[0].device,
+            lambda: torch.cat([x.flatten() for x in _tensors(self.unet.encode_reference(*own))]),
+        )
+        return _Call(replay, own, output)
 
     def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
         """What every step needs of references; good until motion of the same shape is prepared.
@@ -252,12 +280,15 @@ class TorchBackend(Backend):
         key = (sample.shape, sample.dtype, timestep.shape, timestep.dtype, *shapes, motion and _motion_shape(motion))
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = self._record(sample, timestep, text, motion)
+            self._drop_motions(keep=motion)
+            call = self._record(lambda: self._record_denoising(sample, timestep, text, motion))
+            self._calls[key] = call
         else:
             self._calls.move_to_end(key)
-            call.sample.copy_(sample)
-            call.timestep.copy_(timestep)
-            call.text.fill(text)
+            for place, tensor in zip(call.inputs, (sample, timestep), strict=True):
+                place.copy_(tensor)
+            if call.text is not None:
+                call.text.fill(text)
             if call.motion is not None and motion is not None:
                 call.motion.fill(motion)
         call.replay()
@@ -284,13 +315,12 @@ class TorchBackend(Backend):
     def _records(self, device: torch.device) -> bool:
         return self.graphs and (device.type == "cuda" or self._make_recorder is not None)
 
-    def _record(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> _Call:
-        """Record a call; its arguments are what its places hold first."""
+    def _record(self, record: Callable[[], _Call]) -> _Call:
+        """Record a call, with as many others given up as that needs."""
         while len(self._calls) >= self.max_calls:
             self._calls.popitem(last=False)
-        self._drop_motions(keep=motion)
         try:
-            return self._try_to_record(sample, timestep, text, motion)
+            return record()
         except Exception as error:
             problem = _out_of_memory(error)
             if problem is None:
@@ -301,25 +331,29 @@ class TorchBackend(Backend):
         weights = self._weights
         self.reset()
         self._weights = weights
-        if sample.is_cuda:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if not others:
             raise problem
-        return self._try_to_record(sample, timestep, text, motion)
+        return record()
 
-    def _try_to_record(
+    def _record_denoising(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
     ) -> _Call:
-        sample, timestep = sample.clone(), timestep.clone()
+        own = [sample.clone(), timestep.clone()]
         own_text = TextFeatures({path: (key.clone(), value.clone()) for path, (key, value) in text.layers.items()})
         moved = self._motion_place(motion) if motion is not None else None
-        here = torch.cuda.device(sample.device) if sample.is_cuda else contextlib.nullcontext()
-        with here, self._attention(sample.device):
+        replay, output = self._compute_and_record(
+            sample.device, lambda: self._run(own[0], own[1], own_text, moved.value if moved else None)
+        )
+        return _Call(replay, own, output, _Place(own_text, weakref.ref(text)), moved)
+
+    def _compute_and_record(
+        self, device: torch.device, compute: Callable[[], Tensor]
+    ) -> tuple[Callable[[], None], Tensor]:
+        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with here, self._attention(device):
             self._recorder = self._recorder or (self._make_recorder or CudaGraphs)()
-            replay, output = self._recorder.record(
-                lambda: self._run(sample, timestep, own_text, moved.value if moved else None)
-            )
-        return _Call(replay, sample, timestep, _Place(own_text, weakref.ref(text)), moved, output)
+            return self._recorder.record(compute)
 
     def _motion_place(self, motion: PreparedMotion) -> _Place:
         """Where recorded calls read motion of this shape, with this one in it."""
@@ -331,7 +365,7 @@ class TorchBackend(Backend):
 
     def _drop_motions(self, keep: PreparedMotion | None) -> None:
         """Forget places of motion that no recorded call reads any more."""
-        used = {id(call.motion) for call in self._calls.values()}
+        used = {id(call.motion) for call in self._calls.values() if call.motion}
         kept = _motion_shape(keep) if keep is not None else None
         self._motions = {shape: place for shape, place in self._motions.items() if id(place) in used or shape == kept}
 

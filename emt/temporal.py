@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,15 @@ from torch import Tensor, nn
 from emt_kernels.geglu import geglu
 from emt_kernels.group_norm_silu import group_norm_silu
 from emt_kernels.layer_norm import layer_norm
+from emt_kernels.quantize import Quantized, layer_norm_quantized
 from emt_kernels.temporal_attention import temporal_attention
 
 if TYPE_CHECKING:
     from emt.unet import MotionTransferUNet
+
+
+#: Tokens that inference takes through a feed-forward layer at once.
+_FEED_FORWARD_TOKENS = 32_768
 
 
 def sinusoidal_positions(frames: int, channels: int) -> Tensor:
@@ -43,10 +48,26 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False, shift: Tensor 
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, shift)
 
 
+class QuantizingLayerNorm(nn.LayerNorm):
+    """A layer norm before products in float8 (`emt.fp8`)."""
+
+
 def add_and_norm(
-    norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, positions: Tensor | None = None, plain: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``x + residual``, `norm` of it (None unless `plain`), and that with `positions` (frames, channels) added."""
+    norm: nn.LayerNorm,
+    x: Tensor,
+    residual: Tensor | None,
+    positions: Tensor | None = None,
+    plain: bool = False,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor | None, Any]:
+    """``x + residual``, `norm` of it (None unless `plain`), and that with `positions` (frames, channels) added.
+
+    The last is `Quantized` if the norm is a `QuantizingLayerNorm`, with the norm as it was if `exact`; with `plain`,
+    which the reference pass asks for, it is a tensor in every case.
+    """
+    if isinstance(norm, QuantizingLayerNorm) and not plain:
+        total, rows = layer_norm_quantized(x, norm.weight, norm.bias, norm.eps, positions, residual, exact)
+        return total, None, rows
     return layer_norm(x, norm.weight, norm.bias, norm.eps, positions, residual, plain)
 
 
@@ -181,6 +202,7 @@ class QKV(nn.Module):
 
     def __init__(self, channels: int, context_channels: int | None = None) -> None:
         super().__init__()
+        self.fp8: nn.Module | None = None  # the three in one float8 product (`emt.fp8`)
         context_channels = context_channels or channels
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels, channels, bias=False)
@@ -196,8 +218,10 @@ class QKV(nn.Module):
         for layer, part in zip(layers, self.fused.chunk(3), strict=True):
             layer.weight.data = part
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor | Quantized) -> tuple[Tensor, ...]:
         """Query, key and value of the same (…, channels)."""
+        if self.fp8 is not None:
+            return self.fp8(x).chunk(3, dim=-1)
         if self.fused is None or torch.is_grad_enabled():
             return self.to_q(x), self.to_k(x), self.to_v(x)
         return F.linear(x, self.fused).chunk(3, dim=-1)
@@ -231,7 +255,9 @@ class TemporalAttention(QKV):
         positions = self.positions[: feature.shape[1]].to(feature.dtype)
         return PreparedReference(qkv.to_k(feature), qkv.to_v(feature), qkv.to_k(positions), qkv.to_v(positions), scaler)
 
-    def forward(self, x: Tensor, reference: PreparedReference | None, scale: Tensor | None, adapted: bool) -> Tensor:
+    def forward(
+        self, x: Tensor | Quantized, reference: PreparedReference | None, scale: Tensor | None, adapted: bool
+    ) -> Tensor:
         """(batch, frames, tokens, channels) with position encoding → the same; `scale` is (batch, frames, tokens)."""
         q, k, v = self.projections(adapted).project(x)
         if reference is None:
@@ -271,9 +297,28 @@ class FeedForward(nn.Module):
         # Published names count the dropout between the two: `net.0.proj` and `net.2`.
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         """(…, channels) → (…, channels)."""
         return self.net[2](self.net[0](x))
+
+    def add_to(self, residual: Tensor, x: Tensor | Quantized) -> Tensor:
+        """``residual`` plus the layer's output for `x`; `residual` is the caller's own, and inference overwrites it.
+
+        Inference goes through it in parts: at the highest resolution the wide tensor in between is the largest of the
+        network, 0.7 GB for a guided clip of 16 frames at 512×512.
+        """
+        if (
+            isinstance(x, Quantized)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not residual.is_contiguous()
+        ):
+            return residual + self(x)
+        channels = x.shape[-1]
+        parts = x.reshape(-1, channels).split(_FEED_FORWARD_TOKENS)
+        for whole, part in zip(residual.view(-1, channels).split(_FEED_FORWARD_TOKENS), parts, strict=True):
+            whole += self(part)
+        return residual
 
 
 class TemporalTransformerBlock(nn.Module):
@@ -295,14 +340,16 @@ class TemporalTransformerBlock(nn.Module):
         """(batch, frames, tokens, channels) → the same, and the features that a reference pass keeps."""
         features, residual = [], None
         for i, (attention, norm) in enumerate(zip(self.attention_blocks, self.norms, strict=True)):
-            x, feature, h = add_and_norm(norm, x, residual, attention.positions[: x.shape[1]], not adapted)
+            prepared = reference[i] if reference else None
+            positions = attention.positions[: x.shape[1]]
+            x, feature, h = add_and_norm(norm, x, residual, positions, not adapted, exact=prepared is not None)
             if feature is not None:
                 features.append(feature)
-            prepared = reference[i] if reference else None
-            scale = self.scaler(h, prepared.scaler) if prepared else None
+            read = h.exact if isinstance(h, Quantized) else h
+            scale = self.scaler(read, prepared.scaler) if prepared else None
             residual = attention(h, prepared, scale, adapted)
         x, _, h = add_and_norm(self.ff_norm, x, residual)
-        return x + self.ff(h), (features[0], features[1]) if features else None
+        return self.ff.add_to(x, h), (features[0], features[1]) if features else None
 
 
 class TemporalTransformer(nn.Module):

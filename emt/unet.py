@@ -122,13 +122,13 @@ class SpatialTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """`x` (batch·frames, tokens, channels), `text` keys and values (batch, text tokens, channels)."""
-        x, h, _ = add_and_norm(self.norm1, x, None)
-        x, h, _ = add_and_norm(self.norm2, x, self.attn1(*self.attn1.project(h)))
+        x, _, h = add_and_norm(self.norm1, x, None)
+        x, _, h = add_and_norm(self.norm2, x, self.attn1(*self.attn1.project(h)))
         # All frames of a clip see the same prompt: they are queries of one attention.
-        per_clip = h.unflatten(0, (text[0].shape[0], -1)).flatten(1, 2)
-        h = self.attn2(self.attn2.to_q(per_clip), *text).reshape(x.shape)
-        x, h, _ = add_and_norm(self.norm3, x, h)
-        return x + self.ff(h)
+        query = self.attn2.to_q(h).unflatten(0, (text[0].shape[0], -1)).flatten(1, 2)
+        h = self.attn2(query, *text).reshape(x.shape)
+        x, _, h = add_and_norm(self.norm3, x, h)
+        return self.ff.add_to(x, h)
 
 
 class SpatialTransformer(nn.Module):
@@ -377,9 +377,9 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         time = torch.as_tensor(timestep, device=sample.device).expand(batch)
         time = F.silu(self.time_embedding(time)).repeat_interleave(frames, 0)  # (batch·frames, time channels)
 
-        def layer(block: Block, i: int, x: Tensor) -> Tensor:
+        def layer(block: Block, i: int, *inputs: Tensor) -> Tensor:
             # Gradient checkpointing recomputes one such layer at a time.
-            x = block.resnets[i](x, time)
+            x = block.resnets[i](torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0], time)
             if block.attentions:
                 transformer = block.attentions[i]
                 x = transformer(x, text.layers[transformer.path])
@@ -390,10 +390,10 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
                     features[module.path] = read
             return x
 
-        def run(block: Block, i: int, x: Tensor) -> Tensor:
+        def run(block: Block, i: int, *inputs: Tensor) -> Tensor:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                return self._gradient_checkpointing_func(layer, block, i, x)
-            return layer(block, i, x)
+                return self._gradient_checkpointing_func(layer, block, i, *inputs)
+            return layer(block, i, *inputs)
 
         x = sample.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)  # (batch·frames, channels, height, width) from here on
@@ -411,7 +411,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
 
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = run(block, i, torch.cat([x, skips.pop()], dim=1))
+                x = run(block, i, x, skips.pop())
             for upsample in block.upsamplers:
                 # An odd size was rounded up on the way down: the skip connection knows it.
                 x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))

@@ -148,12 +148,13 @@ class Generator:
             if self._device is None:
                 import emt.pipeline  # noqa: F401  (here, since two threads that import it at once trip over each other)
 
-                self._device = Device.open(*self._asked)
-                if self.low_memory and not self._device.is_gpu:
-                    problem = f"--memory low spares the memory of CUDA GPUs, the device is {self._device.place}"
+                device = Device.open(*self._asked)
+                if self.low_memory and not device.is_gpu:
+                    problem = f"--memory low spares the memory of CUDA GPUs, the device is {device.place}"
                     raise EmtError(problem, "Leave it out.")
-                if self._device.is_gpu:
-                    self._say(f"kernels: {self._device.kernels} ({self._device.why})")
+                if device.is_gpu:
+                    self._say(f"kernels: {device.kernels} ({device.why})")
+                self._device = device
             return self._device
 
     def load(self) -> MotionTransferPipeline:

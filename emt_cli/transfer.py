@@ -68,7 +68,7 @@ def transfer(options: TransferOptions) -> None:
             MotionCache(folder / "motion", options.cache_size * 1e9),
             watcher,
             precision=options.arithmetic,
-            batch_size=parse_batch_size(options.batch_size),
+            batch_size=parse_batch_size(options.batch_size) or (1 if low_memory else None),
             overwrite=options.overwrite,
             json=options.json,
         )

@@ -95,6 +95,15 @@ class TestRecordedCalls:
         recording("a", motions[0], steps=1)
         assert Recorder.recorded == 3
 
+    def test_references_of_a_shape_that_comes_again(self, pipe, recording):
+        for seed in range(4):
+            got, wanted = (p.extract_motion(clip(seed), seed=seed).features.layers for p in (recording, pipe))
+            assert list(got) == list(wanted)
+            for path in wanted:
+                for a, b in zip(got[path], wanted[path], strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert Recorder.recorded == 1
+
     def test_the_one_not_used_for_longest_gives_way(self, pipe, recording, motions):
         recording.backend.max_calls = 2
         for prompts in (["a"], ["a"] * 2, ["a"], ["a"] * 3, ["a"], ["a"] * 2):
@@ -184,6 +193,15 @@ class TestWeightsForTheGpu:
             torch.testing.assert_close(own.backend.decode_images(latents), pipe.backend.decode_images(latents))
 
 
+class TestFeedForwardInParts:
+    @torch.no_grad()
+    def test_the_parts_make_the_whole(self, pipe, motions, monkeypatch):
+        (wanted,) = pipe("a cat", motions[0], steps=2)
+        monkeypatch.setattr("emt.temporal._FEED_FORWARD_TOKENS", 7)
+        (got,) = pipe("a cat", motions[0], steps=2)
+        assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
+
+
 class TestLowMemory:
     def test_clips_are_the_same(self, pipe, folder, motions):
         """To the last bit of a sum: samples go through the network one by one."""
@@ -235,6 +253,15 @@ class TestOutOfMemory:
         monkeypatch.setattr(SmallMemory, "record", fails_to_end)
         pipe(["a", "b"], motions[0], steps=1)
         assert tried == [1, 0]
+
+    def test_a_reference_is_read_without_recording(self, pipe, folder, monkeypatch):
+        own = load_pipeline(folder)
+        own.backend = TorchBackend(own, recorder=SmallMemory)
+        monkeypatch.setattr(SmallMemory, "largest", 0)
+        for seed in (0, 1):
+            got, wanted = (p.extract_motion(clip(seed)).features.layers for p in (own, pipe))
+            for path in wanted:
+                torch.testing.assert_close(got[path], wanted[path], rtol=0, atol=0)
 
     def test_other_errors_are_raised_as_they_are(self, recording):
         text = recording.unet.encode_text(recording.encode_prompts(["a"]))
