@@ -52,6 +52,7 @@ def rerun(
     from emt_cli.jobs import ARITHMETIC, Job
     from emt_cli.model import find_model
     from emt_cli.results import write_result
+    from emt_cli.teaching import TeachingGenerator, read_guidance
 
     record = _find_record(result)
     clip = result.with_suffix("") if result.suffix == ".json" else result
@@ -66,6 +67,7 @@ def rerun(
         size, index, shared = int(batch["size"]), int(batch["index"]), bool(batch["shared_reference"])
         identity, made_on = record["id"], record["device"]
         reference_sha256, made_by = record["reference_sha256"], record["model_sha256"]
+        taught = read_guidance(record)
         made_with, low_memory = Kernels(record.get("kernels", "reference")), record.get("memory") == "low"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EmtError(f"the settings in {result} are damaged: {error!r}", "Try the .json beside the clip.") from None
@@ -84,15 +86,10 @@ def rerun(
         choice = EngineChoice(engine or _recorded_engine(record), found, contents)
         choice.check(settings)
     kernels = kernels or (Kernels.AUTO if made_with is Kernels.TRITON else made_with)
-    generator = Generator(
-        found,
-        model_sha256,
-        check_device(device),
-        precision.value,
-        choice,
-        kernels=kernels.value,
-        low_memory=low_memory,
-    )
+    where = found, model_sha256, check_device(device), precision.value
+    generator = Generator(*where, choice, kernels=kernels.value, low_memory=low_memory)
+    if taught:
+        generator = TeachingGenerator(*where, taught, kernels=kernels.value)
     if record.get("arithmetic") != ARITHMETIC:
         typer.echo("note: it was made by another version of emt, whose arithmetic differs in the last bits", err=True)
     if generator.device.kernels != made_with.value:

@@ -9,7 +9,7 @@ top follows from the journal at any time: the sampled reference and `metadata.js
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -45,10 +45,20 @@ class TeachingGenerator(Generator):
         device: auto, cuda, cuda:N, mps or cpu.
         precision: auto, fp32, fp16 or bf16.
         guidance: How motions are imposed.
+        kernels: auto, triton or reference.
     """
 
-    def __init__(self, model: Model, model_sha256: str, device: str, precision: str, guidance: Guidance) -> None:
-        super().__init__(model, model_sha256, device, precision)
+    def __init__(
+        self,
+        model: Model,
+        model_sha256: str,
+        device: str,
+        precision: str,
+        guidance: Guidance,
+        *,
+        kernels: str = "auto",
+    ) -> None:
+        super().__init__(model, model_sha256, device, precision, kernels=kernels)
         self.guidance = guidance
         self._teacher: Teacher | None = None
 
@@ -82,6 +92,19 @@ class TeachingGenerator(Generator):
     def record(self, job: Job, identity: str, reference_sha256: str, batch: dict[str, Any]) -> dict[str, Any]:
         """All that it takes to make a clip again, `teacher` among it."""
         return {**super().record(job, identity, reference_sha256, batch), "teacher": asdict(self.guidance)}
+
+
+def read_guidance(record: Mapping[str, Any]) -> Guidance | None:
+    """How the teacher made a clip, by its record; None if no teacher did.
+
+    Raises:
+        TypeError: the record is damaged.
+    """
+    from emt.train.teacher import Guidance
+
+    if "teacher" not in record:
+        return None
+    return Guidance(**{**record["teacher"], "blocks": tuple(record["teacher"]["blocks"])})
 
 
 def method(guidance: Guidance) -> str:

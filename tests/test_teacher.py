@@ -231,6 +231,15 @@ def test_a_bad_reference_fails_alone_and_is_told(made):
     assert "4 done, 0 already there, 2 failed, 0 dropped" in ended.err
 
 
+def test_rerun_teaches_again(made):
+    folder, _ = made
+    file = next(row["file"] for row in told(folder) if row["state"] == "kept")
+    ended = emt("rerun", f"pairs/{file}", "-o", "again.mp4", folder=folder, environment=environment(folder))
+    assert ended.code == 0, ended.err
+    clips = [read_clip(path, frames=FRAMES).frames for path in (folder / "pairs" / file, folder / "again.mp4")]
+    assert np.array_equal(*clips)
+
+
 def test_thresholds_drop_clips_and_can_be_moved_later(tmp_path):
     """What was measured is not measured again; what is to be kept after all is made again."""
     prepare(tmp_path)
