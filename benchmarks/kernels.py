@@ -28,7 +28,7 @@ from emt_kernels import group_norm_silu as group_norm_module
 from emt_kernels.geglu import geglu, geglu_reference
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from emt_kernels.layer_norm import layer_norm, layer_norm_reference
-from emt_kernels.temporal_attention import Plan, launch, plan, temporal_attention, temporal_attention_reference
+from emt_kernels.temporal_attention import Plan, launch, temporal_attention, temporal_attention_reference
 
 FOOTPRINT = 512 * 2**20  # bytes that the inputs of a timing fill, ten times the cache of an H100
 
@@ -179,21 +179,12 @@ def temporal_attention_cases() -> Iterator[Case]:
 
 
 def temporal_attention_plan_cases() -> Iterator[Case]:
-    """The same under every plan; names end with its heads, warps, stages, columns and pixels."""
-    for case in temporal_attention_cases():
-        query, _, _, heads, *reference = case.inputs()
-        size = query.shape[-1] // heads
-        chosen = plan(heads, size, (3 + 2 * bool(reference)) * 16, query.itemsize)
-        yield replace(case, name=f"{case.name} {astuple(chosen)} chosen")
-        for columns in {chosen.columns, 64} if size == 40 else {chosen.columns}:
-            for together, warps in ((1, 1), (2, 1), (2, 2), (4, 4), (8, 8)):
-                for stages in (1, 2, 3):
-                    if together * max(stages - 1, 1) * size > 1000:  # more shared memory than there is
-                        continue
-                    for pixels in (8,) if stages > 1 else (1, 8):  # one compilation serves both
-                        p = Plan(together, warps, stages, columns, pixels)
-                        kernel = functools.partial(launch, chosen=p)
-                        yield replace(case, name=f"{case.name} {astuple(p)}", kernel=kernel, alone=True)
+    """The highest level under several plans; names end with their heads, warps, stages, columns and pixels."""
+    for case in itertools.islice(temporal_attention_cases(), 2):
+        yield replace(case, name=f"{case.name}, as planned")
+        for p in (Plan(2, 2, 3, 32, 4), Plan(1, 1, 2, 64, 4), Plan(4, 4, 2, 32, 2)):
+            kernel = functools.partial(launch, chosen=p)
+            yield replace(case, name=f"{case.name} {astuple(p)}", kernel=kernel, alone=True)
 
 
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
