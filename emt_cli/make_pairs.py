@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emt.errors import EmtError
 from emt_cli.options import Precision, TransferOptions, check_device, parse_batch_size, parse_seeds
 
 if TYPE_CHECKING:
@@ -105,8 +106,11 @@ def make_pairs(
     else:
         if not prompts:
             raise typer.BadParameter("--from-references needs --prompts FILE: what the new clips show, a line each")
-        parse_seeds(seeds)
-        parse_batch_size(batch_size)
+        try:
+            parse_seeds(seeds)
+            parse_batch_size(batch_size)
+        except EmtError as error:
+            raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
         from emt.train.teacher import Filter, Guidance
 
         given = {"steps": steps, "guidance": guidance}

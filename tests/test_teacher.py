@@ -296,6 +296,7 @@ def test_another_guidance_makes_another_clip(made, tmp_path):
     ("options", "said"),
     [
         (["--from-references", "clips", "-o", "x"], "--prompts"),
+        (["--from-references", "clips", "--prompts", "p.txt", "--seeds", "9-1", "-o", "x"], "9-1"),
         (["--from-references", "clips", "--motions", "3", "-o", "x"], "either"),
         (["-o", "x"], "either"),
         (["x", "-o", "x", "--motions", "3"], "one folder"),
