@@ -1,13 +1,14 @@
 """Time a transfer at Stable Diffusion 1.5 size on one GPU, one optimisation after another, with random weights.
 
-    python benchmarks/ladder.py [--clip CLIP.mp4] [--output ladder.json] [--rungs published,fp16,graph]
+    python benchmarks/ladder.py [--clip CLIP.mp4] [--output ladder.json] [--rungs vae,published,fp16]
 
-Rungs are cumulative: each one adds what it is named for to those before it, chosen or not. Each prints a row: one
-guided step with reference and one without, the reference pass, encoding, decoding, the whole clip, peak memory, and
-how far its step is from the same step in float32 without TensorFloat-32. Times are medians (20th, 80th percentile) of
-device events after warming up. The last rung is then taken apart: operations and bytes of each kind of kernel against
-the ceilings that this GPU reaches. With --output everything is written after each rung, so that nothing measured is
-lost. The rungs `compile` and `compiled-kernels` take minutes each and run only when they are chosen.
+Rungs are cumulative: each one adds what it is named for to those before it, chosen or not. The last one, with
+everything on, comes first: its step is then taken apart, operations and bytes of each kind of kernel against the
+ceilings that this GPU reaches. Each rung prints a row: one guided step with reference and one without, the reference
+pass, encoding, decoding, the whole clip (where the rung changes them), peak memory, and how far its step is from the
+same step in float32 without TensorFloat-32. Times are medians (20th, 80th percentile) of device events after warming
+up. With --output everything is written after each rung, so that nothing measured is lost. The rungs `compile` and
+`compiled-kernels` take minutes each and run only when they are chosen.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -57,18 +61,19 @@ USUAL_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: what it switches on stays on in those after it, except for `compile`."""
+    """One rung: what it switches on stays on in those after it, except for `compile`; `whole`: clips are timed too."""
 
     name: str
     title: str
     switches: tuple[str, ...]
+    whole: bool = False
     optional: bool = False
 
 
 LADDER = (
-    Rung("published", "published arithmetic: fp32 weights, fp16 autocast, reference pass in fp32", ()),
+    Rung("published", "published arithmetic: fp32 weights, fp16 autocast, reference pass in fp32", (), whole=True),
     Rung("constants", "+ constants of reference and prompt computed once", ("constants",)),
-    Rung("fp16", "+ fp16 weights", ("fp16",)),
+    Rung("fp16", "+ fp16 weights", ("fp16",), whole=True),
     Rung("channels-last", "+ channels-last weights", ("channels-last",)),
     Rung("temporal-attention", "+ kernel: temporal_attention", ("temporal_attention",)),
     Rung("group-norm", "+ kernel: group_norm_silu", ("group_norm_silu",)),
@@ -77,7 +82,7 @@ LADDER = (
     Rung("cudnn", "+ cuDNN's attention within a frame", ("cudnn",)),
     Rung("fused-qkv", "+ one product for query, key and value", ("fuse",)),
     Rung("graph", "+ CUDA graph of the step", ("graph",)),
-    Rung("vae", "+ channels-last VAE with kernel: group_norm_silu", ("vae",)),
+    Rung("vae", "+ channels-last VAE with kernel: group_norm_silu", ("vae",), whole=True),
     Rung("compile", "torch.compile in place of kernels, in a CUDA graph", ("compile", "no kernels"), optional=True),
     Rung("compiled-kernels", "torch.compile with kernels, in a CUDA graph", ("compile",), optional=True),
 )
@@ -89,16 +94,20 @@ class Bench:
     def __init__(self, folder: Path, clip: Path, size: int, repeats: int) -> None:
         self.folder, self.repeats = folder, repeats
         self.frames = read_clip(clip, size=(size, size)).frames
-        self.pipes: dict[torch.dtype, MotionTransferPipeline] = {}
+        self.outputs: dict[str, Tensor] = {}  # of a guided step, by rung
+        self._pipe: MotionTransferPipeline | None = None
+        self._changed: set[str] = set()
 
-    def pipe(self, dtype: torch.dtype) -> MotionTransferPipeline:
-        """The pipeline in a type; rungs change its layout for those after them. One at a time is in memory."""
-        if dtype not in self.pipes:
-            self.pipes.clear()
+    def pipe(self, on: set[str]) -> MotionTransferPipeline:
+        """The pipeline in a rung's type. Rungs change its layout: one with less on has a new one."""
+        dtype = torch.float16 if "fp16" in on else torch.float32
+        if self._pipe is None or self._pipe.unet.dtype != dtype or not self._changed <= on:
+            self._pipe = None
             gc.collect()
             torch.cuda.empty_cache()
-            self.pipes[dtype] = load_pipeline(self.folder, "cuda", dtype)
-        return self.pipes[dtype]
+            self._pipe = load_pipeline(self.folder, "cuda", dtype)
+        self._changed = on & {"channels-last", "fuse", "vae"}
+        return self._pipe
 
     def inputs(self, pipe: MotionTransferPipeline, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
         """A guided batch of two at the size of `motion`, its timestep and its text."""
@@ -111,94 +120,93 @@ class Bench:
     def truth(self) -> Tensor:
         """The guided step in float32 without TensorFloat-32, which the rungs are compared with."""
         with kernels(set()), torch.backends.cudnn.flags(allow_tf32=False):
-            pipe = self.pipe(torch.float32)
+            pipe = self.pipe(set())
+            pipe.backend = rung_backend(pipe, set())
             motion = pipe.extract_motion(self.frames)
             sample, timestep, text = self.inputs(pipe, motion)
             return pipe.unet(sample, timestep, text, motion.features).cpu()
 
-    def measure(self, rung: Rung, on: set[str], truth: Tensor) -> dict[str, Any]:
+    @torch.no_grad()
+    def measure(self, rung: Rung, on: set[str]) -> dict[str, Any]:
         """One row of the table."""
         begun = time.perf_counter()
         row: dict[str, Any] = {"rung": rung.name, "title": rung.title}
         with kernels(set() if "no kernels" in on else on):
-            pipe = self.pipe(torch.float16 if "fp16" in on else torch.float32)
+            pipe = self.pipe(on)
+            if rung.whole:
+                pipe.backend = rung_backend(pipe, on)  # nothing is recorded or held yet
+                row |= self.clip(pipe, on)
             pipe.backend = rung_backend(pipe, on)
-            row |= self.parts(pipe, on, truth, vae=rung.name in ("published", "fp16", "vae"))
-            pipe.backend = rung_backend(pipe, on)  # a fresh one: nothing is recorded or held yet
-            row |= self.clip(pipe, on)
+            row |= self.parts(pipe, on, rung)
         row["measuring_s"] = time.perf_counter() - begun
         return row
 
     @torch.no_grad()
-    def parts(self, pipe: MotionTransferPipeline, on: set[str], truth: Tensor, vae: bool) -> dict[str, Any]:
-        """Times of the parts of a clip, and the step's difference from the truth."""
+    def parts(self, pipe: MotionTransferPipeline, on: set[str], rung: Rung) -> dict[str, Any]:
+        """Times of the parts of a clip; keeps the step's output."""
         row: dict[str, Any] = {}
         backend, once = pipe.backend, "constants" in on
-        with autocast(on, False):
-            motion = pipe.extract_motion(self.frames)
+        motion = pipe.extract_motion(self.frames)
         sample, timestep, text = self.inputs(pipe, motion)
-        with autocast(on, True):
+        with autocast(on):
             moved: Any = backend.prepare_motion(motion.features) if once else motion.features
             encoded: Any = pipe.unet.encode_text(text) if once else text
             call = backend.denoise if once else pipe.unet
-            output = call(sample, timestep, encoded, moved).float().cpu()
-            row["relative_change"] = ((output - truth).norm() / truth.norm()).item()
+            torch.cuda.reset_peak_memory_stats()
+            self.outputs[rung.name] = call(sample, timestep, encoded, moved).float().cpu()
             row["step_ms"] = self.timed(lambda: call(sample, timestep, encoded, moved))
+            row["step_peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
             row["step_without_reference_ms"] = self.timed(lambda: call(sample, timestep, encoded, None))
-            if once:
+            if once and rung.whole:
                 row["prepare_ms"] = self.timed(lambda: backend.prepare_motion(motion.features))
         latents = sample[:1].clone()
         row["reference_pass_ms"] = self.timed(lambda: backend.encode_reference(latents, timestep, text[:1]))
-        if vae:
+        if rung.whole:
             images = torch.randn(len(self.frames), 3, motion.height, motion.width).to(latents.device, pipe.vae.dtype)
             scaled = latents[0].transpose(0, 1).to(pipe.vae.dtype)
             row["encode_ms"] = self.timed(lambda: backend.encode_images(images))
-            with autocast(on, True):
+            with autocast(on):
                 row["decode_ms"] = self.timed(lambda: backend.decode_images(scaled))
         return row
 
     def clip(self, pipe: MotionTransferPipeline, on: set[str]) -> dict[str, float]:
         """Seconds and memory from frames to frames: encoding, reference pass, 25 steps, decoding.
 
-        The first clip records graphs and lets libraries choose their kernels; the peak is that of both.
+        The first clip records graphs and lets libraries choose their kernels; the peak is its own.
         """
 
         def make() -> None:
-            with autocast(on, False):
-                motion = pipe.extract_motion(self.frames)
-            if "constants" in on:
-                with autocast(on, True):
-                    pipe(PROMPT, motion, steps=25)
-                return
-            pipe.backend.denoise = lambda x, t, text, moved: pipe.unet(x, t, plain, motion.features)
-            plain = pipe.encode_prompts(["", PROMPT])
-            with autocast(on, True):
+            motion = pipe.extract_motion(self.frames)
+            with autocast(on):
+                if "constants" not in on:
+                    plain = pipe.encode_prompts(["", PROMPT])
+                    denoise = pipe.backend.denoise
+                    pipe.backend.denoise = lambda x, t, text, moved: pipe.unet(x, t, plain, motion.features)
                 pipe(PROMPT, motion, steps=25)
-            del pipe.backend.denoise
+                if "constants" not in on:
+                    pipe.backend.denoise = denoise
 
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(2):
+        row = {}
+        for name in ("first_clip_s", "clip_s"):
             torch.cuda.synchronize()
             start = time.perf_counter()
             make()
-            times.append(time.perf_counter() - start)
-        return {
-            "clip_s": times[1],
-            "first_clip_s": times[0],
-            "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
-            "peak_reserved_GiB": torch.cuda.max_memory_reserved() / 2**30,
-        }
+            row[name] = time.perf_counter() - start
+            if name == "first_clip_s":
+                row["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+                row["peak_reserved_GiB"] = torch.cuda.max_memory_reserved() / 2**30
+        return row
 
     def timed(self, work: Callable[[], object]) -> dict[str, float]:
-        """Milliseconds of `work` at the 20th, 50th and 80th percentile, of two seconds or `repeats` runs."""
+        """Milliseconds of `work` at the 20th, 50th and 80th percentile, of one second or `repeats` runs."""
         for _ in range(2):
             work()
         torch.cuda.synchronize()
         times: list[float] = []
-        while len(times) < self.repeats and (len(times) < 5 or sum(times) < 2000):
+        while len(times) < self.repeats and (len(times) < 5 or sum(times) < 1000):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             work()
@@ -223,21 +231,27 @@ def rung_backend(pipe: MotionTransferPipeline, on: set[str]) -> TorchBackend:
 
 
 @contextlib.contextmanager
-def kernels(on: set[str]) -> Iterator[None]:
-    """Let the network call the kernels that are on, and the references of the others."""
-    before = {name: getattr(emt.temporal, name) for name in KERNELS}
-    for name, (kernel, reference) in KERNELS.items():
-        setattr(emt.temporal, name, kernel if name in on else reference)
+def patched(module: Any, **values: Any) -> Iterator[None]:
+    """Names of a module with other values meanwhile."""
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(emt.temporal, name, function)
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
-def autocast(on: set[str], denoising: bool) -> contextlib.AbstractContextManager[Any]:
-    """As published: float32 weights, float16 autocast for denoising, the reference pass in float32."""
-    return torch.autocast("cuda", torch.float16) if denoising and "fp16" not in on else contextlib.nullcontext()
+def kernels(on: set[str]) -> contextlib.AbstractContextManager[None]:
+    """Let the network call the kernels that are on, and the references of the others."""
+    chosen = {name: kernel if name in on else reference for name, (kernel, reference) in KERNELS.items()}
+    return patched(emt.temporal, **chosen)
+
+
+def autocast(on: set[str]) -> contextlib.AbstractContextManager[Any]:
+    """As published: float32 weights and float16 autocast, but for the reference pass, which is in float32."""
+    return contextlib.nullcontext() if "fp16" in on else torch.autocast("cuda", torch.float16)
 
 
 # --------------------------------------------------------------------------------------------------------- roofline
@@ -326,7 +340,7 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
     """Time, operations and bytes of one guided step with reference by kind of kernel, and its longest kernels."""
     limits = ceilings()
     with kernels(on):
-        pipe = bench.pipe(torch.float16)
+        pipe = bench.pipe(on)
         eager = rung_backend(pipe, on - {"graph", "compile"})
         pipe.backend = rung_backend(pipe, on)
         motion = pipe.extract_motion(bench.frames)
@@ -342,6 +356,12 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
             for _ in range(steps):
                 pipe.backend.denoise(sample, timestep, encoded, moved)
             torch.cuda.synchronize()
+        in_parts = {}
+        for tokens in (8192, 16384, 32768, 1 << 30):
+            with patched(emt.temporal, _FEED_FORWARD_TOKENS=tokens):
+                backend = pipe.backend = rung_backend(pipe, on)
+                backend.denoise(sample, timestep, encoded, moved)
+                in_parts[str(tokens)] = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
     rows: dict[str, dict[str, float]] = {}
     longest = []
     for event in profiled.key_averages():
@@ -358,7 +378,7 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
         row["share_of_product"] = row["TFLOP"] / seconds / limits["product_TFLOP_s"]
         row["share_of_copy"] = row["GB"] / 1e3 / seconds / limits["copy_TB_s"]
     longest.sort(reverse=True)
-    return {"ceilings": limits, "kinds": rows, "longest": longest[:40]}
+    return {"ceilings": limits, "kinds": rows, "feed_forward_tokens_ms": in_parts, "longest": longest[:40]}
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -384,6 +404,7 @@ def show_parts(parts: dict[str, Any]) -> None:
             f"  {kind:20} {row['ms']:8.2f} {row['kernels']:8.0f} {row['TFLOP']:8.2f} {row['GB']:8.2f} "
             f"{row['share_of_product']:10.0%} {row['share_of_copy']:9.0%}"
         )
+    print("  step, ms, by tokens at once in feed-forward layers:", parts["feed_forward_tokens_ms"])
     print("  longest kernels: ms, launches, kind, name")
     for ms, launches, kind, name in parts["longest"][:25]:
         print(f"  {ms:8.3f} {launches:6.0f}  {kind:20} {name}")
@@ -402,32 +423,64 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "error: this benchmark times a CUDA GPU and finds none\n")
     usual = [rung.name for rung in LADDER if not rung.optional]
-    chosen = options.rungs.split(",") if options.rungs else usual
-    if unknown := set(chosen) - {rung.name for rung in LADDER}:
+    chosen = options.rungs.split(",") if options.rungs else [*usual, "low-memory"]
+    if unknown := set(chosen) - {rung.name for rung in LADDER} - {"low-memory"}:
         parser.error(f"unknown rungs: {', '.join(sorted(unknown))}")
 
     versions = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{versions}; 16 frames of {options.size}×{options.size}, guidance, DDIM 25 steps")
     told: dict[str, Any] = {"versions": versions, "rows": []}
+
+    def tell(**more: Any) -> None:
+        told.update(more)
+        if options.output:
+            options.output.write_text(json.dumps(told, indent=1))
+
+    def climb(rung: Rung) -> None:
+        row = bench.measure(rung, switched_on(rung))
+        told["rows"].append(row)
+        told["rows"].sort(key=lambda row: [rung.name for rung in LADDER].index(row["rung"]))
+        show(row)
+        tell()
+
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         random_model(model, size="sd15")
         bench = Bench(model, options.clip, options.size, options.repeats)
+        last = next(rung for rung in LADDER if rung.name == usual[-1])
+        if last.name in chosen:
+            climb(last)
+            parts = take_apart(bench, switched_on(last))
+            show_parts(parts)
+            tell(parts=parts)
+        rest = [rung for rung in LADDER if rung.name in chosen and rung is not last]
         truth = bench.truth()
-        on: set[str] = set()
-        for rung in LADDER:
-            on = on | set(rung.switches) if not rung.optional else on
-            if rung.name in chosen:
-                row = bench.measure(rung, on | set(rung.switches), truth)
-                told["rows"].append(row)
-                show(row)
-                if options.output:
-                    options.output.write_text(json.dumps(told, indent=1))
-        if "fp16" in on and not set(chosen) <= {"published", "constants"}:
-            told["parts"] = take_apart(bench, on)
-            show_parts(told["parts"])
-            if options.output:
-                options.output.write_text(json.dumps(told, indent=1))
+        for rung in rest:
+            climb(rung)
+        changes = {name: ((x - truth).norm() / truth.norm()).item() for name, x in bench.outputs.items()}
+        print("\nchange of the step's output against float32:")
+        for row in told["rows"]:
+            row["relative_change"] = changes[row["rung"]]
+            print(f"  {row['rung']:20} {row['relative_change']:.2e}", flush=True)
+        tell()
+        if "low-memory" in chosen:
+            tell(low_memory=low_memory(model, options.clip, options.size))
+
+
+def switched_on(rung: Rung) -> set[str]:
+    """All that is on at a rung."""
+    below = itertools.takewhile(lambda other: other is not rung, LADDER)
+    return {switch for other in below if not other.optional for switch in other.switches} | set(rung.switches)
+
+
+def low_memory(model: Path, clip: Path, size: int) -> dict[str, float]:
+    """A clip in 4 GiB, by a process of its own."""
+    output = model.parent / "low_memory.json"
+    program = Path(__file__).with_name("low_memory.py")
+    options = ["--model", model, "--clip", clip, "--size", size, "--output", output]
+    print("\nin little memory (benchmarks/low_memory.py)", flush=True)
+    subprocess.run([sys.executable, program, *map(str, options)], check=False)
+    return json.loads(output.read_text()) if output.exists() else {}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Make a clip at Stable Diffusion 1.5 size in little GPU memory, as `emt transfer --memory low` does.
 
-    python benchmarks/low_memory.py [--limit GIB] [--clip CLIP.mp4] [--output low_memory.json]
+    python benchmarks/low_memory.py [--limit GIB] [--model FOLDER] [--clip CLIP.mp4] [--output low_memory.json]
 
-PyTorch's allocator is held to the limit, so that a clip is only made if it fits; weights are random.
+PyTorch's allocator is held to the limit, so that a clip is only made if it fits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
     """Print seconds and memory of a clip; with --output, write them as JSON too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     clip = Path(__file__).parent.parent / "examples" / "references" / "bounce.mp4"
+    parser.add_argument("--model", type=Path, help="model folder; random weights unless given")
     parser.add_argument("--limit", type=float, default=4.0, help="GiB of GPU memory")
     parser.add_argument("--clip", type=Path, default=clip, help="a reference clip")
     parser.add_argument("--size", type=int, default=512, help="pixels, square")
@@ -37,8 +38,8 @@ def main() -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(options.limit * 2**30 / total, 1.0))
     with tempfile.TemporaryDirectory() as folder:
-        random_model(Path(folder) / "model", size="sd15", dtype=torch.float16)
-        pipe = load_pipeline(Path(folder) / "model", "cpu", torch.float16)
+        model = options.model or random_model(Path(folder) / "model", size="sd15", dtype=torch.float16)
+        pipe = load_pipeline(model, "cpu", torch.float16)
     pipe.save_memory("cuda:0")
     frames = read_clip(options.clip, size=(options.size, options.size)).frames
     row: dict[str, float] = {"limit_GiB": options.limit}
