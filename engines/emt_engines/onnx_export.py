@@ -165,14 +165,14 @@ class _Traced(nn.Module):
         return self.part(*(x.flatten(2, 3) if _is_tokens(name) else x for name, x in inputs.items()))
 
 
-def _coarsest(pipe: MotionTransferPipeline, name: str) -> int:
+def coarsest(pipe: MotionTransferPipeline, name: str) -> int:
     """How many rows of a part's first input are one of its coarsest grid."""
     if name.startswith("vae"):
         return pipe.vae_scale_factor if name == "vae_encoder" else 1
     return 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
 
-def _dimensions(inputs: Mapping[str, Tensor], varies: Callable[[str], bool], coarsest: int) -> list[dict[int, Any]]:
+def _dimensions(inputs: Mapping[str, Tensor], varies: Callable[[str], bool], unit: int) -> list[dict[int, Any]]:
     """Which dimensions of each input vary, and how they depend on each other."""
     rows = next(iter(inputs.values())).shape[-2]
     count, height, width = (torch.export.Dim(name, min=1, max=_MOST) for name in ("count", "height", "width"))
@@ -181,7 +181,7 @@ def _dimensions(inputs: Mapping[str, Tensor], varies: Callable[[str], bool], coa
         varying: dict[int, Any] = {0: count} if varies(name) else {}
         grid = grid_of(name, x.ndim)
         if grid:
-            times = coarsest * x.shape[grid[0]] // rows
+            times = unit * x.shape[grid[0]] // rows
             varying |= {d: times * size if times > 1 else size for d, size in zip(grid, (height, width))}
         dimensions.append(varying)
     return dimensions
@@ -205,9 +205,9 @@ def export(
     """
     import onnx.parser
 
-    coarsest = _coarsest(pipe, name)
+    rows = coarsest(pipe, name)
     # An ordinary shape: no size is 1, and none is another's.
-    unit = PIXELS * (coarsest if name != "vae_encoder" else 1) * (2 if coarsest < PIXELS else 1)
+    unit = PIXELS * (rows if name != "vae_encoder" else 1) * (2 if rows < PIXELS else 1)
     made = function(pipe, name, height=2 * unit, width=3 * unit, frames=frames, samples=3, images=3)
     inputs = as_file_takes(made.inputs)
     first, *others = inputs
@@ -217,7 +217,7 @@ def export(
         if (grid := grid_of(n, inputs[n].ndim)) is not None
     }
     counted = "images" if name.startswith("vae") else "samples"
-    dimensions = _dimensions(inputs, lambda n: counted == "images" or made.varies(n), coarsest)
+    dimensions = _dimensions(inputs, lambda n: counted == "images" or made.varies(n), rows)
     with substitutes(temporal_attention=_node), _quiet():
         program = torch.export.export(
             _Traced(made.module, scales).eval(), (inputs,), dynamic_shapes=(dict(zip(inputs, dimensions)),)
@@ -329,7 +329,7 @@ def check_sizes(pipe: MotionTransferPipeline, request: Request) -> None:
     Raises:
         EmtError: naming those that they do not.
     """
-    unit = pipe.vae_scale_factor * _coarsest(pipe, "denoise")
+    unit = pipe.vae_scale_factor * coarsest(pipe, "denoise")
     wrong = [str(s) for s in request.sizes if any(side % unit for side in (*s.least, *s.most))]
     if wrong:
         raise EmtError(
