@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -197,21 +197,26 @@ def _columns(head_size: int) -> int:
     return half if 16 <= half < head_size and half + _rest(head_size, half) < whole else whole
 
 
-# Shared memory that a program may use on every supported GPU: 99 KiB (RTX 30, 40 and 50), less what else it holds.
-_SHARED_MEMORY = 80 * 1024
+# Shared memory that a program may load into: every supported GPU has 99 KiB (RTX 30, 40 and 50), the rest is scratch.
+_SHARED_MEMORY = 72 * 1024
 _HEADS_BACKWARD = 2  # of a program
 _PROGRAMS = 2048  # wanted, so that the last ones do not leave most of a GPU idle
 
 
 def plan(heads: int, head_size: int, rows: int, itemsize: int) -> Plan:
     """Choose a plan for `rows` rows of `head_size` in all tensors that a pixel's head is computed from."""
-    columns = _columns(head_size)
+    if head_size <= 64:
+        # One tile, so that a row is read in as few pieces as there can be: 40 channels are two and a half sectors.
+        columns, together, stages, pixels = max(_power_of_two(head_size), 16), 2, 3, 4
+    else:
+        columns, together, stages, pixels = _columns(head_size), 4, 2, 8
     tile = rows * (columns + _rest(head_size, columns)) * itemsize
-    together = min(4, _power_of_two(heads))
+    together = min(together, _power_of_two(heads))
     while together > 1 and 2 * together * tile > _SHARED_MEMORY:
         together //= 2
-    stages = 2 if 2 * together * tile <= _SHARED_MEMORY else 1
-    return Plan(heads=together, warps=together, stages=stages, columns=columns, pixels=8)
+    if 2 * together * tile > _SHARED_MEMORY:
+        stages = 1
+    return Plan(heads=together, warps=together, stages=stages, columns=columns, pixels=pixels)
 
 
 def _reference(
@@ -246,9 +251,12 @@ def _reference(
 
 
 def _plan(query: Tensor, heads: int, reference_frames: int) -> Plan:
-    """The plan for the forward kernel."""
-    rows = 3 * _rows(query.shape[1]) + (2 * _rows(reference_frames) if reference_frames else 0)
-    return plan(heads, query.shape[-1] // heads, rows, query.itemsize)
+    """The plan for the forward kernel, with fewer pixels for a program where there are few."""
+    batch, frames, tokens, channels = query.shape
+    rows = 3 * _rows(frames) + (2 * _rows(reference_frames) if reference_frames else 0)
+    p = plan(heads, channels // heads, rows, query.itemsize)
+    pixels = max(1, min(p.pixels, batch * -(-heads // p.heads) * tokens // _PROGRAMS))
+    return replace(p, pixels=pixels, stages=p.stages if pixels > 1 else 1)
 
 
 def _arguments(tensors: dict[str, Tensor], heads: int, reference_frames: int, p: Plan) -> dict[str, Any]:
@@ -280,6 +288,7 @@ def _arguments(tensors: dict[str, Tensor], heads: int, reference_frames: int, p:
         "REFERENCE_ROWS": _rows(reference_frames),
         "COLUMNS": p.columns,
         "STAGES": p.stages,
+        "SHARED": reference_frames > 0 and tensors["reference_key"].shape[0] < batch,
         "SOFTENING": math.log2(math.e) / math.sqrt(channels // heads),
         "num_warps": p.warps,
     }
@@ -290,10 +299,9 @@ def _forward_arguments(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of the forward kernel."""
     batch, _, tokens, channels = tensors["query"].shape
-    groups = -(-heads // p.heads)
-    pixels = max(1, min(p.pixels, batch * groups * tokens // _PROGRAMS))
-    arguments = {"pixels": pixels, "REST": _rest(channels // heads, p.columns)}
-    return (batch * groups * -(-tokens // pixels),), arguments | _arguments(tensors, heads, reference_frames, p)
+    arguments = _arguments(tensors, heads, reference_frames, p)
+    arguments |= {"pixels": p.pixels, "REST": _rest(channels // heads, p.columns)}
+    return (batch * -(-heads // p.heads) * -(-tokens // p.pixels),), arguments
 
 
 def _backward_arguments(
@@ -335,8 +343,10 @@ if importlib.util.find_spec("triton") is not None:
 
     @triton.jit
     def _store_tile(y, x, head, exists, rows, first, COLUMNS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+        """Write a tile with heads next to columns: together they are rows of memory, in whole sectors."""
         pointers, mask = _tile(x, head, exists, rows, first, COLUMNS, HEAD_SIZE)
-        tl.store(pointers, y.to(x.dtype.element_ty), mask=mask)
+        y = tl.permute(y.to(x.dtype.element_ty), (1, 0, 2))
+        tl.store(tl.permute(pointers, (1, 0, 2)), y, mask=tl.permute(mask, (1, 0, 2)))
 
     # Products of float32 are made of three of TensorFloat-32: as exact. Types of 16 bits are taken as they are.
 
@@ -395,15 +405,21 @@ if importlib.util.find_spec("triton") is not None:
         return own, reference, 1.0 / total
 
     @triton.jit
-    def _place(batch, pixels, HEADS: tl.constexpr, HEADS_TOGETHER: tl.constexpr):
+    def _place(batch, tokens, pixels, HEADS: tl.constexpr, HEADS_TOGETHER: tl.constexpr, SHARED: tl.constexpr):
         """Sample, group of heads and first token of this program.
 
-        Programs follow each other with the sample fastest, so that samples of one reference find it in the cache.
+        Samples that share a reference are at a token at the same time, so that the reference comes from the cache.
         """
         program = tl.program_id(0)
         groups: tl.constexpr = (HEADS + HEADS_TOGETHER - 1) // HEADS_TOGETHER
-        rest = program // batch
-        return program % batch, rest % groups, (rest // groups).to(tl.int64) * pixels
+        if SHARED:
+            sample = program % batch
+            rest = program // batch
+        else:
+            programs = groups * tl.cdiv(tokens, pixels)  # of a sample
+            sample = program // programs
+            rest = program % programs
+        return sample, rest % groups, (rest // groups).to(tl.int64) * pixels
 
     @triton.jit
     def _temporal_attention(
@@ -453,10 +469,11 @@ if importlib.util.find_spec("triton") is not None:
         COLUMNS: tl.constexpr,
         REST: tl.constexpr,
         STAGES: tl.constexpr,
+        SHARED: tl.constexpr,
         SOFTENING: tl.constexpr,
     ):
         """Attention of HEADS_TOGETHER heads at up to `pixels` tokens of one sample, one after another."""
-        sample, group, first = _place(batch, pixels, HEADS, HEADS_TOGETHER)
+        sample, group, first = _place(batch, tokens, pixels, HEADS, HEADS_TOGETHER, SHARED)
         own_reference = (sample % references).to(tl.int64)
         sample = sample.to(tl.int64)
         head = group * HEADS_TOGETHER + tl.arange(0, HEADS_TOGETHER)
@@ -590,6 +607,7 @@ if importlib.util.find_spec("triton") is not None:
         REFERENCE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         STAGES: tl.constexpr,
+        SHARED: tl.constexpr,
         SOFTENING: tl.constexpr,
     ):
         """Gradients of HEADS_TOGETHER heads at one token of one sample; probabilities are recomputed.
@@ -599,7 +617,7 @@ if importlib.util.find_spec("triton") is not None:
         tokens, reference frames). Heads are gone through twice in tiles of COLUMNS, for the products of all rows and
         for the gradients: the second time they come from the cache, and few registers are needed.
         """
-        sample, group, token = _place(batch, 1, HEADS, HEADS_TOGETHER)
+        sample, group, token = _place(batch, tokens, 1, HEADS, HEADS_TOGETHER, SHARED)
         own_reference = (sample % references).to(tl.int64)
         sample = sample.to(tl.int64)
         head = group * HEADS_TOGETHER + tl.arange(0, HEADS_TOGETHER)
