@@ -52,6 +52,7 @@ def test_references_times_prompts_become_clips_that_carry_their_settings(tmp_pat
         assert set(line["timings"]) == {"decode", "reference", "steps", "vae", "encode"}
         assert line["peak_memory"] > 1e6
         assert (record["device"], record["precision"], record["engine"]) == ("cpu", "fp32", "torch")
+        assert record["kernels"] == "reference"
         assert record["settings"]["steps"] == 2, "the model's own default"
     assert not list(tmp_path.rglob(".emt-partial-*"))
 
@@ -372,6 +373,33 @@ def test_rerun_says_if_the_reference_has_moved_or_changed(batched, tmp_path):
         assert ended.code == 1
         assert "Traceback" not in ended.err
     assert "carries no settings" in rerun(tmp_path, tmp_path / "other.mp4").err
+
+
+def test_rerun_says_what_will_differ(batched, tmp_path):
+    _, results = batched
+    record = json.loads(results[0].with_name(results[0].name + ".json").read_bytes())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**record, "kernels": "triton", "arithmetic": 1}))
+    ended = rerun(tmp_path, other, "-o", tmp_path / "again.mp4")
+    assert ended.code == 0, ended.err
+    assert "made with the kernels triton, made again with reference: bits may differ" in ended.err
+    assert "another version" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--kernels", "triton"], 1, "Triton's kernels need a CUDA GPU"),
+        (["--memory", "low"], 1, "spares the memory of CUDA GPUs"),
+        (["--memory", "low", "--engine", "somewhere"], 2, "exclude each other"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_said(tmp_path, options, code, told):
+    clip(tmp_path / "a.mp4")
+    ended = transfer(tmp_path, "a.mp4", "--prompt", "x", *options)
+    assert ended.code == code
+    assert told in " ".join(ended.err.replace("│", "").split())
+    assert "Traceback" not in ended.err
 
 
 # ---- the tests that anyone can run at full length -----------------------------------------------------------------
