@@ -448,7 +448,7 @@ class Runner:
                 once = {name: task.reference.seconds.pop(name, 0.0) for name in ("decode", "reference")}
                 work = self._enter if task.contest else self._save
                 self._hand_over(partial(work, task, frames, batch, {**once, **timings}, peak))
-            tasks = []
+            return [], 1
         finally:
             self._last_batch = time.monotonic()
         device.forget()  # not before the exception and its frames are gone
