@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import emt.temporal
+import emt.unet
 from emt.backend import ATTENTION, TorchBackend
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.video import read_clip
@@ -55,6 +56,18 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "layer_norm": (layer_norm, layer_norm_reference),
     "geglu": (geglu, geglu_reference),
 }
+ALL = 1 << 30
+#: Tokens at once in feed-forward layers and in spatial transformers, to compare.
+PARTS = (
+    (32768, ALL),
+    (ALL, ALL),
+    (16384, ALL),
+    (8192, ALL),
+    (32768, 32768),
+    (16384, 16384),
+    (8192, 16384),
+    (8192, 8192),
+)
 #: What PyTorch chooses by itself.
 USUAL_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
@@ -357,11 +370,15 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
                 pipe.backend.denoise(sample, timestep, encoded, moved)
             torch.cuda.synchronize()
         in_parts = {}
-        for tokens in (8192, 16384, 32768, 1 << 30):
-            with patched(emt.temporal, _FEED_FORWARD_TOKENS=tokens):
+        for feed_forward, transformer in PARTS:
+            with (
+                patched(emt.temporal, _FEED_FORWARD_TOKENS=feed_forward),
+                patched(emt.unet, _TRANSFORMER_TOKENS=transformer),
+            ):
                 backend = pipe.backend = rung_backend(pipe, on)
                 backend.denoise(sample, timestep, encoded, moved)
-                in_parts[str(tokens)] = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
+                took = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
+                in_parts[f"{feed_forward} {transformer}"] = took
     rows: dict[str, dict[str, float]] = {}
     longest = []
     for event in profiled.key_averages():
@@ -378,7 +395,7 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
         row["share_of_product"] = row["TFLOP"] / seconds / limits["product_TFLOP_s"]
         row["share_of_copy"] = row["GB"] / 1e3 / seconds / limits["copy_TB_s"]
     longest.sort(reverse=True)
-    return {"ceilings": limits, "kinds": rows, "feed_forward_tokens_ms": in_parts, "longest": longest[:40]}
+    return {"ceilings": limits, "kinds": rows, "tokens_at_once_ms": in_parts, "longest": longest[:40]}
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -404,7 +421,9 @@ def show_parts(parts: dict[str, Any]) -> None:
             f"  {kind:20} {row['ms']:8.2f} {row['kernels']:8.0f} {row['TFLOP']:8.2f} {row['GB']:8.2f} "
             f"{row['share_of_product']:10.0%} {row['share_of_copy']:9.0%}"
         )
-    print("  step, ms, by tokens at once in feed-forward layers:", parts["feed_forward_tokens_ms"])
+    print("  step, ms, by tokens at once in feed-forward layers and in spatial transformers:")
+    for tokens, took in parts["tokens_at_once_ms"].items():
+        print(f"  {tokens:24} {took:8.2f}")
     print("  longest kernels: ms, launches, kind, name")
     for ms, launches, kind, name in parts["longest"][:25]:
         print(f"  {ms:8.3f} {launches:6.0f}  {kind:20} {name}")

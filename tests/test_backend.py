@@ -193,11 +193,13 @@ class TestWeightsForTheGpu:
             torch.testing.assert_close(own.backend.decode_images(latents), pipe.backend.decode_images(latents))
 
 
-class TestFeedForwardInParts:
-    @torch.no_grad()
-    def test_the_parts_make_the_whole(self, pipe, motions, monkeypatch):
+class TestInParts:
+    @pytest.mark.parametrize(
+        ("constant", "tokens"), [("emt.temporal._FEED_FORWARD_TOKENS", 7), ("emt.unet._TRANSFORMER_TOKENS", 45)]
+    )
+    def test_the_parts_make_the_whole(self, pipe, motions, monkeypatch, constant, tokens):
         (wanted,) = pipe("a cat", motions[0], steps=2)
-        monkeypatch.setattr("emt.temporal._FEED_FORWARD_TOKENS", 7)
+        monkeypatch.setattr(constant, tokens)
         (got,) = pipe("a cat", motions[0], steps=2)
         assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
 
