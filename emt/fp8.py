@@ -172,7 +172,8 @@ def use_fp8(
                 _project_query(block, "norm2", block.attn2, choice)
             _feed_forward(block, "norm3", block.ff, choice)
         elif isinstance(block, TemporalTransformerBlock):
-            for i, layer in enumerate(block.attention_blocks if attention else ()):
+            layers: Any = block.attention_blocks
+            for i, layer in enumerate(layers if attention else ()):
                 # The scaler reads the norm, too. The backbone's own projections read references, once for each.
                 _project(block.norms, str(i), layer.projections(adapted=True), choice, exact=block.scaler is not None)
             _feed_forward(block, "ff_norm", block.ff, choice)
