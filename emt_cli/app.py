@@ -25,7 +25,7 @@ COMMANDS = {
     "build-engine": "Compile a model ahead of time for this GPU and chosen shapes.",
     "engines": "List, show, verify and prune the engines in the cache.",
     "rerun": "Make a result again from the settings it carries.",
-    "doctor": "Look at GPU, driver, PyTorch, Triton, TensorRT, ffmpeg, model, disk and cache.",
+    "doctor": "Look at GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.",
     "import-weights": "Make one model folder from Stable Diffusion 1.5, a motion module and the adapter.",
 }
 

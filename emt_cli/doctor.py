@@ -41,7 +41,7 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON line a finding.")] = False,
 ) -> None:
-    """Look at GPU, driver, PyTorch, Triton, TensorRT, ffmpeg, model, disk and cache.
+    """Look at GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.
 
     Says what will work, what will not, and the command that mends it. Exit code 1 if clips cannot be made.
     """
@@ -75,6 +75,7 @@ def examine(model: str | None = None, out: Path = Path("out"), cache_dir: Path |
         ("torch", _torch),
         ("triton", _triton),
         ("tensorrt", _tensorrt),
+        ("compiler", _compiler),
         ("ffmpeg", _ffmpeg),
         ("model", lambda: _model(model)),
         ("disk", lambda: _disk("disk", out, "--out")),
@@ -163,6 +164,23 @@ def _tensorrt() -> Finding:
     if version is None:
         return Finding("tensorrt", "limited", "not installed: no TensorRT engines; PyTorch needs none")
     return Finding("tensorrt", "ok", version)
+
+
+def _compiler() -> Finding:
+    import torch
+
+    from emt_engines.toolchain import compiler, missing_compiler, missing_toolkit
+
+    problem = missing_compiler()
+    if problem:
+        mend = "Install one, such as g++ (apt-get install g++), or name it in CXX."
+        return Finding("compiler", "limited", f"{problem}: no inductor engines are built here", mend)
+    problem = missing_toolkit() if torch.cuda.is_available() else ""
+    if problem:
+        return Finding(
+            "compiler", "limited", f"{problem}: no inductor engines are built here", "Install CUDA's toolkit."
+        )
+    return Finding("compiler", "ok", f"{compiler()}: inductor engines can be built")
 
 
 def _ffmpeg() -> Finding:

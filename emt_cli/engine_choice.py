@@ -156,6 +156,9 @@ class EngineChoice:
             own = engine.manifest
             request = self._request(device.precision, device.place, None, (), 0)
             ok, reason = own.match(request)
+            if ok and not self.named:
+                reason = _unfit_for_auto(own)
+                ok = not reason
             if ok:
                 fitting.append(engine)
                 continue
@@ -182,3 +185,12 @@ class EngineChoice:
             weights=model_weights(self.model, self.index),
             model=self.model.name,
         )
+
+
+def _unfit_for_auto(manifest: Manifest) -> str:
+    """Why auto leaves an engine alone that may run; empty if it does not."""
+    if manifest.backend == "onnx":
+        return "it is for other programs to run"
+    if manifest.parity is None:
+        return "it has not been compared with PyTorch (emt engines verify)"
+    return ""

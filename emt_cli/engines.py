@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emt.errors import EmtError
+from emt.files import write_atomically
 
 if TYPE_CHECKING:
     from emt_cli.engine_choice import Engine
@@ -112,7 +113,8 @@ def verify(
 ) -> None:
     """Check the SHA-256 of every file, and compare again with PyTorch where the engine can run and its model is here.
 
-    Exit code 1 if an engine is damaged or differs too much.
+    An engine that had not been compared yet is from then on one that has. Exit code 1 if one is damaged or differs too
+    much.
     """
     from emt_cli.engine_choice import Engine
 
@@ -256,6 +258,7 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
     from emt_cli.generator import open_pipeline
     from emt_cli.model import find_model
     from emt_engines.build import verified
+    from emt_engines.manifest import FILE
 
     try:
         found = find_model(model or own.model, download=False)
@@ -264,6 +267,8 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
     device = Device.open("cpu" if own.place.device == "cpu" else "cuda", own.precision)
     EngineChoice(str(engine.folder), found, ContentIndex(default_dir())).check_match(device)
     parts = verified(engine.folder, own, open_pipeline(found, device))
+    if own.parity is None:
+        write_atomically(engine.folder / FILE, replace(own, parts=parts).as_bytes())
     return {"state": "ok", "parity": {part.name: part.parity for part in parts if part.parity is not None}}
 
 

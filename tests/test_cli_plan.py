@@ -133,7 +133,8 @@ def doctor(folder, *arguments, **environ):
 
 def test_the_doctor_looks_at_everything(tmp_path):
     found, code = doctor(tmp_path, "--model", model())
-    assert list(found) == ["python", "driver", "torch", "triton", "tensorrt", "ffmpeg", "model", "disk", "cache"]
+    names = ["python", "driver", "torch", "triton", "tensorrt", "compiler", "ffmpeg", "model", "disk", "cache"]
+    assert list(found) == names
     assert code == 0, found
     assert all(line["state"] in ("ok", "limited") for line in found.values())
     assert "4 frames" in found["model"]["found"]

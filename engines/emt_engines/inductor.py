@@ -6,17 +6,12 @@ it is small, all sizes share one set of weights, and what is merged into those, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import inspect
 import json
-import os
 import pkgutil
-import shutil
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +25,7 @@ from emt.temporal import MotionFeatures, PreparedMotion
 from emt.unet import TextFeatures
 from emt_engines.manifest import Manifest, Part, Request, Size, sha256_of
 from emt_engines.signature import Function, features_of, function, motion_tensors, text_tensors
+from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
@@ -44,6 +40,8 @@ def _options() -> dict[str, Any]:
         "aot_inductor.package_constants_in_so": False,
         # Short vectors, such as the four biases of the last convolution, would be written into the code.
         "always_keep_tensor_constants": True,
+        # What is computed from a weight of one value throughout, such as the scaler's last bias, would be too.
+        "joint_graph_constant_folding": False,
         # Most of a build is the C++ that calls the kernels; optimising it gains nothing that a CUDA graph leaves.
         "aot_inductor.compile_wrapper_opt_level": "O0",
     }
@@ -347,54 +345,3 @@ class InductorBackend(TorchBackend):
             module.unet, module.vae = self.unet, self.pipe.vae
             package = self._packages[part.file] = _Package(self.folder, part, module, self.pipe.device)
         return package
-
-
-# ---------------------------------------------------------------------------------------------------------- compilers
-
-
-def missing_compiler() -> str:
-    """What is wrong with this machine's C++ compiler; empty if nothing is."""
-    name = os.environ.get("CXX", "g++")
-    return "" if shutil.which(name) else f"there is no C++ compiler ({name})"
-
-
-def _cuda_home() -> Path | None:
-    from torch.utils import cpp_extension
-
-    bundled = Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{(torch.version.cuda or '').split('.')[0]}"
-    candidates = [Path(cpp_extension.CUDA_HOME)] if cpp_extension.CUDA_HOME else []
-    return next((home for home in [*candidates, bundled] if (home / "include" / "cuda_runtime_api.h").is_file()), None)
-
-
-def missing_toolkit() -> str:
-    """What is missing of CUDA's headers; empty if nothing is."""
-    return "" if _cuda_home() else "there are no headers of CUDA's toolkit (set CUDA_HOME to where it is)"
-
-
-@contextlib.contextmanager
-def toolchain(device: str) -> Iterator[None]:
-    """Lets the compiler find CUDA's headers, and the driver's library, which only its own name lacks in many places."""
-    home = _cuda_home() if device.startswith("cuda") else None
-    if home is None:
-        yield
-        return
-    from torch.utils import cpp_extension
-
-    torch.cuda.init()
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    driver = next((line.split()[-1] for line in maps.splitlines() if "libcuda.so" in line), None)
-    before, found = dict(os.environ), cpp_extension.CUDA_HOME
-    with tempfile.TemporaryDirectory() as folder:
-        if driver:
-            (Path(folder) / "libcuda.so").symlink_to(driver)
-        cpp_extension.CUDA_HOME = str(home)
-        paths = [folder, str(home / "lib64"), str(home / "lib"), *before.get("LIBRARY_PATH", "").split(os.pathsep)]
-        os.environ["LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
-        try:
-            yield
-        finally:
-            cpp_extension.CUDA_HOME = found
-            if "LIBRARY_PATH" in before:
-                os.environ["LIBRARY_PATH"] = before["LIBRARY_PATH"]
-            else:
-                del os.environ["LIBRARY_PATH"]
