@@ -7,8 +7,9 @@ everything on, comes first: its step is then taken apart, operations and bytes o
 ceilings that this GPU reaches. Each rung prints a row: one guided step with reference and one without, the reference
 pass, encoding, decoding, the whole clip (where the rung changes them), peak memory, and how far its step is from the
 same step in float32 without TensorFloat-32. Times are medians (20th, 80th percentile) of device events after warming
-up. With --output everything is written after each rung, so that nothing measured is lost. The rungs `compile` and
-`compiled-kernels` take minutes each and run only when they are chosen.
+up. With --output everything is written after each rung, so that nothing measured is lost. The rungs in float8, and of
+torch.compile, stand beside the last one; `compile` and `compiled-kernels` take minutes each and run only when they are
+chosen.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from torch.utils.flop_counter import flop_registry
 import emt.temporal
 import emt.unet
 from emt.backend import ATTENTION, TorchBackend
+from emt.fp8 import use_fp8
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.video import read_clip
 from emt.weights import random_model
@@ -75,13 +77,14 @@ USUAL_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: what it switches on stays on in those after it, except for `compile`; `whole`: clips are timed too."""
+    """One rung: what it switches on stays on in those after it, unless it is `aside`; `whole`: clips are timed too."""
 
     name: str
     title: str
     switches: tuple[str, ...]
     whole: bool = False
     optional: bool = False
+    aside: bool = False
 
 
 LADDER = (
@@ -97,8 +100,22 @@ LADDER = (
     Rung("fused-qkv", "+ one product for query, key and value", ("fuse",)),
     Rung("graph", "+ CUDA graph of the step", ("graph",)),
     Rung("vae", "+ channels-last VAE with kernel: group_norm_silu", ("vae",), whole=True),
-    Rung("compile", "torch.compile in place of kernels, in a CUDA graph", ("compile", "no kernels"), optional=True),
-    Rung("compiled-kernels", "torch.compile with kernels, in a CUDA graph", ("compile",), optional=True),
+    Rung(
+        "compile",
+        "torch.compile in place of kernels, in a CUDA graph",
+        ("compile", "no kernels"),
+        optional=True,
+        aside=True,
+    ),
+    Rung("compiled-kernels", "torch.compile with kernels, in a CUDA graph", ("compile",), optional=True, aside=True),
+    Rung("fp8-feed-forward", "+ feed-forward layers in float8", ("fp8-feed-forward",), aside=True),
+    Rung(
+        "fp8",
+        "+ feed-forward layers, query, key and value in float8: --precision fp8",
+        ("fp8",),
+        whole=True,
+        aside=True,
+    ),
 )
 
 
@@ -115,12 +132,15 @@ class Bench:
     def pipe(self, on: set[str]) -> MotionTransferPipeline:
         """The pipeline in a rung's type. Rungs change its layout: one with less on has a new one."""
         dtype = torch.float16 if "fp16" in on else torch.float32
-        if self._pipe is None or self._pipe.unet.dtype != dtype or not self._changed <= on:
+        fp8 = on & {"fp8", "fp8-feed-forward"}
+        if self._pipe is None or self._pipe.unet.dtype != dtype or self._changed - on or fp8 - self._changed:
             self._pipe = None
             gc.collect()
             torch.cuda.empty_cache()
             self._pipe = load_pipeline(self.folder, "cuda", dtype)
-        self._changed = on & {"channels-last", "fuse", "vae"}
+            if fp8:
+                use_fp8(self._pipe.unet, attention="fp8" in on)
+        self._changed = on & {"channels-last", "fuse", "vae", "fp8", "fp8-feed-forward"}
         return self._pipe
 
     def inputs(self, pipe: MotionTransferPipeline, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +313,7 @@ OPERATORS = {
     "geglu": r"emt::geglu",
     "spatial attention": r"scaled_dot_product",
     "convolution": r"convolution",
-    "matrix product": r"aten::(mm|addmm|bmm|linear)",
+    "matrix product": r"aten::(mm|addmm|bmm|linear|_scaled_mm)",
     "copy": r"aten::(cat|copy_|clone|_to_copy|contiguous)",
 }
 _VIEWS = re.compile(
@@ -446,6 +466,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "error: this benchmark times a CUDA GPU and finds none\n")
     usual = [rung.name for rung in LADDER if not rung.optional]
+    top = [rung.name for rung in LADDER if not rung.aside][-1]
     chosen = options.rungs.split(",") if options.rungs else [*usual, "low-memory"]
     if unknown := set(chosen) - {rung.name for rung in LADDER} - {"low-memory"}:
         parser.error(f"unknown rungs: {', '.join(sorted(unknown))}")
@@ -474,7 +495,7 @@ def main() -> None:
         model = Path(folder) / "model"
         random_model(model, size="sd15")
         bench = Bench(model, options.clip, options.size, options.repeats)
-        last = next(rung for rung in LADDER if rung.name == usual[-1])
+        last = next(rung for rung in LADDER if rung.name == top)
         if last.name in chosen:
             climb(last)
             try:
@@ -493,6 +514,10 @@ def main() -> None:
             row["relative_change"] = changes.get(row["rung"], float("nan"))
             print(f"  {row['rung']:20} {row['relative_change']:.2e}", flush=True)
         tell()
+        if "fp8" in bench.outputs:
+            parts = take_apart(bench, switched_on(LADDER[-1]))
+            show_parts(parts)
+            tell(parts_fp8=parts)
         if "low-memory" in chosen:
             tell(low_memory=low_memory(model, options.clip, options.size))
 
@@ -500,7 +525,7 @@ def main() -> None:
 def switched_on(rung: Rung) -> set[str]:
     """All that is on at a rung."""
     below = itertools.takewhile(lambda other: other is not rung, LADDER)
-    return {switch for other in below if not other.optional for switch in other.switches} | set(rung.switches)
+    return {switch for other in below if not other.aside for switch in other.switches} | set(rung.switches)
 
 
 def low_memory(model: Path, clip: Path, size: int) -> dict[str, float]:

@@ -307,15 +307,10 @@ class FeedForward(nn.Module):
         Inference goes through it in parts: at the highest resolution the wide tensor in between is the largest of the
         network, 0.7 GB for a guided clip of 16 frames at 512×512.
         """
-        if (
-            isinstance(x, Quantized)
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not residual.is_contiguous()
-        ):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not residual.is_contiguous():
             return residual + self(x)
-        channels = x.shape[-1]
-        parts = x.reshape(-1, channels).split(_FEED_FORWARD_TOKENS)
+        channels = residual.shape[-1]
+        parts = (x if isinstance(x, Quantized) else x.reshape(-1, channels)).split(_FEED_FORWARD_TOKENS)
         for whole, part in zip(residual.view(-1, channels).split(_FEED_FORWARD_TOKENS), parts, strict=True):
             whole += self(part)
         return residual

@@ -35,6 +35,11 @@ class Quantized(NamedTuple):
         """(…, channels), float32."""
         return self.values.float() * self.scale
 
+    def split(self, rows: int) -> list[Quantized]:
+        """Parts of so many rows each, without `exact`."""
+        values, scales = self.values.flatten(0, -2).split(rows), self.scale.flatten(0, -2).split(rows)
+        return [Quantized(*part) for part in zip(values, scales, strict=True)]
+
 
 def quantize_rows_reference(x: Tensor) -> Quantized:
     """What `quantize_rows` computes, in plain PyTorch."""
