@@ -22,7 +22,7 @@ class Device:
     Attributes:
         place: For torch: `cuda:0`, `mps` or `cpu`.
         name: What it is, as recorded in results: a GPU's name, or `cpu`.
-        precision: fp32, fp16 or bf16.
+        precision: fp32, fp16, bf16 or fp8.
         kernels: triton or reference (`emt_kernels.selection`).
         why: Why these kernels.
     """
@@ -43,7 +43,7 @@ class Device:
             kernels: auto, triton or reference; chosen for the whole process.
 
         Raises:
-            EmtError: this machine has no such device, or Triton's kernels are asked for and do not run on it.
+            EmtError: this machine has no such device, or Triton's kernels or fp8 are asked for and do not run on it.
         """
         import torch
 
@@ -64,6 +64,10 @@ class Device:
             place, name = "cpu", "cpu"
         if precision == Precision.AUTO.value:
             precision = "fp32" if place == "cpu" else "fp16"
+        if precision == Precision.FP8.value:
+            from emt.fp8 import check_fp8
+
+            check_fp8(place)
         return cls(place, name, precision, *_choose_kernels(place, kernels))
 
     @property
@@ -73,10 +77,11 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision as torch names it."""
+        """The precision as torch names it; that of all but the widest products with fp8."""
         import torch
 
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+        half = torch.float16
+        return {"fp32": torch.float32, "fp16": half, "bf16": torch.bfloat16, "fp8": half}[self.precision]
 
     def start_measuring(self) -> None:
         """Peak memory is counted from here on."""

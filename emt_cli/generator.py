@@ -88,7 +88,12 @@ def open_pipeline(
         pipe = load_pipeline(model.folder, "cpu", device.dtype)
         prepare(pipe)
         if not low_memory:
-            return pipe.to(device.place)
+            pipe = pipe.to(device.place)
+            if device.precision == "fp8":
+                from emt.fp8 import use_fp8
+
+                use_fp8(pipe.unet)
+            return pipe
         pipe.save_memory(device.place)
         return pipe
     except Exception as error:
@@ -105,7 +110,7 @@ class Generator:
         model: The model; it is loaded when it is first needed.
         model_sha256: Hash of its content.
         device: auto, cuda, cuda:N, mps or cpu.
-        precision: auto, fp32, fp16 or bf16.
+        precision: auto, fp32, fp16, bf16 or fp8.
         engines: Chooses what executes the network; None for PyTorch.
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.

@@ -109,6 +109,8 @@ def make_pairs(
         try:
             parse_seeds(seeds)
             parse_batch_size(batch_size)
+            if precision is Precision.FP8:
+                raise EmtError("--precision is fp8, which has no gradients", "Allowed are auto, fp32, fp16 and bf16.")
         except EmtError as error:
             raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
         from emt.train.teacher import Filter, Guidance

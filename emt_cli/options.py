@@ -54,6 +54,7 @@ class Precision(str, Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    FP8 = "fp8"
 
 
 class Kernels(str, Enum):
@@ -172,7 +173,12 @@ class TransferOptions:
         str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN, metavar="DEVICE")
     ] = "auto"
     precision: Annotated[
-        Precision, typer.Option(help="auto is fp16 on a GPU and fp32 on a CPU.", rich_help_panel=_RUN)
+        Precision,
+        typer.Option(
+            help="auto is fp16 on a GPU and fp32 on a CPU; fp8 is fp16 with the widest products in float8, an "
+            "approximation, on GPUs of compute capability 8.9 or newer and without engines.",
+            rich_help_panel=_RUN,
+        ),
     ] = Precision.AUTO
     engine: Annotated[
         str,
@@ -397,6 +403,10 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
             check_device(given["device"])
             parse_batch_size(given["batch_size"])
             parse_seeds(given["seeds"])
+            if given["precision"] is Precision.FP8 and given["memory"] is Memory.LOW:
+                raise EmtError("--precision fp8 and --memory low exclude each other", "Give one of them.")
+            if given["precision"] is Precision.FP8 and given["engine"] not in ("auto", "torch"):
+                raise EmtError("--precision fp8 and --engine exclude each other", "Give one of them.")
             if given["memory"] is Memory.LOW and given["engine"] not in ("auto", "torch"):
                 raise EmtError("--memory low and --engine exclude each other", "Give one of them.")
         except EmtError as error:

@@ -115,7 +115,7 @@ def make_plan(options: TransferOptions) -> Plan:
     )
     planned = list(_planned(_both(listed, streamed), options, model, model_sha256, index, lines))
     plan = Plan(planned, model, device, source)
-    half = options.precision in (Precision.FP16, Precision.BF16) or (options.precision is Precision.AUTO and bool(gpu))
+    half = bool(gpu) if options.precision is Precision.AUTO else options.precision is not Precision.FP32
     for line in planned:
         if line.state == "open" and isinstance(line.item, Job):
             settings = line.item.settings
