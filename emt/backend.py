@@ -319,6 +319,8 @@ class TorchBackend(Backend):
         """Record a call, with as many others given up as that needs."""
         while len(self._calls) >= self.max_calls:
             self._calls.popitem(last=False)
+        if not self._calls:
+            self._recorder = None  # a memory pool that no graph is left of cannot be shared any more
         try:
             return record()
         except Exception as error:
