@@ -95,10 +95,13 @@ class CudaGraphs:
         with torch.cuda.stream(self._stream):  # libraries choose their kernels now, and Triton compiles its own
             compute()
         torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on using the GPU meanwhile: they save references.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = compute()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads go on using the GPU meanwhile: they save references.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                output = compute()
+        finally:
+            torch.cuda.set_stream(current)  # which it does not come back to by itself if ending the capture fails
         return graph.replay, output
 
 
