@@ -491,6 +491,15 @@ def main() -> None:
         show(row)
         tell()
 
+    def disassemble(rung: Rung, name: str) -> None:
+        try:
+            parts = take_apart(bench, switched_on(rung))
+        except Exception:
+            traceback.print_exc()
+            return
+        show_parts(parts)
+        tell(**{name: parts})
+
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         random_model(model, size="sd15")
@@ -498,12 +507,9 @@ def main() -> None:
         last = next(rung for rung in LADDER if rung.name == top)
         if last.name in chosen:
             climb(last)
-            try:
-                parts = take_apart(bench, switched_on(last))
-                show_parts(parts)
-                tell(parts=parts)
-            except Exception:
-                traceback.print_exc()
+            disassemble(last, "parts")
+        if "low-memory" in chosen:
+            tell(low_memory=low_memory(model, options.clip, options.size))
         rest = [rung for rung in LADDER if rung.name in chosen and rung is not last]
         truth = bench.truth()
         for rung in rest:
@@ -515,11 +521,7 @@ def main() -> None:
             print(f"  {row['rung']:20} {row['relative_change']:.2e}", flush=True)
         tell()
         if "fp8" in bench.outputs:
-            parts = take_apart(bench, switched_on(LADDER[-1]))
-            show_parts(parts)
-            tell(parts_fp8=parts)
-        if "low-memory" in chosen:
-            tell(low_memory=low_memory(model, options.clip, options.size))
+            disassemble(LADDER[-1], "parts_fp8")
 
 
 def switched_on(rung: Rung) -> set[str]:
