@@ -403,6 +403,13 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
                 backend.denoise(sample, timestep, encoded, moved)
                 took = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
                 in_parts[f"{feed_forward} {transformer}"] = took
+        # Not for use: what it chooses depends on the moment, and with it the last bits of a clip.
+        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
+            backend = pipe.backend = rung_backend(pipe, on)
+            begun = time.perf_counter()
+            backend.denoise(sample, timestep, encoded, moved)
+            tried_s = time.perf_counter() - begun
+            tried = median_ms(lambda: backend.denoise(sample, timestep, encoded, moved), 8)
     rows: dict[str, dict[str, float]] = {}
     longest = []
     for event in profiled.key_averages():
@@ -419,7 +426,13 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
         row["share_of_product"] = row["TFLOP"] / seconds / limits["product_TFLOP_s"]
         row["share_of_copy"] = row["GB"] / 1e3 / seconds / limits["copy_TB_s"]
     longest.sort(reverse=True)
-    return {"ceilings": limits, "kinds": rows, "tokens_at_once_ms": in_parts, "longest": longest[:40]}
+    return {
+        "ceilings": limits,
+        "kinds": rows,
+        "cudnn_benchmark": {"ms": tried, "first_s": tried_s},
+        "tokens_at_once_ms": in_parts,
+        "longest": longest[:40],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -448,6 +461,7 @@ def show_parts(parts: dict[str, Any]) -> None:
     print("  step, ms, by tokens at once in feed-forward layers and in spatial transformers:")
     for tokens, took in parts["tokens_at_once_ms"].items():
         print(f"  {tokens:24} {took:8.2f}")
+    print(f"  with cuDNN trying all its convolutions: {parts['cudnn_benchmark']}")
     print("  longest kernels: ms, launches, kind, name")
     for ms, launches, kind, name in parts["longest"][:25]:
         print(f"  {ms:8.3f} {launches:6.0f}  {kind:20} {name}")
