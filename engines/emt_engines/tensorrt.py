@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from emt.errors import EmtError
+from emt.temporal import MotionFeatures, PreparedMotion
 from emt_engines import onnx_export
 from emt_engines.build import CannotRun
 from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec, sha256_of
@@ -216,6 +217,7 @@ def build(trt: Any, source: Path, profiles: Sequence[Profile], targets: Sequence
     network, parser = parse(trt, log, builder, source, plugin)
     _allow_narrow_heads(trt, network)
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the engine can be inspected
     for shapes in profiles:
         own = builder.create_optimization_profile()
         for name, (least, typical, most) in shapes.items():
@@ -366,6 +368,14 @@ class _Backend(FileBackend):
         self._runtime = trt.Runtime(self._log)
         self._engines: dict[str, Any] = {}
         self._calls: dict[tuple[Any, ...], _Call] = {}
+
+    def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
+        """What every step needs of references, laid out so that an engine reads it where it lies."""
+        prepared = super().prepare_motion(features)
+        for pair in prepared.layers.values():
+            for reference in pair:
+                reference.scaler = reference.scaler.contiguous()  # a convolution leaves it channels-last
+        return prepared
 
     def call(self, part: Part, inputs: dict[str, Tensor]) -> Sequence[Tensor]:
         """Run a part; see `FileBackend`. Its outputs are copies, which the next call leaves alone."""
