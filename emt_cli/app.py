@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "Train the motion transfer adapter of a model on pairs of clips.",
     "build-engine": "Compile a model ahead of time for this GPU and chosen shapes.",
     "engines": "List, show, verify and prune the engines in the cache.",
+    "bench": "Time the parts of a clip on this machine.",
     "rerun": "Make a result again from the settings it carries.",
     "doctor": "Look at GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.",
     "import-weights": "Make one model folder from Stable Diffusion 1.5, a motion module and the adapter.",

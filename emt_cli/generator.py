@@ -55,6 +55,20 @@ def playback_rate(job: Job, reference_fps: float) -> float:
     return job.settings.fps or min(max(reference_fps, 0.1), fastest)
 
 
+def silence_libraries() -> None:
+    """No warnings and progress bars of libraries from here on: they are for developers, not for who runs this."""
+    import warnings
+
+    import transformers
+    from diffusers.utils import logging as diffusers_logging
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+
+
 def open_pipeline(
     model: Model,
     device: Device,
@@ -72,18 +86,9 @@ def open_pipeline(
     Raises:
         EmtError: the model cannot be opened, or does not fit in the device's memory.
     """
-    import warnings
-
-    import transformers
-    from diffusers.utils import logging as diffusers_logging
-
     from emt.pipeline import load_pipeline
 
-    warnings.simplefilter("ignore")  # for developers of the libraries, not for who runs this program
-    transformers.logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    silence_libraries()
     try:
         pipe = load_pipeline(model.folder, "cpu", device.dtype)
         prepare(pipe)

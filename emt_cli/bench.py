@@ -1,0 +1,275 @@
+"""`emt bench`: how long the parts of a clip take on this machine."""
+
+from __future__ import annotations
+
+import json as json_lines
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emt.errors import EmtError
+from emt_cli.options import Precision, Settings, check_device, parse_field
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from emt.pipeline import MotionTransferPipeline
+    from emt_cli.device import Device
+    from emt_cli.model import Model
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way of running the network takes: milliseconds, seconds a clip, GiB at the peak of a clip.
+
+    `change` is how far a step's output is from that of the first row, relative to its norm.
+    """
+
+    way: str
+    reference_pass_ms: float
+    step_ms: float
+    step_without_reference_ms: float
+    encode_ms: float
+    decode_ms: float
+    clip_s: float
+    peak_GiB: float | None
+    change: float
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model folder or hub id. Default: random weights of Stable Diffusion 1.5 size on a GPU, of a tiny "
+            "model elsewhere, in a temporary folder.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="Engine of the model, to be timed, too.", metavar="DIR", show_default=False)
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Width and height in pixels; default: the model's.", metavar="WxH", show_default=False),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames; default: the model's.", min=2, max=32, show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; default: the model's.", min=1, max=500, show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")] = "auto",
+    precision: Annotated[
+        Precision, typer.Option(help="As in `emt transfer`; plain PyTorch beside fp8 is fp16.")
+    ] = Precision.AUTO,
+    json: Annotated[bool, typer.Option("--json", help="One JSON line a row on standard output.")] = False,
+) -> None:
+    """Time the parts of a clip: plain PyTorch, what `emt transfer` uses here, and an engine if one is named.
+
+    Reading the reference's motion, a guided denoising step with and without reference, encoding and decoding, a whole
+    clip, and its peak memory. Times are medians after warming up; the clip is of noise, which takes as long as any.
+    """
+    from emt_cli.device import Device
+
+    try:
+        check_device(device)
+        given = {name: parse_field(name, value) for name, value in _given(size, frames, steps).items()}
+        if engine and not model:
+            raise EmtError("--engine needs --model", "Name the model that it was built of.")
+        if engine and precision is Precision.FP8:
+            raise EmtError("--precision fp8 and --engine exclude each other", "Give one of them.")
+    except EmtError as error:
+        raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
+    place = Device.open(device, precision.value)
+    rows = []
+    with _found(model, place) as found, _status(json) as say:
+        settings = Settings(**{**found.defaults, **given})
+        found.check(settings)
+        for row in _rows(found, place, settings, engine, say):
+            rows.append(row)
+            if json:
+                where = {"device": place.name, "precision": place.precision, "model": model or "random weights"}
+                shape = {name: getattr(settings, name) for name in ("width", "height", "frames", "steps", "guidance")}
+                typer.echo(json_lines.dumps({**asdict(row), **where, **shape}))
+    if not json:
+        _print(rows, place, settings)
+
+
+def _given(size: str | None, frames: int | None, steps: int | None) -> dict[str, Any]:
+    given: dict[str, Any] = {"frames": frames, "steps": steps}
+    if size is not None:
+        width, by, height = size.partition("x")
+        if not (by and width.isdecimal() and height.isdecimal()):
+            raise EmtError(f"--size is {size!r}", "Give width and height, as in 768x512.")
+        given |= {"width": width, "height": height}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+@contextmanager
+def _found(name: str | None, device: Device) -> Iterator[Model]:
+    """The model, or one of random weights for as long as it is needed."""
+    from emt_cli.model import find_model
+
+    if name is not None:
+        yield find_model(name, download=True)
+        return
+    import torch
+
+    from emt.weights import random_model
+    from emt_cli.generator import silence_libraries
+
+    silence_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        kind, dtype = ("sd15", torch.float16) if device.is_gpu else ("tiny", torch.float32)
+        yield find_model(str(random_model(Path(folder) / "random", size=kind, dtype=dtype)), download=False)
+
+
+@contextmanager
+def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal that says what is being timed."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("loading the model") as status:
+        yield lambda text: status.update(text)
+
+
+def _rows(
+    model: Model, device: Device, settings: Settings, engine: Path | None, say: Callable[[str], None]
+) -> Iterator[Row]:
+    """Time one way after another; what one does to the layout of the weights, the later ones want, too."""
+    from emt.backend import TorchBackend
+    from emt_cli.generator import open_pipeline
+    from emt_kernels.selection import select
+
+    fp8 = device.precision == "fp8"
+    pipe = open_pipeline(model, replace(device, precision="fp16") if fp8 else device)
+    if device.is_gpu:
+        select("reference")
+    say("timing plain PyTorch")
+    pipe.backend = TorchBackend(pipe, graphs=False, fuse=False, channels_last=False, channels_last_vae=False)
+    row, truth = _measure("plain PyTorch", pipe, device, settings, None)
+    yield row
+    if device.is_gpu:
+        select("triton" if device.kernels == "triton" else "reference")
+    if fp8:
+        from emt.fp8 import use_fp8
+
+        use_fp8(pipe.unet)
+    say("timing what emt transfer uses")
+    pipe.backend = TorchBackend(pipe)
+    yield _measure("torch", pipe, device, settings, truth)[0]
+    if engine:
+        from emt_cli.cache import ContentIndex, default_dir
+        from emt_cli.engine_choice import EngineChoice
+        from emt_engines.build import open_engine
+
+        choice = EngineChoice(str(engine), model, ContentIndex(default_dir()))
+        choice.check(settings)
+        found = choice.find(device, settings.width, settings.height, settings.frames)
+        assert found is not None  # one that is named is found, or it raises
+        say(f"timing the engine {engine}")
+        pipe.backend = open_engine(found.folder, found.manifest, pipe)
+        yield _measure(found.manifest.backend, pipe, device, settings, truth)[0]
+
+
+def _measure(
+    way: str, pipe: MotionTransferPipeline, device: Device, settings: Settings, truth: Tensor | None
+) -> tuple[Row, Tensor]:
+    """Time a way; also the output of its step, which is compared with the first way's."""
+    import numpy as np
+
+    shape = (settings.frames, settings.height, settings.width, 3)
+    clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    times, output = _parts(pipe, device, settings, clip)
+    change = 0.0 if truth is None else ((output - truth).norm() / truth.norm()).item()
+
+    def make() -> None:
+        pipe("", pipe.extract_motion(clip), steps=settings.steps, guidance=settings.guidance)
+
+    device.start_measuring()
+    (seconds,) = _seconds(make, device, warm=0, most=1)
+    peak = device.memory()[1] / 2**30 if device.is_gpu else None
+    return Row(way, **times, clip_s=seconds, peak_GiB=peak, change=change), output
+
+
+def _parts(
+    pipe: MotionTransferPipeline, device: Device, settings: Settings, clip: np.ndarray
+) -> tuple[dict[str, float], Tensor]:
+    """Times of the parts of a clip, and the output of a step."""
+    import torch
+
+    scale, backend, dtype = pipe.vae_scale_factor, pipe.backend, pipe.unet.dtype
+    samples, height, width = 1 if settings.guidance == 1 else 2, settings.height, settings.width
+    generator = torch.Generator().manual_seed(0)
+    shape = (samples, pipe.unet.config.in_channels, settings.frames, height // scale, width // scale)
+    sample = torch.randn(shape, generator=generator).to(device.place, dtype)
+    images = torch.rand(settings.frames, 3, height, width, generator=generator).to(device.place, pipe.vae.dtype)
+    unscaled, timestep = sample[0].transpose(0, 1).to(pipe.vae.dtype), torch.tensor(601, device=device.place)
+    with torch.no_grad():
+        prompts = pipe.encode_prompts([""] * samples)
+        text = pipe.unet.encode_text(prompts)
+        moved = backend.prepare_motion(pipe.extract_motion(clip).features)
+        output = backend.denoise(sample, timestep, text, moved).float().cpu()
+        work: dict[str, Callable[[], object]] = {
+            "reference_pass_ms": lambda: backend.encode_reference(sample[:1].clone(), timestep[None], prompts[:1]),
+            "step_ms": lambda: backend.denoise(sample, timestep, text, moved),
+            "step_without_reference_ms": lambda: backend.denoise(sample, timestep, text, None),
+            "encode_ms": lambda: backend.encode_images(images),
+            "decode_ms": lambda: backend.decode_images(unscaled),
+        }
+        return {name: 1e3 * median(_seconds(part, device)) for name, part in work.items()}, output
+
+
+def _seconds(
+    work: Callable[[], object], device: Device, warm: int = 1, most: int = 10, enough: float = 0.5
+) -> list[float]:
+    """Durations of `most` runs, or of as many as take `enough` seconds."""
+    for _ in range(warm):
+        work()
+    times: list[float] = []
+    while not times or (len(times) < most and sum(times) < enough):
+        device.synchronize()
+        begun = time.perf_counter()
+        work()
+        device.synchronize()
+        times.append(time.perf_counter() - begun)
+    return times
+
+
+def _print(rows: list[Row], device: Device, settings: Settings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = (
+        f"{device.name}, {device.precision}: {settings.frames} frames of {settings.width}x{settings.height}, "
+        f"{settings.steps} steps, guidance {settings.guidance:g}"
+    )
+    table = Table("", *(row.way for row in rows), title=title, title_justify="left", min_width=min(len(title), 100))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    lines: list[tuple[str, Callable[[Row], str]]] = [
+        ("reference pass, ms", lambda row: f"{row.reference_pass_ms:.1f}"),
+        ("step with reference, ms", lambda row: f"{row.step_ms:.1f}"),
+        ("step without, ms", lambda row: f"{row.step_without_reference_ms:.1f}"),
+        ("encode, ms", lambda row: f"{row.encode_ms:.1f}"),
+        ("decode, ms", lambda row: f"{row.decode_ms:.1f}"),
+        ("clip, s", lambda row: f"{row.clip_s:.2f}"),
+        ("peak memory of a clip, GiB", lambda row: "" if row.peak_GiB is None else f"{row.peak_GiB:.2f}"),
+        ("change of a step", lambda row: f"{row.change:.1e}"),
+    ]
+    for name, cell in lines:
+        if any(cell(row) for row in rows):
+            table.add_row(name, *map(cell, rows))
+    Console().print(table)
