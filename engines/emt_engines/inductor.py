@@ -30,7 +30,8 @@ from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
 
-_PARTS = ("denoise", "reference", "vae_encoder", "vae_decoder")
+#: What an engine is made of, for each size.
+PARTS = ("denoise", "reference", "vae_encoder", "vae_decoder")
 #: Pixels that a call of the VAE takes: two frames of 512×512 fill a GPU.
 _VAE_PIXELS = 2 * 512 * 512
 
@@ -79,12 +80,12 @@ class InductorBuilder:
     ) -> list[Part]:
         """Compile every part for every size into `folder`; see `emt_engines.build.Builder`."""
         _import_ops()
-        total = len(request.sizes) * len(_PARTS)
+        total = len(request.sizes) * len(PARTS)
         parts = []
         with TorchBackend(pipe, graphs=False).prepared(), toolchain(request.device):
             for i, size in enumerate(request.sizes):
-                for j, name in enumerate(_PARTS):
-                    progress(f"compiling {name} for {size}", (i * len(_PARTS) + j) / total)
+                for j, name in enumerate(PARTS):
+                    progress(f"compiling {name} for {size}", (i * len(PARTS) + j) / total)
                     parts.append(_compile(pipe, request, name, size, folder))
         return parts
 

@@ -1,0 +1,651 @@
+"""Engines: their manifests, what they refuse, and real ones that the CPU runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from program import EMT, clip, console, environment
+from safetensors.torch import load_file, save_file
+
+from emt.backend import Backend, TorchBackend
+from emt.errors import EmtError
+from emt.lora import merge_loras
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.weights import random_model
+from emt_cli.cache import ContentIndex
+from emt_cli.device import Device
+from emt_cli.engine_choice import EngineChoice
+from emt_cli.model import find_model
+from emt_cli.options import Settings
+from emt_engines.build import build_engine, builder, open_engine
+from emt_engines.inductor import InductorBackend, images_at_once
+from emt_engines.manifest import (
+    FILE,
+    Manifest,
+    Part,
+    Place,
+    Request,
+    Size,
+    TensorSpec,
+    Weights,
+    code_sha256,
+    sha256_of,
+    weights_of,
+)
+from emt_engines.signature import feature_tensors, features_of, function, text_tensors
+
+FRAMES, SIDE = 4, 32
+#: One level and one layer: the least that has every kind of block.
+MICRO = {
+    "block_out_channels": (8,),
+    "attention_levels": (),
+    "attention_heads": 1,
+    "motion_attention_heads": 1,
+    "frames": FRAMES,
+    "height": SIDE,
+    "width": SIDE,
+    "steps": 2,
+}
+SIZE = Size((SIDE, SIDE), (SIDE, SIDE))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("model") / "micro", **MICRO)
+
+
+@pytest.fixture
+def pipe(model: Path) -> MotionTransferPipeline:
+    return load_pipeline(model)
+
+
+def request_for(model: Path, **changes: object) -> Request:
+    wanted = Request("inductor", "fp32", "cpu", (SIZE,), FRAMES, (1, 2), weights_of(model), str(model))
+    return replace(wanted, **changes)  # type: ignore[arg-type]
+
+
+def manifest_for(request: Request, parts: tuple[Part, ...] = (), **changes: object) -> Manifest:
+    """A manifest of an engine as it would be built here for a request."""
+    place = Place.here("cpu")
+    versions = {name: place.versions[name] for name in ("torch", "diffusers")}
+    own = Manifest(
+        backend="inductor",
+        model=request.model,
+        precision=request.precision,
+        sizes=request.sizes,
+        frames=request.frames,
+        batch=request.batch,
+        weights=request.weights,
+        refits=False,
+        code=code_sha256("emt_engines.inductor"),
+        place=replace(place, versions=versions),
+        bound=True,
+        opset=None,
+        parts=parts,
+        built="2026-01-01T00:00:00+00:00",
+        seconds=1.0,
+    )
+    return replace(own, **changes)  # type: ignore[arg-type]
+
+
+def put_engine(folder: Path, manifest: Manifest, content: bytes = b"compiled") -> Path:
+    """An engine on disk with one file, which is not compiled code."""
+    folder.mkdir(parents=True)
+    (folder / "denoise.pt2").write_bytes(content)
+    spec = TensorSpec("sample", "float32", ("samples", 4, FRAMES, 4, 4))
+    part = Part(
+        "denoise", "denoise.pt2", sha256_of(folder / "denoise.pt2"), {"samples": (1, 4)}, (spec,), (spec,), 1e-6
+    )
+    (folder / FILE).write_bytes(replace(manifest, parts=(part,)).as_bytes())
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+sides = st.integers(1, 512).map(lambda n: 8 * n)
+pairs = st.tuples(sides, sides)
+
+
+@given(pairs, pairs)
+def test_a_size_is_read_as_it_is_written(a, b):
+    least, most = (min(a[0], b[0]), min(a[1], b[1])), (max(a[0], b[0]), max(a[1], b[1]))
+    size = Size(least, most)
+    assert Size.parse(str(size)) == size
+    assert size.contains(Size(least, least))
+    assert size.contains(Size(size.typical, size.typical))
+    assert Size(least, least).contains(size) == size.exact
+
+
+@pytest.mark.parametrize("text", ["", "512", "512x", "12x512", "512x512..256x512", "8192x8", "x8", "512x512,", "0x0"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(EmtError) as caught:
+        Size.parse(text)
+    assert text in caught.value.problem
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(pairs.map(lambda a: Size(a, a)), min_size=1, max_size=3),
+    frames=st.integers(2, 32),
+    parity=st.none() | st.floats(0, 1),
+    scale=st.floats(-4, 4),
+    model=st.text(max_size=20),
+)
+def test_a_manifest_is_read_as_it_was_written_and_matches_itself(tmp_path_factory, sizes, frames, parity, scale, model):
+    folder = tmp_path_factory.mktemp("engine")
+    spec = TensorSpec("sample", "float16", ("samples", 4, frames))
+    part = Part(
+        "denoise", "a.pt2", "0" * 64, {"samples": (1, 8)}, (spec,), (spec,), parity, {"b": "1" * 64}, {"n": [1]}
+    )
+    request = Request("inductor", "fp16", "cpu", tuple(sizes), frames, (1, 4), Weights({"unet": "u"}, (("l", scale),)))
+    own = manifest_for(replace(request, model=model), (part,))
+    (folder / FILE).write_bytes(own.as_bytes())
+    found = Manifest.read(folder)
+    assert found == own
+    assert found.id == own.id
+    assert found.match(request) == (True, "")
+    assert found.parity == parity
+
+
+PLACE = Place("H100", "9.0", (), {"torch": "2.11.0", "cuda": "13.0"})
+CHANGES = {
+    "backend": ({"backend": "tensorrt"}, {}, "of the backend tensorrt, not inductor"),
+    "precision": ({"precision": "bf16"}, {}, "computes in bf16, not fp16"),
+    "weights": ({"weights": Weights({"unet": "other", "adapter": "a", "vae": "v"})}, {}, "another network"),
+    "adapter": ({"weights": Weights({"unet": "u", "adapter": "other", "vae": "v"})}, {}, "another adapter"),
+    "vae": ({"weights": Weights({"unet": "u", "adapter": "a", "vae": "other"})}, {}, "another VAE"),
+    "config": ({"weights": Weights({"unet": "u", "config": "other"}), "refits": True}, {}, "networks of other sizes"),
+    "lora": (
+        {"weights": Weights({"unet": "u", "adapter": "a", "vae": "v"}, (("f" * 64, 0.8),))},
+        {},
+        "LoRAs ['ffffffff…:0.8'], not none",
+    ),
+    "code": ({"code": "other"}, {}, "code of the network has changed"),
+    "gpu": ({}, {"device": "A100"}, "built for H100, here is A100"),
+    "capability": ({}, {"capability": "8.0"}, "compute capability 9.0, here is 8.0"),
+    "torch": ({}, {"versions": {"torch": "2.12.0", "cuda": "13.0"}}, "built with torch 2.11.0, here is 2.12.0"),
+    "cuda": ({}, {"versions": {"torch": "2.11.0"}}, "built with cuda 13.0, here is none"),
+    "instructions": ({"place": replace(PLACE, instructions=("avx512f",))}, {}, "processor with avx512f"),
+    "frames": ({"frames": 8}, {}, "clips of 8 frames, not 16"),
+    "size": ({"sizes": (Size((256, 256), (256, 256)),)}, {}, "256x256 pixels, not 512x512"),
+    "batch": ({"batch": (1, 2)}, {}, "1..2 clips at once, not 1..4"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_differs_is_said(what):
+    """One thing is not as when it was built: the engine may not run, and the reason names it."""
+    engine, here, reason = CHANGES[what]
+    wanted = Size((512, 512), (512, 512))
+    weights = Weights({"unet": "u", "adapter": "a", "vae": "v"})
+    request = Request("inductor", "fp16", "cuda:0", (wanted,), 16, (1, 4), weights)
+    own = manifest_for(request, code="code", place=PLACE)
+    assert own.match(request, PLACE, "code") == (True, "")
+    ok, told = replace(own, **engine).match(request, replace(PLACE, **here), "code")
+    assert not ok
+    assert reason in told
+
+
+def test_an_engine_that_takes_the_models_weights_takes_any_of_its_sizes():
+    request = Request("inductor", "fp16", "cuda:0", (), 0, (0, 0), Weights({"unet": "u", "config": "c"}))
+    own = manifest_for(replace(request, frames=16), code="code", place=PLACE, refits=True)
+    other = Weights({"unet": "other", "config": "c"}, (("f" * 64, 1.0),))
+    assert own.match(replace(request, weights=other), PLACE, "code") == (True, "")
+
+
+@given(st.data())
+def test_damage_to_a_manifest_is_found(tmp_path_factory, data):
+    """Whatever byte of it is changed, it is refused, or says the very same."""
+    folder = tmp_path_factory.mktemp("engine")
+    own = manifest_for(Request("inductor", "fp16", "cpu", (SIZE,), FRAMES, (1, 2), Weights({"unet": "u"})))
+    content = bytearray(own.as_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (folder / FILE).write_bytes(content)
+    try:
+        found = Manifest.read(folder)
+    except EmtError:
+        return
+    assert found == own
+
+
+@pytest.mark.parametrize("harm", ["changed", "cut", "missing", "elsewhere"])
+def test_damaged_files_are_refused(tmp_path, harm):
+    folder = put_engine(
+        tmp_path / "engine", manifest_for(Request("", "fp32", "cpu", (SIZE,), FRAMES, (1, 2), Weights({})))
+    )
+    file = folder / "denoise.pt2"
+    own = Manifest.read(folder)
+    own.check_files(folder)
+    if harm == "changed":
+        file.write_bytes(b"compilee")
+    elif harm == "cut":
+        file.write_bytes(b"compile")
+    elif harm == "missing":
+        file.unlink()
+    else:
+        (tmp_path / "other.pt2").write_bytes(b"compiled")
+        own = replace(own, parts=(replace(own.parts[0], file="../other.pt2"),))
+    with pytest.raises(EmtError, match="other.pt2" if harm == "elsewhere" else "denoise.pt2"):
+        own.check_files(folder)
+
+
+def test_hashes_of_weights_tell_network_adapter_and_vae_apart(model, tmp_path):
+    before = weights_of(model)
+    for part, file, name in (
+        ("unet", "unet", "conv_in.bias"),
+        ("adapter", "unet", ".adapter.to_q.weight"),
+        ("vae", "vae", "decoder.conv_in.bias"),
+    ):
+        other = tmp_path / part
+        shutil.copytree(model, other)
+        (path,) = (other / file).glob("*.safetensors")
+        state = load_file(path)
+        key = next(key for key in state if key.endswith(name))
+        state[key] = state[key] + 1
+        save_file(state, path)
+        after = weights_of(other)
+        assert {p for p in before.parts if before.parts[p] != after.parts[p]} == {part}
+
+
+def test_the_command_of_a_request_is_one_that_build_engine_takes(tmp_path):
+    request = Request("inductor", "bf16", "cpu", (SIZE,), 8, (1, 4), Weights({}), "my model", ("a b.safetensors:0.5",))
+    words = request.command
+    assert words == (
+        "emt build-engine --model 'my model' --backend inductor --size 32x32 --frames 8 --batch 1..4 --precision bf16 "
+        "--device cpu --lora 'a b.safetensors:0.5'"
+    )
+    done = console(tmp_path, *shlex.split(words)[1:])
+    assert "there is no model folder my model" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------- what is not built
+
+
+def test_inductor_takes_no_range_of_sizes(model):
+    with pytest.raises(EmtError, match=r"256x256\.\.512x512"):
+        builder("inductor").check(request_for(model, sizes=(Size.parse("256x256..512x512"),)))
+
+
+def test_a_missing_compiler_is_said(model, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EmtError, match="no C\\+\\+ compiler"):
+        builder("inductor").check(request_for(model))
+
+
+def test_a_folder_that_is_no_engine_is_left_alone(model, pipe, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(EmtError, match="is no engine"):
+        build_engine(pipe, request_for(model), tmp_path)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_an_interrupted_build_leaves_nothing(model, tmp_path):
+    """Ctrl-C while the compiler is at work; what was there stays as it was."""
+    old = put_engine(tmp_path / "engine", manifest_for(request_for(model)))
+    before = (old / FILE).read_bytes()
+    words = [EMT, "build-engine", "--model", model, "--device", "cpu", "--batch", "1", "-o", old]
+    told = tmp_path / "told"
+    with told.open("w") as file:
+        surroundings = os.environ | environment(tmp_path)
+        process = subprocess.Popen(words, stderr=file, stdout=file, env=surroundings, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while "compiling denoise" not in told.read_text():
+        assert process.poll() is None, told.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(60) == 130
+    assert "Traceback" not in told.read_text()
+    told.unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "engine"]
+    assert (old / FILE).read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------- functions to compile
+
+
+@torch.no_grad()
+def test_flat_functions_are_those_of_the_network(pipe):
+    options = {"width": SIDE, "height": SIDE, "frames": FRAMES}
+    for name in ("denoise", "denoise_without_reference"):
+        made = function(pipe, name, samples=2, **options)
+        text = pipe.unet.encode_text(torch.randn(2, 77, pipe.unet.config.cross_attention_dim))
+        inputs = {**made.inputs, **text_tensors(text)}
+        assert list(inputs) == list(made.inputs)
+        out = made.module(*inputs.values())
+        assert out.shape == inputs["sample"].shape
+        assert bool(torch.isfinite(out).all())
+    made = function(pipe, "reference", **options)
+    features = pipe.unet.encode_reference(*made.inputs.values())
+    flat = dict(zip(made.outputs, made.module(*made.inputs.values())))
+    assert list(flat) == list(feature_tensors(features))
+    again = features_of(flat)
+    for path, pair in features.layers.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, again.layers[path]))
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "images"), [(16, 512, 2), (16, 64, 16), (15, 512, 1), (16, 1024, 1), (6, 256, 6)]
+)
+def test_images_at_once_divide_a_clip(frames, size, images):
+    assert images_at_once(frames, size, size) == images
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+
+
+def choice(asked: str, model: Path, folder: Path, said: list[str]) -> EngineChoice:
+    return EngineChoice(
+        asked, find_model(str(model), download=False), ContentIndex(folder), folder / "engines", said.append
+    )
+
+
+def test_auto_takes_the_newest_that_matches_and_says_so(model, tmp_path):
+    own = manifest_for(request_for(model))
+    put_engine(tmp_path / "engines" / "old", own)
+    new = put_engine(tmp_path / "engines" / "new", replace(own, built="2026-02-01T00:00:00+00:00"))
+    put_engine(tmp_path / "engines" / "newest", replace(own, built="2026-03-01T00:00:00+00:00", code="other"))
+    said: list[str] = []
+    chosen = choice("auto", model, tmp_path, said)
+    cpu = Device.open("cpu", "auto")
+    for _ in range(2):
+        engine = chosen.find(cpu, SIDE, SIDE, FRAMES)
+        assert engine is not None
+        assert engine.folder == new
+        assert chosen.find(cpu, 2 * SIDE, SIDE, FRAMES) is None
+    assert len(said) == 2
+    assert str(new) in said[0]
+    assert "torch for 4 frames of 64x32" in said[1]
+
+
+def test_auto_says_why_it_takes_torch(model, tmp_path):
+    put_engine(tmp_path / "engines" / "a", replace(manifest_for(request_for(model)), precision="fp16"))
+    said: list[str] = []
+    assert choice("auto", model, tmp_path, said).find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES) is None
+    assert said == ["engine: torch, since no engine matches (a: it computes in fp16, not fp32)"]
+
+
+def test_auto_says_nothing_where_there_are_no_engines(model, tmp_path):
+    said: list[str] = []
+    assert choice("auto", model, tmp_path, said).find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES) is None
+    assert not said
+
+
+def test_a_named_engine_runs_or_says_what_to_build(model, tmp_path):
+    folder = put_engine(tmp_path / "mine", replace(manifest_for(request_for(model)), code="other"))
+    named = choice(str(folder), model, tmp_path, [])
+    with pytest.raises(EmtError, match="the code of the network has changed") as caught:
+        named.find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES)
+    assert f"emt build-engine --model {model} --backend inductor --size 32x32" in caught.value.hint
+    with pytest.raises(EmtError, match="not 4 frames of 64x32") as caught:
+        named.check(Settings(frames=FRAMES, width=64, height=32))
+    assert "--size 32x32,64x32" in caught.value.hint
+    with pytest.raises(EmtError, match="is no engine"):
+        choice(str(tmp_path / "nothing"), model, tmp_path, [])
+
+
+# ---------------------------------------------------------------------------------------------------------- emt engines
+
+
+def engines(folder: Path, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return console(folder, "engines", *words, **options)
+
+
+def test_engines_are_listed_shown_verified_and_pruned(model, tmp_path):
+    kept = tmp_path / "cache" / "emt" / "engines"
+    whole = put_engine(kept / "whole", manifest_for(request_for(model)))
+    stale = put_engine(kept / "stale", manifest_for(request_for(model), code="other"))
+    harmed = put_engine(kept / "harmed", manifest_for(request_for(model), code="other"))
+    (harmed / "denoise.pt2").write_bytes(b"other")
+    broken = put_engine(kept / "broken", manifest_for(request_for(model)))
+    (broken / FILE).write_text("{}")
+
+    listed = [json.loads(line) for line in engines(tmp_path, "list", "--json").stdout.splitlines()]
+    assert {Path(line["folder"]).name: line.get("parity") for line in listed} == {
+        "whole": 1e-6, "stale": 1e-6, "harmed": 1e-6, "broken": None,
+    }  # fmt: skip
+    assert "damaged" in engines(tmp_path, "list").stdout
+
+    shown = engines(tmp_path, "show", "stale").stdout
+    assert "the code of the network has changed" in shown
+    body = json.loads(engines(tmp_path, "show", "whole", "--json").stdout)
+    assert body["id"] == Manifest.read(whole).id
+    assert {**body, "parts": None} == {
+        **json.loads(json.dumps(asdict(Manifest.read(whole)))), "id": body["id"], "folder": str(whole), "parts": None,
+    }  # fmt: skip
+
+    verified = engines(tmp_path, "verify", "stale", "harmed", "--json")
+    lines = [json.loads(line) for line in verified.stdout.splitlines()]
+    assert [line["state"] for line in lines] == ["whole", "failed"]
+    assert "the code of the network has changed" in lines[0]["reason"]
+    assert "SHA-256 differs" in lines[1]["error"]
+    assert verified.returncode == 1
+
+    asked = engines(tmp_path, "prune", input="n\n")
+    assert asked.returncode == 1
+    assert "Remove 3?" in asked.stderr
+    assert len(list(kept.iterdir())) == 4
+    pruned = engines(tmp_path, "prune", "--yes")
+    assert sorted(pruned.stdout.split()) == sorted(map(str, (broken, harmed, stale)))
+    assert [path.name for path in kept.iterdir()] == ["whole"]
+    engines(tmp_path, "prune", "--yes", "--older-than", "1")
+    assert not list(kept.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------- real engines
+
+
+def build(model: Path, folder: Path) -> Path:
+    steps: list[float] = []
+    build_engine(load_pipeline(model), request_for(model), folder, lambda what, done: steps.append(done))
+    assert steps == sorted(steps)
+    assert steps[-1] == 1.0
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine without the VAE, built for this processor: the slowest thing here that is no slow test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emt_engines.inductor.PARTS", ("denoise", "reference"))
+        return build(model, tmp_path_factory.mktemp("network") / "micro")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole one."""
+    return build(model, tmp_path_factory.mktemp("engine") / "micro")
+
+
+def opened(folder: Path, pipe: MotionTransferPipeline) -> InductorBackend:
+    backend = open_engine(folder, Manifest.read(folder), pipe)
+    assert isinstance(backend, InductorBackend)
+    return backend
+
+
+@torch.no_grad()
+def step(backend: Backend, pipe: MotionTransferPipeline, references: int = 1, samples: int = 4) -> torch.Tensor:
+    """A reference pass and a denoising step on random numbers, the same for every backend."""
+    generator = torch.Generator().manual_seed(0)
+
+    def clips(count: int) -> torch.Tensor:
+        return torch.randn(count, 4, FRAMES, SIDE // 8, SIDE // 8, generator=generator)
+
+    text = torch.randn(samples, 77, pipe.unet.config.cross_attention_dim, generator=generator)
+    features = backend.encode_reference(clips(references), torch.tensor(400), text[:references])
+    motion = backend.prepare_motion(features)
+    return backend.denoise(clips(samples), torch.tensor(500), pipe.unet.encode_text(text), motion)
+
+
+def test_an_engine_is_as_good_as_pytorch_and_says_so(model, network):
+    own = Manifest.read(network)
+    assert own.match(request_for(model)) == (True, "")
+    assert {part.name for part in own.parts} == {"denoise", "reference"}
+    assert own.parity is not None
+    assert own.parity < 1e-4
+    assert sorted(path.name for path in network.iterdir()) == sorted([FILE, *own.files()])
+
+
+@pytest.mark.parametrize(("references", "samples"), [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 4)])
+def test_any_number_of_samples_and_references(network, pipe, references, samples):
+    """One clip without guidance, up to two with it; one reference for all of them, and one for each clip."""
+    found = step(opened(network, pipe), pipe, references, samples)
+    torch.testing.assert_close(found, step(TorchBackend(pipe), pipe, references, samples), atol=1e-5, rtol=1e-4)
+
+
+def test_shapes_that_an_engine_lacks_are_refused_by_name(network, pipe):
+    backend = opened(network, pipe)
+    with pytest.raises(EmtError, match="no denoise for samples 6, frames 4, height 32, width 32; its sizes are 32x32"):
+        step(backend, pipe, samples=6)
+    with pytest.raises(EmtError, match="no reference for frames 4, height 32, width 64"):
+        backend.encode_reference(torch.randn(1, 4, FRAMES, 4, 8), torch.tensor(400), torch.randn(1, 77, 32))
+    with pytest.raises(EmtError, match="no denoise_without_reference"):
+        pipe.backend = backend
+        pipe("a cat")
+    with pytest.raises(ValueError, match=r"latents is torch\.float64"):
+        backend.encode_reference(torch.randn(1, 4, FRAMES, 4, 4).double(), torch.tensor(400), torch.randn(1, 77, 32))
+
+
+def write_lora(path: Path, pipe: MotionTransferPipeline, seed: int) -> Path:
+    """A LoRA of spatial and temporal attentions."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, parameter in pipe.unet.named_parameters():
+        if name.endswith(("attn1.to_v.weight", "attention_blocks.0.to_v.weight")):
+            module = name.removesuffix(".weight")
+            state[f"{module}.lora_down.weight"] = torch.randn(2, parameter.shape[1], generator=generator)
+            state[f"{module}.lora_up.weight"] = torch.randn(parameter.shape[0], 2, generator=generator)
+    save_file(state, path)
+    return path
+
+
+def test_a_lora_and_another_and_the_first_again(network, pipe, tmp_path):
+    """The engine reads the weights where they lie: whatever is merged into them shows, and A after B is A."""
+    first, second = (write_lora(tmp_path / f"{name}.safetensors", pipe, seed) for seed, name in enumerate("ab"))
+    base = {name: parameter.detach().clone() for name, parameter in pipe.unet.named_parameters()}
+    backend = opened(network, pipe)
+
+    def made(lora: Path) -> torch.Tensor:
+        with torch.no_grad():
+            for name, parameter in pipe.unet.named_parameters():
+                parameter.copy_(base[name])
+        merge_loras(pipe, [(lora, 1.0)])
+        found = step(backend, pipe)
+        torch.testing.assert_close(found, step(TorchBackend(pipe), pipe), atol=1e-5, rtol=1e-4)
+        return found
+
+    a, b, again = made(first), made(second), made(first)
+    assert torch.equal(a, again)
+    assert (a - b).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_every_weight_is_read_where_it_lies(network, pipe, moved):
+    """Nothing that a weight decides is in the code: change them all, in place or elsewhere, and it shows."""
+    backend, eager = opened(network, pipe), TorchBackend(pipe)
+    before = step(backend, pipe)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in pipe.unet.parameters():
+        changed = parameter.data * 0.9 + 0.1 * torch.rand(parameter.shape, generator=generator)
+        if moved:
+            parameter.data = changed
+        else:
+            parameter.data.copy_(changed)
+    found = step(backend, pipe)
+    torch.testing.assert_close(found, step(eager, pipe), atol=1e-5, rtol=1e-4)
+    assert (found - before).abs().max() > 0.01
+
+
+def test_an_engine_of_another_network_is_refused(network, tmp_path):
+    """By its manifest; and where that was not asked, by the layout of the weights."""
+    other = random_model(tmp_path / "other", **{**MICRO, "block_out_channels": (16,)})
+    ok, reason = Manifest.read(network).match(request_for(other))
+    assert not ok
+    assert "networks of other sizes" in reason
+    pipe = load_pipeline(other)
+    with pytest.raises(EmtError, match="reference was compiled for weights of other shapes"):
+        step(opened(network, pipe), pipe)
+
+
+def frames_of(path: Path) -> bytes:
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "rawvideo", "-"]
+    return subprocess.run(words, capture_output=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_transfer_uses_an_engine_and_rerun_makes_the_same_clip(engine, model, tmp_path):
+    reference = clip(tmp_path / "a.mp4")
+    kept = tmp_path / "cache" / "emt" / "engines"
+    kept.mkdir(parents=True)
+    shutil.copytree(engine, kept / "micro")
+    words = ["transfer", reference, "--prompt", "a cat", "--model", model, "--device", "cpu", "--json"]
+
+    auto = console(tmp_path, *words, "-o", "auto", "--seeds", "0-2", "--batch-size", "3")
+    assert f"engine: inductor, {kept / 'micro'}" in auto.stderr
+    lines = list(map(json.loads, auto.stdout.splitlines()))
+    assert {(line["engine"], line["engine_id"]) for line in lines} == {("inductor", Manifest.read(engine).id)}
+    assert sorted(line["batch"]["size"] for line in lines) == [1, 2, 2]  # two clips at once are the engine's most
+    line = next(line for line in lines if line["batch"]["size"] == 1)
+
+    again = console(tmp_path, "rerun", line["path"], "-o", "again.mp4")
+    assert again.returncode == 0, again.stderr
+    assert frames_of(tmp_path / "again.mp4") == frames_of(tmp_path / line["path"])
+
+    named = console(tmp_path, *words, "-o", "named", "--engine", engine, "--width", "64")
+    assert named.returncode == 1
+    (refused,) = map(json.loads, named.stdout.splitlines())
+    assert "not 4 frames of 64x32" in refused["error"]
+    assert "emt build-engine" in refused["hint"]
+
+    other = console(tmp_path, *words, "-o", "auto", "--engine", "torch")
+    (made,) = map(json.loads, other.stdout.splitlines())
+    assert (made["engine"], made["state"]) == ("torch", "done")
+    assert made["id"] not in {line["id"] for line in lines}
+
+
+@pytest.mark.slow
+def test_a_tampered_engine_is_not_run(engine, model, tmp_path):
+    tampered = tmp_path / "tampered"
+    shutil.copytree(engine, tampered)
+    file = next(tampered.glob("denoise*.pt2"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    words = ["transfer", clip(tmp_path / "a.mp4"), "--prompt", "a cat", "--model", model, "--device", "cpu"]
+    done = console(tmp_path, *words, "--engine", tampered)
+    assert done.returncode == 1
+    assert "denoise-32x32.pt2 is damaged or was changed" in done.stderr
+
+
+@pytest.mark.slow
+def test_build_engine_from_end_to_end(model, tmp_path):
+    """Two sizes in one engine, by the program; verified, and used."""
+    words = [EMT, "build-engine", "--model", model, "--device", "cpu", "--size", "32x32,48x32", "--batch", "2"]
+    surroundings = os.environ | environment(tmp_path)
+    done = subprocess.run(words, cwd=tmp_path, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.parent == tmp_path / "cache" / "emt" / "engines"
+    (line,) = map(json.loads, engines(tmp_path, "verify", "--json").stdout.splitlines())
+    assert line["state"] == "ok"
+    assert set(line["parity"]) == {"denoise", "reference", "vae_encoder", "vae_decoder"}
+    reference = clip(tmp_path / "a.mp4")
+    for width in (32, 48):
+        words = ["transfer", reference, "--prompt", "a cat", "--model", model, "--device", "cpu", "--width", width]
+        made = console(tmp_path, *words, "-o", f"out{width}", "--engine", folder)
+        assert made.returncode == 0, made.stderr
