@@ -12,10 +12,10 @@ be hooked into the network. While a clip is denoised from z_t, its own maps are 
     g(z_t) = Σ_attentions mean‖M ∘ (A_reference − A(z_t))‖²              over the temporal attentions of up block 1
     ε̂ = ε(z_t, ∅) + s·(ε(z_t, c) − ε(z_t, ∅)) + λ·√(1 − ᾱ_t)·∇g(z_t)
 
-The second line is classifier-free guidance with the gradient of an energy (section 3 of that paper), the first its
-energy (section 4). The gradient passes through the conditional prediction alone. λ is 2000, in the first 60% of the steps, and
-rises and falls linearly over 1/30 of all steps at both ends, as in the authors' configuration: 180 of 300 steps, 10 at
-each end. Three things are ours:
+The second line is classifier-free guidance with the gradient of an energy that is to fall, the first that energy. The
+gradient passes through the conditional prediction alone. λ is 2000, in the first 60% of the steps, and rises and falls
+linearly over 1/30 of all steps at both ends, as in the authors' configuration: 180 of 300 steps, 10 at each end. Three
+things are ours:
 
 - g is a mean over the entries, so that its gradient at one latent value is in inverse proportion to their number.
   λ is meant for 16 frames of 64×64 latents, and scaled with the number of values for other sizes.
