@@ -124,7 +124,10 @@ def _export(made: Function, most: int) -> torch.export.ExportedProgram:
     named = [p for p in inspect.signature(made.module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     own, rest = shapes[: len(named)], shapes[len(named) :]
     return torch.export.export(
-        made.module.eval(), tuple(made.inputs.values()), dynamic_shapes=(*own, tuple(rest)) if rest else tuple(own)
+        made.module.eval(),
+        tuple(made.inputs.values()),
+        strict=False,
+        dynamic_shapes=(*own, tuple(rest)) if rest else tuple(own),
     )
 
 
@@ -187,10 +190,11 @@ class _Package:
 
     def __init__(self, folder: Path, part: Part, module: nn.Module, device: torch.device) -> None:
         self.part = part
-        self.module = module
         self.model = _load_package(folder / part.file, device)
-        self.names = self.model.get_constant_fqns()
+        paths = [name.rpartition(".") for name in sorted(self.model.get_constant_fqns())]
         self.weights: dict[str, Tensor] = {}
+        self._owners = [(module.get_submodule(path), name, f"{path}.{name}") for path, _, name in paths]
+        self._pointers: list[int] = []
         self.bind()
 
     def bind(self) -> None:
@@ -199,10 +203,12 @@ class _Package:
         Raises:
             EmtError: they are not laid out in memory as they were when it was compiled.
         """
-        weights = _weights(self.module, self.names)
-        if [w.data_ptr() for w in weights.values()] == [w.data_ptr() for w in self.weights.values()]:
+        pointers = [getattr(owner, name).data_ptr() for owner, name, _ in self._owners]
+        if pointers == self._pointers:
             return
-        self.weights = weights  # kept: the package only points at them
+        self._pointers = pointers
+        # Kept: the package only points at them.
+        self.weights = {path: getattr(owner, name).detach() for owner, name, path in self._owners}
         if _layout(self.weights) != self.part.facts["layout"]:
             raise EmtError(
                 f"the engine's {self.part.name} was compiled for weights of other shapes, types or strides",
