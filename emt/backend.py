@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -44,6 +44,8 @@ class Backend(Protocol):
     """What executes the network for a pipeline (`MotionTransferPipeline.backend`)."""
 
     name: str
+    #: Whether it has `denoise_deep` and `denoise_shallow`.
+    reuses: bool = False
 
     @property
     def unet(self) -> MotionTransferUNet:
@@ -64,6 +66,18 @@ class Backend(Protocol):
     def denoise(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
         """One call of the network, `MotionTransferUNet.forward`, on a guided batch."""
         ...
+
+    def denoise_deep(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
+    ) -> tuple[Tensor, Tensor]:
+        """`MotionTransferUNet.denoise_deep`; the deep features are good until the next call of the same shape."""
+        raise NotImplementedError(f"the backend {self.name} does not give deep features")
+
+    def denoise_shallow(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None, deep: Tensor
+    ) -> Tensor:
+        """`MotionTransferUNet.denoise_shallow`."""
+        raise NotImplementedError(f"the backend {self.name} does not take deep features")
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1."""
@@ -136,6 +150,7 @@ class _Call:
     output: Tensor
     text: _Place | None = None
     motion: _Place | None = None
+    deep: list[Tensor] = field(default_factory=list)  # where it puts deep features, if it gives them
 
 
 class TorchBackend(Backend):
@@ -158,6 +173,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    reuses = True
 
     def __init__(
         self,
@@ -276,26 +292,71 @@ class TorchBackend(Backend):
                     return self._run(sample, timestep, text, motion)
                 parts = range(len(sample))
                 return torch.cat([self._run(sample[i : i + 1], timestep, *_part(text, motion, i)) for i in parts])
+        call = self._replay(sample, timestep, text, motion)
+        return call.output.clone()  # the next replay overwrites it
+
+    def denoise_deep(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
+    ) -> tuple[Tensor, Tensor]:
+        """`MotionTransferUNet.denoise_deep`; the deep features are good until the next call of the same shape."""
+        if not self._records(sample.device):
+            with self._attention(sample.device):
+                if not self.low_memory:
+                    return self.unet.denoise_deep(sample, timestep, text, motion)
+                parts = range(len(sample))
+                found = [self.unet.denoise_deep(sample[i : i + 1], timestep, *_part(text, motion, i)) for i in parts]
+                predictions, deep = zip(*found)
+                return torch.cat(predictions), torch.cat(deep)
+        call = self._replay(sample, timestep, text, motion, keep=True)
+        return call.output.clone(), call.deep[0]
+
+    def denoise_shallow(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None, deep: Tensor
+    ) -> Tensor:
+        """`MotionTransferUNet.denoise_shallow`."""
+        if not self._records(sample.device):
+            with self._attention(sample.device):
+                if not self.low_memory:
+                    return self.unet.denoise_shallow(sample, timestep, text, motion, deep)
+                found = []
+                for i, part in enumerate(deep.split(sample.shape[2])):
+                    own = _part(text, motion, i)
+                    found.append(self.unet.denoise_shallow(sample[i : i + 1], timestep, *own, part))
+                return torch.cat(found)
+        return self._replay(sample, timestep, text, motion, deep=deep).output.clone()
+
+    def _replay(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: TextFeatures,
+        motion: PreparedMotion | None,
+        *,
+        keep: bool = False,
+        deep: Tensor | None = None,
+    ) -> _Call:
+        """The recorded call of this shape, done; one that keeps deep features, or takes them, is another one."""
+        inputs = (sample, timestep) if deep is None else (sample, timestep, deep)
         if self._text is None or self._text() is not text:  # a new clip: has anybody moved the weights?
             self._prepare_weights(sample.device)
             self._text = weakref.ref(text)
         shapes = [tuple(_tensors(text))[i].shape for i in (0, -1)]
-        key = (sample.shape, sample.dtype, timestep.shape, timestep.dtype, *shapes, motion and _motion_shape(motion))
+        key = (*((x.shape, x.dtype) for x in inputs), keep, *shapes, motion and _motion_shape(motion))
         call = self._calls.get(key)
         if call is None:
             self._drop_motions(keep=motion)
-            call = self._record(lambda: self._record_denoising(sample, timestep, text, motion))
+            call = self._record(lambda: self._record_denoising(inputs, text, motion, keep))
             self._calls[key] = call
         else:
             self._calls.move_to_end(key)
-            for place, tensor in zip(call.inputs, (sample, timestep), strict=True):
+            for place, tensor in zip(call.inputs, inputs, strict=True):
                 place.copy_(tensor)
             if call.text is not None:
                 call.text.fill(text)
             if call.motion is not None and motion is not None:
                 call.motion.fill(motion)
         call.replay()
-        return call.output.clone()  # the next replay overwrites it
+        return call
 
     def reset(self) -> None:
         """Drop all recorded calls and what they read."""
@@ -342,15 +403,28 @@ class TorchBackend(Backend):
         return record()
 
     def _record_denoising(
-        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
+        self, inputs: tuple[Tensor, ...], text: TextFeatures, motion: PreparedMotion | None, keep: bool
     ) -> _Call:
-        own = [sample.clone(), timestep.clone()]
+        own = [x.clone() for x in inputs]
         own_text = TextFeatures({path: (key.clone(), value.clone()) for path, (key, value) in text.layers.items()})
         moved = self._motion_place(motion) if motion is not None else None
-        replay, output = self._compute_and_record(
-            sample.device, lambda: self._run(own[0], own[1], own_text, moved.value if moved else None)
-        )
-        return _Call(replay, own, output, _Place(own_text, weakref.ref(text)), moved)
+        deep: list[Tensor] = []
+
+        def compute() -> Tensor:
+            sample, timestep, *taken = own
+            arguments = (sample, timestep, own_text, moved.value if moved else None)
+            if taken:
+                return self.unet.denoise_shallow(*arguments, taken[0])
+            if not keep:
+                return self._run(*arguments)
+            prediction, found = self.unet.denoise_deep(*arguments)
+            if not deep:  # the first time, which is not recorded
+                deep.append(torch.empty_like(found))
+            deep[0].copy_(found)
+            return prediction
+
+        replay, output = self._compute_and_record(own[0].device, compute)
+        return _Call(replay, own, output, _Place(own_text, weakref.ref(text)), moved, deep)
 
     def _compute_and_record(
         self, device: torch.device, compute: Callable[[], Tensor]

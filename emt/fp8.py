@@ -127,24 +127,34 @@ def scaled_product(
     """
     if not x.is_cuda:
         return scaled_product_reference(x, x_scale, weight, weight_scale, bias, dtype)
-    if dtype in _types_out(x.device):
-        return torch._scaled_mm(x, weight.t(), x_scale, weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
-    out = torch._scaled_mm(x, weight.t(), x_scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return out.to(dtype) if bias is None else torch.add(out, bias).to(dtype)
+    own, with_bias = _abilities(x.device, dtype)
+    out = torch._scaled_mm(
+        x,
+        weight.t(),
+        x_scale,
+        weight_scale,
+        bias=bias if with_bias else None,
+        out_dtype=dtype if own else torch.bfloat16,
+        use_fast_accum=True,
+    ).to(dtype)
+    return out if with_bias or bias is None else out.add_(bias)
 
 
 @functools.cache
-def _types_out(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Types that products with a scale for each row can have here: PyTorch's kernels for some GPUs have one only."""
-    x, ones = torch.zeros(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, 1, device=device)
-    types = []
-    for dtype in (torch.float16, torch.bfloat16):
+def _abilities(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether products with a scale for each row can have this type here, and add a bias of it.
+
+    PyTorch's kernels for some GPUs have bfloat16 only.
+    """
+    x, ones = torch.zeros(64, 64, device=device).to(torch.float8_e4m3fn), torch.ones(64, 1, device=device)
+    can = []
+    for bias in (None, torch.zeros(64, device=device, dtype=dtype)):
         try:
-            torch._scaled_mm(x, x.t(), ones, ones.t(), out_dtype=dtype, use_fast_accum=True)
+            torch._scaled_mm(x, x.t(), ones, ones.t().contiguous(), bias=bias, out_dtype=dtype, use_fast_accum=True)
+            can.append(True)
         except (RuntimeError, ValueError, NotImplementedError):
-            continue
-        types.append(dtype)
-    return tuple(types)
+            can.append(False)
+    return can[0], can[1]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from emt.backend import Backend, TorchBackend
 from emt.errors import EmtError
-from emt.temporal import MotionFeatures
-from emt.unet import MotionTransferUNet
+from emt.temporal import MotionFeatures, PreparedMotion
+from emt.unet import MotionTransferUNet, TextFeatures
 
 if TYPE_CHECKING:
     from emt.video import Clip
@@ -217,6 +218,8 @@ class MotionTransferPipeline(DiffusionPipeline):
         seed: int | Sequence[int] = 0,
         negative_prompt: str | Sequence[str] = "",
         scheduler: str = "ddim",
+        guidance_until: float = 1.0,
+        cache_interval: int = 1,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[NDArray[np.uint8]]:
         """Generate a clip for each prompt, moving as its reference does.
@@ -233,15 +236,21 @@ class MotionTransferPipeline(DiffusionPipeline):
             seed: of the initial noise.
             negative_prompt: what guidance leads away from.
             scheduler: a name of `SCHEDULERS`.
+            guidance_until: part of the steps, from the first, that are guided; the others take half the time. Guidance
+                matters where the layout comes about (Castillo et al. 2023, arXiv 2312.12487, section 4; Kynkäänniemi
+                et al. 2024, arXiv 2404.07724, limit it to an interval).
+            cache_interval: what lies below the network's highest resolution is computed in every n-th step only, and
+                reused in between (DeepCache, Ma et al. 2023, arXiv 2312.00858, section 3.2).
             on_step: called with (steps done, steps) after each.
 
         Returns:
             One array a clip, RGB, (frames, height, width, 3).
 
         Raises:
-            ValueError: if lists differ in length or motions in shape.
-            EmtError: for an unknown scheduler, a prompt with words that the model does not know, or a result that is
-                not finite.
+            ValueError: if lists differ in length or motions in shape, `guidance_until` is not from 0 to 1, or
+                `cache_interval` not positive.
+            EmtError: for an unknown scheduler, a prompt with words that the model does not know, a backend that cannot
+                reuse features, or a result that is not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count = max(len(prompts), *(len(x) for x in (motion, seed) if isinstance(x, Sequence)), 1)
@@ -256,8 +265,18 @@ class MotionTransferPipeline(DiffusionPipeline):
         guidance = self.config.guidance if guidance is None else guidance
         guided = guidance != 1
 
+        if not 0 <= guidance_until <= 1 or cache_interval < 1:
+            raise ValueError(
+                f"guidance_until is {guidance_until} and cache_interval {cache_interval}, "
+                "allowed are 0 to 1 and positive whole numbers"
+            )
+        if cache_interval > 1 and not self.backend.reuses:
+            problem = f"the engine {self.backend.name} computes the whole network in every step, not every n-th"
+            raise EmtError(problem, "Use --cache-interval 1, or --engine torch.")
+
         text = self.encode_prompts(negatives + prompts if guided else prompts)
         text_features = self.unet.encode_text(text)
+        plain_features = self.unet.encode_text(text[-count:]) if guided and guidance_until < 1 else text_features
         frames, height, width = self._shape(motions)
         moved = self.backend.prepare_motion(_joined(motions)) if motions else None
         # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
@@ -278,10 +297,14 @@ class MotionTransferPipeline(DiffusionPipeline):
         if "generator" in inspect.signature(sampler.step).parameters:
             step_options["generator"] = generators
 
+        guided_steps = math.ceil(guidance_until * len(timesteps)) if guided else 0
+        denoise = _Reusing(self.backend, cache_interval)
         for i, timestep in enumerate(sampler.timesteps):
+            guided = i < guided_steps
             scaled = sampler.scale_model_input(latents, timestep)
             sample = torch.cat([scaled, scaled]) if guided else scaled
-            prediction = self.backend.denoise(sample.to(self.unet.dtype), timesteps[i], text_features, moved).float()
+            known = text_features if guided else plain_features
+            prediction = denoise(sample.to(self.unet.dtype), timesteps[i], known, moved).float()
             if guided:
                 away, towards = prediction.chunk(2)
                 prediction = away + guidance * (towards - away)
@@ -292,7 +315,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         broken = [i for i, good in enumerate(torch.isfinite(latents).flatten(1).all(1).tolist()) if not good]
         if broken:
             raise NonFiniteError(broken, [seeds[i] for i in broken])
-        del moved, prediction, sample
+        del moved, prediction, sample, denoise
         return self._decode(list(latents))
 
     # --------------------------------------------------------------------------------------------------- the parts
@@ -368,6 +391,28 @@ class MotionTransferPipeline(DiffusionPipeline):
             raise EmtError(f"there is no scheduler {name!r}", f"Allowed: {', '.join(SCHEDULERS)}.")
         # A fresh one each time: multistep solvers carry state from clip to clip.
         return SCHEDULERS[name].from_config(self.scheduler.config)
+
+
+class _Reusing:
+    """Denoises, and computes what lies below the highest resolution in every n-th call only.
+
+    A call of another batch than the last one, the first without guidance, computes it, too.
+    """
+
+    def __init__(self, backend: Backend, interval: int) -> None:
+        self._backend, self._interval = backend, interval
+        self._deep: Tensor | None = None
+        self._batch = self._age = 0
+
+    def __call__(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
+        if self._interval == 1:
+            return self._backend.denoise(sample, timestep, text, motion)
+        self._age += 1
+        if self._deep is None or self._age == self._interval or self._batch != len(sample):
+            self._batch, self._age = len(sample), 0
+            prediction, self._deep = self._backend.denoise_deep(sample, timestep, text, motion)
+            return prediction
+        return self._backend.denoise_shallow(sample, timestep, text, motion, self._deep)
 
 
 def _broadcast(name: str, values: list[T], count: int) -> list[T]:

@@ -361,8 +361,59 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        prediction, features = self._run(sample, timestep, text, None, adapted=False)
+        prediction, features, _ = self._run(sample, timestep, text, None, adapted=False)
         return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()})
+
+    @apply_forward_hook
+    def denoise_deep(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction, as `forward` has it, and what the highest resolution takes from those below it.
+
+        That changes little from one step to the next, so that `denoise_shallow` can go without computing it again
+        (DeepCache, Ma et al. 2023, arXiv 2312.00858, section 3.2).
+
+        Args:
+            sample: as in `forward`.
+            timestep: as in `forward`.
+            text: as in `forward`.
+            motion: as in `forward`.
+
+        Returns:
+            The prediction, and the deep features (batch·frames, channels, height, width).
+        """
+        prediction, _, deep = self._run(sample, timestep, text, motion, adapted=True)
+        return prediction, deep
+
+    @apply_forward_hook
+    def denoise_shallow(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None,
+        deep: Tensor,
+    ) -> Tensor:
+        """The prediction with deep features of an earlier step: only the highest resolution is computed.
+
+        Args:
+            sample: as in `forward`.
+            timestep: as in `forward`.
+            text: as in `forward`.
+            motion: as in `forward`.
+            deep: what `denoise_deep` returned for an earlier step of the same samples.
+
+        Raises:
+            ValueError: for a wrong shape, which it names.
+        """
+        expected = (sample.shape[0] * sample.shape[2], deep.shape[1], *sample.shape[3:])
+        if deep.shape != expected:
+            raise ValueError(f"deep features have shape {tuple(deep.shape)}, expected {expected}")
+        return self._run(sample, timestep, text, motion, adapted=True, deep=deep)[0]
 
     @apply_forward_hook
     def encode_text(self, text: Tensor) -> TextFeatures:
@@ -379,8 +430,13 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         text: Tensor | TextFeatures,
         motion: MotionFeatures | PreparedMotion | None,
         adapted: bool,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """The forward pass; also returns the features that stand before the temporal attentions, by module path."""
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """The forward pass, or only its highest resolution with `deep` features.
+
+        Also returns the features that stand before the temporal attentions, by module path, and the deep features.
+        """
+        shallow = deep is not None
         if isinstance(text, Tensor):
             text = self.encode_text(text)
         references = motion.prepare(self).layers if motion is not None else {}
@@ -416,14 +472,21 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             for i in range(len(block.resnets)):
                 x = run(block, i, x)
                 skips.append(x)
+            if shallow:
+                break
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
 
-        x = run(self.mid_block, 0, x)
-        x = self.mid_block.resnets[1](x, time)
+        if not shallow:
+            x = run(self.mid_block, 0, x)
+            x = self.mid_block.resnets[1](x, time)
 
         for block in self.up_blocks:
+            if block is self.up_blocks[-1]:
+                x = given = x if deep is None else deep
+            elif shallow:
+                continue
             for i in range(len(block.resnets)):
                 x = run(block, i, x, skips.pop())
             for upsample in block.upsamplers:
@@ -431,7 +494,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
                 x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
 
         x = self.conv_out(group_norm(self.conv_norm_out, x, silu=True))
-        return x.unflatten(0, (batch, frames)).transpose(1, 2), features
+        return x.unflatten(0, (batch, frames)).transpose(1, 2), features, given
 
     # -------------------------------------------------------------------------------------------------- its parts
 
