@@ -89,6 +89,7 @@ class EngineChoice:
         self.asked = asked
         self.named = None if asked in (AUTO, TORCH) else Engine(Path(asked), Manifest.read(Path(asked)))
         self._guard = threading.Lock()
+        self._passed = False
         self._chosen: dict[tuple[int, int, int], Engine | None] = {}
         self._fitting: list[Engine] | None = None
 
@@ -98,6 +99,12 @@ class EngineChoice:
         Raises:
             EmtError: it does not; says what to build.
         """
+        if self.named and settings.cache_interval > 1:
+            raise EmtError(
+                f"the engine {self.named.folder} computes the whole network in every step, cache_interval is "
+                f"{settings.cache_interval}",
+                "Use --cache-interval 1, or --engine torch.",
+            )
         if self.named and not self.named.manifest.covers(settings.width, settings.height, settings.frames):
             own = self.named.manifest
             sizes = ", ".join(map(str, own.sizes))
@@ -108,6 +115,16 @@ class EngineChoice:
                 f"{settings.frames} frames of {wanted}",
                 f"Build one with: {request.command}",
             )
+
+    def wanted(self, settings: Settings) -> bool:
+        """Whether an engine could make a clip; says so, once, if it is the settings that it could not."""
+        if settings.cache_interval == 1 or self.asked == TORCH:
+            return True
+        with self._guard:
+            if not self._passed:
+                self.say("engine: torch, since engines do not reuse deep features (--cache-interval)")
+            self._passed = True
+        return False
 
     def check_match(self, device: Device) -> None:
         """See that the engine that the user named may run on a device.

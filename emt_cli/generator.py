@@ -199,7 +199,9 @@ class Generator:
             EmtError: there is no such device, or the engine that the user named may not run on it.
         """
         s = job.settings
-        return self._engines.find(self.device, s.width, s.height, s.frames) if self._engines else None
+        if self._engines is None or not self._engines.wanted(s):
+            return None
+        return self._engines.find(self.device, s.width, s.height, s.frames)
 
     def _switch(self, pipe: MotionTransferPipeline, engine: Engine | None) -> None:
         """Let an engine, or PyTorch, execute the network from here on."""
@@ -271,6 +273,8 @@ class Generator:
             seed=[job.seed for job in jobs],
             negative_prompt=[job.settings.negative_prompt for job in jobs],
             scheduler=settings.scheduler.value,
+            guidance_until=settings.guidance_until,
+            cache_interval=settings.cache_interval,
             on_step=stepped_to,
         )
         ended = time.monotonic()

@@ -26,7 +26,17 @@ from typing import Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.options import JOB_FIELDS, SETTING_NAMES, Format, Settings, TransferOptions, parse_field, parse_seeds
+from emt.presets import preset_values
+from emt_cli.options import (
+    JOB_FIELDS,
+    SETTING_NAMES,
+    Format,
+    Preset,
+    Settings,
+    TransferOptions,
+    parse_field,
+    parse_seeds,
+)
 
 #: Raised when the same inputs and settings would give other frames than before; part of every identity.
 ARITHMETIC = 2
@@ -57,7 +67,7 @@ class Job:
     def shape(self) -> tuple[Any, ...]:
         """What jobs must have in common to be denoised in one batch."""
         s = self.settings
-        return s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler
+        return s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
 
     @property
     def view(self) -> dict[str, Any]:
@@ -96,8 +106,10 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
         method: How it is made if not as usual.
     """
     settings = job.settings.as_dict()
-    if job.settings.best_of == 1:
-        del settings["best_of"]  # clips made before there was a choice are still these jobs'
+    del settings["preset"]  # what it sets decides, by whatever name
+    for name in ("best_of", "guidance_until", "cache_interval"):
+        if settings[name] == 1:
+            del settings[name]  # clips made before there was a choice are still these jobs'
     values = [reference, job.prompt, job.seed, settings, model, precision, *([method] if method else [])]
     return digest("job", ARITHMETIC, *values)
 
@@ -145,6 +157,21 @@ class _Row:
     origin: str = ""
 
 
+@dataclass(frozen=True)
+class _Base:
+    """The settings that jobs start from: the model's own, and what the command line sets."""
+
+    defaults: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    def settings(self, own: Mapping[str, Any]) -> Settings:
+        """The settings of a job whose own line sets some: it wins over the command line, and both over presets."""
+        given = {**self.given, **own}
+        preset = preset_values(given.get("preset", Preset.EXACT).value, self.defaults.get("steps", Settings.steps))
+        preset = {name: parse_field(name, value) for name, value in preset.items()}
+        return Settings(**{**self.defaults, **preset, **given})
+
+
 def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[Job | Rejected], Iterator[Item]]:
     """All jobs of a command line.
 
@@ -169,7 +196,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
         raise typer.BadParameter("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
     references = _find([argument for argument in arguments if argument != "-"], options.recursive, options.out)
-    base = Settings(**{**defaults, **options.settings})
+    base = _Base(defaults, options.settings)
     seeds = parse_seeds(options.seeds)
 
     pairs: Iterable[tuple[Path | Rejected | None, _Row | Rejected | None]]
@@ -187,7 +214,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
 
 
 def _streamed(
-    references: Sequence[Path | Rejected], prompts: Sequence[_Row], base: Settings, seeds: list[int]
+    references: Sequence[Path | Rejected], prompts: Sequence[_Row], base: _Base, seeds: list[int]
 ) -> Iterator[Item]:
     nothing: Sequence[None] = [None]
     for row in _read_stream():
@@ -200,7 +227,7 @@ def _streamed(
 
 
 def _jobs(
-    reference: Path | Rejected | None, row: _Row | Rejected | None, base: Settings, seeds: list[int]
+    reference: Path | Rejected | None, row: _Row | Rejected | None, base: _Base, seeds: list[int]
 ) -> Iterator[Job | Rejected]:
     """The jobs of one reference (or the row's own) and one row (or the prompts beside the clip)."""
     for given in (reference, row):
@@ -215,7 +242,7 @@ def _jobs(
         return
     texts: list[_Row | Rejected] = [_Row({"prompt": fields["prompt"]}, origin)] if "prompt" in fields else _beside(path)
     own = tuple(name for name in SETTING_NAMES if name in fields)
-    settings = replace(base, **{name: fields[name] for name in own})
+    settings = base.settings({name: fields[name] for name in own})
     for text in texts:
         if isinstance(text, Rejected):
             yield replace(text, origin=origin or text.origin)

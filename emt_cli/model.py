@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -117,10 +118,14 @@ class Model:
 
 
 def work(settings: Mapping[str, Any]) -> float:
-    """What the time of a job is in proportion to: latent positions of a clip, guidance, steps and candidates."""
-    passes = 1 if settings["guidance"] == 1 else 2
+    """What the time of a job is in proportion to: latent positions of a clip, guidance, steps and candidates.
+
+    Below its highest resolution the network does half of its work.
+    """
+    guided = 0 if settings["guidance"] == 1 else math.ceil(settings.get("guidance_until", 1) * settings["steps"])
     positions = settings["frames"] * settings["height"] * settings["width"] / 64
-    return positions * passes * settings["steps"] * settings.get("best_of", 1)
+    computed = 0.5 + 0.5 / settings.get("cache_interval", 1)
+    return positions * (settings["steps"] + guided) * computed * settings.get("best_of", 1)
 
 
 @dataclass(frozen=True)

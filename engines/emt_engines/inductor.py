@@ -251,6 +251,7 @@ class InductorBackend(TorchBackend):
     """
 
     name = "inductor"
+    reuses = False
 
     def __init__(
         self,
