@@ -45,6 +45,7 @@ import emt.unet
 from emt.backend import ATTENTION, TorchBackend
 from emt.fp8 import use_fp8
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
+from emt.presets import PRESETS
 from emt.video import read_clip
 from emt.weights import random_model
 from emt_kernels.geglu import geglu, geglu_reference
@@ -108,6 +109,7 @@ LADDER = (
         aside=True,
     ),
     Rung("compiled-kernels", "torch.compile with kernels, in a CUDA graph", ("compile",), optional=True, aside=True),
+    Rung("fast", "+ --preset fast: its clip (steps are those above)", ("fast",), whole=True, aside=True),
     Rung("fp8-feed-forward", "+ feed-forward layers in float8", ("fp8-feed-forward",), aside=True),
     Rung(
         "fp8",
@@ -216,7 +218,7 @@ class Bench:
                     plain = pipe.encode_prompts(["", PROMPT])
                     denoise = pipe.backend.denoise
                     pipe.backend.denoise = lambda x, t, text, moved: pipe.unet(x, t, plain, motion.features)
-                pipe(PROMPT, motion, steps=25)
+                pipe(PROMPT, motion, **(PRESETS["fast"] if "fast" in on else {"steps": 25}))
                 if "constants" not in on:
                     pipe.backend.denoise = denoise
 

@@ -109,9 +109,9 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
     changes = {
         "frames": 8, "height": 64, "width": 64, "steps": 3, "guidance": 2.0, "scheduler": Scheduler.LCM,
         "negative_prompt": "x", "fit": "pad", "start": 1.0, "duration": 2.0, "stride": 2, "fps": 3.0, "format": "gif",
-        "best_of": 3,
+        "best_of": 3, "guidance_until": 0.5, "cache_interval": 2,
     }  # fmt: skip
-    assert set(changes) == set(SETTING_NAMES)
+    assert set(changes) | {"preset"} == set(SETTING_NAMES)  # a preset is what it sets
     others = [replace(JOB, settings=replace(JOB.settings, **{k: parse_field(k, v)})) for k, v in changes.items()]
     others += [replace(JOB, prompt="b"), replace(JOB, seed=1)]
     identities = {identity(), identity(reference="q"), identity(model="n"), identity(precision="fp32")}
