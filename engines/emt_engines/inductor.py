@@ -10,19 +10,24 @@ import hashlib
 import importlib
 import inspect
 import json
+import multiprocessing
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from emt.backend import Recorder, TorchBackend
 from emt.errors import EmtError
 from emt.temporal import MotionFeatures, PreparedMotion
-from emt.unet import TextFeatures
+from emt.unet import MotionTransferUNet, TextFeatures
 from emt_engines.manifest import Manifest, Part, Request, Size, sha256_of
 from emt_engines.signature import Function, features_of, function, motion_tensors, text_tensors
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
@@ -79,19 +84,99 @@ class InductorBuilder:
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
         """Compile every part for every size into `folder`; see `emt_engines.build.Builder`."""
-        _import_ops()
-        total = len(request.sizes) * len(PARTS)
-        parts = []
-        with TorchBackend(pipe, graphs=False).prepared(), toolchain(request.device):
-            for i, size in enumerate(request.sizes):
-                for j, name in enumerate(PARTS):
-                    progress(f"compiling {name} for {size}", (i * len(PARTS) + j) / total)
-                    parts.append(_compile(pipe, request, name, size, folder))
-        return parts
+        networks = _Networks.of(pipe)
+        jobs = [_Job(networks, request, name, size, folder) for size in request.sizes for name in PARTS]
+        workers = _workers(pipe, len(jobs))
+        if workers == 1:
+            parts = []
+            for i, job in enumerate(jobs):
+                progress(f"compiling {job.name} for {job.size}", i / len(jobs))
+                parts.append(_compile(pipe, job))
+            return parts
+        progress(f"compiling {len(jobs)} parts, {workers} at a time", 0.0)
+        found: dict[int, Part] = {}
+        # Leaving the pool ends its processes, whatever it is left by.
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            for i, part in pool.imap_unordered(_compile_apart, enumerate(jobs), chunksize=1):
+                found[i] = part
+                progress(f"compiled {part.name} for {jobs[i].size}", len(found) / len(jobs))
+            pool.close()
+            pool.join()
+        return [found[i] for i in range(len(jobs))]
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """Networks with any weights, in the place of a pipeline."""
+
+    unet: MotionTransferUNet
+    vae: AutoencoderKL
+    tokenizer: SimpleNamespace
+    vae_scale_factor: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Networks:
+    """What of a pipeline decides the code of a package, without the weights: enough for another process."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    tokens: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, pipe: MotionTransferPipeline) -> _Networks:
+        """Those of a pipeline."""
+        return cls(dict(pipe.unet.config), dict(pipe.vae.config), pipe.tokenizer.model_max_length, pipe.unet.dtype)
+
+    def make(self, device: str) -> _Shell:
+        """Make them."""
+        with torch.device(device):
+            unet = MotionTransferUNet.from_config(self.unet).eval()
+            vae = AutoencoderKL.from_config(self.vae).eval()
+        for part in (unet, vae):
+            nn.Module.to(part, self.dtype)  # diffusers' own would warn of nothing
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return _Shell(unet, vae, SimpleNamespace(model_max_length=self.tokens), factor, torch.device(device))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A package to make."""
+
+    networks: _Networks
+    request: Request
+    name: str
+    size: Size
+    folder: Path
+
+
+def _workers(pipe: MotionTransferPipeline, jobs: int) -> int:
+    """Processes that compile at once: each keeps some cores busy and, on a GPU, has networks of its own there."""
+    workers = min(jobs, max(1, (os.cpu_count() or 1) // 4))
+    if pipe.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(pipe.device)
+        own = sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae) for p in part.parameters())
+        workers = min(workers, max(1, free // (4 * own)))
+    return workers
+
+
+def _compile_apart(job: tuple[int, _Job]) -> tuple[int, Part]:
+    """`_compile` in a process of its own."""
+    number, what = job
+    networks = what.networks.make(what.request.device)
+    return number, _compile(networks, what)
 
 
 @torch.no_grad()
-def _compile(pipe: MotionTransferPipeline, request: Request, name: str, size: Size, folder: Path) -> Part:
+def _compile(pipe: Any, job: _Job) -> Part:
+    _import_ops()
+    with TorchBackend(pipe, graphs=False).prepared(), toolchain(job.request.device):
+        return _package(pipe, job.request, job.name, job.size, job.folder)
+
+
+def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path) -> Part:
     width, height = size.least
     most = 2 * request.batch[1]
     images = images_at_once(request.frames, width, height)
@@ -103,7 +188,7 @@ def _compile(pipe: MotionTransferPipeline, request: Request, name: str, size: Si
     elif name.startswith("vae"):
         ranges = {"images": (images, images), "width": (width, width), "height": (height, height)}
     exported = _export(made, most)
-    wanted = made.module(*made.inputs.values())
+    outputs = [x.meta["val"] for x in next(n for n in exported.graph.nodes if n.op == "output").args[0]]
     file = folder / f"{name}-{size}.pt2"
     torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=_options())
     names = _load_package(file, pipe.device).get_constant_fqns()
@@ -113,7 +198,7 @@ def _compile(pipe: MotionTransferPipeline, request: Request, name: str, size: Si
         sha256=sha256_of(file),
         shapes=ranges,
         inputs=made.input_specs(),
-        outputs=made.output_specs([wanted] if isinstance(wanted, Tensor) else wanted),
+        outputs=made.output_specs(outputs),
         facts={"layout": _layout(_weights(made.module, names)), "orders": [_order(x) for x in made.inputs.values()]},
     )
 
