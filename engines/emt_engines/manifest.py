@@ -259,10 +259,10 @@ def _instructions() -> tuple[str, ...]:
 
 
 def code_sha256(*modules: str) -> str:
-    """Hash of the source that defines the network: `emt.unet`, `emt.temporal`, all of `emt_kernels`, and `modules`."""
+    """Hash of the source that decides what is compiled: of the network, of all kernels, of the parts, and `modules`."""
     import emt_kernels
 
-    names = ["emt.unet", "emt.temporal", *modules]
+    names = ["emt.unet", "emt.temporal", "emt_engines.signature", *modules]
     files = [Path(_origin(name)) for name in names]
     files += sorted(Path(emt_kernels.__file__ or "").parent.glob("*.py"))
     listing = [(file.name, sha256_of(file)) for file in files]
