@@ -47,6 +47,10 @@ def build_engine(
         typer.Option(help="LoRA merged into the weights; may be repeated.", metavar="FILE[:SCALE]", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu.", metavar="DEVICE")] = "auto",
+    plugin: Annotated[
+        bool,
+        typer.Option("--plugin/--no-plugin", help="tensorrt: compute temporal integration with emt's kernel."),
+    ] = True,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -101,6 +105,7 @@ def build_engine(
         weights=model_weights(found, ContentIndex(default_dir()), loras),
         model=str(found.folder.absolute()) if Path(found.name).is_dir() else found.name,
         loras=tuple(lora or ()),
+        plugin=plugin,
     )
     maker = build.builder(backend.value)
     maker.check(request)

@@ -47,7 +47,8 @@ def request(**changes) -> Request:
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     # Heads of 8 channels: narrower than any that TensorRT has fused attention for.
-    folder = random_model(tmp_path_factory.mktemp("model") / "one-level", block_out_channels=(16,), frames=FRAMES)
+    sizes = {"block_out_channels": (16, 16), "attention_levels": [], "frames": FRAMES}
+    folder = random_model(tmp_path_factory.mktemp("model") / "two-levels", **sizes)
     return load_pipeline(folder)
 
 
@@ -60,7 +61,7 @@ def denoise(pipe, tmp_path_factory) -> tuple[Path, tuple[TensorSpec, ...], tuple
 
 @pytest.fixture(scope="module")
 def profiles(denoise):
-    return [profile(denoise[1], size, 8, ranges("denoise", request())) for size in SIZES]
+    return [profile(denoise[1], size, 16, ranges("denoise", request())) for size in SIZES]
 
 
 # ------------------------------------------------------------------------------------------------------------ building
@@ -112,6 +113,13 @@ def test_an_rtx_engine_is_built_without_a_gpu(denoise, profiles, caplog):
         for kind, place in (("MinShape", 0), ("OptShape", 1), ("MaxShape", 2)):
             shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(rf"{kind}: \[([\d,]+)\]", line)]
             assert shapes == [own[name][place] for own in profiles]
+
+
+def test_sizes_that_the_levels_do_not_halve_evenly_are_refused(pipe, tmp_path):
+    with pytest.raises(EmtError, match="multiples of 16"):
+        tensorrt.TensorRTRTXBuilder().build(
+            pipe, request(sizes=(Size.parse("40x32"),)), tmp_path, lambda what, done: None
+        )
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_words(tmp_path):
@@ -282,7 +290,7 @@ def test_steps_of_a_clip_read_the_motion_where_it_lies(backend, pipe):
 
 
 def test_a_shape_of_no_profile_is_refused(backend, pipe):
-    sample, text, features = clip(pipe, 2, 5, 4)  # between the sizes
+    sample, text, features = clip(pipe, 2, 4, 6)  # the width of one size and the height of the other
     with torch.no_grad(), pytest.raises(EmtError, match=r"32x32, 48x32\.\.64x64"):
         backend.denoise(sample, torch.tensor(1), text, backend.prepare_motion(features))
 

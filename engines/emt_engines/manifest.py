@@ -301,6 +301,7 @@ class Request:
         weights: What the network's numbers come from.
         model: What the user calls the model; for messages.
         loras: As the user named them; for messages.
+        plugin: Whether TensorRT computes temporal integration with the kernel, as a plugin.
     """
 
     backend: str
@@ -312,6 +313,7 @@ class Request:
     weights: Weights
     model: str = "MODEL"
     loras: tuple[str, ...] = ()
+    plugin: bool = True
 
     @property
     def command(self) -> str:
@@ -322,6 +324,7 @@ class Request:
         words += ["--precision", self.precision]
         words += ["--device", self.device] if self.device != "cuda:0" else []
         words += [word for lora in self.loras for word in ("--lora", lora)]
+        words += [] if self.plugin else ["--no-plugin"]
         return shlex.join(words)
 
 

@@ -298,7 +298,9 @@ class OnnxBuilder:
         if missing:
             raise EmtError(f"ONNX files cannot be written: {', '.join(missing)} is not installed", INSTALL)
         if importlib.util.find_spec("torch.onnx.ops") is None:
-            raise EmtError(f"PyTorch {torch.__version__} is too old to write ONNX files", "Install torch 2.11 or newer.")
+            raise EmtError(
+                f"PyTorch {torch.__version__} is too old to write ONNX files", "Install torch 2.11 or newer."
+            )
 
     def build(
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]

@@ -98,7 +98,7 @@ class _Builder:
     bound: bool
     refits = False
     opset = OPSET
-    plugin = False
+    plugs = False  # whether it takes the plugin
 
     def check(self, request: Request) -> None:
         """Say whether an engine can be built here.
@@ -115,6 +115,7 @@ class _Builder:
         """Build an engine of each part into `folder`; see `emt_engines.build.Builder`."""
         check_sizes(pipe, request)
         trt = self.kind.load()
+        plugin = self.plugs and request.plugin
         parts = []
         for i, name in enumerate(PARTS):
             progress(f"exporting {name}", i / len(PARTS))
@@ -125,10 +126,10 @@ class _Builder:
                 unit = pipe.vae_scale_factor * (1 if name.startswith("vae") else coarsest(pipe, name))
                 profiles = [profile(inputs, size, unit, shapes) for size in request.sizes]
                 progress(f"building {name}", (i + 0.3) / len(PARTS))
-                plan = build(trt, source, profiles, self.kind.targets, plugin=self.plugin and name == "denoise")
+                plan = build(trt, source, profiles, self.kind.targets, plugin=plugin and name == "denoise")
             file = folder / f"{name}.engine"
             file.write_bytes(plan)
-            facts = {"profiles": profiles, "plugin": self.plugin}
+            facts = {"profiles": profiles, "plugin": plugin and name == "denoise"}
             parts.append(Part(name, file.name, sha256_of(file), shapes, inputs, outputs, facts=facts))
         return parts
 
@@ -138,7 +139,7 @@ class TensorRTBuilder(_Builder):
 
     kind, name = TENSORRT, TENSORRT.backend
     depends, bound = ("tensorrt",), True
-    plugin = True
+    plugs = True
 
     def check(self, request: Request) -> None:
         """Say whether an engine can be built here.

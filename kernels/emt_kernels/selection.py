@@ -62,8 +62,8 @@ def select(kernels: Kernels) -> tuple[str, str]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a kernel's function runs its Triton kernel for `x`."""
-    return x.is_cuda and _asked != "reference" and not unavailable()
+    """Whether a kernel's function runs its Triton kernel for `x`; none does while some have substitutes."""
+    return not _substitutes and x.is_cuda and _asked != "reference" and not unavailable()
 
 
 @contextlib.contextmanager
