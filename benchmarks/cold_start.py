@@ -147,7 +147,7 @@ def build(options: argparse.Namespace) -> None:
     from emt.pipeline import load_pipeline
     from emt.weights import random_model
     from emt_engines.build import build_engine
-    from emt_engines.manifest import FILE, Request, Size, weights_of
+    from emt_engines.manifest import FILE, Manifest, Request, Size, weights_of
 
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
 
@@ -158,7 +158,7 @@ def build(options: argparse.Namespace) -> None:
     if not model.exists():
         say("making the model")
         random_model(model, size=options.size, dtype=dtype)
-    if "engine" not in options.ways.split(",") or (options.folder / "engine" / FILE).exists():
+    if "engine" not in options.ways.split(","):
         return
     say("loading the model")
     pipe = load_pipeline(model, options.device, dtype)
@@ -173,7 +173,10 @@ def build(options: argparse.Namespace) -> None:
         weights=weights_of(model),
         model=str(model),
     )
-    build_engine(pipe, request, options.folder / "engine", say)
+    folder = options.folder / "engine"
+    if (folder / FILE).exists() and Manifest.read(folder).match(request)[0]:
+        return
+    build_engine(pipe, request, folder, say)
 
 
 def run(options: argparse.Namespace) -> None:
