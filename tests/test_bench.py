@@ -1,0 +1,56 @@
+"""`emt bench`: every part is timed, in a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from program import FRAMES, SIDE, console, emt, environment, model
+
+PARTS = ("reference_pass_ms", "step_ms", "step_without_reference_ms", "encode_ms", "decode_ms", "clip_s")
+
+
+def bench(folder, *arguments):
+    ended = emt("bench", "--device", "cpu", *map(str, arguments), folder=folder, environment=environment(folder))
+    assert ended.code == 0, ended.err
+    return ended
+
+
+def test_json_has_a_row_for_each_way(tmp_path):
+    rows = [json.loads(line) for line in bench(tmp_path, "--model", model(), "--steps", "3", "--json").out.splitlines()]
+    assert [row["way"] for row in rows] == ["plain PyTorch", "torch"]
+    for row in rows:
+        assert all(row[part] > 0 for part in PARTS)
+        assert row["clip_s"] > 3 * row["step_ms"] / 1e3 * 0.3  # three steps, on a machine that does other things too
+        assert (row["frames"], row["width"], row["height"], row["steps"]) == (FRAMES, SIDE, SIDE, 3)
+        assert row["peak_GiB"] is None  # of a process, a CPU's peak says nothing
+    assert rows[0]["change"] == 0
+    assert rows[1]["change"] < 1e-5
+
+
+def test_without_a_model_it_makes_a_small_one_and_prints_a_table(tmp_path):
+    told = bench(tmp_path, "--size", "48x32", "--frames", "3", "--steps", "2").out
+    assert "3 frames of 48x32, 2 steps" in told
+    for name in ("step with reference, ms", "reference pass, ms", "encode, ms", "decode, ms", "clip, s", "torch"):
+        assert name in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--size", "512"], "Give width and height"),
+        (["--size", "33x32"], "multiple of 8"),
+        (["--engine", "somewhere"], "--engine needs --model"),
+        (["--frames", "99"], "less than or equal to 32"),
+    ],
+)
+def test_bad_usage(tmp_path, arguments, told):
+    done = console(tmp_path, "bench", *arguments)
+    assert done.returncode == 2
+    assert told in " ".join(done.stderr.split())
+
+
+def test_precision_that_the_device_lacks_is_an_error(tmp_path):
+    done = emt("bench", "--device", "cpu", "--precision", "fp8", folder=tmp_path, environment=environment(tmp_path))
+    assert done.code == 1
+    assert done.err.startswith("error: fp8 needs")
