@@ -510,7 +510,9 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
     def fuse_projections(self) -> None:
         """Let inference have query, key and value of self-attention from one product (`QKV.fuse`)."""
         for module in self.modules():
-            if isinstance(module, QKV) and module.to_q.in_features == module.to_k.in_features:
+            if not isinstance(module, QKV) or module.fp8 is not None or not isinstance(module.to_q, nn.Linear):
+                continue  # what is in float8 (`emt.fp8`) is one product, or a query alone
+            if module.to_q.in_features == module.to_k.in_features:
                 module.fuse()
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

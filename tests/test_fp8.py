@@ -236,6 +236,18 @@ def test_doing_it_again_changes_nothing(case: Case) -> None:
     assert torch.equal(ours.step(None), before)
 
 
+def test_what_is_left_in_full_can_still_be_fused(case: Case) -> None:
+    """As on a GPU, before or after; nothing else may come of it."""
+    ours = in_float8(case, attention=False)
+    before = ours.step(None)
+    ours.unet.fuse_projections()
+    torch.testing.assert_close(ours.step(None), before)
+    assert use_fp8(ours.unet, choice=everything) > 0
+    both = ours.step(None)
+    ours.unet.fuse_projections()
+    assert torch.equal(ours.step(None), both)
+
+
 def test_layers_that_do_not_gain_stay_as_they_are(case: Case) -> None:
     ours = copy.deepcopy(case)
     assert use_fp8(ours.unet, choice=lambda outputs, inputs, exact: False) == 0
