@@ -227,9 +227,6 @@ class Bench:
         torch.cuda.reset_peak_memory_stats()
         row: dict[str, float] = {}
         for name in ("first_clip_s", "clip_s"):
-            if row.get("first_clip_s", 0) > 5:  # nothing to be gained by warming up
-                row["clip_s"] = row["first_clip_s"]
-                break
             torch.cuda.synchronize()
             start = time.perf_counter()
             make()
@@ -502,6 +499,7 @@ def main() -> None:
         except Exception:  # the others can still be measured
             traceback.print_exc()
             return
+        row["relative_change"] = ((bench.outputs[rung.name] - truth).norm() / truth.norm()).item()
         told["rows"].append(row)
         told["rows"].sort(key=lambda row: [rung.name for rung in LADDER].index(row["rung"]))
         show(row)
@@ -520,6 +518,7 @@ def main() -> None:
         model = Path(folder) / "model"
         random_model(model, size="sd15")
         bench = Bench(model, options.clip, options.size, options.repeats)
+        truth = bench.truth()
         last = next(rung for rung in LADDER if rung.name == top)
         if last.name in chosen:
             climb(last)
@@ -527,15 +526,8 @@ def main() -> None:
         if "low-memory" in chosen:
             tell(low_memory=low_memory(model, options.clip, options.size))
         rest = [rung for rung in LADDER if rung.name in chosen and rung is not last]
-        truth = bench.truth()
         for rung in rest:
             climb(rung)
-        changes = {name: ((x - truth).norm() / truth.norm()).item() for name, x in bench.outputs.items()}
-        print("\nchange of the step's output against float32:")
-        for row in told["rows"]:
-            row["relative_change"] = changes.get(row["rung"], float("nan"))
-            print(f"  {row['rung']:20} {row['relative_change']:.2e}", flush=True)
-        tell()
         if "fp8" in bench.outputs:
             disassemble(LADDER[-1], "parts_fp8")
 

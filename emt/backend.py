@@ -19,7 +19,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emt.temporal import MotionFeatures, PreparedMotion, PreparedReference
+from emt.errors import EmtError
+from emt.temporal import MotionFeatures, PreparedMotion, PreparedReference, feed_forward_in_parts
 from emt.unet import MotionTransferUNet, TextFeatures
 from emt_kernels.group_norm_silu import group_norm_silu
 
@@ -38,6 +39,8 @@ ATTENTION = (
 _VAE_PIXELS = 2 * 512 * 512
 #: Frames that it takes at once elsewhere.
 _VAE_FRAMES = 4
+#: Tokens that a feed-forward layer takes at once where memory is short: 30 MB in place of 250 at 512×512.
+_LOW_MEMORY_TOKENS = 4096
 
 
 class Backend(Protocol):
@@ -104,10 +107,14 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream()
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Replay and result of a computation that waits for nothing on the host."""
+        """Replay and result of a computation that waits for nothing on the host.
+
+        Raises:
+            EmtError: if the first replay gives another result than the computation itself.
+        """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):  # libraries choose their kernels now, and Triton compiles its own
-            compute()
+            expected = compute()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
@@ -116,6 +123,14 @@ class CudaGraphs:
                 output = compute()
         finally:
             torch.cuda.set_stream(current)  # which it does not come back to by itself if ending the capture fails
+        graph.replay()
+        change = torch.linalg.vector_norm(output.float() - expected.float())
+        allowed = 1e-2 * torch.linalg.vector_norm(expected.float())
+        if bool(change > allowed):  # not so if there are NaN, which are reported of the clip
+            raise EmtError(
+                f"a recorded call of the network does not repeat its result: off by {change:.3g} of {allowed:.3g}",
+                "Use --memory low, which records nothing, and report this with the output of: emt doctor",
+            )
         return graph.replay, output
 
 
@@ -225,7 +240,7 @@ class TorchBackend(Backend):
         self._prepare_weights(latents.device)
         key = ("reference", latents.shape, latents.dtype, timestep.shape, timestep.dtype, text.shape)
         if not self._records(latents.device) or key not in self._references:
-            with self._attention(latents.device):
+            with self._way_to_run(latents.device):
                 features = self.unet.encode_reference(latents, timestep, text)
             self._references[key] = {path: a.shape for path, (a, _) in features.layers.items()}
             return features
@@ -287,7 +302,7 @@ class TorchBackend(Backend):
             ValueError: as the network does, for a wrong shape.
         """
         if not self._records(sample.device):
-            with self._attention(sample.device):
+            with self._way_to_run(sample.device):
                 if not self.low_memory:
                     return self._run(sample, timestep, text, motion)
                 parts = range(len(sample))
@@ -300,7 +315,7 @@ class TorchBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         """`MotionTransferUNet.denoise_deep`; the deep features are good until the next call of the same shape."""
         if not self._records(sample.device):
-            with self._attention(sample.device):
+            with self._way_to_run(sample.device):
                 if not self.low_memory:
                     return self.unet.denoise_deep(sample, timestep, text, motion)
                 parts = range(len(sample))
@@ -315,7 +330,7 @@ class TorchBackend(Backend):
     ) -> Tensor:
         """`MotionTransferUNet.denoise_shallow`."""
         if not self._records(sample.device):
-            with self._attention(sample.device):
+            with self._way_to_run(sample.device):
                 if not self.low_memory:
                     return self.unet.denoise_shallow(sample, timestep, text, motion, deep)
                 found = []
@@ -369,7 +384,7 @@ class TorchBackend(Backend):
     def prepared(self) -> Iterator[None]:
         """Weights laid out and attention chosen as calls on the pipeline's device have them, for who compiles those."""
         self._prepare_weights(self.pipe.device)
-        with self._attention(self.pipe.device):
+        with self._way_to_run(self.pipe.device):
             self._vae(self.pipe.device)
             yield
 
@@ -430,7 +445,7 @@ class TorchBackend(Backend):
         self, device: torch.device, compute: Callable[[], Tensor]
     ) -> tuple[Callable[[], None], Tensor]:
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with here, self._attention(device):
+        with here, self._way_to_run(device):
             self._recorder = self._recorder or (self._make_recorder or CudaGraphs)()
             return self._recorder.record(compute)
 
@@ -461,9 +476,13 @@ class TorchBackend(Backend):
             self.reset()
             self._weights = weights  # kept, so that a weight that is moved cannot be given the same address again
 
-    def _attention(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _way_to_run(self, device: torch.device) -> Iterator[None]:
+        """How the network is run on `device`: its spatial attention, and how much of it at once."""
         cuda = device.type == "cuda"
-        return sdpa_kernel(list(self.attention), set_priority=True) if cuda else contextlib.nullcontext()
+        little = feed_forward_in_parts(_LOW_MEMORY_TOKENS) if self.low_memory else contextlib.nullcontext()
+        with sdpa_kernel(list(self.attention), set_priority=True) if cuda else contextlib.nullcontext(), little:
+            yield
 
     # ----------------------------------------------------------------------------------------------------- the VAE
 

@@ -6,6 +6,7 @@ convolutions around it, so that neither spatial nor temporal attention needs a p
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
 
 #: Tokens that inference takes through a feed-forward layer at once.
 _FEED_FORWARD_TOKENS = 32_768
+
+
+@contextlib.contextmanager
+def feed_forward_in_parts(tokens: int) -> Iterator[None]:
+    """Within, inference takes `tokens` at once through a feed-forward layer: fewer take less memory and more time."""
+    global _FEED_FORWARD_TOKENS
+    before, _FEED_FORWARD_TOKENS = _FEED_FORWARD_TOKENS, tokens
+    try:
+        yield
+    finally:
+        _FEED_FORWARD_TOKENS = before
 
 
 def sinusoidal_positions(frames: int, channels: int) -> Tensor:

@@ -198,7 +198,7 @@ def test_plans_fit_every_gpu() -> None:
     for head_size in range(1, 257):
         for rows in (48, 80, 160):
             for itemsize in (2, 4):
-                p = module.plan(8, head_size, rows, itemsize)
+                p = module.plan(8, head_size, rows, itemsize, reference=rows > 48)
                 columns = p.columns + module._rest(head_size, p.columns)
                 assert head_size <= columns < max(2 * head_size, 17)
                 assert p.heads * rows * columns * itemsize * max(p.stages - 1, 1) <= 200_000

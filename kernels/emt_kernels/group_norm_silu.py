@@ -78,7 +78,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor |
 _LANES = 64  # channels that a program reads of a pixel, where groups are not read apart
 _BLOCK = 128  # pixels of a block of statistics
 _ROWS = 32  # pixels that a program holds at once of two inputs; of one it holds twice as many
-_CACHED = 49_152  # values of a group that is read twice by one program
+_CACHED = 20_000  # values of a group that one program reads twice, the second time from the cache
 _WARP = 512  # values for which one more warp reads such a group
 
 
@@ -101,7 +101,7 @@ def plan(size: int, pixels: int) -> Plan | None:
     if values > (_CACHED if size >= 20 else 4096) or size > 4096:
         return None
     lanes = _power_of_two(size)
-    warps = 4 if values <= _CACHED // 4 else 8 if values <= _CACHED // 2 else 16
+    warps = 4 if values <= 8192 else 8
     return Plan(lanes, min(max(_WARP * warps // lanes, 1), _power_of_two(pixels)), warps)
 
 

@@ -203,9 +203,12 @@ _HEADS_BACKWARD = 2  # of a program
 _PROGRAMS = 2048  # wanted, so that the last ones do not leave most of a GPU idle
 
 
-def plan(heads: int, head_size: int, rows: int, itemsize: int) -> Plan:
+def plan(heads: int, head_size: int, rows: int, itemsize: int, reference: bool) -> Plan:
     """Choose a plan for `rows` rows of `head_size` in all tensors that a pixel's head is computed from."""
-    if head_size <= 64:
+    if head_size <= 64 and reference:
+        # One head a program: with five tensors in flight, programs of fewer registers hide more of the memory's time.
+        columns, together, stages, pixels = max(_power_of_two(head_size), 16), 1, 2, 4
+    elif head_size <= 64:
         # One tile, so that a row is read in as few pieces as there can be: 40 channels are two and a half sectors.
         columns, together, stages, pixels = max(_power_of_two(head_size), 16), 2, 3, 4
     else:
@@ -254,7 +257,7 @@ def _plan(query: Tensor, heads: int, reference_frames: int) -> Plan:
     """The plan for the forward kernel, with fewer pixels for a program where there are few."""
     batch, frames, tokens, channels = query.shape
     rows = 3 * _rows(frames) + (2 * _rows(reference_frames) if reference_frames else 0)
-    p = plan(heads, channels // heads, rows, query.itemsize)
+    p = plan(heads, channels // heads, rows, query.itemsize, reference_frames > 0)
     pixels = max(1, min(p.pixels, batch * -(-heads // p.heads) * tokens // _PROGRAMS))
     return replace(p, pixels=pixels, stages=p.stages if pixels > 1 else 1)
 
