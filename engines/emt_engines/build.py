@@ -100,9 +100,11 @@ def builder(backend: str) -> Builder:
     return _load(backend, 1)()
 
 
-def builder_module(backend: str) -> str:
-    """The module that builds engines of a backend, whose code is part of what a manifest has a hash of."""
-    return BACKENDS[backend][0]
+def builder_modules(backend: str) -> tuple[str, ...]:
+    """The modules that build engines of a backend, whose code is part of what a manifest has a hash of."""
+    module = BACKENDS[backend][0]
+    # Engines of TensorRT begin as the file of the exporter, and may embed the plugin.
+    return (module, "emt_engines.onnx_export", "emt_engines.plugin") if "tensorrt" in backend else (module,)
 
 
 def open_engine(folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) -> Backend:
@@ -152,7 +154,7 @@ def build_engine(
             batch=request.batch,
             weights=request.weights,
             refits=maker.refits,
-            code=code_sha256(builder_module(maker.name)),
+            code=code_sha256(*builder_modules(maker.name)),
             place=replace(place, versions=versions),
             bound=maker.bound,
             opset=maker.opset,

@@ -387,10 +387,10 @@ class Manifest:
             place: Where; None for this machine.
             code: `code_sha256` there; None for this program's.
         """
-        from emt_engines.build import builder_module  # it imports this module
+        from emt_engines.build import builder_modules  # it imports this module
 
         place = place or Place.here(request.device)
-        code = code or code_sha256(builder_module(self.backend))
+        code = code or code_sha256(*builder_modules(self.backend))
         for reason in (
             self._other_kind(request),
             self._other_weights(request.weights),
