@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -123,10 +129,37 @@ def build_engine(
                 print(what, file=sys.stderr, flush=True)
 
         pipe = open_pipeline(found, place, prepare=lambda pipe: merge_loras(pipe, loras))
-        manifest = build.build_engine(pipe, request, folder, progress)
+        with insistent_interrupts():
+            manifest = build.build_engine(pipe, request, folder, progress)
     told = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"
     print(f"built in {manifest.seconds:.0f} s; {told}", file=sys.stderr)
     typer.echo(folder)
+
+
+@contextlib.contextmanager
+def insistent_interrupts(seconds: float = 5.0) -> Iterator[None]:
+    """Within, Ctrl-C is raised again every few seconds until it has ended the block.
+
+    A KeyboardInterrupt that comes while Python is in a callback of a compiler's library is reported and dropped there.
+    """
+    ended, asked = threading.Event(), threading.Event()
+
+    def insist() -> None:
+        while not ended.wait(seconds):
+            _thread.interrupt_main()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not asked.is_set():
+            asked.set()
+            threading.Thread(target=insist, daemon=True).start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def parse_batch(text: str) -> tuple[int, int]:

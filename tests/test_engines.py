@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from emt.errors import EmtError
 from emt.lora import merge_loras
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.weights import random_model
+from emt_cli.build_engine import insistent_interrupts
 from emt_cli.cache import ContentIndex
 from emt_cli.device import Device
 from emt_cli.engine_choice import EngineChoice
@@ -313,6 +315,18 @@ def test_an_interrupted_build_leaves_nothing(model, tmp_path):
     told.unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "engine"]
     assert (old / FILE).read_bytes() == before
+
+
+def test_an_interrupt_that_is_swallowed_comes_again():
+    def work() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # as Python does in a callback of a library
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(20)
+
+    before = signal.getsignal(signal.SIGINT)
+    with insistent_interrupts(0.05), pytest.raises(KeyboardInterrupt):
+        work()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # ------------------------------------------------------------------------------------------------- functions to compile
