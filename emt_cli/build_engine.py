@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import re
 import signal
@@ -142,11 +141,12 @@ def insistent_interrupts(seconds: float = 5.0) -> Iterator[None]:
 
     A KeyboardInterrupt that comes while Python is in a callback of a compiler's library is reported and dropped there.
     """
-    ended, asked = threading.Event(), threading.Event()
+    ended, asked, main = threading.Event(), threading.Event(), threading.get_ident()
 
     def insist() -> None:
         while not ended.wait(seconds):
-            _thread.interrupt_main()
+            # A signal of its own, which also wakes the thread from whatever it waits for.
+            signal.pthread_kill(main, signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not asked.is_set():
