@@ -44,6 +44,9 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
         for folder, error in damaged:
             _print_json({"folder": str(folder), "error": error.problem})
         return
+    if not found and not damaged:
+        print("no engines yet; build one with: emt build-engine --model MODEL", file=sys.stderr)
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -51,13 +54,17 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
     from emt_cli.jobs import printable
     from emt_cli.progress import size
 
-    table = Table("engine", "model", "backend", "precision", "sizes", "frames", "clips", "device", "parity", "on disk")
+    table = Table("engine", "made for", "parity", "on disk")
+    table.columns[0].no_wrap = True  # it is what the other commands are given
     for engine in found:
         told, own = _told(engine), engine.manifest
         parity = "not verified" if own.parity is None else f"{own.parity:.1e}"
         clips = "..".join(map(str, own.batch))
-        cells = [engine.folder.name, own.model, own.backend, own.precision, " ".join(told["sizes"]), str(own.frames)]
-        table.add_row(*(Text(printable(c)) for c in [*cells, clips, own.place.device, parity, size(told["bytes"])]))
+        made_for = (
+            f"{own.model}, {own.backend}, {own.precision}: {own.frames} frames of {', '.join(told['sizes'])}, "
+            f"{clips} clips, {own.place.device}"
+        )
+        table.add_row(*(Text(printable(c)) for c in [engine.folder.name, made_for, parity, size(told["bytes"])]))
     for folder, _ in damaged:
         table.add_row(Text(printable(folder.name)), Text("damaged", "red"))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
@@ -196,6 +203,8 @@ def _find(name: str, cache_dir: Path | None) -> Engine:
 
     kept = engines_dir(cache_dir) / name
     folder = kept if Path(name).name == name and kept.is_dir() else Path(name)
+    if not folder.is_dir():
+        raise EmtError(f"there is no engine {name}, neither as a folder nor in {kept.parent}", "See: emt engines list")
     return Engine(folder, Manifest.read(folder))
 
 

@@ -421,6 +421,10 @@ def engines(folder: Path, *words: str, **options: object) -> subprocess.Complete
 
 def test_engines_are_listed_shown_verified_and_pruned(model, tmp_path):
     kept = tmp_path / "cache" / "emt" / "engines"
+    nothing = engines(tmp_path, "list")
+    assert not nothing.stdout
+    assert "build one with: emt build-engine" in nothing.stderr
+    assert f"there is no engine whole, neither as a folder nor in {kept}" in engines(tmp_path, "show", "whole").stderr
     whole = put_engine(kept / "whole", manifest_for(request_for(model)))
     stale = put_engine(kept / "stale", manifest_for(request_for(model), code="other"))
     harmed = put_engine(kept / "harmed", manifest_for(request_for(model), code="other"))
