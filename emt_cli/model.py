@@ -32,9 +32,9 @@ _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its schedu
 
 #: Time of a clip, where the journal has none yet: arithmetic of a denoising step per parameter of the network and
 #: latent position of a batch with guidance (35.3 TFLOP for 1.3 G parameters, 16 frames of 512×512), at the rates
-#: that eager PyTorch reaches on one H100 in fp16 and on two CPU cores in fp32.
+#: that are reached on one H100 in fp16 and on two CPU cores in fp32.
 _FLOP = 0.204
-_GPU_RATE, _CPU_RATE = 190e12, 17e9
+_GPU_RATE, _CPU_RATE = 336e12, 17e9
 #: A step of however small a network takes this long, in seconds: its layers are asked for one by one.
 _SHORTEST_STEP = 0.02
 #: Memory: the weights, and bytes of activations per pixel of all frames and channel of the first level, in fp16
