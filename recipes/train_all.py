@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages that are not done yet, in all of the given minutes; the evaluation comes on top."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
-    parser.add_argument("--minutes", type=float, default=sum(s[0] for s in STAGES.values()), help="for all stages")
+    parser.add_argument("--minutes", type=float, default=sum(s[0] for s in STAGES.values()), help="for all stages that are not done")
     parser.add_argument("--judge-minutes", type=float, default=3.0, help="0 trains none, and nothing is evaluated")
     parser.add_argument("--clips", type=int, default=256, help="of the evaluation, for each of its seeds")
     parser.add_argument("--seeds", type=int, default=3, help="of the evaluation")
@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             del stages[name]
         if not (o.out / "vae").exists():
             shutil.copytree(o.start / "vae", o.out / "vae")
-    scale = o.minutes / sum(s[0] for s in stages.values())
+    left = [minutes for minutes, result, _ in stages.values() if not (o.out / result).exists()]
+    scale = o.minutes / max(sum(left), 1e-6)
     common = ["--out", str(o.out), "--device", o.device, "--seed", str(o.seed)]
     common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
     for flag in ("steps", "batch"):
