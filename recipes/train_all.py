@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages that are not done yet, in all of the given minutes; the evaluation comes on top."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
-    parser.add_argument("--minutes", type=float, default=sum(s[0] for s in STAGES.values()), help="for all stages that are not done")
+    parser.add_argument("--minutes", type=float, default=sum(s[0] for s in STAGES.values()), help="for all stages left")
     parser.add_argument("--judge-minutes", type=float, default=3.0, help="0 trains none, and nothing is evaluated")
     parser.add_argument("--clips", type=int, default=256, help="of the evaluation, for each of its seeds")
     parser.add_argument("--seeds", type=int, default=3, help="of the evaluation")
