@@ -41,7 +41,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import emt.temporal
-import emt.unet
 from emt.backend import ATTENTION, TorchBackend
 from emt.fp8 import use_fp8
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
@@ -61,17 +60,8 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "geglu": (geglu, geglu_reference),
 }
 ALL = 1 << 30
-#: Tokens at once in feed-forward layers and in spatial transformers, to compare.
-PARTS = (
-    (32768, ALL),
-    (ALL, ALL),
-    (16384, ALL),
-    (8192, ALL),
-    (32768, 32768),
-    (16384, 16384),
-    (8192, 16384),
-    (8192, 8192),
-)
+#: Tokens at once in feed-forward layers, to compare.
+PARTS = (32_768, ALL, 16_384, 8192)
 #: What PyTorch chooses by itself.
 USUAL_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
@@ -393,15 +383,12 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
                 pipe.backend.denoise(sample, timestep, encoded, moved)
             torch.cuda.synchronize()
         in_parts = {}
-        for feed_forward, transformer in PARTS:
-            with (
-                patched(emt.temporal, _FEED_FORWARD_TOKENS=feed_forward),
-                patched(emt.unet, _TRANSFORMER_TOKENS=transformer),
-            ):
+        for tokens in PARTS:
+            with emt.temporal.feed_forward_in_parts(tokens):
                 backend = pipe.backend = rung_backend(pipe, on)
                 backend.denoise(sample, timestep, encoded, moved)
                 took = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
-                in_parts[f"{feed_forward} {transformer}"] = took
+                in_parts[str(tokens)] = took
         # Not for use: what it chooses depends on the moment, and with it the last bits of a clip.
         with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
             backend = pipe.backend = rung_backend(pipe, on)
@@ -457,7 +444,7 @@ def show_parts(parts: dict[str, Any]) -> None:
             f"  {kind:20} {row['ms']:8.2f} {row['kernels']:8.0f} {row['TFLOP']:8.2f} {row['GB']:8.2f} "
             f"{row['share_of_product']:10.0%} {row['share_of_copy']:9.0%}"
         )
-    print("  step, ms, by tokens at once in feed-forward layers and in spatial transformers:")
+    print("  step, ms, by tokens at once in feed-forward layers:")
     for tokens, took in parts["tokens_at_once_ms"].items():
         print(f"  {tokens:24} {took:8.2f}")
     print(f"  with cuDNN trying all its convolutions: {parts['cudnn_benchmark']}")

@@ -48,10 +48,6 @@ class TextFeatures:
 torch.export.register_dataclass(TextFeatures)
 
 
-#: Tokens of one clip that inference takes through a spatial transformer at once.
-_TRANSFORMER_TOKENS = 1 << 30
-
-
 class TimeEmbedding(nn.Module):
     """Sinusoidal embedding of the timestep through two linear layers."""
 
@@ -152,21 +148,10 @@ class SpatialTransformer(nn.Module):
         return attention.to_k(text), attention.to_v(text)
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """(batch·frames, channels, height, width) → the same; inference overwrites `x`, which is the caller's own."""
-        frames, (height, width) = x.shape[0] // text[0].shape[0], x.shape[2:]
-        at_once = max(1, _TRANSFORMER_TOKENS // (height * width))
-        if at_once >= frames or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return x + self._change(x, text)
-        # A few frames at a time: what one kernel writes, the next one finds in the GPU's cache.
-        for clip, key, value in zip(x.split(frames), *(t.split(1) for t in text), strict=True):
-            for part in clip.split(at_once):
-                part += self._change(part, (key, value))
-        return x
-
-    def _change(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """(batch·frames, channels, height, width) → the same."""
         h = self.proj_in(group_norm(self.norm, x).permute(0, 2, 3, 1).flatten(1, 2))
         h = self.proj_out(self.transformer_blocks[0](h, text))
-        return h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Resample(nn.Module):
