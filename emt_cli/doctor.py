@@ -160,10 +160,19 @@ def _triton() -> Finding:
 
 
 def _tensorrt() -> Finding:
-    version = _version("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12")
-    if version is None:
-        return Finding("tensorrt", "limited", "not installed: no TensorRT engines; PyTorch needs none")
-    return Finding("tensorrt", "ok", version)
+    from emt_engines.tensorrt import RTX
+
+    full = _version("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
+    rtx = _version("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
+    if full is None and rtx is None:
+        return Finding("tensorrt", "limited", "not installed: no TensorRT engines; PyTorch needs none", RTX.install)
+    import torch
+
+    if rtx and torch.cuda.is_available() and RTX.refuses(torch.cuda.get_device_capability()):
+        rtx += f" (builds engines, for GPUs of compute capability {RTX.runs}: not this one)"
+    elif rtx:
+        rtx += f" (engines for GPUs of compute capability {RTX.runs})"
+    return Finding("tensorrt", "ok", ", ".join(filter(None, [full, rtx])))
 
 
 def _compiler() -> Finding:
