@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from emt.errors import EmtError
+from emt.files import sha256_of
 
 State = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ class Origin:
 
     def hashed(self) -> Source:
         """The source, with the sha256 of every file."""
-        return Source(self.kind, self.name, tuple((str(path), _sha256(path)) for path in self.files), self.note)
+        return Source(self.kind, self.name, tuple((str(path), sha256_of(path)) for path in self.files), self.note)
 
 
 def locate(
@@ -241,11 +241,3 @@ def naming_file(path: Path, check: Callable[[State], State], state: State) -> St
         return check(state)
     except EmtError as error:
         raise EmtError(f"{path}: {error.problem}", error.hint) from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

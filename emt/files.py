@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -13,6 +14,15 @@ PARTIAL = ".emt-partial-"
 def partial_beside(path: Path) -> Path:
     """A name in the folder of `path` to write under before renaming."""
     return path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    hasher = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def sync(path: Path) -> None:

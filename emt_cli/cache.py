@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
-from emt.files import partial_beside, sync, write_atomically
+from emt.files import partial_beside, sha256_of, sync, write_atomically
 from emt_cli.jobs import check_readable
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class ContentIndex:
                 names = sorted(e.name for e in os.scandir(path) if not e.name.startswith(".") and e.is_file())
                 listing = [(name, self.sha256(path / name)) for name in names]
                 return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-            return self.remember("sha256", path, status, lambda: _sha256(path))
+            return self.remember("sha256", path, status, lambda: sha256_of(path))
         except OSError as error:
             raise EmtError(f"cannot read {path.name}: {error.strerror}", f"The whole path is {path}.") from None
 
@@ -114,14 +114,6 @@ class ContentIndex:
             self._database = None  # full or read-only: this process goes on without
 
 
-def _sha256(path: Path) -> str:
-    hasher = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
 class MotionCache:
     """Motion features on disk, by the hash of what they were made from, the least recently used dropped first.
 
@@ -147,7 +139,7 @@ class MotionCache:
             return None
         try:
             known = json.loads(facts.read_bytes())
-            if _sha256(tensors) != known["sha256"]:
+            if sha256_of(tensors) != known["sha256"]:
                 raise ValueError("content and hash differ")
             motion = Motion.load(tensors)
             os.utime(facts)  # its time of use; access times are not kept on many file systems
@@ -174,7 +166,7 @@ class MotionCache:
             if size > self.limit:
                 return
             sync(temporary)
-            known = {"sha256": _sha256(temporary), "fps": fps, "bytes": size}
+            known = {"sha256": sha256_of(temporary), "fps": fps, "bytes": size}
             facts.unlink(missing_ok=True)
             os.replace(temporary, tensors)
             write_atomically(facts, json.dumps(known).encode())

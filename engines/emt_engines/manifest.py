@@ -21,6 +21,7 @@ from typing import Any
 
 from emt import __version__
 from emt.errors import EmtError
+from emt.files import sha256_of
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -276,15 +277,6 @@ def _origin(module: str) -> str:
     assert spec is not None, module
     assert spec.origin is not None, module
     return spec.origin
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    hasher = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from emt.errors import EmtError
+from emt.files import sha256_of
 from emt.temporal import MotionFeatures, PreparedMotion
 from emt_engines import onnx_export
 from emt_engines.build import CannotRun
-from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec, sha256_of
+from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec
 from emt_engines.onnx_export import OPSET, PARTS, FileBackend, OnnxBuilder, check_sizes, coarsest, ranges
 
 if TYPE_CHECKING:
