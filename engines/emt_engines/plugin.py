@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import re
 from dataclasses import dataclass, replace
 from types import GenericAlias
@@ -23,6 +22,7 @@ import torch
 from emt.errors import EmtError
 from emt_engines.onnx_export import DOMAIN, NODE
 from emt_kernels import temporal_attention as kernels
+from emt_kernels.selection import INSTALLED
 
 PLUGIN = f"{DOMAIN}::{NODE}"
 INPUTS = ("query", "key", "value", "reference_key", "reference_value", "position_key", "position_value", "scale")
@@ -35,7 +35,7 @@ _CAPABILITY, _PTX = 80, 80
 #: What a program has without the driver being asked for more, which nothing says that TensorRT does.
 _SHARED_MEMORY = 48 * 1024
 
-if importlib.util.find_spec("triton") is not None:
+if INSTALLED:
     import triton
     import triton.language as tl
 
@@ -152,7 +152,7 @@ def compile_kernel(heads: int, channels: int, frames: int, reference_frames: int
     Raises:
         EmtError: Triton is not installed.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         raise EmtError("the plugin's kernel cannot be compiled: Triton is not installed", "Build with --no-plugin.")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
 
 
 def geglu_reference(x: Tensor) -> Tensor:
@@ -40,7 +38,7 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected an even number of channels")
 
 
-if importlib.util.find_spec("triton") is not None:
+if INSTALLED:
     import triton
     import triton.language as tl
 

@@ -9,7 +9,6 @@ what the first one read last. Nothing is added atomically: results repeat bit fo
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
 
 
 def group_norm_silu_reference(
@@ -111,7 +110,7 @@ def _power_of_two(n: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------- kernels
 
-if importlib.util.find_spec("triton") is not None:
+if INSTALLED:
     import triton
     import triton.language as tl
 

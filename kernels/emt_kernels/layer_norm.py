@@ -7,13 +7,11 @@ temporal attention projects.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
 
 
 def layer_norm_reference(
@@ -81,7 +79,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor | None, re
             raise ValueError(f"positions has shape {tuple(positions.shape)}, expected {(x.shape[1], x.shape[3])}")
 
 
-if importlib.util.find_spec("triton") is not None:
+if INSTALLED:
     import triton
     import triton.language as tl
 

@@ -8,7 +8,6 @@ nothing, and writes half the bytes.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from emt_kernels.geglu import geglu_reference
 from emt_kernels.layer_norm import layer_norm_reference
-from emt_kernels.selection import use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -122,7 +121,7 @@ def layer_norm_quantized(
     return others[0] if residual is not None else x, Quantized(values, scale, kept)
 
 
-if importlib.util.find_spec("triton") is not None:
+if INSTALLED:
     import triton
     import triton.language as tl
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 Kernels = Literal["auto", "triton", "reference"]
 
+# What is known of the machine is found out once, and not through a cache of functools nor importlib in a call:
+# torch.compile follows neither.
+#: Whether Triton is there; kernels are defined only then.
+INSTALLED = importlib.util.find_spec("triton") is not None
 _asked: Kernels = "auto"
-# Found out once, and not through a cache of functools nor importlib in a call: torch.compile follows neither.
-_INSTALLED = importlib.util.find_spec("triton") is not None
 _problem: str | None = None
 _substitutes: dict[str, Callable[..., Any]] = {}
 
@@ -29,7 +31,7 @@ def unavailable() -> str:
 
 
 def _find_problem() -> str:
-    if not _INSTALLED:
+    if not INSTALLED:
         return "Triton is not installed"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"

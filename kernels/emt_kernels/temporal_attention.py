@@ -10,7 +10,6 @@ keys ``s·k + p`` are never formed: a query's score is ``s·(q·k) + q·p``, and
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import substitute, use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, substitute, use_triton, wrap_triton
 
 # CUDA's fused attention kernels put the batch on a grid axis of 65,535 blocks.
 _MAX_ATTENTION_BATCH = 65_535
@@ -325,7 +324,7 @@ def _backward_arguments(
 
 # ------------------------------------------------------------------------------------------------------- kernels
 
-if importlib.util.find_spec("triton") is not None:
+if INSTALLED:
     import triton
     import triton.language as tl
 
