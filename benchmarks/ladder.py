@@ -19,6 +19,7 @@ import contextlib
 import gc
 import itertools
 import json
+import math
 import platform
 import re
 import statistics
@@ -228,18 +229,9 @@ class Bench:
 
     def timed(self, work: Callable[[], object]) -> dict[str, float]:
         """Milliseconds of `work` at the 20th, 50th and 80th percentile, of one second or `repeats` runs."""
-        for _ in range(2):
-            work()
-        torch.cuda.synchronize()
-        times: list[float] = []
-        while len(times) < self.repeats and (len(times) < 5 or sum(times) < 1000):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        quantiles = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        quantiles = (
+            torch.tensor(durations(work, self.repeats, enough=1000)).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        )
         return dict(zip(("p20", "p50", "p80"), quantiles, strict=True))
 
 
@@ -346,19 +338,25 @@ def ceilings() -> dict[str, float]:
     return {"copy_TB_s": copy * 1e3 / 1e12, "product_TFLOP_s": product * 1e3 / 1e12}
 
 
-def median_ms(work: Callable[[], object], repeats: int = 20) -> float:
-    """Milliseconds by device events."""
+def durations(work: Callable[[], object], repeats: int, enough: float = math.inf) -> list[float]:
+    """Milliseconds by device events, after warming up: of `repeats` runs, or of five and as many as take `enough`."""
     for _ in range(3):
         work()
-    times = []
-    for _ in range(repeats):
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < 5 or sum(times) < enough):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         work()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return times
+
+
+def median_ms(work: Callable[[], object], repeats: int = 20) -> float:
+    """The median of `durations`."""
+    return statistics.median(durations(work, repeats))
 
 
 @torch.no_grad()
