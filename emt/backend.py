@@ -91,6 +91,25 @@ class Backend(Protocol):
         ...
 
 
+class PipelineBackend(Backend):
+    """A backend of one pipeline, which it does not keep alive: the pipeline has the backend."""
+
+    def __init__(self, pipe: MotionTransferPipeline) -> None:
+        self._pipe = weakref.ref(pipe)
+
+    @property
+    def pipe(self) -> MotionTransferPipeline:
+        """The pipeline whose parts it runs."""
+        pipe = self._pipe()
+        assert pipe is not None, "the pipeline of this backend is gone"
+        return pipe
+
+    @property
+    def unet(self) -> MotionTransferUNet:
+        """The pipeline's network, which prepares text and motion."""
+        return self.pipe.unet
+
+
 class Recorder(Protocol):
     """Records a computation once, so that it can be done again at less cost; its graphs share one memory pool."""
 
@@ -168,7 +187,7 @@ class _Call:
     deep: list[Tensor] = field(default_factory=list)  # where it puts deep features, if it gives them
 
 
-class TorchBackend(Backend):
+class TorchBackend(PipelineBackend):
     """PyTorch itself. On a CUDA GPU the network's call is recorded as a CUDA graph for each shape, and replayed.
 
     Results are those of the eager network: the same kernels run on the same numbers.
@@ -204,7 +223,7 @@ class TorchBackend(Backend):
         max_calls: int = 8,
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:
-        self._pipe = weakref.ref(pipe)  # the pipeline has the backend
+        super().__init__(pipe)
         self.graphs = graphs and not low_memory
         self.low_memory = low_memory
         self.max_calls = max_calls
@@ -223,34 +242,19 @@ class TorchBackend(Backend):
 
     # ------------------------------------------------------------------------------------------------- the network
 
-    @property
-    def pipe(self) -> MotionTransferPipeline:
-        """The pipeline whose parts it runs."""
-        pipe = self._pipe()
-        assert pipe is not None, "the pipeline of this backend is gone"
-        return pipe
-
-    @property
-    def unet(self) -> MotionTransferUNet:
-        """The pipeline's network."""
-        return self.pipe.unet
-
     def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
         """Read the motion of references; where calls are recorded, this one is when its shape comes again."""
         self._prepare_weights(latents.device)
         key = ("reference", latents.shape, latents.dtype, timestep.shape, timestep.dtype, text.shape)
-        if not self._records(latents.device) or key not in self._references:
-            with self._way_to_run(latents.device):
-                features = self.unet.encode_reference(latents, timestep, text)
-            self._references[key] = {path: a.shape for path, (a, _) in features.layers.items()}
-            return features
         inputs = (latents, timestep, text)
+        if not self._records(latents.device) or key not in self._references:
+            return self._read_reference(key, *inputs)
         call = self._calls.get(key)
         if call is None:
             try:
                 call = self._calls[key] = self._record(lambda: self._record_reference(*inputs))
             except (torch.OutOfMemoryError, MemoryError):  # it has been made without before
-                return self.unet.encode_reference(*inputs)
+                return self._read_reference(key, *inputs)
         else:
             self._calls.move_to_end(key)
         for place, tensor in zip(call.inputs, inputs, strict=True):
@@ -260,6 +264,12 @@ class TorchBackend(Backend):
         parts = call.output.clone().split([shape.numel() for shape in shapes.values() for _ in range(2)])
         layers = zip(shapes.items(), parts[::2], parts[1::2])
         return MotionFeatures({path: (a.view(shape), b.view(shape)) for (path, shape), a, b in layers})
+
+    def _read_reference(self, key: tuple[Any, ...], latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
+        with self._way_to_run(latents.device):
+            features = self.unet.encode_reference(latents, timestep, text)
+        self._references[key] = {path: a.shape for path, (a, _) in features.layers.items()}
+        return features
 
     def _record_reference(self, *inputs: Tensor) -> _Call:
         own = [x.clone() for x in inputs]
@@ -305,8 +315,7 @@ class TorchBackend(Backend):
             with self._way_to_run(sample.device):
                 if not self.low_memory:
                     return self._run(sample, timestep, text, motion)
-                parts = range(len(sample))
-                return torch.cat([self._run(sample[i : i + 1], timestep, *_part(text, motion, i)) for i in parts])
+                return torch.cat([self._run(x, timestep, *known) for x, *known in _each(sample, text, motion)])
         call = self._replay(sample, timestep, text, motion)
         return call.output.clone()  # the next replay overwrites it
 
@@ -318,8 +327,7 @@ class TorchBackend(Backend):
             with self._way_to_run(sample.device):
                 if not self.low_memory:
                     return self.unet.denoise_deep(sample, timestep, text, motion)
-                parts = range(len(sample))
-                found = [self.unet.denoise_deep(sample[i : i + 1], timestep, *_part(text, motion, i)) for i in parts]
+                found = [self.unet.denoise_deep(x, timestep, *known) for x, *known in _each(sample, text, motion)]
                 predictions, deep = zip(*found)
                 return torch.cat(predictions), torch.cat(deep)
         call = self._replay(sample, timestep, text, motion, keep=True)
@@ -333,11 +341,8 @@ class TorchBackend(Backend):
             with self._way_to_run(sample.device):
                 if not self.low_memory:
                     return self.unet.denoise_shallow(sample, timestep, text, motion, deep)
-                found = []
-                for i, part in enumerate(deep.split(sample.shape[2])):
-                    own = _part(text, motion, i)
-                    found.append(self.unet.denoise_shallow(sample[i : i + 1], timestep, *own, part))
-                return torch.cat(found)
+                each = zip(_each(sample, text, motion), deep.split(sample.shape[2]), strict=True)
+                return torch.cat([self.unet.denoise_shallow(x, timestep, *known, part) for (x, *known), part in each])
         return self._replay(sample, timestep, text, motion, deep=deep).output.clone()
 
     def _replay(
@@ -537,13 +542,15 @@ class _LayerByLayer(Mapping[str, tuple[PreparedReference, PreparedReference]]):
         return _LayerByLayer(self._unet, MotionFeatures(layers))
 
 
-def _part(text: TextFeatures, motion: PreparedMotion | None, i: int) -> tuple[TextFeatures, PreparedMotion | None]:
-    """Text and motion of sample i of a batch."""
-    own = TextFeatures({path: (key[i : i + 1], value[i : i + 1]) for path, (key, value) in text.layers.items()})
-    if motion is None:
-        return own, None
-    assert isinstance(motion.layers, _LayerByLayer), "this motion was prepared by another backend"
-    return own, PreparedMotion(motion.layers.part(i))
+def _each(sample: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Iterator[tuple[Any, ...]]:
+    """Each sample of a batch with its own text and motion."""
+    for i, part in enumerate(sample.split(1)):
+        own = TextFeatures({path: (key[i : i + 1], value[i : i + 1]) for path, (key, value) in text.layers.items()})
+        if motion is None:
+            yield part, own, None
+            continue
+        assert isinstance(motion.layers, _LayerByLayer), "this motion was prepared by another backend"
+        yield part, own, PreparedMotion(motion.layers.part(i))
 
 
 class _GroupNormSiLU(nn.GroupNorm):

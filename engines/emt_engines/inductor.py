@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from emt.backend import Recorder, TorchBackend
 from emt.errors import EmtError
+from emt.files import sha256_of
 from emt.temporal import MotionFeatures, PreparedMotion
 from emt.unet import MotionTransferUNet, TextFeatures
-from emt_engines.manifest import Manifest, Part, Request, Size, sha256_of
-from emt_engines.signature import Function, features_of, function, motion_tensors, text_tensors
+from emt_engines.manifest import Manifest, Part, Request, Size
+from emt_engines.signature import Function, by_reference, features_of, function, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ class InductorBackend(TorchBackend):
         self._prepare_weights(latents.device)
         part = self._find("reference", frames=latents.shape[2], **self._pixels(latents))
         count = latents.shape[0]
-        times = torch.as_tensor(timestep, device=latents.device).float().expand(count)
+        times = times_of(timestep, latents)
         names = [spec.name for spec in part.outputs]
         found = [self._package(part)([latents[i : i + 1], times[i : i + 1], text[i : i + 1]]) for i in range(count)]
         return features_of(dict(zip(names, (torch.cat(x) if count > 1 else x[0] for x in zip(*found)))))
@@ -396,23 +397,14 @@ class InductorBackend(TorchBackend):
             yield self._package(part)([chunk])
 
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
-        tensors = motion_tensors(motion) if motion is not None else {}
-        count = next((x.shape[0] for name, x in tensors.items() if name.endswith("/key")), 1)
-        batch = sample.shape[0]
-        part = self._find(
-            "denoise" if motion is not None else "denoise_without_reference",
-            samples=batch // count,
-            frames=sample.shape[2],
-            **self._pixels(sample),
-        )
-        package = self._package(part)
-        times = torch.as_tensor(timestep, device=sample.device).float().expand(batch)
-        prompts = list(text_tensors(text).values())
-        found = []
-        for i in range(count):  # sample j follows reference j mod count
-            own = [x if "/position_" in name or count == 1 else x[i : i + 1] for name, x in tensors.items()]
-            found.append(package([sample[i::count], times[i::count], *(x[i::count] for x in prompts), *own])[0])
-        return found[0] if count == 1 else torch.stack(found, dim=1).flatten(0, 1)
+        name = "denoise" if motion is not None else "denoise_without_reference"
+
+        def call(inputs: dict[str, Tensor]) -> Tensor:
+            own = inputs["sample"]
+            part = self._find(name, samples=own.shape[0], frames=own.shape[2], **self._pixels(own))
+            return self._package(part)(list(inputs.values()))[0]
+
+        return by_reference(sample, timestep, text, motion, call)
 
     # ------------------------------------------------------------------------------------------------------- packages
 

@@ -14,7 +14,6 @@ import logging
 import math
 import re
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from emt.backend import Backend
+from emt.backend import PipelineBackend
 from emt.errors import EmtError
+from emt.files import sha256_of
 from emt.temporal import MotionFeatures, PreparedMotion
-from emt.unet import MotionTransferUNet, TextFeatures
+from emt.unet import TextFeatures
 from emt_engines.build import CannotRun
 from emt_engines.inductor import images_at_once
-from emt_engines.manifest import PIXELS, Manifest, Part, Request, TensorSpec, sha256_of
-from emt_engines.signature import features_of, function, motion_tensors, text_tensors
+from emt_engines.manifest import PIXELS, Manifest, Part, Request, TensorSpec
+from emt_engines.signature import by_reference, features_of, function, times_of
 from emt_kernels.selection import substitutes
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ def ranges(name: str, request: Request) -> dict[str, tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-class FileBackend(Backend):
+class FileBackend(PipelineBackend):
     """Runs the parts of an engine that was made from ONNX files; what derives from it says how to call one.
 
     Args:
@@ -365,7 +365,7 @@ class FileBackend(Backend):
     """
 
     def __init__(self, folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) -> None:
-        self._pipe = weakref.ref(pipe)  # the pipeline has the backend
+        super().__init__(pipe)
         self.folder, self.manifest = folder, manifest
         self.parts = {part.name: part for part in manifest.parts}
 
@@ -373,25 +373,13 @@ class FileBackend(Backend):
         """Run a part on inputs as its file takes them, whose shapes have been checked; its outputs, in order."""
         raise NotImplementedError
 
-    @property
-    def pipe(self) -> MotionTransferPipeline:
-        """The pipeline whose parts it runs."""
-        pipe = self._pipe()
-        assert pipe is not None, "the pipeline of this backend is gone"
-        return pipe
-
-    @property
-    def unet(self) -> MotionTransferUNet:
-        """The pipeline's network, which prepares text and motion."""
-        return self.pipe.unet
-
     def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
         """Read the motion of references, one after another.
 
         Raises:
             EmtError: the engine has no such shape.
         """
-        times = _times(timestep, latents)
+        times = times_of(timestep, latents)
         names = [spec.name for spec in self.parts["reference"].outputs]
         found = [
             self._run("reference", {"latents": latent, "timestep": time, "text": prompt})
@@ -409,17 +397,7 @@ class FileBackend(Backend):
             raise EmtError(
                 f"the engine's backend {self.name} makes no clips without a reference", "Use --engine torch for that."
             )
-        own = {"sample": sample, "timestep": _times(timestep, sample), **text_tensors(text)}
-        shared = motion_tensors(motion)
-        count = next(x.shape[0] for name, x in shared.items() if name.endswith("/key"))
-        if count == 1:
-            return self._run("denoise", own | shared)[0]
-        found = []
-        for i in range(count):
-            inputs = {name: x[i::count] for name, x in own.items()}
-            inputs |= {name: x if "/position_" in name else x[i : i + 1] for name, x in shared.items()}
-            found.append(self._run("denoise", inputs)[0])
-        return torch.stack(found, dim=1).flatten(0, 1)
+        return by_reference(sample, timestep, text, motion, lambda inputs: self._run("denoise", inputs)[0])
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1.
@@ -456,10 +434,6 @@ class FileBackend(Backend):
                 f"the engine's {name} takes no {given}, only {allowed}", "Build one that does with emt build-engine."
             )
         return self.call(part, as_file_takes(inputs))
-
-
-def _times(timestep: Tensor, sample: Tensor) -> Tensor:
-    return torch.as_tensor(timestep, device=sample.device).float().expand(sample.shape[0])
 
 
 class OnnxBackend(FileBackend):

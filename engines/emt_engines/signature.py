@@ -62,6 +62,40 @@ def features_of(tensors: Mapping[str, Tensor]) -> MotionFeatures:
     return MotionFeatures({path: (pair[0], pair[1]) for path, pair in layers.items()})
 
 
+def times_of(timestep: Tensor, samples: Tensor) -> Tensor:
+    """The timestep of each sample, (samples,) float32, of one for all or of each."""
+    return torch.as_tensor(timestep, device=samples.device).float().expand(samples.shape[0])
+
+
+def by_reference(
+    sample: Tensor,
+    timestep: Tensor,
+    text: TextFeatures,
+    motion: PreparedMotion | None,
+    call: Callable[[dict[str, Tensor]], Tensor],
+) -> Tensor:
+    """The prediction for samples of which sample i follows reference i mod their number: a call for each reference.
+
+    Args:
+        sample: as the network takes it.
+        timestep: as the network takes it.
+        text: as the network takes it.
+        motion: as the network takes it.
+        call: the part that denoises, on its inputs by name.
+    """
+    own = {"sample": sample, "timestep": times_of(timestep, sample), **text_tensors(text)}
+    shared = motion_tensors(motion) if motion is not None else {}
+    count = next((x.shape[0] for name, x in shared.items() if name.endswith("/key")), 1)
+    if count == 1:
+        return call(own | shared)
+    found = []
+    for i in range(count):
+        inputs = {name: x[i::count] for name, x in own.items()}
+        inputs |= {name: x if "/position_" in name else x[i : i + 1] for name, x in shared.items()}
+        found.append(call(inputs))
+    return torch.stack(found, dim=1).flatten(0, 1)
+
+
 class Denoise(nn.Module):
     """The network, taking text and motion as the tensors of `text_tensors` and `motion_tensors`, in order."""
 
