@@ -277,7 +277,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         text = self.encode_prompts(negatives + prompts if guided else prompts)
         text_features = self.unet.encode_text(text)
         plain_features = self.unet.encode_text(text[-count:]) if guided and guidance_until < 1 else text_features
-        frames, height, width = self._shape(motions)
+        frames, height, width = self.shape_of(motions)
         moved = self.backend.prepare_motion(_joined(motions)) if motions else None
         # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
         sampler = self._sampler(scheduler)
@@ -285,13 +285,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         timesteps = sampler.timesteps.to(self._execution_device)
 
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        shape = (
-            self.unet.config.in_channels,
-            frames,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        noise = self.initial_noise(generators, frames, height, width)
         latents = noise.to(self._execution_device) * sampler.init_noise_sigma  # the sampler's state stays in float32
         step_options: dict[str, Any] = {}
         if "generator" in inspect.signature(sampler.step).parameters:
@@ -312,11 +306,9 @@ class MotionTransferPipeline(DiffusionPipeline):
             if on_step:
                 on_step(i + 1, len(sampler.timesteps))
 
-        broken = [i for i, good in enumerate(torch.isfinite(latents).flatten(1).all(1).tolist()) if not good]
-        if broken:
-            raise NonFiniteError(broken, [seeds[i] for i in broken])
+        check_finite(latents, seeds)
         del moved, prediction, sample, denoise
-        return self._decode(list(latents))
+        return self.decode_clips(list(latents))
 
     # --------------------------------------------------------------------------------------------------- the parts
 
@@ -365,9 +357,10 @@ class MotionTransferPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: Tensor) -> NDArray[np.uint8]:
         """RGB frames (frames, height, width, 3) of latents (channels, frames, height/8, width/8)."""
-        return self._decode([latents])[0]
+        return self.decode_clips([latents])[0]
 
-    def _decode(self, clips: list[Tensor]) -> list[NDArray[np.uint8]]:
+    def decode_clips(self, clips: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
+        """`decode_latents` of several clips, one of which is copied to the host while the next one is decoded."""
         decoded = []
         for latents in clips:
             latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
@@ -380,7 +373,18 @@ class MotionTransferPipeline(DiffusionPipeline):
             torch.cuda.synchronize(clips[0].device)
         return [frames.numpy() for frames in decoded]
 
-    def _shape(self, motions: Sequence[Motion]) -> tuple[int, int, int]:
+    def initial_noise(self, generators: Sequence[torch.Generator], frames: int, height: int, width: int) -> Tensor:
+        """Noise for a clip of each generator: (clips, channels, frames, height/8, width/8), float32, on the CPU."""
+        factor = self.vae_scale_factor
+        shape = (self.unet.config.in_channels, frames, height // factor, width // factor)
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    def shape_of(self, motions: Sequence[Motion]) -> tuple[int, int, int]:
+        """Frames, height and width in pixels of clips with these motions; the model's own without any.
+
+        Raises:
+            ValueError: if motions differ in shape.
+        """
         shapes = {(m.frames, m.height, m.width) for m in motions}
         if len(shapes) > 1:
             raise ValueError(f"motions of one batch have one shape (frames, height, width), got {sorted(shapes)}")
@@ -391,6 +395,17 @@ class MotionTransferPipeline(DiffusionPipeline):
             raise EmtError(f"there is no scheduler {name!r}", f"Allowed: {', '.join(SCHEDULERS)}.")
         # A fresh one each time: multistep solvers carry state from clip to clip.
         return SCHEDULERS[name].from_config(self.scheduler.config)
+
+
+def check_finite(latents: Tensor, seeds: Sequence[int]) -> None:
+    """See that clips (clips, …) are finite; one wait for the device.
+
+    Raises:
+        NonFiniteError: naming those that are not.
+    """
+    broken = [i for i, good in enumerate(torch.isfinite(latents).flatten(1).all(1).tolist()) if not good]
+    if broken:
+        raise NonFiniteError(broken, [seeds[i] for i in broken])
 
 
 class _Reusing:

@@ -39,7 +39,7 @@ from emt.errors import EmtError
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import Tracklets, track
-from emt.pipeline import Motion, MotionTransferPipeline, NonFiniteError
+from emt.pipeline import Motion, MotionTransferPipeline, check_finite
 from emt.temporal import MotionFeatures, TemporalAttention
 
 PUBLISHED_VALUES = 16 * 4 * 64 * 64
@@ -191,10 +191,7 @@ class Teacher:
         pipe, count = self.pipe, len(prompts)
         steps = pipe.config.steps if steps is None else steps
         s = pipe.config.guidance if text_guidance is None else text_guidance
-        shapes = {(m.frames, m.height, m.width) for m in motions}
-        if len(shapes) != 1:
-            raise ValueError(f"motions of one batch have one shape (frames, height, width), got {sorted(shapes)}")
-        [(frames, height, width)] = shapes
+        frames, height, width = pipe.shape_of(motions)
         shared = all(motion is motions[0] for motion in motions)
         wanted = self.read(motions[:1] if shared else motions)
         towards = pipe.unet.encode_text(pipe.encode_prompts(prompts))
@@ -203,10 +200,8 @@ class Teacher:
 
         sampler = DDIMScheduler.from_config(pipe.scheduler.config)
         sampler.set_timesteps(steps, device=pipe.device)
-        factor = pipe.vae_scale_factor
-        shape = (pipe.unet.config.in_channels, frames, height // factor, width // factor)
-        latents = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        latents = latents.to(pipe.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = pipe.initial_noise(generators, frames, height, width).to(pipe.device)
         weight = self.guidance.weight * latents[0].numel() / PUBLISHED_VALUES
         for i, timestep in enumerate(sampler.timesteps):
             strength = self.guidance.strength(i, steps)
@@ -236,15 +231,13 @@ class Teacher:
             latents = sampler.step(prediction, timestep, latents).prev_sample
             if on_step:
                 on_step(i + 1, steps)
-        broken = [i for i, clip in enumerate(latents) if not torch.isfinite(clip).all()]
-        if broken:
-            raise NonFiniteError(broken, [seeds[i] for i in broken])
+        check_finite(latents, seeds)
         return latents
 
     def decode(self, latents: Tensor) -> list[NDArray[np.uint8]]:
         """RGB frames (frames, height, width, 3) of what `sample` made, one array a clip."""
         with torch.no_grad():
-            return [self.pipe.decode_latents(clip) for clip in latents]
+            return self.pipe.decode_clips(list(latents))
 
 
 # ----------------------------------------------------------------------------------------------------------- the filter
