@@ -59,7 +59,6 @@ class Motions:
     Attributes:
         position: (n, frames, 2 subjects, 2) centre of each subject on the screen, x and y in pixels of a 128 frame. Of
             two subjects the first is the one that starts further left; captions name it first.
-            Of two subjects the first is the one that starts further left.
         scale: (n, frames, 2) side of each subject's sprite on the screen in pixels; 0 for an absent second subject.
         rotation: (n, frames, 2) radians, clockwise on the screen, 0 is upright.
         subjects: (n,) how many subjects the clip has, 1 or 2.
