@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from emt.pipeline import MotionTransferPipeline
 from recipes.common import SMALL, TINY, Sizes, load_vae, load_weights, make_base, make_scheduler, make_unet
-from recipes.text import make_tokenizer, name_portably
+from recipes.text import make_tokenizer, name_portably, write_vocabulary
 
 LIMIT = 22.5 * 2**20
 """Bytes that the weights may take; the judge takes what is left of 24 MiB."""
@@ -56,6 +56,7 @@ def assemble(
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     name_portably(folder)
+    write_vocabulary(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     if size > LIMIT:
         raise ValueError(f"the weights take {size / 2**20:.2f} MiB, allowed are {LIMIT / 2**20} MiB")

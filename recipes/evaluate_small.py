@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import emt.pipeline
 from emt.evaluate.judge import Judge
 from emt.evaluate.truth import Truth, draw_cases, evaluate_truth, format_truth
 from emt.pipeline import Motion, MotionTransferPipeline
-from emt.train.world import World
+from emt.train.world import Appearances, Motions, World
 from recipes.common import SMALL, TINY, make_world
 
 SHOWN = 8
 """Frames of a clip in the contact sheet."""
+FLOOR = "floor: renders"
+"""The column of the judge's own errors: what it reads in renders that play the motion exactly."""
 
 
 @torch.no_grad()
@@ -100,6 +101,27 @@ def joined(parts: Sequence[Any]) -> Any:
     return type(parts[0])(**{f.name: torch.cat([getattr(p, f.name).cpu() for p in parts]) for f in fields(parts[0])})
 
 
+@dataclass(frozen=True)
+class Cases:
+    """What a model is measured on: n motions, asked for in one appearance and played by references in another."""
+
+    motions: Motions
+    asked: Appearances
+    worn: Appearances  # by the references
+    references: Tensor  # (n, frames, 3, height, width) uint8
+    exact: Tensor  # what is asked for, rendered
+    captions: list[str]
+
+    @classmethod
+    def draw(cls, world: World, clips: int, seed: int, *, held_out: bool = True) -> Cases:
+        """So many cases; `held_out` as for `draw_cases`."""
+        generator = torch.Generator(world.device).manual_seed(1000 + seed)
+        motions, asked, worn = draw_cases(world, clips, generator, held_out=held_out)
+        exact = world.render(motions, asked, generator=generator).cpu()
+        references = world.render(motions, worn, generator=generator).cpu()
+        return cls(motions, asked, worn, references, exact, world.captions(asked, motions))
+
+
 def evaluate(
     pipeline: MotionTransferPipeline,
     judge: Judge,
@@ -113,29 +135,23 @@ def evaluate(
     **how: Any,
 ) -> tuple[dict[str, Truth], Image.Image]:
     """The columns of the table by name, and a contact sheet of the first clips."""
-    cases, references, captions = [], [], []
-    for seed in range(seeds):
-        generator = torch.Generator(world.device).manual_seed(1000 + seed)
-        motions, asked, reference = draw_cases(world, clips, generator, held_out=held_out)
-        cases.append((motions, asked, reference, world.render(motions, asked, generator=generator).cpu()))
-        references.append(world.render(motions, reference, generator=generator).cpu())
-        captions.append(world.captions(asked, motions))
-    motions, asked, reference = (joined([case[i] for case in cases]) for i in range(3))
-    exact = torch.cat([case[3] for case in cases])
+    cases = [Cases.draw(world, clips, seed, held_out=held_out) for seed in range(seeds)]
+    motions, asked, worn = (joined([getattr(case, name) for case in cases]) for name in ("motions", "asked", "worn"))
+    exact = torch.cat([case.exact for case in cases])
 
     def measured(videos: Tensor) -> Truth:
-        return evaluate_truth(judge, videos, motions, asked, reference)
+        return evaluate_truth(judge, videos, motions, asked, worn)
 
-    runs = list(zip(range(seeds), references, captions, strict=True))
-    adapted = torch.cat([play(pipeline, r, c, seed, batch, **how) for seed, r, c in runs])
+    runs = list(enumerate(cases))
+    adapted = torch.cat([play(pipeline, c.references, c.captions, seed, batch, **how) for seed, c in runs])
     columns = {"adapted": measured(adapted)}
     if backbone:
-        alone = torch.cat([play(pipeline, None, c, seed, batch, **how) for seed, _, c in runs])
+        alone = torch.cat([play(pipeline, None, c.captions, seed, batch, **how) for seed, c in runs])
         columns["without reference"] = measured(alone)
     columns["floor: through the VAE"] = measured(through_vae(pipeline, exact))
-    columns["floor: renders"] = measured(exact)
+    columns[FLOOR] = measured(exact)
     some = min(32, clips)
-    return columns, contact_sheet(references[0][:some], adapted[:some])
+    return columns, contact_sheet(cases[0].references[:some], adapted[:some])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -160,8 +176,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(o.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipeline = MotionTransferPipeline.from_pretrained(o.model or o.out / "model", dtype=dtype).to(device)
-    # All frames of a clip at once: at this size the decoder is bound by its launches.
-    emt.pipeline._VAE_FRAMES = 16
     judge = Judge.load(o.judge or o.out / "judge.safetensors", device)
     columns, sheet = evaluate(
         pipeline,
@@ -176,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         guidance=o.guidance,
         scheduler=o.scheduler,
     )
-    table = format_truth(columns)
+    table = format_truth(columns, floor=FLOOR, targets=not o.familiar)
     print(table)
     (o.out / f"{o.name}.md").write_text(table + "\n")
     numbers = {name: {key: value.as_dict() for key, value in column.items()} for name, column in columns.items()}

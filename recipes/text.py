@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from emt.train.world import words
+from emt.train.world import COLOURS, PLACES, SUBJECTS, words
 
 UNKNOWN, START, END = "[UNK]", "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 16
@@ -67,3 +67,9 @@ def name_portably(model: Path) -> None:
     }
     for path, name in names.items():
         path.write_text(json.dumps(json.loads(path.read_text()) | name, indent=2) + "\n")
+
+
+def write_vocabulary(model: Path) -> None:
+    """Have a model folder list the phrases of its captions by kind, for who writes prompts."""
+    groups = {"subjects": sorted(SUBJECTS), "colours": list(COLOURS), "scenes": sorted(PLACES.values())}
+    (model / "vocabulary.json").write_text(json.dumps(groups, indent=2) + "\n")

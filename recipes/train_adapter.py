@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.compile_only:
         return
     state = {name: p.detach().float() for name, p in unet.adapter_parameters()}
-    metadata = {"fusion_blocks": json.dumps(options.fusion_blocks)}
+    metadata = {"fusion_blocks": json.dumps(options.fusion_blocks), "steps": str(trainer.step_count)}
     save_weights(stage.out / f"{options.name}.safetensors", metadata, adapter=state)
     unet.float()
     text.float()

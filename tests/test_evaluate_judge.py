@@ -23,10 +23,20 @@ from emt.evaluate.judge import (
     degrade,
     judge_loss,
     prompt_alignment,
+    prompt_alignments,
     read_prompt,
     train_judge,
 )
-from emt.evaluate.truth import MEASURES, camera_curves, compare, evaluate_truth, format_truth, unwrap
+from emt.evaluate.truth import (
+    MEASURES,
+    TARGETS,
+    camera_curves,
+    compare,
+    evaluate_truth,
+    format_truth,
+    unwrap,
+    verdict,
+)
 from emt.train.world import COLOURS, SCENES, SUBJECTS, World
 
 WORDS = Vocabulary(SUBJECTS, COLOURS, SCENES)
@@ -178,6 +188,13 @@ def test_alignment_is_a_share_of_what_the_prompt_names(judge):
     assert prompt_alignment(judge, frames, "a knight") is None
 
 
+def test_clips_read_together_align_as_each_alone(judge):
+    clips = torch.randint(0, 255, (3, 2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prompts = [f"a red {SUBJECTS[0]} and a blue {SUBJECTS[1]}", "a knight", f"a {SUBJECTS[2]} in the {SCENES[0]}"]
+    alone = [prompt_alignment(judge, clip.permute(0, 2, 3, 1).numpy(), text) for clip, text in zip(clips, prompts)]
+    assert prompt_alignments(judge, clips, prompts) == pytest.approx(alone, abs=1e-5)
+
+
 # The table ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +220,7 @@ def table(cases, **changes):
 
 def test_a_result_that_is_the_truth_gets_a_perfect_table(cases):
     values = table(cases)
-    for name in ("displacement", "two_displacement", "size", "rotation", "pan_x", "pan_y", "zoom", "roll"):
+    for name in ("displacement", "two_displacement", "size", "rotation", "pan_x", "pan_y", "zoom", "roll", "camera"):
         assert values[name].value == pytest.approx(1, abs=1e-4), name
     for name in ("subject", "colour", "scene"):
         assert values[name].value == 1
@@ -270,6 +287,19 @@ def test_the_table_prints_every_measure_for_every_column(cases):
     assert len(text.splitlines()) == 2 + len(MEASURES)
     assert "| measure | adapted | floor |" in text
     assert "| subject right | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |" in text
+
+
+def test_the_table_says_which_targets_are_met(cases):
+    perfect, wrong = table(cases), table(cases, position=cases[0].position + 4.0, camera=-cases[0].camera)
+    lines = format_truth({"adapted": wrong, "floor": perfect}, floor="floor", targets=True).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    cells = {row[0]: row[-2:] for row in rows}
+    assert sum(target != "" for target, _ in cells.values()) == len(TARGETS)
+    assert cells[MEASURES["displacement"]] == ["≥ 0.98", "met"]
+    assert cells[MEASURES["position_error"]] == ["≤ 3", "missed"]
+    assert cells[MEASURES["roll"]] == ["≥ 0.9", "missed"]
+    assert cells[MEASURES["leakage"]] == ["≤ 0.01", "met"]
+    assert verdict("roll", 0.7, floor=0.8) == "missed, by the judge on true renders too"
 
 
 def test_clips_and_motions_must_match(judge, cases):

@@ -18,7 +18,7 @@ from emt.pipeline import MotionTransferPipeline
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.train.world import words
 from emt_kernels.temporal_attention import temporal_attention_reference
-from recipes import assemble, train_adapter, train_all
+from recipes import ablations, assemble, train_adapter, train_all
 from recipes.common import (
     ATTENTIONS,
     SMALL,
@@ -346,6 +346,30 @@ def test_an_ablation_trains_beside_the_model(out: Path) -> None:
     assemble.main(["--out", str(out), "--tiny", "--adapter", "ablation"])
     loaded = MotionTransferPipeline.from_pretrained(out / "model-ablation")
     assert list(loaded.unet.config.fusion_blocks) == [1]
+
+
+def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Judge(Vocabulary.of_world()).save(out / "judge.safetensors")
+    arguments = ["--out", str(out), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--clips", "2"]
+    arguments += ["--names", "full", "up-block-1", "--sampler-steps", "2", "--workers", "1"]
+    # One that was cut off after a step is trained again, one that is complete is kept.
+    train_adapter.main([*arguments[:5], "--steps", "1", "--batch", "2", "--name", "full"])
+    ablations.train_variants(["up-block-1"], ablations.parse(arguments))
+    kept = (out / "up-block-1.safetensors").stat().st_mtime_ns
+    ablations.main(arguments)
+    assert ablations.trained_steps(out / "full.safetensors") == 2
+    assert (out / "up-block-1.safetensors").stat().st_mtime_ns == kept
+    assert "[up-block-1] is done" in capsys.readouterr().out
+
+    rows = json.loads((out / "ablations.json").read_text())
+    names = ["backbone without reference", "full method", "reference in up block 1 only", "full method, all steps"]
+    assert list(rows) == names
+    assert [row["steps"] for row in rows.values()] == [0, 2, 2, 3]
+    for row in rows.values():
+        assert all(row[column]["clips"] for column in ablations.COLUMNS if column != "camera")
+        assert row["temporal_consistency"]["low"] <= row["temporal_consistency"]["value"]
+    table = (out / "ablations.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:6]] == [f"| {name}" for name in names]
 
 
 def test_a_model_is_trained_further(out: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from emt.evaluate.tracks import TRACK_SIZE, Tracklets, opencv, track
 
 CURVES = ("pan_x", "pan_y", "zoom", "roll")
 _REST = np.array([0.02, 0.02, 0.03, 0.03])  # a curve that spans less is at rest: 2% of the frame, 3%, 1.7 degrees
-_REACH = 0.4  # root mean square distance of a square frame's points from its centre, as a fraction of its side
+REACH = 0.4
+"""Root mean square distance of a square frame's points from its centre, as a fraction of its side."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def camera_agreement(reference: CameraMotion, result: CameraMotion) -> dict[str,
         values[name] = agreement if moves else None
         values[f"{name}_reference"] = float(reference.span[index])
         values[f"{name}_result"] = float(result.span[index])
-    units = np.array([1, 1, _REACH, _REACH])
+    units = np.array([1, 1, REACH, REACH])
     moves = (reference.span > _REST).any()
     follows = (result.span > _REST).any()
     joint = pearson((reference.curves * units).ravel(), (result.curves * units).ravel()) if follows else 0.0

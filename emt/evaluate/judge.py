@@ -16,7 +16,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -677,29 +677,37 @@ def read_prompt(prompt: str, vocabulary: Vocabulary) -> Prompt | None:
     return Prompt(tuple(subjects), tuple(colours), scene)
 
 
-def prompt_alignment(judge: Judge, frames: Any, prompt: str) -> float | None:
-    """How much of a prompt a judge sees in a clip: the mean probability of each thing that the prompt names.
+def prompt_alignments(judge: Judge, clips: Tensor, prompts: Sequence[str]) -> list[float | None]:
+    """How much of its prompt a judge sees in each clip: the mean probability of each thing that the prompt names.
 
     Args:
         judge: The judge.
-        frames: uint8 array (frames, height, width, 3).
-        prompt: What should be seen.
+        clips: (n, frames, 3, height, width) uint8.
+        prompts: What should be seen in each.
 
     Returns:
-        A number in [0, 1], or `None` if the prompt names no subject that the judge knows.
+        Numbers in [0, 1]; `None` where the prompt names no subject that the judge knows.
     """
-    asked = read_prompt(prompt, judge.vocabulary)
-    if asked is None:
-        return None
-    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)[None]
-    count = len(asked.subjects)
-    query = torch.tensor([[[s, c or 0] for s, c in zip(asked.subjects, asked.colours)] * (3 - count)])
-    reading = judge.observe(clip, torch.tensor([count]), query)
-    seen = [reading.subject[0, i, s] for i, s in enumerate(asked.subjects)]
-    seen += [reading.colour[0, i, c] for i, c in enumerate(asked.colours) if c is not None]
-    if asked.scene is not None:
-        seen.append(reading.scene[0, asked.scene])
-    return float(torch.stack(seen).mean())
+    asked = [read_prompt(prompt, judge.vocabulary) for prompt in prompts]
+    known = [(place, prompt) for place, prompt in enumerate(asked) if prompt is not None]
+    values: list[float | None] = [None] * len(prompts)
+    if not known:
+        return values
+    queries = [[(s, c or 0) for s, c in zip(p.subjects, p.colours)] * (3 - len(p.subjects)) for _, p in known]
+    counts = torch.tensor([len(p.subjects) for _, p in known])
+    reading = judge.observe(clips[[place for place, _ in known]], counts, torch.tensor(queries))
+    for i, (place, prompt) in enumerate(known):
+        seen = [reading.subject[i, slot, s] for slot, s in enumerate(prompt.subjects)]
+        seen += [reading.colour[i, slot, c] for slot, c in enumerate(prompt.colours) if c is not None]
+        if prompt.scene is not None:
+            seen.append(reading.scene[i, prompt.scene])
+        values[place] = float(torch.stack(seen).mean())
+    return values
+
+
+def prompt_alignment(judge: Judge, frames: Any, prompt: str) -> float | None:
+    """`prompt_alignments` of one clip, a uint8 array (frames, height, width, 3)."""
+    return prompt_alignments(judge, torch.from_numpy(frames).permute(0, 3, 1, 2)[None], [prompt])[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

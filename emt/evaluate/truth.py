@@ -1,7 +1,4 @@
-"""How well generated clips of the rendered world follow the motion they should: measured against the exact truth.
-
-python -m emt.evaluate.truth MODEL --clips 256 --seeds 3 --device cuda
-"""
+"""How well generated clips of the rendered world follow the motion they should: measured against the exact truth."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emt.errors import EmtError
+from emt.evaluate.camera import REACH
 from emt.evaluate.judge import SIZE, Judge, Reading, Vocabulary
 from emt.evaluate.statistics import Estimate, mean, pooled_pearson
 
@@ -30,6 +28,7 @@ MEASURES: dict[str, str] = {
     "pan_y": "camera pan y, Pearson",
     "zoom": "camera zoom, Pearson",
     "roll": "camera roll, Pearson",
+    "camera": "camera, the four curves in equal units, Pearson",
     "still_camera": "camera drift where it should rest, pixels of 128",
     "two_displacement": "two subjects: displacement of each, Pearson",
     "two_position_error": "two subjects: position error, pixels of 128",
@@ -43,7 +42,29 @@ MEASURES: dict[str, str] = {
 }
 """The rows of the table: name and description."""
 
+TARGETS: dict[str, float] = {
+    "displacement": 0.98,
+    "position_error": 3.0,
+    "size": 0.95,
+    "rotation": 0.8,
+    "pan_x": 0.9,
+    "pan_y": 0.9,
+    "zoom": 0.9,
+    "roll": 0.9,
+    "two_displacement": 0.9,
+    "subject": 0.95,
+    "colour": 0.95,
+    "scene": 0.95,
+    "leakage": 0.01,
+}
+"""What the shipped small model is to reach on held-out motions: at least this, or for `AT_MOST` at most this."""
+
+AT_MOST = ("position_error", "leakage")
+"""Measures that are better the smaller they are, of those that have targets."""
+
 Truth = dict[str, Estimate]
+
+_CAMERA_UNITS = torch.tensor([1.0, 1.0, REACH * SIZE, REACH * SIZE])
 
 
 def evaluate_truth(
@@ -109,8 +130,9 @@ def compare(
     - *Size* is the log of the sprite's area; *rotation* is unwrapped in time and relative to frame 0. Subjects
       that look alike under some rotation (a ball, a ring, a square, a star …) are left out of rotation:
       those that the judge misread on true renders when it was trained (`rotation_readable`).
-    - *Camera* curves (cumulative pan, zoom, roll) are those of clips whose camera moves; where it does not, the
-      root-mean-square pan found is reported.
+    - *Camera* curves (cumulative pan, zoom, roll) are those of clips whose camera moves, one by one and all four
+      together, as pixels that a typical point of the frame moves (`emt.evaluate.camera.camera_agreement`); where it
+      does not move, the root-mean-square pan found is reported.
     - An attribute is *right* if the judge's first choice over the clip is the one asked for, for each subject.
     - It *leaks* if the first choice is the reference's instead, where the two differ.
 
@@ -138,6 +160,7 @@ def compare(
         if camera.abs().amax() > 1e-3:
             for index, name in enumerate(("pan_x", "pan_y", "zoom", "roll")):
                 rows[name].append(_pair(camera[:, index], seen.camera[i, :, index]))
+            rows["camera"].append(_pair(camera * _CAMERA_UNITS, seen.camera[i] * _CAMERA_UNITS))
         else:
             rows["still_camera"].append(float(seen.camera[i, :, :2].square().sum(-1).mean().sqrt()))
         leaks = []
@@ -208,11 +231,43 @@ def draw_cases(
     return motions, asked, world.appearances(motions, generator, held_out=False)
 
 
-def format_truth(columns: Truth | Mapping[str, Truth]) -> str:
-    """The table as Markdown: one column, or several by name."""
+def verdict(name: str, value: float, floor: float | None = None) -> str:
+    """Whether a measure reaches its target: "met", "missed", or that the judge does not see it in true renders either.
+
+    Args:
+        name: Of `TARGETS`.
+        value: The model's.
+        floor: What the judge finds in renders that play the motion exactly.
+    """
+
+    def reaches(found: float) -> bool:
+        return found <= TARGETS[name] if name in AT_MOST else found >= TARGETS[name]
+
+    if reaches(value):
+        return "met"
+    return "missed" if floor is None or reaches(floor) else "missed, by the judge on true renders too"
+
+
+def format_truth(columns: Truth | Mapping[str, Truth], *, floor: str | None = None, targets: bool = False) -> str:
+    """The table as Markdown: one column, or several by name.
+
+    Args:
+        columns: What was measured.
+        floor: Which of several columns is of true renders.
+        targets: Whether to add `TARGETS`, and the `verdict` on the first column.
+    """
     first = next(iter(columns.values()))
     named: Any = {"value": columns} if isinstance(first, Estimate) else columns
-    lines = [f"| measure | {' | '.join(named)} |", "|---" * (len(named) + 1) + "|"]
+    heads = [*named, "target", "verdict"] if targets else [*named]
+    lines = [f"| measure | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    tables = list(named.values())
     for name, description in MEASURES.items():
-        lines.append(f"| {description} | {' | '.join(str(table[name]) for table in named.values())} |")
+        cells = [str(table[name]) for table in tables]
+        if targets and name in TARGETS and tables[0][name].clips:
+            best = named[floor][name].value if floor is not None else None
+            cells += [f"{'≤' if name in AT_MOST else '≥'} {TARGETS[name]:g}"]
+            cells += [verdict(name, tables[0][name].value, best)]
+        elif targets:
+            cells += ["", ""]
+        lines.append(f"| {description} | {' | '.join(cells)} |")
     return "\n".join(lines)
