@@ -48,8 +48,8 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model folder or hub id. Default: random weights of Stable Diffusion 1.5 size on a GPU, of a tiny "
-            "model elsewhere, in a temporary folder.",
+            help="Model folder or hub id. Default: random weights of Stable Diffusion 1.5 size on a GPU; demo, the "
+            "small model that ships, elsewhere.",
             show_default=False,
         ),
     ] = None,
@@ -93,10 +93,11 @@ def bench(
     with _found(model, place) as found, _status(json) as say:
         settings = Settings(**{**found.defaults, **given})
         found.check(settings)
+        named = "random weights" if model is None and place.is_gpu else found.name
         for row in _rows(found, place, settings, engine, say):
             rows.append(row)
             if json:
-                where = {"device": place.name, "precision": place.precision, "model": model or "random weights"}
+                where = {"device": place.name, "precision": place.precision, "model": named}
                 shape = {name: getattr(settings, name) for name in ("width", "height", "frames", "steps", "guidance")}
                 typer.echo(json_lines.dumps({**asdict(row), **where, **shape}))
     if not json:
@@ -118,7 +119,7 @@ def _found(name: str | None, device: Device) -> Iterator[Model]:
     """The model, or one of random weights for as long as it is needed."""
     from emt_cli.model import find_model
 
-    if name is not None:
+    if name is not None or not device.is_gpu:
         yield find_model(name, download=True)
         return
     import torch
@@ -128,8 +129,8 @@ def _found(name: str | None, device: Device) -> Iterator[Model]:
 
     silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        kind, dtype = ("sd15", torch.float16) if device.is_gpu else ("tiny", torch.float32)
-        yield find_model(str(random_model(Path(folder) / "random", size=kind, dtype=dtype)), download=False)
+        random = random_model(Path(folder) / "random", size="sd15", dtype=torch.float16)
+        yield find_model(str(random), download=False)
 
 
 @contextmanager

@@ -30,7 +30,10 @@ class EngineBackend(str, Enum):
 
 def build_engine(
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub id; needed.", show_default=False, metavar="FOLDER|HUB_ID")
+        str | None,
+        typer.Option(
+            help="Model folder or hub id. Default: demo, which ships.", show_default=False, metavar="FOLDER|HUB_ID"
+        ),
     ] = None,
     backend: Annotated[EngineBackend, typer.Option(help="What compiles it.")] = EngineBackend.INDUCTOR,
     size: Annotated[

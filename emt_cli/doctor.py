@@ -34,7 +34,9 @@ class Finding:
 
 
 def doctor(
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id. Default: demo, which ships.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("out"),
     cache_dir: Annotated[
         Path | None, typer.Option(help="Folder that keeps encoded references.", show_default=False)
@@ -60,7 +62,8 @@ def doctor(
         table = Table(box=None, show_header=False)
         for finding in findings:
             style = {"ok": "green", "limited": "yellow", "broken": "red"}[finding.state]
-            text = printable(finding.found) + (f"\n→ {printable(finding.mend)}" if finding.mend else "")
+            lines = [*finding.found.splitlines(), *([f"→ {finding.mend}"] if finding.mend else [])]
+            text = "\n".join(map(printable, lines))
             table.add_row(Text(finding.state, style), finding.name, Text(text))
         Console().print(table)
     if any(finding.state == "broken" for finding in findings):
@@ -135,15 +138,11 @@ def _torch() -> Finding:
     return Finding("torch", "ok", f"{version} on the CPU")
 
 
-def _version(*packages: str) -> str | None:
-    import importlib.metadata
+def _version(name: str) -> str | None:
+    from emt_engines.manifest import installed_versions
 
-    for package in packages:
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    version = installed_versions().get(name)
+    return f"{name} {version}" if version else None
 
 
 def _triton() -> Finding:
@@ -162,8 +161,8 @@ def _triton() -> Finding:
 def _tensorrt() -> Finding:
     from emt_engines.tensorrt import RTX
 
-    full = _version("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
-    rtx = _version("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
+    full = _version("tensorrt")
+    rtx = _version("tensorrt-rtx")
     if full is None and rtx is None:
         return Finding("tensorrt", "limited", "not installed: no TensorRT engines; PyTorch needs none", RTX.install)
     import torch
@@ -210,13 +209,17 @@ def _ffmpeg() -> Finding:
 
 def _model(name: str | None) -> Finding:
     from emt_cli.model import find_model
+    from emt_cli.options import Settings
     from emt_cli.progress import size
 
     model = find_model(name, download=False)
     weights = sum(path.stat().st_size for path in model.folder.rglob("*.safetensors"))
     count = sum(model.parameters.values()) / 1e6
-    settings = ", ".join(f"{value:g} {key}" for key, value in model.defaults.items())
-    return Finding("model", "ok", f"{model.name}: {count:.0f} M parameters, {size(weights)}; {settings}")
+    made = Settings(**model.defaults)
+    settings = f"{made.frames} frames of {made.width}x{made.height}, {made.steps} steps, guidance {made.guidance:g}"
+    known = [f"knows {line}" for line in model.vocabulary.lines()] if model.vocabulary else []
+    found = f"{model.name}: {count:.0f} M parameters, {size(weights)}; {settings}"
+    return Finding("model", "ok", "\n".join([found, *known]))
 
 
 def _disk(name: str, folder: Path, option: str) -> Finding:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emt import demo
 from emt.errors import EmtError
 from emt.files import write_atomically
 from emt_cli import journal
@@ -60,7 +61,8 @@ def evaluate(
         str,
         typer.Option(
             help="What measures text alignment: folder or hub id of an image-text model (CLIP, SigLIP), judge (the "
-            "small model's own), a judge's .safetensors file, none, or auto: judge where it knows all prompts."
+            "demo model's own), a judge's .safetensors file, none, or auto: judge for the demo model's clips, if it "
+            "knows all prompts."
         ),
     ] = "auto",
     tracks: Annotated[Tracks, typer.Option(help="How points are tracked for motion fidelity.")] = Tracks.OPENCV,
@@ -91,7 +93,7 @@ def evaluate(
         )
     from emt.evaluate.pairs import evaluate_pairs, summarise
 
-    model = _text_model(text_model, device, [item.prompt for item in pairs])
+    model = _text_model(text_model, device, pairs)
     bar = _Progress(len(pairs))
     try:
         rows = evaluate_pairs(
@@ -242,22 +244,23 @@ def _number(value: Any) -> float | None:
         raise EmtError(f"{value!r} is not a number.", "seconds, start, duration and stride are numbers.") from None
 
 
-def _text_model(name: str, device: str, prompts: Sequence[str | None]) -> ImageTextModel | Judge | None:
+def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel | Judge | None:
     if name == "none":
         return None
     from emt.evaluate import judge
     from emt_cli.device import Device
 
     if name == "auto":
-        if not judge.SHIPPED.is_file():
+        # It has learnt from rendered clips: what another model draws is strange to it, even where it knows the words.
+        if not judge.SHIPPED.is_file() or any(pair.record.get("model", demo.NAME) != demo.NAME for pair in pairs):
             return None
-        shipped = judge.Judge.load()
-        known = [text for text in prompts if text is not None]
+        shipped = judge.Judge.load(judge.SHIPPED)
+        known = [pair.prompt for pair in pairs if pair.prompt is not None]
         if not known or any(judge.read_prompt(text, shipped.vocabulary) is None for text in known):
             return None
     place = Device.open(device, "fp32").place
     if name in ("auto", "judge"):
-        return judge.Judge.load(device=place)
+        return judge.Judge.load(judge.SHIPPED, place)
     if name.endswith(".safetensors"):
         return judge.Judge.load(name, place)
     from emt.evaluate.text import ImageTextModel

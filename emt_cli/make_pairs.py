@@ -63,7 +63,12 @@ def make_pairs(
         list[Path] | None, _taught("What the new clips show: a line each, as for emt transfer.", metavar="FILE")
     ] = None,
     seeds: Annotated[str, _taught("Seeds for each reference and prompt, as in 0,7,10-15.")] = "0",
-    model: Annotated[str | None, _taught("Folder or hub id of the base that teaches.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        _taught(
+            "Folder or hub id of the base that teaches. Default: demo, the small model that ships.", show_default=False
+        ),
+    ] = None,
     steps: Annotated[int | None, _taught("Denoising steps. Default: the model's.", min=1, max=500)] = None,
     guidance: Annotated[
         float | None, _taught("Guidance by the prompt, 1 for none. Default: the model's.", min=1, max=50)
@@ -178,12 +183,17 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
     from emt_cli.progress import Watcher
     from emt_cli.runner import Runner
     from emt_cli.teaching import TeachingGenerator, check_motions, complete, method, print_summary
+    from emt_cli.vocabulary import WordWatch
 
     opencv()
     if "-" in (options.references or []):
         raise typer.BadParameter("--from-references takes clips, not jobs on standard input")
     model = find_model(options.model, download=True)
     listed = check_motions(expand(options, model.defaults)[0])
+    watcher = Watcher(len(listed))
+    if options.model is None:
+        watcher.say(model.introduction())
+    WordWatch(model.name, model.vocabulary, watcher.say).look(listed)
     index = ContentIndex(default_dir())
     journal = Journal(options.out)
     try:
@@ -192,7 +202,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
             TeachingGenerator(model, model.sha256(index), options.device, options.precision.value, guidance),
             index,
             MotionCache(default_dir() / "motion", options.cache_size * 1e9),
-            Watcher(len(listed)),
+            watcher,
             precision=options.precision.value,
             batch_size=parse_batch_size(options.batch_size),
             filter=wanted,

@@ -18,13 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from emt import demo
 from emt.errors import EmtError
 from emt_cli.cache import ContentIndex
 from emt_cli.options import MODEL_DEFAULTS, Scheduler, Settings, parse_field
+from emt_cli.vocabulary import Vocabulary
 
 _HOW_TO_GET = (
-    "Make a model folder with `emt import-weights --base … --motion-module … --adapter … -o FOLDER` and name it with "
-    "`--model FOLDER`; a folder of random weights, to try the program: `python examples/untrained_model.py FOLDER`."
+    "Leave --model out for the small model that ships, or make a model folder with "
+    "`emt import-weights --base … --motion-module … --adapter … -o FOLDER` and name it with `--model FOLDER`."
 )
 _CONTENT = (".safetensors", ".json", ".txt", ".model")
 
@@ -77,6 +79,20 @@ class Model:
     def unet(self) -> dict[str, Any]:
         """The configuration of the network."""
         return _read_json(self.folder / "unet" / "config.json")
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words that it knows; None if it reads any."""
+        return Vocabulary.read(self.folder)
+
+    def introduction(self) -> str:
+        """What it makes and knows, in a line, for who has not chosen it."""
+        made = Settings(**self.defaults)
+        known = f" that show {self.vocabulary.count()} (emt doctor lists them)" if self.vocabulary else ""
+        return (
+            f"model: {self.name}, a small one: clips of {made.frames} frames of {made.width}x{made.height}{known}. "
+            "For all else give --model one of Stable Diffusion 1.5: see emt import-weights --help"
+        )
 
     def check(self, settings: Settings) -> None:
         """Say whether the model can make clips with these settings.
@@ -173,18 +189,17 @@ def clip_bytes(settings: Settings, experience: Experience | None = None) -> floa
 
 
 def find_model(name: str | None, *, download: bool) -> Model:
-    """The model of `--model`: a folder or a hub id.
+    """The model of `--model`: a folder, a hub id, or `demo`, which ships.
 
     Args:
-        name: What the user gave; None is an error, as long as no trained model ships.
+        name: What the user gave; None is `demo`. A folder of that name is `./demo`.
         download: Fetch a hub model that is not on this machine yet.
 
     Raises:
         EmtError: there is no such model, or files of it are missing.
     """
-    if name is None:
-        raise EmtError("no model is named, and none ships with this version", _HOW_TO_GET)
-    folder = _locate(name, download)
+    name = name or demo.NAME
+    folder = demo.path() if name == demo.NAME else _locate(name, download)
     listed = _read_json(folder / "model_index.json")
     missing = []
     for part, kind in listed.items():

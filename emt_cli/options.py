@@ -105,7 +105,7 @@ class Settings:
         Preset,
         _clip(
             "exact: the model's own defaults. fast: fewer steps of a better sampler, guidance in the first ones only, "
-            "deep features reused; an approximation, in a third of the time. Options given besides win over it."
+            "deep features reused: less to compute, and an approximation. Options given besides win over it."
         ),
     ] = Preset.EXACT
     guidance_until: Annotated[
@@ -189,7 +189,8 @@ class TransferOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model folder (emt import-weights makes one) or hub id; needed.",
+            help="Model folder (emt import-weights makes one) or hub id. Default: demo, the small model that ships; "
+            "emt doctor lists the words that it knows.",
             rich_help_panel=_RUN,
             show_default=False,
         ),
@@ -224,7 +225,8 @@ class TransferOptions:
     memory: Annotated[
         Memory,
         typer.Option(
-            help="low: 16 frames of 512x512 in 4 GiB of GPU memory with fp16, more slowly; runs without engines.",
+            help="low: as little GPU memory as can be, more slowly; a little over 4 GiB for 16 frames of 512x512 in "
+            "fp16. Runs without engines.",
             rich_help_panel=_RUN,
         ),
     ] = Memory.AUTO

@@ -23,6 +23,7 @@ from emt_cli.model import Experience, Model, clip_bytes, find_model, work
 from emt_cli.options import Precision, TransferOptions
 from emt_cli.progress import duration, size
 from emt_cli.results import state_on_disk
+from emt_cli.vocabulary import WordWatch
 
 _TABLE_ROWS = 60
 _CONTAINER_BYTES = 4096  # of a sidecar and a journal line
@@ -102,6 +103,8 @@ def make_plan(options: TransferOptions) -> Plan:
     """
     model = find_model(options.model, download=False)
     listed, streamed = expand(options, model.defaults)
+    items = _both(listed, streamed)
+    WordWatch(model.name, model.vocabulary, lambda text: print(printable(text), file=sys.stderr)).look(items)
     index = ContentIndex(options.cache_dir or default_dir())
     lines = journal.read(options.out)
     model_sha256 = model.sha256(index)
@@ -113,7 +116,7 @@ def make_plan(options: TransferOptions) -> Plan:
         if experience
         else "a rough model of the arithmetic, as nothing was made here with this model on this device"
     )
-    planned = list(_planned(_both(listed, streamed), options, model, model_sha256, index, lines))
+    planned = list(_planned(items, options, model, model_sha256, index, lines))
     plan = Plan(planned, model, device, source)
     half = bool(gpu) if options.precision is Precision.AUTO else options.precision is not Precision.FP32
     for line in planned:

@@ -35,7 +35,7 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder to write.")],
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="Model to train: a folder or hub id.", show_default=False),
+        typer.Option(metavar="FOLDER|HUB_ID", help="Model to train: a folder, a hub id, or demo.", show_default=False),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.", min=1, rich_help_panel=_RUN)] = 50_000,
     resume: Annotated[
@@ -81,6 +81,8 @@ def train(
     stdout. On the way: RUN/log.jsonl, RUN/tensorboard, RUN/samples and RUN/checkpoints. Ctrl-C finishes the step and
     saves a checkpoint. On several GPUs: accelerate launch -m emt_cli.app train …
     """
+    if model is None:  # a run takes hours: what it starts from is not to be guessed
+        raise typer.BadParameter("--model says what to train: a model folder, a hub id, or demo, the one that ships")
     import logging
 
     # The model's warning about long prompts would come at every step.

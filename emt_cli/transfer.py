@@ -33,6 +33,7 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.planning import show
     from emt_cli.progress import Watcher
     from emt_cli.runner import Runner
+    from emt_cli.vocabulary import WordWatch
 
     if options.dry_run:
         show(options)
@@ -45,6 +46,10 @@ def transfer(options: TransferOptions) -> None:
     folder = options.cache_dir or default_dir()
     index = ContentIndex(folder)
     watcher = Watcher(None if "-" in (options.references or []) else len(listed))
+    if options.model is None:
+        watcher.say(model.introduction())
+    words = WordWatch(model.name, model.vocabulary, watcher.say)
+    words.look(listed)
     low_memory = options.memory is Memory.LOW
     engines = None
     if not low_memory:
@@ -72,7 +77,7 @@ def transfer(options: TransferOptions) -> None:
             overwrite=options.overwrite,
             json=options.json,
         )
-        summary = runner.run(chain(listed, streamed))
+        summary = runner.run(chain(listed, words.watch(streamed)))
     finally:
         journal.close()
     if options.report:

@@ -9,7 +9,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from emt.train.world import COLOURS, PLACES, SUBJECTS, words
+from emt.train.scenes import PLACES
+from emt.train.world import COLOURS, SUBJECTS, words
 
 UNKNOWN, START, END = "[UNK]", "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 16

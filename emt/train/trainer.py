@@ -464,7 +464,7 @@ class Trainer:
             (self.run / ".adapter.partial").replace(self.run / "adapter.safetensors")
             for stale in (partial, old):
                 shutil.rmtree(stale, ignore_errors=True)
-            shutil.copytree(self.model, partial, ignore=lambda folder, names: [n for n in names if n[0] == "."])
+            shutil.copytree(self.model, partial, ignore=lambda folder, names: [n for n in names if n[0] in "._"])
             weights = sorted((self.model / "unet").glob("*.safetensors"))
             with safe_open(weights[0], "pt") as file:
                 stored = file.get_slice(next(iter(file.keys()))).get_dtype()

@@ -1,0 +1,13 @@
+"""The small model that ships with the program, in the folder of this package; its card is `README.md` there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAME = "demo"
+"""What the program calls it."""
+
+
+def path() -> Path:
+    """The model folder, for `MotionTransferPipeline.from_pretrained`."""
+    return Path(__file__).parent

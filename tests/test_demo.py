@@ -1,0 +1,155 @@
+"""The model that ships: it is what runs where none is named, and models with a list of words say which they know."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from program import clip, emt, environment, model
+
+from emt import demo
+from emt.evaluate import judge
+from emt.evaluate.pairs import Pair
+from emt.video import read_clip
+from emt_cli import evaluate
+from emt_cli.vocabulary import GROUPS, Vocabulary, WordWatch
+from recipes.text import make_tokenizer, write_vocabulary
+
+shipped = pytest.mark.skipif(
+    not (demo.path() / "model_index.json").is_file(), reason="this checkout is without the weights of the demo model"
+)
+
+
+def run(folder: Path, command: str, *arguments: object):
+    return emt(command, *map(str, arguments), folder=folder, environment=environment(folder))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A model folder whose tokenizer reads words, as the demo model's does."""
+    folder = tmp_path_factory.mktemp("reader") / "model"
+    shutil.copytree(model(), folder)
+    shutil.rmtree(folder / "tokenizer")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    write_vocabulary(folder)
+    return folder
+
+
+@shipped
+def test_without_a_model_the_demo_model_runs(tmp_path):
+    """One clip, its sizes the model's own; the same by name, even beside a folder of that name; and made again."""
+    clip(tmp_path / "a.mp4", frames=16)
+    (tmp_path / "demo").mkdir()
+    job = ["a.mp4", "--prompt", "a red fox in the snow", "--device", "cpu", "--steps", 2, "--json"]
+    first = run(tmp_path, "transfer", *job)
+    assert first.code == 0, first.err
+    assert first.err.startswith("model: demo, a small one: clips of 16 frames of 128x128")
+    assert "warning" not in first.err
+    line = json.loads(first.out)
+    frames = read_clip(tmp_path / "out" / line["output"]).frames
+    assert frames.shape == (16, 128, 128, 3)
+    record = json.loads((tmp_path / "out" / line["output"]).with_suffix(".mp4.json").read_bytes())
+    assert record["model"] == "demo"
+
+    again = run(tmp_path, "transfer", *job, "--model", "demo")
+    assert json.loads(again.out)["state"] == "skipped"
+    assert "model: demo" not in again.err, "who chose it needs no introduction"
+
+    made = run(tmp_path, "rerun", tmp_path / "out" / line["output"], "--device", "cpu")
+    assert made.code == 0, made.err
+    assert np.array_equal(read_clip(made.out.strip()).frames, frames)
+
+
+@shipped
+def test_the_demo_model_is_small_and_knows_enough():
+    folder = demo.path()
+    weights = [*folder.rglob("*.safetensors"), *([judge.SHIPPED] if judge.SHIPPED.is_file() else [])]
+    assert sum(path.stat().st_size for path in weights) <= 24 * 2**20
+    known = Vocabulary.read(folder)
+    assert known is not None
+    for kind, least in (("subjects", 40), ("colours", 8), ("scenes", 10)):
+        assert len(known.groups[kind]) >= least
+        assert not [word for phrase in known.groups[kind] for word in known.unknown(phrase)]
+
+
+@shipped
+def test_the_examples_are_in_its_words():
+    known = Vocabulary.read(demo.path())
+    prompts = (Path(__file__).parents[1] / "examples" / "prompts.txt").read_text().splitlines()
+    assert known is not None
+    assert not [word for prompt in prompts if prompt[0] != "#" for word in known.unknown(prompt)]
+
+
+def test_a_vocabulary_comes_from_the_model_folder(reader, tmp_path):
+    known = Vocabulary.read(reader)
+    assert known is not None
+    assert known.unknown("A Red robot, in the FOREST with two kittens!") == ["robot", "with", "two", "kittens"]
+    assert known.nearest("penguins")[0] == "penguin"
+    assert "over the sea" in known.groups["scenes"]
+    shutil.copytree(reader, tmp_path / "bare")
+    (tmp_path / "bare" / GROUPS).unlink()
+    bare = Vocabulary.read(tmp_path / "bare")
+    assert bare is not None
+    assert bare.unknown("a red robot") == ["robot"]
+    assert {"penguin", "sea"} <= set(bare.groups["words"])
+    assert "[UNK]" not in bare.groups["words"]
+
+
+def test_a_tokenizer_that_spells_words_has_none():
+    assert Vocabulary.read(model()) is None
+
+
+def test_unknown_words_are_told_before_anything_is_made(reader, tmp_path):
+    clip(tmp_path / "a.mp4")
+    prompts = ["a red robot in the snow", "a blue robot and a penguins on wood", "a red cat in the forest"]
+    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+    ended = run(tmp_path, "plan", "a.mp4", *asked, "--model", reader, "--json")
+    assert ended.code == 0
+    assert len(ended.out.splitlines()) == 4, "standard output has the plan alone"
+    assert ended.err.count("warning") == 1
+    assert "“robot”" in ended.err
+    assert "“penguins” (penguin?)" in ended.err
+    assert "cat" not in ended.err.split("lists them")[0].split(": it knows")[0]
+    assert f"emt doctor --model {reader}" in ended.err
+
+
+def test_words_of_a_stream_are_told_once(reader):
+    from emt_cli.jobs import Job
+    from emt_cli.options import Settings
+
+    told: list[str] = []
+    watch = WordWatch("small", Vocabulary.read(reader), told.append)
+    words = ["robot", "robot", "wizard", *(f"word{n}" for n in range(12))]
+    jobs = [Job(Path("a.mp4"), f"a {word} in the snow", 0, Settings()) for word in words]
+    assert list(watch.watch([*jobs[:3], None])) == [*jobs[:3], None]
+    assert [line.count("robot") for line in told] == [1, 0]
+    watch.look(jobs)
+    assert "and 4 more words" in told[2]
+    WordWatch("large", None, told.append).look(jobs)
+    assert len(told) == 3
+
+
+def test_the_doctor_lists_the_words(reader, tmp_path):
+    ended = run(tmp_path, "doctor", "--model", reader, "--json")
+    found = {line["name"]: line["found"] for line in map(json.loads, ended.out.splitlines())}
+    assert "8 colours: red, orange" in found["model"]
+    assert "penguin" in found["model"]
+
+
+def test_training_does_not_guess_its_model(tmp_path):
+    ended = run(tmp_path, "train", "--pairs", "pairs", "-o", "run")
+    assert ended.code == 2
+    assert "demo" in ended.err
+
+
+@pytest.mark.parametrize(("made_by", "judged"), [("demo", True), (None, True), ("models/rv", False)])
+def test_its_judge_reads_its_clips_alone(tmp_path, monkeypatch, made_by, judged):
+    path = judge.Judge(judge.Vocabulary.of_world()).save(tmp_path / "judge.safetensors")
+    monkeypatch.setattr(judge, "SHIPPED", path)
+    record = {"model": made_by} if made_by else {}
+    pairs = [Pair(Path("a.mp4"), Path("b.mp4"), "a red fox in the snow", record=record)]
+    found = evaluate._text_model("auto", "cpu", pairs)
+    assert isinstance(found, judge.Judge) if judged else found is None
