@@ -53,13 +53,32 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page. Default: OUT/report.html.", show_default=False)
     ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write this instead: the first dozen results below their references, in a .gif or .mp4 that plays or "
+            "in a .png or .jpg of some frames.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a page that shows references and results side by side, playing in sync.
 
     It opens from disk, without a server or a network, as long as it stays where it is written. Measures are shown
     where OUT/metrics.jsonl has them: emt evaluate OUT --output OUT/metrics.jsonl
     """
-    typer.echo(os.fsencode(write_report(out, output)))
+    if sheet is None:
+        typer.echo(os.fsencode(write_report(out, output)))
+        return
+    from emt_cli.sheet import check_sheet, write_sheet
+
+    if output is not None:
+        raise typer.BadParameter("--sheet is written instead of a page: leave --output out")
+    _check_folder(out)
+    check_sheet(sheet)
+    write_sheet(sheet, sorted(journal.current(out), key=_order), out)
+    typer.echo(os.fsencode(sheet))
 
 
 def write_report(out: Path, output: Path | None = None) -> Path:
@@ -75,9 +94,7 @@ def write_report(out: Path, output: Path | None = None) -> Path:
     Raises:
         EmtError: the folder has no journal, or the page cannot be written.
     """
-    if not (out / journal.FILE_NAME).is_file():
-        problem = f"{out} has no {journal.FILE_NAME}" if out.is_dir() else f"{out} is not a folder"
-        raise EmtError(problem + ".", "Give a folder that `emt transfer --out` has written: emt report OUT")
+    _check_folder(out)
     output = output or out / FILE_NAME
     data = _collect(out, output.absolute().parent)
     # In a script element only "<" can end or open anything; inside JSON it stands in strings alone.
@@ -89,6 +106,12 @@ def write_report(out: Path, output: Path | None = None) -> Path:
     except OSError as error:
         raise EmtError(f"{output} cannot be written: {error.strerror}.", "Name another file with -o.") from None
     return output
+
+
+def _check_folder(out: Path) -> None:
+    if not (out / journal.FILE_NAME).is_file():
+        problem = f"{out} has no {journal.FILE_NAME}" if out.is_dir() else f"{out} is not a folder"
+        raise EmtError(problem + ".", "Give a folder that `emt transfer --out` has written: emt report OUT")
 
 
 def _collect(out: Path, page: Path) -> dict[str, Any]:
@@ -208,7 +231,7 @@ class _Gallery:
         from emt.video import read_clip
         from emt_cli.jobs import digest
 
-        path, view, recorded = self.out / line["reference"], _view(line), line.get("reference_sha256")
+        path, view, recorded = self.out / line["reference"], view_of(line), line.get("reference_sha256")
         try:
             found = None if recorded else self.index.sha256(path)
             key = digest("report", _FORMAT, recorded or found, view)
@@ -287,7 +310,7 @@ class _Gallery:
         return urllib.parse.quote(os.fsencode(relative.replace(os.sep, "/")))
 
 
-def _view(line: dict[str, Any]) -> dict[str, Any]:
+def view_of(line: dict[str, Any]) -> dict[str, Any]:
     """How a job read its reference; the defaults for one that was rejected before it had settings."""
     from emt_cli.options import Settings
 
@@ -296,7 +319,7 @@ def _view(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reference_key(line: dict[str, Any]) -> str:
-    return json.dumps([line["reference"], line.get("reference_sha256"), _view(line)])
+    return json.dumps([line["reference"], line.get("reference_sha256"), view_of(line)])
 
 
 def _even(width: int, height: int) -> tuple[int, int]:
