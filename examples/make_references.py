@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from emt.train.motions import CAMERA_FAMILIES, FAMILIES, HELD_OUT_CAMERA_FAMILIES, HELD_OUT_FAMILIES
+from emt.train.scenes import SCENES
 from emt.train.world import World
 from emt.video import write_clip
 
@@ -29,6 +30,8 @@ WANTED = {
     "pan": ("still", "pan"),
 }
 """File name: family of the subject's motion and of the camera's."""
+PATTERNS = ("bricks", "checkerboard", "stripes", "dots", "wood")
+"""Scenes over which a camera's path is hard to see, as they repeat."""
 
 
 def main() -> None:
@@ -44,10 +47,15 @@ def main() -> None:
         is_family = motions.family[:, 0] == families.index(family)
         is_camera = motions.camera_family == (cameras.index(camera))
         # Large enough to see, and moving far enough: the most of those drawn.
-        travel = motions.position[:, :, 0].diff(dim=1).norm(dim=-1).sum(1) + motions.camera[..., :2].abs().sum((1, 2))
+        pan = motions.camera[..., :2]
+        travel = motions.position[:, :, 0].diff(dim=1).norm(dim=-1).sum(1) + 10 * (pan.amax(1) - pan.amin(1)).norm(
+            dim=-1
+        )
         score = torch.where(is_family & is_camera, motions.scale[:, :, 0].amin(1).clamp(max=30) + travel / 20, -1.0)
         one = motions[score.argmax().view(1)]
         appearance = world.appearances(one, generator, held_out=True)
+        while SCENES[appearance.scene] in PATTERNS:
+            appearance = world.appearances(one, generator, held_out=True)
         frames = world.render(one, appearance)[0].permute(0, 2, 3, 1)
         print(f"{name}: {world.captions(appearance, one)[0]}")
         write_clip(OUT / f"{name}.mp4", frames.numpy(), 8.0)
