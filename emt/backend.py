@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emt.errors import EmtError
-from emt.temporal import MotionFeatures, PreparedMotion, PreparedReference, feed_forward_in_parts
+from emt.temporal import (
+    MotionFeatures,
+    PreparedMotion,
+    PreparedReference,
+    feed_forward_in_parts,
+    residuals_in_products,
+)
 from emt.unet import MotionTransferUNet, TextFeatures
+from emt_kernels.ahead import collected
 from emt_kernels.group_norm_silu import group_norm_silu
+from emt_kernels.selection import use_triton
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
@@ -197,6 +205,8 @@ class TorchBackend(PipelineBackend):
         graphs: record CUDA graphs on a CUDA GPU.
         fuse: have query, key and value of a self-attention from one product on a CUDA GPU; the weights stay where
             `state_dict` finds them.
+        sums_in_products: have products add to the residual stream themselves on a CUDA GPU.
+        biases_in_norms: with them, leave biases of convolutions to the norms that read what they made.
         channels_last: lay the network's weights out as the GPU reads them.
         channels_last_vae: the VAE's too, with its group norms and SiLUs by `group_norm_silu`.
         attention: implementations of spatial attention on a CUDA GPU, the preferred one first.
@@ -215,6 +225,8 @@ class TorchBackend(PipelineBackend):
         *,
         graphs: bool = True,
         fuse: bool = True,
+        sums_in_products: bool = True,
+        biases_in_norms: bool = True,
         channels_last: bool = True,
         channels_last_vae: bool = True,
         attention: Sequence[SDPBackend] = ATTENTION,
@@ -228,6 +240,8 @@ class TorchBackend(PipelineBackend):
         self.low_memory = low_memory
         self.max_calls = max_calls
         self.fuse = fuse and not low_memory  # what moves between memories comes apart
+        self.sums_in_products = sums_in_products and not low_memory
+        self.biases_in_norms = biases_in_norms
         self.channels_last = channels_last
         self.channels_last_vae = channels_last_vae
         self.attention = attention
@@ -237,6 +251,7 @@ class TorchBackend(PipelineBackend):
         self._calls: OrderedDict[tuple[Any, ...], _Call] = OrderedDict()
         self._motions: dict[tuple[Any, ...], _Place] = {}
         self._references: dict[tuple[Any, ...], dict[str, torch.Size]] = {}  # shapes that were met
+        self._rehearsed: set[tuple[Any, ...]] = set()  # shapes whose kernels have been compiled ahead
         self._weights: list[Tensor] = []
         self._text: weakref.ref[TextFeatures] | None = None
 
@@ -311,6 +326,7 @@ class TorchBackend(PipelineBackend):
             RuntimeError: `motion` has given way to another one (`prepare_motion`).
             ValueError: as the network does, for a wrong shape.
         """
+        self._compile_for_step(sample, timestep, text, motion)
         if not self._records(sample.device):
             with self._way_to_run(sample.device):
                 if not self.low_memory:
@@ -323,6 +339,7 @@ class TorchBackend(PipelineBackend):
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
     ) -> tuple[Tensor, Tensor]:
         """`MotionTransferUNet.denoise_deep`; the deep features are good until the next call of the same shape."""
+        self._compile_for_step(sample, timestep, text, motion)
         if not self._records(sample.device):
             with self._way_to_run(sample.device):
                 if not self.low_memory:
@@ -483,16 +500,68 @@ class TorchBackend(PipelineBackend):
 
     @contextlib.contextmanager
     def _way_to_run(self, device: torch.device) -> Iterator[None]:
-        """How the network is run on `device`: its spatial attention, and how much of it at once."""
-        cuda = device.type == "cuda"
-        little = feed_forward_in_parts(_LOW_MEMORY_TOKENS) if self.low_memory else contextlib.nullcontext()
-        with sdpa_kernel(list(self.attention), set_priority=True) if cuda else contextlib.nullcontext(), little:
+        """How the network is run on `device`: its spatial attention, its residual sums, and how much of it at once."""
+        with contextlib.ExitStack() as ways:
+            if self.low_memory:
+                ways.enter_context(feed_forward_in_parts(_LOW_MEMORY_TOKENS))
+            if device.type == "cuda":
+                ways.enter_context(sdpa_kernel(list(self.attention), set_priority=True))
+                if self.sums_in_products:
+                    ways.enter_context(residuals_in_products(self.biases_in_norms))
             yield
+
+    # ------------------------------------------------------------------------------------------- compiling ahead
+
+    def _compile_ahead(self, x: Tensor, key: tuple[Any, ...], rehearse: Callable[[], object]) -> None:
+        """Before the first call of a shape, compile the kernels that `rehearse` launches, all at the same time."""
+        if key in self._rehearsed or self.low_memory or not use_triton(x):
+            return
+        self._rehearsed.add(key)
+        try:
+            with torch.no_grad(), collected() as launches:
+                rehearse()
+        except torch.OutOfMemoryError:
+            return  # if the call itself has no room either, it says so
+        launches.compile(x.device)
+
+    def _compile_for_step(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
+    ) -> None:
+        def rehearse() -> None:
+            self._prepare_weights(sample.device)
+            with self._way_to_run(sample.device):
+                self.unet(sample, timestep, text, motion)
+
+        if self._compiled is None:
+            self._compile_ahead(sample, _step_key(sample.shape, motion is not None), rehearse)
+
+    def _rehearse_clip(self, images: Tensor) -> None:
+        """All parts of a transfer from these frames to one guided clip, of numbers that mean nothing."""
+        mean, _ = self._encode_images(images[: self._frames_at_once(images, pixels=1)])
+        frames, unet = len(images), self.unet
+        latents = mean.new_zeros((frames, *mean.shape[1:]))
+        some = latents[: self._frames_at_once(latents, pixels=self.pipe.vae_scale_factor**2)]
+        self._decode_images(some)
+        self._rehearsed.add(("decode", latents.shape))
+        if self._compiled is not None or frames > unet.config.motion_max_frames:
+            return
+        self._prepare_weights(images.device)
+        sample = latents.transpose(0, 1).unsqueeze(0).to(unet.dtype)
+        timestep = torch.ones(1, dtype=torch.long, device=sample.device)
+        text = sample.new_zeros((2, self.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim))
+        with self._way_to_run(sample.device):
+            motion = unet.encode_reference(sample, timestep, text[:1]).prepare(unet)
+            unet(torch.cat([sample, sample]), timestep[0], unet.encode_text(text), motion)
+        self._rehearsed.add(_step_key(sample.shape, True))
 
     # ----------------------------------------------------------------------------------------------------- the VAE
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of latents (n, channels, h/8, w/8) of images (n, 3, h, w) from -1 to 1."""
+        self._compile_ahead(images, ("clip", images.shape), lambda: self._rehearse_clip(images))
+        return self._encode_images(images)
+
+    def _encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         vae = self._vae(images.device)
         chunks = images.split(self._frames_at_once(images, pixels=1))
         posteriors = [vae.encode(chunk).latent_dist for chunk in chunks]
@@ -500,6 +569,11 @@ class TorchBackend(PipelineBackend):
 
     def decode_images(self, latents: Tensor) -> Tensor:
         """Images (n, 3, h, w) from about -1 to 1 of latents (n, channels, h/8, w/8), not scaled."""
+        some = latents[: self._frames_at_once(latents, pixels=self.pipe.vae_scale_factor**2)]
+        self._compile_ahead(latents, ("decode", latents.shape), lambda: self._decode_images(some))
+        return self._decode_images(latents)
+
+    def _decode_images(self, latents: Tensor) -> Tensor:
         vae = self._vae(latents.device)
         chunks = latents.split(self._frames_at_once(latents, pixels=self.pipe.vae_scale_factor**2))
         return torch.cat([vae.decode(chunk).sample for chunk in chunks])
@@ -514,6 +588,11 @@ class TorchBackend(PipelineBackend):
         if self.low_memory:
             return 1
         return max(1, _VAE_PIXELS // (pixels * x.shape[2] * x.shape[3])) if x.is_cuda else _VAE_FRAMES
+
+
+def _step_key(sample: torch.Size, motion: bool) -> tuple[Any, ...]:
+    """What tells calls of the network whose kernels have been compiled: kernels of one batch serve another."""
+    return "step", sample[1:], motion
 
 
 class _LayerByLayer(Mapping[str, tuple[PreparedReference, PreparedReference]]):
