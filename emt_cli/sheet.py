@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
+from emt_cli.jobs import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +24,12 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Shown:
-    """A job on the sheet: what its result shows, and uint8 (frames, height, width, 3) of reference and result."""
+    """A job on the sheet: what its result shows; uint8 (frames, height, width, 3) of reference and result; its rate."""
 
     prompt: str
     reference: np.ndarray
     result: np.ndarray
+    fps: float
 
 
 def check_sheet(path: Path) -> None:
@@ -69,7 +71,7 @@ def write_sheet(path: Path, jobs: Sequence[dict[str, Any]], out: Path) -> int:
         length = min(len(one.result) for one in shown)
         pages = [_moving(shown, index) for index in range(length)]
         even = np.stack([np.asarray(page)[: page.height // 2 * 2, : page.width // 2 * 2] for page in pages])
-        write_clip(path, even, 8.0)
+        write_clip(path, even, min(shown[0].fps, 50.0))
         return len(shown)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,20 +86,21 @@ def _read(job: dict[str, Any], out: Path, frames: int | None) -> Shown:
     from emt_cli.report import view_of
 
     view, result = view_of(job), out / job["output"]
+    info = probe(result)
     scale = min(1.0, _SIDE / max(view["width"], view["height"]))
     size = (round(view.pop("width") * scale), round(view.pop("height") * scale))
     reference = read_clip(out / job["reference"], size=size, **view).frames
-    own = read_clip(result, frames=probe(result).frames, size=size).frames
+    own = read_clip(result, frames=info.frames, size=size).frames
     if frames is not None:
         import numpy as np
 
         reference, own = (clip[np.linspace(0, len(clip) - 1, frames).round().astype(int)] for clip in (reference, own))
-    return Shown(job["prompt"], reference, own)
+    return Shown(printable(job["prompt"]), reference, own, info.fps)
 
 
 def _moving(shown: Sequence[Shown], index: int) -> Image.Image:
     """One frame of all: columns of a reference, its result and its prompt."""
-    height, width = shown[0].result.shape[1:3]
+    height, width = _cell(shown)
     columns = min(_COLUMNS, len(shown))
     cell = 2 * height + 2 * _LINE + 2 * _GAP
     page, draw = _page(_MARGIN + columns * (width + _GAP), -(-len(shown) // columns) * cell)
@@ -107,7 +110,7 @@ def _moving(shown: Sequence[Shown], index: int) -> Image.Image:
             _write(draw, 0, top + height // 2, "reference")
             _write(draw, 0, top + height + height // 2, "result")
         for row, clip in enumerate((one.reference, one.result)):
-            _paste(page, clip[min(index, len(clip) - 1)], left, top + row * height, (width, height))
+            _paste(page, clip[min(index, len(clip) - 1)], left, top + row * height)
         for row, text in enumerate(textwrap.wrap(one.prompt, width // 7, max_lines=2, placeholder="…")):
             _write(draw, left, top + 2 * height + row * _LINE, text)
     return page
@@ -115,7 +118,7 @@ def _moving(shown: Sequence[Shown], index: int) -> Image.Image:
 
 def _strips(shown: Sequence[Shown]) -> Image.Image:
     """Frames from left to right: rows of a reference and its result, with the prompt above."""
-    height, width = shown[0].result.shape[1:3]
+    height, width = _cell(shown)
     columns = min(_STRIPS, len(shown))
     cell, strip = 2 * height + _LINE + _GAP, _FRAMES * width + 2 * _GAP
     page, draw = _page(columns * strip, -(-len(shown) // columns) * cell)
@@ -124,8 +127,13 @@ def _strips(shown: Sequence[Shown]) -> Image.Image:
         _write(draw, left, top, textwrap.shorten(one.prompt, strip // 7, placeholder="…"))
         for row, clip in enumerate((one.reference, one.result)):
             for place, frame in enumerate(clip):
-                _paste(page, frame, left + place * width, top + _LINE + row * height, (width, height))
+                _paste(page, frame, left + place * width, top + _LINE + row * height)
     return page
+
+
+def _cell(shown: Sequence[Shown]) -> tuple[int, int]:
+    """Height and width that every frame fits in."""
+    return max(one.result.shape[1] for one in shown), max(one.result.shape[2] for one in shown)
 
 
 def _page(width: int, height: int) -> tuple[Image.Image, Any]:
@@ -135,10 +143,10 @@ def _page(width: int, height: int) -> tuple[Image.Image, Any]:
     return page, ImageDraw.Draw(page)
 
 
-def _paste(page: Image.Image, frame: np.ndarray, left: int, top: int, size: tuple[int, int]) -> None:
+def _paste(page: Image.Image, frame: np.ndarray, left: int, top: int) -> None:
     from PIL import Image
 
-    page.paste(Image.fromarray(frame).resize(size), (left, top))
+    page.paste(Image.fromarray(frame), (left, top))
 
 
 def _write(draw: Any, left: int, top: int, text: str) -> None:

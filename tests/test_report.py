@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from PIL import Image
 from program import console
 
 from emt.errors import EmtError
@@ -230,6 +231,40 @@ def test_the_program_prints_the_page(folder, walk):
     ended = console(folder.path.parent, "report", "nothing")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith("error: nothing is not a folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "frames"), [("sheet.gif", (66 + 3 * 72, 2 * 64 + 50), 8), ("a.png", (1056, 306), 1)]
+)
+def test_a_sheet_has_each_result_below_its_reference(folder, walk, name, size, frames):
+    """Of three finished jobs, the last of them smaller; what failed is not on it."""
+    for seed, prompt in enumerate(NASTY[:2]):
+        folder.done(Job(walk, prompt, seed, SETTINGS), ball(8, colour=(30, 60, 250)))
+    folder.done(Job(walk, "z", 2, replace(SETTINGS, height=48, width=48)), ball(8, side=48))
+    folder.failed("out of memory", reference=str(walk), prompt="y", seed=3, settings=SETTINGS.as_dict())
+    path = folder.path.parent / name
+    ended = console(folder.path.parent, "report", folder.path.name, "--sheet", name)
+    assert (ended.returncode, ended.stdout) == (0, f"{name}\n"), ended.stderr
+    with Image.open(path) as sheet:
+        assert sheet.size == size
+        assert getattr(sheet, "n_frames", 1) == frames
+        left, top = (66, 0) if frames > 1 else (0, 17)
+        above, below = (np.asarray(sheet.convert("RGB"))[y : y + 64, left : left + 64] for y in (top, top + 64))
+    yellow, blue = (
+        np.argwhere(np.abs(np.int32(image) - np.int32(colour)).sum(-1) < 120)
+        for image, colour in ((above, (250, 180, 40)), (below, (30, 60, 250)))
+    )
+    assert len(yellow) > 50
+    assert len(blue) > 50
+    assert len(np.argwhere(np.abs(np.int32(above) - np.int32((30, 60, 250))).sum(-1) < 120)) == 0
+
+
+def test_a_sheet_that_cannot_be_made_is_refused(folder, walk):
+    folder.failed("out of memory", reference=str(walk), prompt="y", seed=3)
+    for name, said in (("sheet.txt", "names no format"), ("sheet.png", "no finished clips")):
+        ended = console(folder.path.parent, "report", folder.path.name, "--sheet", name)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert said in ended.stderr
 
 
 # ---- in a browser -------------------------------------------------------------------------------------------------
