@@ -30,8 +30,8 @@ WANTED = {
     "pan": ("still", "pan"),
 }
 """File name: family of the subject's motion and of the camera's."""
-PATTERNS = ("bricks", "checkerboard", "stripes", "dots", "wood")
-"""Scenes over which a camera's path is hard to see, as they repeat."""
+PATTERNS = ("bricks", "checkerboard", "stripes", "dots", "wood", "meadow", "snow")
+"""Scenes over which a camera's path is hard to see, as they look alike everywhere."""
 
 
 def main() -> None:
