@@ -8,6 +8,8 @@ keeps a place for each of them and copies into it what has changed since the las
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +36,8 @@ from emt_kernels.selection import use_triton
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
+
+logger = logging.getLogger(__name__)
 
 #: Fastest first: for 4,096 tokens of 40 channels a head cuDNN takes half the time of flash attention.
 ATTENTION = (
@@ -517,12 +521,18 @@ class TorchBackend(PipelineBackend):
         if key in self._rehearsed or self.low_memory or not use_triton(x):
             return
         self._rehearsed.add(key)
+        begun = time.perf_counter()
         try:
             with torch.no_grad(), collected() as launches:
                 rehearse()
         except torch.OutOfMemoryError:
             return  # if the call itself has no room either, it says so
+        rehearsed = time.perf_counter()
         launches.compile(x.device)
+        seconds = rehearsed - begun, time.perf_counter() - rehearsed
+        logger.info(
+            "%s: rehearsed in %.2f s, %d kernels compiled in %.2f s", key[0], seconds[0], len(launches), seconds[1]
+        )
 
     def _compile_for_step(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None

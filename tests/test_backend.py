@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import emt_kernels
 from emt.backend import TorchBackend, prepare_vae
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.temporal import feed_forward_in_parts
 from emt.weights import random_model
+from emt_kernels.ahead import collected
+from emt_kernels.selection import untraced, wrap_triton
 
 FRAMES, HEIGHT, WIDTH = 4, 24, 40
 
@@ -267,6 +274,116 @@ class TestOutOfMemory:
         text = recording.unet.encode_text(recording.encode_prompts(["a"]))
         with pytest.raises(ValueError, match="text has batch 1, sample has batch 3"):
             recording.backend.denoise(torch.zeros(3, 4, 2, 3, 5), torch.tensor(3), text, None)
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """Triton compiles for an H100 that need not be here; the kernels' functions call their kernels on the CPU."""
+    driver = pytest.importorskip("triton.runtime.driver").driver
+    compiler = pytest.importorskip("triton.backends.compiler")
+
+    class Hopper:
+        def get_current_target(self):
+            return compiler.GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(driver, "_active", Hopper())
+    for name in (found.name for found in pkgutil.iter_modules(emt_kernels.__path__)):
+        module = importlib.import_module(f"emt_kernels.{name}")
+        if name != "selection" and hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda x: True)
+        for kernel in vars(module).values():
+            if hasattr(kernel, "device_caches"):
+                monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+
+
+class TestCompilingAhead:
+    @pytest.mark.usefixtures("hopper")
+    def test_what_is_collected_is_compiled_once_and_for_all(self):
+        module = importlib.import_module("emt_kernels.geglu")
+        with collected() as launches, torch.no_grad():
+            for rows, inner in (
+                (48, 64),
+                (96, 64),
+                (32, 80),
+            ):  # the first two differ in no way that Triton compiles for
+                module.geglu(torch.empty(rows, 2 * inner, dtype=torch.float16))
+        kernels = {wanted[0] for wanted in launches._wanted.values()}
+        assert len(launches) == 2
+        assert launches.compile(torch.device("cpu"), threads=2) == []
+        (kernel,) = kernels
+        cached = kernel.device_caches[0][0]
+        assert len(cached) == 2
+        assert all(compiled.asm["cubin"] for compiled in cached.values())
+        for _, arguments in launches._wanted.values():  # the launch itself
+            kernel.warmup(grid=(1,), **arguments)
+        assert len(cached) == 2
+
+    @pytest.mark.usefixtures("hopper")
+    def test_what_cannot_be_compiled_is_told_of_by_its_launch(self):
+        kernel = importlib.import_module("emt_kernels.geglu")._geglu_kernel
+        broken = {"x": torch.empty(32), "out": torch.empty(16), "rows": 1, "inner": 16, "ROWS": 3, "LANES": 16}
+        with collected() as launches:
+            wrap_triton(kernel)[(1,)](**broken)
+        (error,) = launches.compile(torch.device("cpu"))
+        with pytest.raises(type(error)):
+            kernel.warmup(grid=(1,), **broken)
+
+    def test_only_launches_of_its_own_thread_are_collected(self):
+        kernel = pytest.importorskip("emt_kernels.geglu")._geglu_kernel
+        with collected() as launches, ThreadPoolExecutor(1) as other:
+            assert other.submit(untraced, kernel).result() is kernel
+            assert untraced(kernel) is not kernel
+        assert untraced(kernel) is kernel
+        assert len(launches) == 0
+
+    @pytest.mark.usefixtures("hopper")
+    @torch.no_grad()
+    def test_a_clip_launches_nothing_that_was_not_rehearsed(self, folder):
+        pipe = load_pipeline(folder)
+        prepare_vae(pipe.vae)
+        backend = pipe.backend
+        images = torch.rand(FRAMES, 3, HEIGHT, WIDTH)
+        with collected() as rehearsed:
+            backend._rehearse_clip(images)
+        with collected() as launched:
+            mean, _ = backend.encode_images(images)
+            latents = mean.transpose(0, 1).unsqueeze(0)
+            features = backend.encode_reference(latents, torch.tensor([3]), pipe.encode_prompts([""]))
+            text = pipe.unet.encode_text(pipe.encode_prompts(["", "a cat"]))
+            motion = backend.prepare_motion(features)
+            backend.denoise(torch.cat([latents] * 2), torch.tensor(7), text, motion)
+            backend.decode_images(mean)
+        assert set(launched._wanted) == set(rehearsed._wanted)
+        assert len(launched) > 10
+
+    def test_a_shape_is_rehearsed_once_and_only_for_triton(self, folder, monkeypatch):
+        pipe = load_pipeline(folder)
+        rehearsals = []
+        monkeypatch.setattr(pipe.backend, "_rehearse_clip", lambda images: rehearsals.append(images.shape))
+        pipe.extract_motion(clip())
+        assert rehearsals == []
+        monkeypatch.setattr("emt.backend.use_triton", lambda x: True)
+        for height in (HEIGHT, HEIGHT, 16):
+            pipe.extract_motion(clip(0, height))
+        assert [shape[2] for shape in rehearsals] == [HEIGHT, 16]
+
+    def test_without_room_for_it_the_call_goes_on(self, folder, monkeypatch):
+        pipe = load_pipeline(folder)
+
+        def fails(images):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(pipe.backend, "_rehearse_clip", fails)
+        monkeypatch.setattr("emt.backend.use_triton", lambda x: True)
+        assert pipe.extract_motion(clip()).frames == FRAMES
+        assert not importlib.import_module("emt_kernels.selection").stand_in
 
 
 @pytest.mark.gpu

@@ -84,6 +84,8 @@ def _kind(value: Any, parameter: Any) -> Any:
     """What Triton compiles apart of an argument: of a whole number whether it is 1, a multiple of 16, and long."""
     if parameter is None or parameter.is_constexpr or isinstance(value, _Like):
         return value
+    if hasattr(value, "block_shape"):  # a tensor's descriptor
+        return value.base.dtype, tuple(value.block_shape)
     if not isinstance(value, int) or parameter.do_not_specialize:
         return type(value)
     return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
@@ -107,7 +109,7 @@ def collected() -> Iterator[Launches]:
     before = selection.stand_in
 
     def stand_in(kernel: Any) -> Any:
-        return _Collector(kernel, launches) if threading.get_ident() == thread else None
+        return _Collector(kernel, launches) if threading.get_ident() == thread else kernel
 
     selection.stand_in = stand_in
     try:

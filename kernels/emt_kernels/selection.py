@@ -20,7 +20,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 _asked: Kernels = "auto"
 _problem: str | None = None
 _substitutes: dict[str, Callable[..., Any]] = {}
-#: What is launched in place of a kernel, None where it is the kernel itself (`emt_kernels.ahead`).
+#: Gives what is launched in place of a kernel (`emt_kernels.ahead`).
 stand_in: Callable[[Any], Any] | None = None
 
 
@@ -94,6 +94,11 @@ def interpreted() -> bool:
 
 def wrap_triton(kernel: Any) -> Any:
     """`torch.library.wrap_triton`, which refuses interpreted kernels: those are returned as they are."""
-    if stand_in is not None and (other := stand_in(kernel)) is not None:
+    if (other := untraced(kernel)) is not kernel:
         return other
     return kernel if interpreted() else torch.library.wrap_triton(kernel)
+
+
+def untraced(kernel: Any) -> Any:
+    """A kernel for a launch that is never traced: itself, or what stands in for it."""
+    return kernel if stand_in is None else stand_in(kernel)
