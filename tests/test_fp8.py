@@ -71,7 +71,7 @@ def test_geglu_quantized(device: str, shape: tuple[int, ...], seed: int) -> None
 
 
 @kernel_test
-@given(shape=rows, frames=st.integers(1, 3), seed=seeds, parts=st.tuples(*[st.booleans()] * 3))
+@given(shape=rows, frames=st.integers(1, 3), seed=seeds, parts=st.tuples(*[st.booleans()] * 4))
 @few
 def test_layer_norm_quantized(
     device: str, shape: tuple[int, ...], frames: int, seed: int, parts: tuple[bool, ...]
@@ -81,14 +81,17 @@ def test_layer_norm_quantized(
     residual = random(seed + 1, device, *x.shape) if parts[0] else None
     positions = random(seed + 2, device, frames, channels) if parts[1] else None
     weight, bias = random(seed + 3, device, 2, channels, scale=1.0)
-    values, scale, *others = torch.ops.emt.layer_norm_quantized(x, weight, bias, 1e-5, positions, residual, parts[2])
+    shift = random(seed + 4, device, channels) if parts[3] else None
+    values, scale, *others = torch.ops.emt.layer_norm_quantized(
+        x, weight, bias, 1e-5, positions, residual, parts[2], shift
+    )
     if parts[2]:
         exact = others.pop()
     total = x if residual is None else others.pop()
     assert not others
     torch.testing.assert_close(total, x if residual is None else x + residual)
-    wide = [None if t is None else t.double() for t in (weight, bias, positions)]
-    normalized = layer_norm_reference(total.double(), wide[0], wide[1], 1e-5, wide[2], None, plain=False)[2]
+    wide = [None if t is None else t.double() for t in (weight, bias, positions, shift)]
+    normalized = layer_norm_reference(total.double(), wide[0], wide[1], 1e-5, wide[2], None, False, wide[3])[2]
     assert_quantized(Quantized(values, scale), normalized)
     if parts[2]:
         torch.testing.assert_close(exact.double(), normalized, rtol=2e-3, atol=2e-3)
@@ -108,8 +111,8 @@ def test_what_is_not_finite_stays_so_and_rows_of_zeros_are_zeros(device: str) ->
 def test_kernels_compile_for_gpus_that_have_float8(capability: int) -> None:
     outputs = {"values": "fp8e4nv", "scale": "fp32"}
     constants: dict[str, Any] = {"LARGEST": LARGEST, "SMALLEST": SMALLEST, "ROWS": 1, "LANES": 2048}
-    halves = dict.fromkeys(("x", "weight", "bias", "positions", "residual", "total", "exact"), "fp16")
-    norm = {"EPS": 1e-5, "POSITIONS": True, "RESIDUAL": True, "EXACT": True}
+    halves = dict.fromkeys(("x", "weight", "bias", "positions", "residual", "shift", "total", "exact"), "fp16")
+    norm = {"EPS": 1e-5, "POSITIONS": True, "RESIDUAL": True, "SHIFT": True, "EXACT": True}
     for name, pointers, more in (
         ("_quantize_rows_kernel", {"x": "fp16"}, {}),
         ("_geglu_quantized_kernel", {"x": "fp16"}, {}),

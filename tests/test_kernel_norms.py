@@ -82,7 +82,7 @@ def group_norms(draw: st.DrawFn) -> dict[str, Any]:
         "shape": (draw(st.integers(1, 3)), groups * size, height, width),
         "dtype": draw(dtypes),
         "silu": draw(st.booleans()),
-        "shifted": draw(st.booleans()),
+        "shifted": draw(st.sampled_from([None, "each", "alike"])),
         "blocks": draw(st.booleans()),
         "channels_last": draw(st.booleans()),
         "seed": draw(seeds),
@@ -94,7 +94,12 @@ def group_norm_inputs(case: dict[str, Any], device: str) -> tuple[Tensor, Tensor
     x = make(*case["shape"], scale=2, mean=1)
     if case["channels_last"]:
         x = x.contiguous(memory_format=torch.channels_last)
-    return x, make(channels), make(channels), make(frames, channels) if case["shifted"] else None
+    shifts = {
+        None: lambda: None,
+        "each": lambda: make(frames, channels),
+        "alike": lambda: make(channels).expand(frames, -1),
+    }
+    return x, make(channels), make(channels), shifts[case["shifted"]]()
 
 
 @kernel_test
@@ -161,7 +166,7 @@ def test_group_norm_of_extreme_values(device: str, blocks: bool) -> None:
 
 @kernel_test
 def test_group_norm_operators_are_registered_well(device: str) -> None:
-    case = {"shape": (2, 6, 20, 18), "groups": 2, "dtype": "fp32", "shifted": True, "channels_last": True, "seed": 0}
+    case = {"shape": (2, 6, 20, 18), "groups": 2, "dtype": "fp32", "shifted": "each", "channels_last": True, "seed": 0}
     inputs = [t.requires_grad_() for t in group_norm_inputs(case, device) if t is not None]
     x, weight, bias, shift = inputs
     _check_operator(torch.ops.emt.group_norm_silu, (x, weight, bias, 2, 1e-5, True, shift), device)
@@ -205,20 +210,29 @@ def test_plan_of_the_published_network() -> None:
     positioned=st.booleans(),
     summed=st.booleans(),
     plain=st.booleans(),
+    shifted=st.booleans(),
     seed=seeds,
 )
 @few
 def test_layer_norm(
-    device: str, shape: tuple[int, int, int, int], dtype: str, positioned: bool, summed: bool, plain: bool, seed: int
+    device: str,
+    shape: tuple[int, int, int, int],
+    dtype: str,
+    positioned: bool,
+    summed: bool,
+    plain: bool,
+    shifted: bool,
+    seed: int,
 ) -> None:
     make = random(seed, device, dtype)
     x, weight, bias = make(*shape, scale=3, mean=1), make(shape[3]), make(shape[3])
     positions = make(shape[1], shape[3]) if positioned else None
     residual = make(*shape) if summed else None
+    shift = make(shape[3], scale=3) if shifted else None
     with poisoned_memory():
-        ours = torch.ops.emt.layer_norm(x, weight, bias, 1e-5, positions, residual, plain)
+        ours = torch.ops.emt.layer_norm(x, weight, bias, 1e-5, positions, residual, plain, shift)
     total = x if residual is None else ours[0]  # the norm is that of the sum as it is kept, rounded
-    _, *exact = layer_norm_reference(*wide(total, weight, bias), 1e-5, *wide(positions))
+    _, *exact = layer_norm_reference(*wide(total, weight, bias), 1e-5, *wide(positions), shift=wide(shift)[0])
     expected = [] if residual is None else [x.double() + residual.double()]
     expected += exact[:1] * (plain or not positioned) + exact[1:] * positioned
     assert len(ours) == len(expected)
@@ -238,15 +252,16 @@ def test_layer_norm_of_extreme_values(device: str, channels: int) -> None:
     signs = torch.randint(0, 2, (5, channels), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     for x in (65504 * signs, 30_000 + 16 * signs):
         half = x.half().to(device)
-        (y,) = torch.ops.emt.layer_norm(half, weight, bias, 1e-5)
-        assert_rounded(y, F.layer_norm(half.double(), (channels,), weight.double(), bias.double()), 100)
+        for shift in (None, half[0]):  # doubled, the largest are more than float16 holds
+            (y,) = torch.ops.emt.layer_norm(half, weight, bias, 1e-5, shift=shift)
+            assert_rounded(y, layer_norm_reference(*wide(half, weight, bias), 1e-5, shift=wide(shift)[0])[2], 100)
 
 
 @kernel_test
 def test_layer_norm_operator_is_registered_well(device: str) -> None:
     make = random(0, device, "fp32")
     x, weight, bias, positions = make(2, 3, 5, 6), make(6), make(6), make(3, 6)
-    for extra in ((), (positions,), (None, x.clone()), (positions, x.clone(), False)):
+    for extra in ((), (positions,), (None, x.clone()), (positions, x.clone(), False), (None, None, True, bias.clone())):
         _check_operator(torch.ops.emt.layer_norm, (x, weight, bias, 1e-5, *extra), device)
 
 
@@ -312,6 +327,8 @@ def test_wrong_shapes_are_named() -> None:
         layer_norm(x, five, five, 1e-5, torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"\(3, 5\).*\(batch, frames, tokens, channels\)"):
         layer_norm(x[0, 0], five, five, 1e-5, torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"shift has shape \(6,\), expected \(5,\)"):
+        layer_norm(x, five, five, 1e-5, shift=six)
     with pytest.raises(ValueError, match=r"residual has shape \(6, 3, 5\), expected \(2, 6, 3, 5\)"):
         layer_norm(x, five, five, 1e-5, residual=x[0])
     with pytest.raises(ValueError, match="even number of channels"):
@@ -335,7 +352,7 @@ def test_kernels_compile(capability: int) -> None:
         "ROWS": 8,
         "BLOCK": 8,
     }  # few rows compile sooner
-    layer = {"EPS": 1e-5, "PLAIN": True, "POSITIONS": True, "RESIDUAL": True, "ROWS": 1, "LANES": 512}
+    layer = {"EPS": 1e-5, "PLAIN": True, "POSITIONS": True, "RESIDUAL": True, "SHIFT": True, "ROWS": 1, "LANES": 512}
     group = group_norm_module
     for kernel, constants in (
         (group._group_norm_frame, norm | {"pixels": 1, "group_units": 1}),  # the launcher makes constants of ones
@@ -357,7 +374,7 @@ def _network_like(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) ->
     """All three kernels, in sequence."""
     h = group_norm_silu(x, weight, bias, 4, 1e-5, True, x[:, :, 0, 0])
     tokens = h.permute(0, 2, 3, 1).flatten(1, 2)[None]
-    total, _, positioned = layer_norm(tokens, weight, bias, 1e-5, positions, tokens)
+    total, _, positioned = layer_norm(tokens, weight, bias, 1e-5, positions, tokens, shift=bias)
     return geglu(total + positioned)
 
 

@@ -45,7 +45,8 @@ def group_norm_silu(
         groups: divides channels.
         eps: added to the variance.
         silu: whether SiLU follows.
-        shift: (frames, channels), added to all pixels before: the time embedding of a residual block.
+        shift: (frames, channels), added to all pixels before: the time embedding of a residual block, biases of the
+            convolutions that made `x`. One vector for all frames may be expanded.
 
     Returns:
         As `x`, in channels-last memory where the kernel runs: its (frames, tokens, channels) are a view.
@@ -120,6 +121,7 @@ if INSTALLED:
         weight,
         bias,
         shift,
+        shift_stride,
         out,
         pixels,
         groups,
@@ -145,7 +147,7 @@ if INSTALLED:
         x += frame * pixels * channels
         out += frame * pixels * channels
         if SHIFT:
-            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
+            s = tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)
         means = tl.zeros((ROWS, LANES), tl.float32)
         squares = tl.zeros((ROWS, LANES), tl.float32)
         count = 0.0
@@ -185,6 +187,7 @@ if INSTALLED:
     def _group_norm_statistics(
         x,
         shift,
+        shift_stride,
         partial,
         pixels,
         channel_units,
@@ -208,7 +211,7 @@ if INSTALLED:
         x += (frame * pixels + first) * channels
         v = tl.load(x + row[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         if SHIFT:
-            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+            v += tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
         here = tl.minimum(pixels - first, BLOCK).to(tl.float32)
         # The mean is the first value plus the mean difference from it: exactly where all values are the same.
         pivot = tl.sum(tl.where(row[:, None] == 0, v, 0.0), axis=0)
@@ -265,6 +268,7 @@ if INSTALLED:
         weight,
         bias,
         shift,
+        shift_stride,
         statistics,
         out,
         pixels,
@@ -296,7 +300,7 @@ if INSTALLED:
         at = row[:, None] * channels + channel[None, :]
         v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
         if SHIFT:
-            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+            v += tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
         y = (v - mean[None, :]) * scale[None, :] + offset[None, :]
         if SILU:
             y *= tl.sigmoid(y)
@@ -319,6 +323,7 @@ if INSTALLED:
         weight,
         bias,
         shift,
+        shift_stride,
         statistics,
         sums,
         pixels,
@@ -347,7 +352,7 @@ if INSTALLED:
         w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
         b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
         if SHIFT:
-            s = tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)
+            s = tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)
         first = block * BLOCK
         here = tl.minimum(pixels - first, BLOCK)
         x += (frame * pixels + first) * channels
@@ -382,6 +387,7 @@ if INSTALLED:
         weight,
         bias,
         shift,
+        shift_stride,
         statistics,
         means,
         grad_x,
@@ -421,12 +427,16 @@ if INSTALLED:
         v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + base + at, mask=mask, other=0.0).to(tl.float32)
         if SHIFT:
-            v += tl.load(shift + frame * channels + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+            v += tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
         normalized, g = _normalized_and_gradient(v, g, mean, rstd, w, b, SILU)
         dx = rstd[None, :] * (g * w[None, :] - mean_gradient[None, :] - normalized * mean_product[None, :])
         tl.store(grad_x + base + at, dx.to(grad_x.dtype.element_ty), mask=mask)
 
     # ------------------------------------------------------------------------------------------------- operators
+
+    def _in_rows(shift: Tensor | None) -> Tensor | None:
+        """As kernels read it; a vector that all frames share stays one."""
+        return shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
 
     def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
         return -(-x.shape[1] // _LANES), -(-(x.shape[2] * x.shape[3]) // rows), x.shape[0]
@@ -437,6 +447,7 @@ if INSTALLED:
         return {
             "x": x,
             "shift": x if shift is None else shift,
+            "shift_stride": 0 if shift is None else shift.stride(0),
             "pixels": x.shape[2] * x.shape[3],
             "channel_units": x.shape[1] // align,
             "SHIFT": shift is not None,
@@ -478,7 +489,7 @@ if INSTALLED:
     ) -> Tensor:
         """Run the kernels of one plan; see `group_norm_silu`."""
         x = x.contiguous(memory_format=torch.channels_last)
-        weight, bias, shift = weight.contiguous(), bias.contiguous(), None if shift is None else shift.contiguous()
+        weight, bias, shift = weight.contiguous(), bias.contiguous(), _in_rows(shift)
         out = torch.empty_like(x, memory_format=torch.channels_last)
         frames, channels, height, width = x.shape
         size = channels // groups
@@ -501,6 +512,7 @@ if INSTALLED:
             weight=weight,
             bias=bias,
             shift=x if shift is None else shift,
+            shift_stride=0 if shift is None else shift.stride(0),
             out=out,
             pixels=height * width,
             groups=groups,
@@ -542,7 +554,7 @@ if INSTALLED:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of x, weight, bias and shift (empty where there is none)."""
         grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-        weight, bias, shift = weight.contiguous(), bias.contiguous(), None if shift is None else shift.contiguous()
+        weight, bias, shift = weight.contiguous(), bias.contiguous(), _in_rows(shift)
         frames, channels, height, width = x.shape
         pixels, size = height * width, channels // groups
         statistics = _statistics(x, shift, groups, eps)

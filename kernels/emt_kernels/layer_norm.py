@@ -22,10 +22,11 @@ def layer_norm_reference(
     positions: Tensor | None = None,
     residual: Tensor | None = None,
     plain: bool = True,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """What `layer_norm` computes, in plain PyTorch."""
     total = x if residual is None else x + residual
-    normalized = F.layer_norm(total, weight.shape, weight, bias, eps)
+    normalized = F.layer_norm(total if shift is None else total + shift, weight.shape, weight, bias, eps)
     positioned = normalized if positions is None else normalized + positions[:, None]
     return total, normalized if plain else None, positioned
 
@@ -38,6 +39,7 @@ def layer_norm(
     positions: Tensor | None = None,
     residual: Tensor | None = None,
     plain: bool = True,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Normalize the channels of every token of ``x + residual``. Gradients take the reference.
 
@@ -49,6 +51,8 @@ def layer_norm(
         positions: (frames, channels).
         residual: as `x`.
         plain: whether the norm without positions is wanted, too; it is a third of the memory traffic.
+        shift: (channels,), added to the sum that is normalized, but not to the one that is returned: biases of the
+            products that made it.
 
     Returns:
         The sum ``x + residual`` (`x` itself without a residual), its norm (None unless `plain`), and the norm with the
@@ -57,18 +61,25 @@ def layer_norm(
     Raises:
         ValueError: for shapes that do not fit each other, which it names.
     """
-    _check(x, weight, bias, positions, residual)
-    tensors = [t for t in (x, weight, bias, positions, residual) if t is not None]
+    _check(x, weight, bias, positions, residual, shift)
+    tensors = [t for t in (x, weight, bias, positions, residual, shift) if t is not None]
     if not use_triton(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return layer_norm_reference(x, weight, bias, eps, positions, residual, plain)
-    outputs = torch.ops.emt.layer_norm(x, weight, bias, eps, positions, residual, plain)
+        return layer_norm_reference(x, weight, bias, eps, positions, residual, plain, shift)
+    outputs = torch.ops.emt.layer_norm(x, weight, bias, eps, positions, residual, plain, shift)
     total = x if residual is None else outputs[0]
     return total, outputs[-2 if positions is not None else -1] if plain else None, outputs[-1]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor | None, residual: Tensor | None) -> None:
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != x.shape[-1:]:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    positions: Tensor | None,
+    residual: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    for name, vector in (("weight", weight), ("bias", bias), ("shift", shift)):
+        if vector is not None and vector.shape != x.shape[-1:]:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected {tuple(x.shape[-1:])}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}")
@@ -84,12 +95,55 @@ if INSTALLED:
     import triton.language as tl
 
     @triton.jit
+    def normalize_rows(
+        x,
+        residual,
+        total,
+        shift,
+        weight,
+        bias,
+        at,
+        channel,
+        channels,
+        mask,
+        EPS: tl.constexpr,
+        RESIDUAL: tl.constexpr,
+        SHIFT: tl.constexpr,
+    ):
+        """The norm, in float32, of rows of ``x + residual``, which go to `total`, plus `shift`."""
+        has = channel < channels
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            v = v.to(total.dtype.element_ty)  # the norm is that of the sum as it is kept
+            tl.store(total + at, v, mask=mask)
+            v = v.to(tl.float32)
+        if SHIFT:
+            v += tl.load(shift + channel, mask=has, other=0.0).to(tl.float32)[None, :]
+        # The mean is a value of the row plus the mean difference from it: exactly where all values are the same.
+        pivot = tl.sum(tl.where(channel[None, :] == 0, v, 0.0), axis=1)
+        size = channels * 1.0
+        mean = pivot + tl.sum(tl.where(mask, v - pivot[:, None], 0.0), axis=1) / size
+        difference = tl.where(mask, v - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(difference * difference, axis=1) / size + EPS)
+        w = tl.load(weight + channel, mask=has, other=0.0).to(tl.float32)
+        b = tl.load(bias + channel, mask=has, other=0.0).to(tl.float32)
+        return difference * rstd[:, None] * w[None, :] + b[None, :]
+
+    @triton.jit
+    def load_positions(positions, row, tokens, frames, channel, channels, mask):
+        """Position encodings, in float32, of the frames that rows belong to."""
+        frame = (row // tokens % frames).to(tl.int32)
+        return tl.load(positions + frame[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    @triton.jit
     def _layer_norm_kernel(
         x,
         weight,
         bias,
         positions,
         residual,
+        shift,
         total,
         out,
         positioned,
@@ -101,6 +155,7 @@ if INSTALLED:
         PLAIN: tl.constexpr,
         POSITIONS: tl.constexpr,
         RESIDUAL: tl.constexpr,
+        SHIFT: tl.constexpr,
         ROWS: tl.constexpr,
         LANES: tl.constexpr,
     ):
@@ -110,26 +165,14 @@ if INSTALLED:
         mask = (first + row < rows)[:, None] & (channel < channels)[None, :]
         base = first * channels
         at = row[:, None] * channels + channel[None, :]
-        v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            v += tl.load(residual + base + at, mask=mask, other=0.0).to(tl.float32)
-            v = v.to(total.dtype.element_ty)  # the norm is that of the sum as it is kept
-            tl.store(total + base + at, v, mask=mask)
-            v = v.to(tl.float32)
-        # The mean is a value of the row plus the mean difference from it: exactly where all values are the same.
-        pivot = tl.sum(tl.where(channel[None, :] == 0, v, 0.0), axis=1)
-        size = channels * 1.0
-        mean = pivot + tl.sum(tl.where(mask, v - pivot[:, None], 0.0), axis=1) / size
-        difference = tl.where(mask, v - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(difference * difference, axis=1) / size + EPS)
-        w = tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        b = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        y = difference * rstd[:, None] * w[None, :] + b[None, :]
+        x += base
+        residual += base
+        total += base
+        y = normalize_rows(x, residual, total, shift, weight, bias, at, channel, channels, mask, EPS, RESIDUAL, SHIFT)
         if PLAIN:
             tl.store(out + base + at, y.to(out.dtype.element_ty), mask=mask)
         if POSITIONS:
-            frame = ((first + row) // tokens % frames).to(tl.int32)
-            y += tl.load(positions + frame[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            y += load_positions(positions, first + row, tokens, frames, channel, channels, mask)
             tl.store(positioned + base + at, y.to(positioned.dtype.element_ty), mask=mask)
 
     @torch.library.triton_op("emt::layer_norm", mutates_args={})
@@ -141,9 +184,10 @@ if INSTALLED:
         positions: Tensor | None = None,
         residual: Tensor | None = None,
         plain: bool = True,
+        shift: Tensor | None = None,
     ) -> list[Tensor]:
         """The sum with a residual, the norm if `plain` or without positions, the norm plus positions with them."""
-        _check(x, weight, bias, positions, residual)
+        _check(x, weight, bias, positions, residual, shift)
         channels = x.shape[-1]
         rows = x.numel() // channels
         tokens, frames = (x.shape[2], x.shape[1]) if positions is not None else (1, 1)
@@ -160,6 +204,7 @@ if INSTALLED:
             bias=bias.contiguous(),
             positions=x if positions is None else positions.contiguous(),
             residual=x if residual is None else residual.contiguous(),
+            shift=x if shift is None else shift.contiguous(),
             total=total,
             out=out,
             positioned=positioned,
@@ -171,6 +216,7 @@ if INSTALLED:
             RESIDUAL=written[0],
             PLAIN=written[1],
             POSITIONS=written[2],
+            SHIFT=shift is not None,
             ROWS=block,
             LANES=lanes,
             num_warps=4 if lanes <= 4096 else 8,
@@ -186,6 +232,7 @@ if INSTALLED:
         positions: Tensor | None = None,
         residual: Tensor | None = None,
         plain: bool = True,
+        shift: Tensor | None = None,
     ) -> list[Tensor]:
         outputs = (residual is not None) + (plain or positions is None) + (positions is not None)
         return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(outputs)]

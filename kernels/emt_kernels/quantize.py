@@ -85,9 +85,10 @@ def layer_norm_quantized_reference(
     positions: Tensor | None = None,
     residual: Tensor | None = None,
     exact: bool = False,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Quantized]:
     """What `layer_norm_quantized` computes, in plain PyTorch."""
-    total, _, normalized = layer_norm_reference(x, weight, bias, eps, positions, residual, plain=False)
+    total, _, normalized = layer_norm_reference(x, weight, bias, eps, positions, residual, False, shift)
     return total, quantize_rows_reference(normalized)._replace(exact=normalized if exact else None)
 
 
@@ -99,6 +100,7 @@ def layer_norm_quantized(
     positions: Tensor | None = None,
     residual: Tensor | None = None,
     exact: bool = False,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Quantized]:
     """`emt_kernels.layer_norm.layer_norm`, quantized. It has no gradients.
 
@@ -110,13 +112,14 @@ def layer_norm_quantized(
         positions: (frames, channels).
         residual: as `x`.
         exact: whether the norm is wanted as it was, too.
+        shift: (channels,), added to what is normalized alone.
 
     Returns:
         The sum ``x + residual`` (`x` itself without a residual), and rows of its norm with positions.
     """
     if not use_triton(x):
-        return layer_norm_quantized_reference(x, weight, bias, eps, positions, residual, exact)
-    values, scale, *others = torch.ops.emt.layer_norm_quantized(x, weight, bias, eps, positions, residual, exact)
+        return layer_norm_quantized_reference(x, weight, bias, eps, positions, residual, exact, shift)
+    values, scale, *others = torch.ops.emt.layer_norm_quantized(x, weight, bias, eps, positions, residual, exact, shift)
     kept = others.pop() if exact else None
     return others[0] if residual is not None else x, Quantized(values, scale, kept)
 
@@ -124,6 +127,9 @@ def layer_norm_quantized(
 if INSTALLED:
     import triton
     import triton.language as tl
+
+    from emt_kernels.geglu import gated
+    from emt_kernels.layer_norm import load_positions, normalize_rows
 
     @triton.jit
     def _store_quantized(v, at, row, inside, mask, values, scale, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
@@ -174,7 +180,7 @@ if INSTALLED:
         first = row[:, None] * 2 * inner + channel[None, :]
         h = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
         gate = tl.load(x + first + inner, mask=mask, other=0.0).to(tl.float32)
-        v = h * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+        v = gated(h, gate)
         at = row[:, None] * inner + channel[None, :]
         _store_quantized(v, at, row, inside, mask, values, scale, LARGEST, SMALLEST)
 
@@ -185,6 +191,7 @@ if INSTALLED:
         bias,
         positions,
         residual,
+        shift,
         total,
         exact,
         values,
@@ -196,6 +203,7 @@ if INSTALLED:
         EPS: tl.constexpr,
         POSITIONS: tl.constexpr,
         RESIDUAL: tl.constexpr,
+        SHIFT: tl.constexpr,
         EXACT: tl.constexpr,
         LARGEST: tl.constexpr,
         SMALLEST: tl.constexpr,
@@ -204,27 +212,12 @@ if INSTALLED:
     ):
         """ROWS tokens, all channels of each, held in registers: read once."""
         row, channel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
-        inside, has = row < rows, channel < channels
-        mask = inside[:, None] & has[None, :]
+        inside = row < rows
+        mask = inside[:, None] & (channel < channels)[None, :]
         at = row[:, None] * channels + channel[None, :]
-        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-            v = v.to(total.dtype.element_ty)  # the norm is that of the sum as it is kept
-            tl.store(total + at, v, mask=mask)
-            v = v.to(tl.float32)
-        # The mean is a value of the row plus the mean difference from it: exactly where all values are the same.
-        pivot = tl.sum(tl.where(channel[None, :] == 0, v, 0.0), axis=1)
-        size = channels * 1.0
-        mean = pivot + tl.sum(tl.where(mask, v - pivot[:, None], 0.0), axis=1) / size
-        difference = tl.where(mask, v - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(difference * difference, axis=1) / size + EPS)
-        w = tl.load(weight + channel, mask=has, other=0.0).to(tl.float32)
-        b = tl.load(bias + channel, mask=has, other=0.0).to(tl.float32)
-        y = difference * rstd[:, None] * w[None, :] + b[None, :]
+        y = normalize_rows(x, residual, total, shift, weight, bias, at, channel, channels, mask, EPS, RESIDUAL, SHIFT)
         if POSITIONS:
-            frame = (row // tokens % frames).to(tl.int32)
-            y += tl.load(positions + frame[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            y += load_positions(positions, row, tokens, frames, channel, channels, mask)
         if EXACT:
             tl.store(exact + at, y.to(exact.dtype.element_ty), mask=mask)
         _store_quantized(y, at, row, inside, mask, values, scale, LARGEST, SMALLEST)
@@ -281,6 +274,7 @@ if INSTALLED:
         positions: Tensor | None = None,
         residual: Tensor | None = None,
         exact: bool = False,
+        shift: Tensor | None = None,
     ) -> list[Tensor]:
         """Values, scale, the sum with a residual, the norm itself if `exact`."""
         x, channels = x.contiguous(), x.shape[-1]
@@ -294,6 +288,7 @@ if INSTALLED:
             bias=bias.contiguous(),
             positions=x if positions is None else positions.contiguous(),
             residual=x if residual is None else residual.contiguous(),
+            shift=x if shift is None else shift.contiguous(),
             total=outputs[2] if residual is not None else x,
             exact=outputs[-1] if exact else x,
             values=outputs[0],
@@ -305,6 +300,7 @@ if INSTALLED:
             EPS=eps,
             POSITIONS=positions is not None,
             RESIDUAL=residual is not None,
+            SHIFT=shift is not None,
             EXACT=exact,
             **_BOUNDS,
             **plan,
@@ -320,6 +316,7 @@ if INSTALLED:
         positions: Tensor | None = None,
         residual: Tensor | None = None,
         exact: bool = False,
+        shift: Tensor | None = None,
     ) -> list[Tensor]:
         like = [torch.empty_like(x, memory_format=torch.contiguous_format)] * ((residual is not None) + exact)
         return [*_outputs(x, x.shape[-1]), *(torch.empty_like(t) for t in like)]
