@@ -244,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train the variants of the adapter that are missing; write OUT/ablations.md and .json."""
     o = parse(arguments)
     started = time.monotonic()
+    # First of all: without a judge the training would be for nothing.
+    judge = Judge.load(o.judge or o.out / "judge.safetensors", o.device)
     names = list(o.names)
     if o.evaluate_only:
         names = [name for name in names if (o.out / f"{name}.safetensors").is_file()]
@@ -252,7 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"[ablations] trained after {time.monotonic() - started:.0f} s", flush=True)
     # Training has asked for plain PyTorch.
     selection.select("auto")
-    judge = Judge.load(o.judge or o.out / "judge.safetensors", o.device)
     cases = Cases.draw(make_world(torch.device(o.device), TINY if o.tiny else SMALL), o.clips, o.seed)
     rows = evaluate(load_rows(names, o), judge, cases, o)
     table = format_table(rows)
@@ -270,4 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     save_on_signals()
-    main()
+    try:
+        main()
+    except EmtError as problem:
+        raise SystemExit(f"error: {problem}") from None
