@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emt_kernels.geglu import geglu
+from emt_kernels.geglu_linear import fuses, geglu_linear
 from emt_kernels.group_norm_silu import group_norm_silu
 from emt_kernels.layer_norm import layer_norm
 from emt_kernels.quantize import Quantized, layer_norm_quantized
@@ -298,6 +299,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, channels) → (…, inner)."""
+        if type(self.proj) is nn.Linear and fuses(x, self.proj.weight):
+            return geglu_linear(x, self.proj.weight, self.proj.bias)
         return geglu(self.proj(x))
 
 
