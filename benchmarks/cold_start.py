@@ -1,6 +1,8 @@
 """Time a fresh process from its start to its first finished denoising step: engine, eager PyTorch, torch.compile.
 
     python benchmarks/cold_start.py --minutes 9 [--size sd15] [--pixels 512x512] [--batch 1..4] [--folder FOLDER]
+    python benchmarks/cold_start.py --ways torch            # no engine: PyTorch with empty and with kept caches
+    python benchmarks/cold_start.py --build --folder FOLDER  # model and engine alone; measure them later from FOLDER
 
 Makes a model of random weights and builds an inductor engine of it (with --folder they are kept, and used again), then
 starts processes that each load the model, read the motion of a clip of noise and make a clip. Every row is printed as
@@ -8,7 +10,9 @@ soon as it is known. A way is started with empty caches of compilers, and then a
 not fit into --minutes any more is left out, and said.
 
 Phases of a row, in seconds since the process was started: libraries imported, model on the device, engine opened,
-motion read, first step finished. Then the median step with guidance, the clip, and peak memory.
+motion read, first step finished. Then the median step with guidance, the first clip without and with reading its
+motion, a second one with reading its motion, and peak memory. What the first costs more than the second is the cold
+start; lines before a row say how much of that was compiling kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,9 +47,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--ways", default=",".join(WAYS), help="of engine, torch and compile")
     parser.add_argument("--folder", type=Path, help="for model, engine and caches; kept")
+    parser.add_argument("--build", action="store_true", help="make model and engine in --folder, and stop")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.build and not options.folder:
+        parser.error("--build needs --folder, where model and engine stay")
+    if unknown := set(options.ways.split(",")) - set(WAYS):
+        parser.error(f"unknown ways: {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
     if options.child == "build":
         build(options)
     elif options.child:
@@ -61,10 +72,14 @@ def measure(options: argparse.Namespace) -> None:
     start(options, "build", options.folder / "build-caches", end)
     if "engine" in options.ways.split(","):
         report_engine(options.folder / "engine")
+    if options.build:
+        return
     print(f"{'':22}" + "".join(f"{name:>9}" for name in COLUMNS), flush=True)
     for way in options.ways.split(","):
         for caches in ("empty caches", "caches kept"):
             kept = options.folder / f"caches-{way}"
+            if caches == "empty caches":
+                shutil.rmtree(kept, ignore_errors=True)
             told = start(options, way, kept, end)
             if told is None:
                 print(f"{way}, {caches}: left out", flush=True)
@@ -73,7 +88,7 @@ def measure(options: argparse.Namespace) -> None:
             print(f"{f'{way}, {caches}':22}" + "".join(f"{row[name]:9.2f}" for name in COLUMNS), flush=True)
 
 
-COLUMNS = ("imported", "loaded", "opened", "motion", "step 1", "p50 ms", "clip s", "GiB")
+COLUMNS = ("imported", "loaded", "opened", "motion", "step 1", "p50 ms", "clip s", "1st s", "2nd s", "GiB")
 
 
 def start(options: argparse.Namespace, child: str, caches: Path, end: float) -> str | None:
@@ -188,6 +203,8 @@ def run(options: argparse.Namespace) -> None:
     from emt.pipeline import load_pipeline
 
     row: dict[str, Any] = {}
+    logging.basicConfig(stream=sys.stderr, format="  %(message)s")
+    logging.getLogger("emt.backend").setLevel(logging.INFO)
 
     def note(phase: str) -> None:
         if options.device.startswith("cuda"):
@@ -224,7 +241,10 @@ def run(options: argparse.Namespace) -> None:
     pipe("a red car on a beach", motion, steps=options.steps, guidance=6.0, on_step=on_step)
     note("end")
     row["p50 ms"] = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(ends[1:]))
-    row["clip s"] = row["end"] - row["motion"]
+    row["clip s"], row["1st s"] = row["end"] - row["motion"], row["end"] - row["opened"]
+    pipe("a red car on a beach", pipe.extract_motion(frames), steps=options.steps, guidance=6.0)
+    note("second end")
+    row["2nd s"] = row["second end"] - row["end"]
     row["GiB"] = torch.cuda.max_memory_allocated() / 2**30 if options.device.startswith("cuda") else 0.0
     print(json.dumps({name: row[name] for name in COLUMNS}))
 
