@@ -28,8 +28,8 @@ def test_json_has_a_row_for_each_way(tmp_path):
     assert rows[1]["change"] < 1e-5
 
 
-def test_without_a_model_it_makes_a_small_one_and_prints_a_table(tmp_path):
-    told = bench(tmp_path, "--size", "48x32", "--frames", "3", "--steps", "2").out
+def test_without_json_it_prints_a_table(tmp_path):
+    told = bench(tmp_path, "--model", model(), "--size", "48x32", "--frames", "3", "--steps", "2").out
     assert "3 frames of 48x32, 2 steps" in told
     for name in ("step with reference, ms", "reference pass, ms", "encode, ms", "decode, ms", "clip, s", "torch"):
         assert name in told
