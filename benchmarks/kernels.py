@@ -1,13 +1,13 @@
 """Time the kernels on one GPU, against their references in eager PyTorch and under `torch.compile`.
 
-    python benchmarks/kernels.py [temporal_attention] [group_norm_silu] [layer_norm] [geglu] [--skip-compile]
-    python benchmarks/kernels.py temporal_attention_plans group_norm_silu_plans
+    python benchmarks/kernels.py [temporal_attention] [group_norm_silu] [layer_norm] [geglu] [geglu_linear]
+    python benchmarks/kernels.py temporal_attention_plans group_norm_silu_plans geglu_linear_plans
 
 A row tells milliseconds, the memory traffic that the operation cannot avoid per second, that rate as a share of a
 measured device copy's, the two references' milliseconds, the relative error against the reference in float32, and
 the seconds of the first call, which compiles. Everything is timed within a CUDA graph that calls the operation on
 many inputs in turn, more than the cache holds. The second form times every way to divide the work, not only the one
-that is chosen.
+that is chosen. `--skip-compile` leaves torch.compile out.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from emt_kernels import geglu_linear as geglu_linear_module
 from emt_kernels import group_norm_silu as group_norm_module
 from emt_kernels.geglu import geglu, geglu_reference
+from emt_kernels.geglu_linear import geglu_linear, geglu_linear_reference
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from emt_kernels.layer_norm import layer_norm, layer_norm_reference
 from emt_kernels.temporal_attention import Plan, launch, temporal_attention, temporal_attention_reference
@@ -159,6 +162,51 @@ def geglu_cases() -> Iterator[Case]:
         yield Case(f"geglu {shape}", inputs, geglu, geglu_reference, 3 * torch.Size(shape).numel())
 
 
+def product_and_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What `geglu_linear` takes the place of."""
+    return geglu(F.linear(x, weight, bias))
+
+
+def geglu_linear_cases() -> Iterator[Case]:
+    """The same layers with their product, by one kernel and by two, in the parts that inference takes at once."""
+    for channels, tokens in ((320, 32768), (640, 32768), (1280, 8192), (1280, 2048)):
+
+        def inputs(channels: int = channels, tokens: int = tokens) -> tuple[Any, ...]:
+            weight = random(8 * channels, channels) * channels**-0.5
+            return random(tokens, channels), weight, random(8 * channels)
+
+        name = f"{tokens}×{channels}"
+        traffic = 2 * (5 * tokens * channels + 8 * channels * channels)
+        yield Case(f"geglu_linear {name}", inputs, geglu_linear, geglu_linear_reference, traffic)
+        yield Case(f"product and geglu {name}", inputs, product_and_geglu, geglu_linear_reference, traffic, alone=True)
+
+
+def geglu_linear_plan_cases() -> Iterator[Case]:
+    """The product and `geglu`, then the one kernel under every plan; names end with the plan."""
+    plan = geglu_linear_module.Plan
+    plans = [
+        plan(128, 64, 64, 4, 3, 0, True),
+        plan(128, 64, 64, 4, 3, 2, True),
+        plan(128, 64, 32, 4, 4, 2, True),
+        plan(128, 64, 64, 8, 3, 0, True),
+        plan(128, 64, 64, 8, 3, 2, True),
+        plan(128, 64, 128, 8, 2, 1, True),
+        plan(128, 128, 64, 8, 3, 0, True),
+        plan(128, 128, 64, 8, 3, 1, True),
+        plan(128, 128, 64, 8, 4, 1, True),
+        plan(256, 64, 64, 8, 4, 1, True),
+        geglu_linear_module.PLAIN,
+        plan(128, 64, 64, 4, 3),
+    ]
+    for case in geglu_linear_cases():
+        if case.alone:
+            yield case
+            continue
+        for p in plans:
+            kernel = functools.partial(geglu_linear_module.launch, chosen=p)
+            yield replace(case, name=f"{case.name} {astuple(p)}", kernel=kernel, alone=True)
+
+
 def temporal_attention_cases() -> Iterator[Case]:
     """Both temporal attentions of two clips (guidance) of 16 frames of 512×512, with one reference and without."""
     for (tokens, size), reference in itertools.product(((4096, 40), (1024, 80), (256, 160), (64, 160)), (True, False)):
@@ -192,10 +240,12 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "group_norm_silu": group_norm_silu_cases,
     "layer_norm": layer_norm_cases,
     "geglu": geglu_cases,
+    "geglu_linear": geglu_linear_cases,
 }
 PLANS = {  # run only if named
     "temporal_attention_plans": temporal_attention_plan_cases,
     "group_norm_silu_plans": group_norm_silu_plan_cases,
+    "geglu_linear_plans": geglu_linear_plan_cases,
 }
 
 
