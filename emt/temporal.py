@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,36 @@ def feed_forward_in_parts(tokens: int) -> Iterator[None]:
         _FEED_FORWARD_TOKENS = before
 
 
+#: Whether inference sums residuals in products, and whether it leaves biases of convolutions to norms.
+_RESIDUALS_IN_PRODUCTS = _BIASES_IN_NORMS = False
+
+
+@contextlib.contextmanager
+def residuals_in_products(biases_in_norms: bool) -> Iterator[None]:
+    """Within, inference has residual sums from the products that make their second terms (`ResidualStream`).
+
+    Args:
+        biases_in_norms: have biases of convolutions, too, added by the norms that read what they made (`ImageStream`).
+    """
+    global _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS
+    before = _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS
+    _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS = True, biases_in_norms
+    try:
+        yield
+    finally:
+        _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS = before
+
+
+def _in_products(x: Tensor) -> bool:
+    """Whether a product adds to `x` in place: not where gradients, a compiler or autocast need products apart."""
+    return (
+        _RESIDUALS_IN_PRODUCTS
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
 def sinusoidal_positions(frames: int, channels: int) -> Tensor:
     """Sinusoidal encoding over time, sine and cosine interleaved (Vaswani et al. 2017, section 3.5).
 
@@ -56,32 +86,152 @@ def sinusoidal_positions(frames: int, channels: int) -> Tensor:
     return positions
 
 
-def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
-    """`norm` of images (frames, channels, height, width), plus `shift` (frames, channels) before and SiLU after."""
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, shift)
-
-
 class QuantizingLayerNorm(nn.LayerNorm):
     """A layer norm before products in float8 (`emt.fp8`)."""
 
 
-def add_and_norm(
-    norm: nn.LayerNorm,
-    x: Tensor,
-    residual: Tensor | None,
-    positions: Tensor | None = None,
-    plain: bool = False,
-    exact: bool = False,
-) -> tuple[Tensor, Tensor | None, Any]:
-    """``x + residual``, `norm` of it (None unless `plain`), and that with `positions` (frames, channels) added.
+class ResidualStream:
+    """The tokens that the layers of a transformer block read, and add to (Elhage et al. 2021, "residual stream").
 
-    The last is `Quantized` if the norm is a `QuantizingLayerNorm`, with the norm as it was if `exact`; with `plain`,
-    which the reference pass asks for, it is a tensor in every case.
+    A norm adds up what it reads: `values` and the output of the layer before. Within `residuals_in_products` that
+    layer's last product has added it already, onto `values` where they lie, but for its bias: a product takes either a
+    bias or a matrix to add to. Biases wait in `bias` for whoever reads the stream.
+
+    Args:
+        values: (…, tokens, channels), the caller's own; inference overwrites them.
     """
-    if isinstance(norm, QuantizingLayerNorm) and not plain:
-        total, rows = layer_norm_quantized(x, norm.weight, norm.bias, norm.eps, positions, residual, exact)
-        return total, None, rows
-    return layer_norm(x, norm.weight, norm.bias, norm.eps, positions, residual, plain)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.bias: Tensor | None = None  # (channels,), to be added to all tokens
+        self._term: Tensor | None = None  # to be added by the next norm
+
+    def norm(
+        self, norm: nn.LayerNorm, positions: Tensor | None = None, plain: bool = False, exact: bool = False
+    ) -> tuple[Tensor | None, Any]:
+        """`norm` of the stream (None unless `plain`), and that with `positions` (frames, channels) added.
+
+        The last is `Quantized` if the norm is a `QuantizingLayerNorm`, with the norm as it was if `exact`; with
+        `plain`, which the reference pass asks for, it is a tensor in every case.
+        """
+        given = self.values, norm.weight, norm.bias, norm.eps, positions, self._term
+        self._term = None
+        if isinstance(norm, QuantizingLayerNorm) and not plain:
+            self.values, rows = layer_norm_quantized(*given, exact, self.bias)
+            return None, rows
+        self.values, normalized, positioned = layer_norm(*given, plain, self.bias)
+        return normalized, positioned
+
+    def add(self, layer: nn.Module, x: Tensor) -> None:
+        """Add a linear layer's output for `x` (…, inputs); a norm is to follow."""
+        if isinstance(layer, nn.Linear) and _in_products(self.values):
+            self.values = self.values.contiguous()
+            add_product(self.values.view(-1, self.values.shape[-1]), layer, x.flatten(0, -2))
+            self.bias = _sum(self.bias, layer.bias)
+        else:
+            self._term = layer(x)
+
+    def add_feed_forward(self, layer: FeedForward, x: Tensor | Quantized) -> None:
+        """Add a feed-forward layer's output for `x`, which is a norm of the stream.
+
+        Inference goes through it in parts: at the highest resolution the wide tensor in between is the largest of the
+        network, 0.7 GB for a guided clip of 16 frames at 512×512.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.values.is_contiguous():
+            self.values = self.values + layer(x)
+            return
+        channels, last = self.values.shape[-1], layer.net[2]
+        in_products = isinstance(last, nn.Linear) and _in_products(self.values)
+        parts = (x if isinstance(x, Quantized) else x.reshape(-1, channels)).split(_FEED_FORWARD_TOKENS)
+        for whole, part in zip(self.values.view(-1, channels).split(_FEED_FORWARD_TOKENS), parts, strict=True):
+            if in_products:
+                add_product(whole, last, layer.net[0](part))
+            else:
+                whole += layer(part)
+        if in_products:
+            self.bias = _sum(self.bias, last.bias)
+
+
+class ImageStream:
+    """What residual blocks, transformers and motion modules read, and add to: images and a bias not yet added.
+
+    Args:
+        values: (frames, channels, height, width).
+        bias: (channels,), to be added to all pixels; None for none. There is one within `residuals_in_products` with
+            `biases_in_norms`, where a convolution leaves its bias to the norm after it, which reads all values anyway.
+    """
+
+    def __init__(self, values: Tensor, bias: Tensor | None = None) -> None:
+        self.values = values
+        self.bias = bias
+
+    @property
+    def in_products(self) -> bool:
+        """Whether sums are made by products, in place."""
+        return _in_products(self.values)
+
+    @staticmethod
+    def of(conv: nn.Conv2d, x: Tensor) -> ImageStream:
+        """The images that a convolution makes of `x`."""
+        if _BIASES_IN_NORMS and _in_products(x):
+            return ImageStream(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias)
+        return ImageStream(conv(x))
+
+    @staticmethod
+    def cat(streams: Sequence[ImageStream]) -> ImageStream:
+        """Streams beside each other along channels."""
+        values = torch.cat([x.values for x in streams], dim=1)
+        if all(x.bias is None for x in streams):
+            return ImageStream(values)
+        zeros = (x.values.new_zeros(x.values.shape[1]) for x in streams)
+        return ImageStream(values, torch.cat([z if x.bias is None else x.bias for x, z in zip(streams, zeros)]))
+
+    def norm(self, norm: nn.GroupNorm, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+        """`norm` of the images, plus `shift` (frames, channels) before and SiLU after."""
+        x = self.values
+        if self.bias is not None:
+            shift = self.bias.expand(x.shape[0], -1) if shift is None else shift + self.bias
+        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, shift)
+
+    def whole(self) -> Tensor:
+        """The images with their bias, from here on in `values`."""
+        if self.bias is not None:
+            self.values += self.bias[:, None, None]
+            self.bias = None
+        return self.values
+
+    def plus(self, other: ImageStream) -> ImageStream:
+        """The sum with other images; this one's are overwritten where products overwrite theirs."""
+        if not self.in_products:
+            return ImageStream(self.values + other.values)
+        self.values += other.values
+        return ImageStream(self.values, _sum(self.bias, other.bias))
+
+    def plus_product(self, layer: nn.Linear | nn.Conv2d, x: Tensor, bias: Tensor | None) -> ImageStream:
+        """The sum with what a linear layer or 1×1 convolution makes of ``x + bias``.
+
+        Args:
+            layer: with a bias.
+            x: tokens (frames, height·width, inputs) or (batch, frames, height·width, inputs).
+            bias: (inputs,) or None.
+        """
+        if not self.in_products:
+            output = layer(x).flatten(0, -3).unflatten(1, self.values.shape[2:])
+            return ImageStream(self.values + output.permute(0, 3, 1, 2))
+        values = self.values.contiguous(memory_format=torch.channels_last)
+        add_product(values.permute(0, 2, 3, 1).view(-1, values.shape[1]), layer, x.flatten(0, -2))
+        added = layer.bias if bias is None else torch.addmv(layer.bias, layer.weight.flatten(1), bias)
+        total = ImageStream(values, _sum(self.bias, added))
+        return total if _BIASES_IN_NORMS else ImageStream(total.whole())
+
+
+def add_product(total: Tensor, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
+    """Add to `total`, in the product itself, what a linear layer or 1×1 convolution makes of `x`, but for its bias."""
+    total.addmm_(x, layer.weight.flatten(1).t())
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 @dataclass
@@ -271,23 +421,24 @@ class TemporalAttention(QKV):
     def forward(
         self, x: Tensor | Quantized, reference: PreparedReference | None, scale: Tensor | None, adapted: bool
     ) -> Tensor:
-        """(batch, frames, tokens, channels) with position encoding → the same; `scale` is (batch, frames, tokens)."""
+        """What `to_out` takes: (batch, frames, tokens, channels) with position encoding → the same.
+
+        `scale` is (batch, frames, tokens).
+        """
         q, k, v = self.projections(adapted).project(x)
         if reference is None:
-            out = temporal_attention(q, k, v, self.heads)
-        else:
-            out = temporal_attention(
-                q,
-                k,
-                v,
-                self.heads,
-                reference.key,
-                reference.value,
-                reference.position_key,
-                reference.position_value,
-                scale,
-            )
-        return self.to_out[0](out)
+            return temporal_attention(q, k, v, self.heads)
+        return temporal_attention(
+            q,
+            k,
+            v,
+            self.heads,
+            reference.key,
+            reference.value,
+            reference.position_key,
+            reference.position_value,
+            scale,
+        )
 
 
 class GEGLU(nn.Module):
@@ -316,20 +467,6 @@ class FeedForward(nn.Module):
         """(…, channels) → (…, channels)."""
         return self.net[2](self.net[0](x))
 
-    def add_to(self, residual: Tensor, x: Tensor | Quantized) -> Tensor:
-        """``residual`` plus the layer's output for `x`; `residual` is the caller's own, and inference overwrites it.
-
-        Inference goes through it in parts: at the highest resolution the wide tensor in between is the largest of the
-        network, 0.7 GB for a guided clip of 16 frames at 512×512.
-        """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not residual.is_contiguous():
-            return residual + self(x)
-        channels = residual.shape[-1]
-        parts = (x if isinstance(x, Quantized) else x.reshape(-1, channels)).split(_FEED_FORWARD_TOKENS)
-        for whole, part in zip(residual.view(-1, channels).split(_FEED_FORWARD_TOKENS), parts, strict=True):
-            whole += self(part)
-        return residual
-
 
 class TemporalTransformerBlock(nn.Module):
     """Two temporal attentions and a feed-forward layer; one scaler serves both attentions."""
@@ -346,20 +483,20 @@ class TemporalTransformerBlock(nn.Module):
 
     def forward(
         self, x: Tensor, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[ResidualStream, tuple[Tensor, Tensor] | None]:
         """(batch, frames, tokens, channels) → the same, and the features that a reference pass keeps."""
-        features, residual = [], None
+        features, stream = [], ResidualStream(x)
         for i, (attention, norm) in enumerate(zip(self.attention_blocks, self.norms, strict=True)):
             prepared = reference[i] if reference else None
             positions = attention.positions[: x.shape[1]]
-            x, feature, h = add_and_norm(norm, x, residual, positions, not adapted, exact=prepared is not None)
+            feature, h = stream.norm(norm, positions, not adapted, exact=prepared is not None)
             if feature is not None:
                 features.append(feature)
             read = h.exact if isinstance(h, Quantized) else h
             scale = self.scaler(read, prepared.scaler) if prepared else None
-            residual = attention(h, prepared, scale, adapted)
-        x, _, h = add_and_norm(self.ff_norm, x, residual)
-        return self.ff.add_to(x, h), (features[0], features[1]) if features else None
+            stream.add(attention.to_out[0], attention(h, prepared, scale, adapted))
+        stream.add_feed_forward(self.ff, stream.norm(self.ff_norm)[1])
+        return stream, (features[0], features[1]) if features else None
 
 
 class TemporalTransformer(nn.Module):
@@ -373,14 +510,14 @@ class TemporalTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(
-        self, x: Tensor, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        self, x: ImageStream, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
+    ) -> tuple[ImageStream, tuple[Tensor, Tensor] | None]:
         """(batch·frames, channels, height, width) → the same, and a reference pass's features in image shape.
 
         Raises:
             ValueError: if the reference has another number of frames or another size than the clip.
         """
-        height, width = x.shape[2:]
+        height, width = x.values.shape[2:]
         if reference is not None:
             _, reference_frames, _, *grid = reference[0].scaler.shape
             if (reference_frames, *grid) != (frames, height, width):
@@ -388,13 +525,13 @@ class TemporalTransformer(nn.Module):
                     f"the motion has (frames, height, width) = {(reference_frames, *grid)} where the sample has "
                     f"{(frames, height, width)}: a sample and its reference have the same shape"
                 )
-        h = group_norm(self.norm, x)  # per frame: the published network folds frames into the batch here
+        h = x.norm(self.norm)  # per frame: the published network folds frames into the batch here
         h = h.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, frames))  # (batch, frames, tokens, channels)
-        h, features = self.transformer_blocks[0](self.proj_in(h), reference, adapted)
-        h = self.proj_out(h).flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        stream, features = self.transformer_blocks[0](self.proj_in(h), reference, adapted)
+        x = x.plus_product(self.proj_out, stream.values, stream.bias)
         if features is None:
-            return x + h, None
-        return x + h, (features[0].unflatten(2, (height, width)), features[1].unflatten(2, (height, width)))
+            return x, None
+        return x, (features[0].unflatten(2, (height, width)), features[1].unflatten(2, (height, width)))
 
 
 class MotionModule(nn.Module):
@@ -424,7 +561,7 @@ class MotionModule(nn.Module):
         return first, second
 
     def forward(
-        self, x: Tensor, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        self, x: ImageStream, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
+    ) -> tuple[ImageStream, tuple[Tensor, Tensor] | None]:
         """(batch·frames, channels, height, width) → the same, and the features that a reference pass keeps."""
         return self.temporal_transformer(x, frames, reference, adapted)

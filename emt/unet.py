@@ -25,12 +25,12 @@ from emt.errors import EmtError
 from emt.temporal import (
     QKV,
     FeedForward,
+    ImageStream,
     MotionFeatures,
     MotionModule,
     PreparedMotion,
     PreparedReference,
-    add_and_norm,
-    group_norm,
+    ResidualStream,
     sinusoidal_positions,
 )
 
@@ -76,11 +76,15 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: ImageStream, time: Tensor) -> ImageStream:
         """Images (batch·frames, in, height, width) → (…, out, height, width); `time` after SiLU."""
-        h = self.conv1(group_norm(self.norm1, x, silu=True))
-        h = self.conv2(group_norm(self.norm2, h, silu=True, shift=self.time_emb_proj(time)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = ImageStream.of(self.conv1, x.norm(self.norm1, silu=True))
+        h = ImageStream.of(self.conv2, h.norm(self.norm2, silu=True, shift=self.time_emb_proj(time)))
+        if self.conv_shortcut is None:
+            return h.plus(x)
+        if h.in_products:
+            return h.plus_product(self.conv_shortcut, x.values.permute(0, 2, 3, 1).flatten(1, 2), x.bias)
+        return h.plus(ImageStream(self.conv_shortcut(x.values)))
 
 
 class PointwiseConv(nn.Conv2d):
@@ -103,9 +107,9 @@ class SpatialAttention(QKV):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of projected queries (batch, tokens, channels) to keys and values (batch, others, channels)."""
+        """What `to_out` takes, of projected queries (batch, tokens, channels), keys and values (batch, others, …)."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class SpatialTransformerBlock(nn.Module):
@@ -120,15 +124,18 @@ class SpatialTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> ResidualStream:
         """`x` (batch·frames, tokens, channels), `text` keys and values (batch, text tokens, channels)."""
-        x, _, h = add_and_norm(self.norm1, x, None)
-        x, _, h = add_and_norm(self.norm2, x, self.attn1(*self.attn1.project(h)))
+        stream = ResidualStream(x)
+        _, h = stream.norm(self.norm1)
+        stream.add(self.attn1.to_out[0], self.attn1(*self.attn1.project(h)))
         # All frames of a clip see the same prompt: they are queries of one attention.
+        _, h = stream.norm(self.norm2)
         query = self.attn2.to_q(h).unflatten(0, (text[0].shape[0], -1)).flatten(1, 2)
-        h = self.attn2(query, *text).reshape(x.shape)
-        x, _, h = add_and_norm(self.norm3, x, h)
-        return self.ff.add_to(x, h)
+        stream.add(self.attn2.to_out[0], self.attn2(query, *text).reshape(x.shape))
+        _, h = stream.norm(self.norm3)
+        stream.add_feed_forward(self.ff, h)
+        return stream
 
 
 class SpatialTransformer(nn.Module):
@@ -147,11 +154,11 @@ class SpatialTransformer(nn.Module):
         attention = self.transformer_blocks[0].attn2
         return attention.to_k(text), attention.to_v(text)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: ImageStream, text: tuple[Tensor, Tensor]) -> ImageStream:
         """(batch·frames, channels, height, width) → the same."""
-        h = self.proj_in(group_norm(self.norm, x).permute(0, 2, 3, 1).flatten(1, 2))
-        h = self.proj_out(self.transformer_blocks[0](h, text))
-        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        h = self.proj_in(x.norm(self.norm).permute(0, 2, 3, 1).flatten(1, 2))
+        stream = self.transformer_blocks[0](h, text)
+        return x.plus_product(self.proj_out, stream.values, stream.bias)
 
 
 class Resample(nn.Module):
@@ -161,9 +168,9 @@ class Resample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> ImageStream:
         """(batch·frames, channels, height, width) → (…, height/stride, width/stride), rounded up."""
-        return self.conv(x)
+        return ImageStream.of(self.conv, x)
 
 
 class Block(nn.Module):
@@ -372,7 +379,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             The prediction, and the deep features (batch·frames, channels, height, width).
         """
         prediction, _, deep = self._run(sample, timestep, text, motion, adapted=True)
-        return prediction, deep
+        return prediction, deep.whole()
 
     @apply_forward_hook
     def denoise_shallow(
@@ -416,7 +423,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         motion: MotionFeatures | PreparedMotion | None,
         adapted: bool,
         deep: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Tensor]:
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], ImageStream]:
         """The forward pass, or only its highest resolution with `deep` features.
 
         Also returns the features that stand before the temporal attentions, by module path, and the deep features.
@@ -432,9 +439,9 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         time = torch.as_tensor(timestep, device=sample.device).expand(batch)
         time = F.silu(self.time_embedding(time)).repeat_interleave(frames, 0)  # (batch·frames, time channels)
 
-        def layer(block: Block, i: int, *inputs: Tensor) -> Tensor:
+        def layer(block: Block, i: int, *inputs: ImageStream) -> ImageStream:
             # Gradient checkpointing recomputes one such layer at a time.
-            x = block.resnets[i](torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0], time)
+            x = block.resnets[i](ImageStream.cat(inputs) if len(inputs) > 1 else inputs[0], time)
             if block.attentions:
                 transformer = block.attentions[i]
                 x = transformer(x, text.layers[transformer.path])
@@ -445,13 +452,13 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
                     features[module.path] = read
             return x
 
-        def run(block: Block, i: int, *inputs: Tensor) -> Tensor:
+        def run(block: Block, i: int, *inputs: ImageStream) -> ImageStream:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 return self._gradient_checkpointing_func(layer, block, i, *inputs)
             return layer(block, i, *inputs)
 
-        x = sample.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        x = self.conv_in(x)  # (batch·frames, channels, height, width) from here on
+        images = sample.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = ImageStream.of(self.conv_in, images)  # (batch·frames, channels, height, width) from here on
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
@@ -460,7 +467,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             if shallow:
                 break
             for downsample in block.downsamplers:
-                x = downsample(x)
+                x = downsample(x.whole())
                 skips.append(x)
 
         if not shallow:
@@ -469,17 +476,17 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
 
         for block in self.up_blocks:
             if block is self.up_blocks[-1]:
-                x = given = x if deep is None else deep
+                x = given = x if deep is None else ImageStream(deep)
             elif shallow:
                 continue
             for i in range(len(block.resnets)):
                 x = run(block, i, x, skips.pop())
             for upsample in block.upsamplers:
                 # An odd size was rounded up on the way down: the skip connection knows it.
-                x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+                x = upsample(F.interpolate(x.whole(), size=skips[-1].values.shape[2:], mode="nearest"))
 
-        x = self.conv_out(group_norm(self.conv_norm_out, x, silu=True))
-        return x.unflatten(0, (batch, frames)).transpose(1, 2), features, given
+        out = self.conv_out(x.norm(self.conv_norm_out, silu=True))
+        return out.unflatten(0, (batch, frames)).transpose(1, 2), features, given
 
     # -------------------------------------------------------------------------------------------------- its parts
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import SMALL, relative_error, small_states, small_unet, tensors
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emt.errors import EmtError
+from emt.temporal import residuals_in_products
 from emt.unet import MotionTransferUNet
 
 TEXT_TOKENS, TEXT_WIDTH = 5, 8
@@ -296,6 +300,102 @@ class TestShapes:
     def test_an_impossible_configuration_is_named(self, config, message):
         with pytest.raises(ValueError, match=message):
             tiny_unet(**config)
+
+
+class TestResidualsInProducts:
+    """Sums that products make in place, and biases that norms add, are the published network's, in float64."""
+
+    @staticmethod
+    def network(**config) -> MotionTransferUNet:
+        """Biases of all sizes: PyTorch's own are small, and norms take them away again."""
+        unet = tiny_unet(**config)
+        for name, parameter in unet.named_parameters():
+            if name.endswith("bias"):
+                parameter.data += torch.randn_like(parameter)
+        return unet.double()
+
+    @pytest.mark.parametrize("biases", [False, True], ids=["residuals", "biases"])
+    @settings(max_examples=8, deadline=None)
+    @given(
+        config=st.sampled_from(
+            [
+                {},
+                {"layers_per_block": 2},
+                {"block_out_channels": (8,), "attention_levels": (0,)},
+                {"block_out_channels": (8, 8, 16), "attention_levels": (1,), "motion_mid_block": True},
+            ]
+        ),
+        frames=st.integers(2, 4),
+        height=st.integers(1, 9),
+        width=st.integers(1, 9),
+    )
+    @torch.no_grad()
+    def test_all_ways_through_the_network(self, biases, config, frames, height, width):
+        unet = self.network(**config)
+        sample, text = (x.double() for x in inputs(2, frames, height, width))
+        given = sample.clone()
+
+        def everything(deep: Tensor | None = None) -> list[Tensor]:
+            motion = unet.encode_reference(sample[:1], 400, text[:1])
+            prediction, found = unet.denoise_deep(sample, 3, text, motion)
+            shallow = unet.denoise_shallow(sample, 9, text, motion, found if deep is None else deep)
+            return [unet(sample, 3, text), prediction, found, shallow, *(x for y in motion.layers.values() for x in y)]
+
+        expected = everything()
+        deep = expected[2].clone()
+        with residuals_in_products(biases_in_norms=biases):
+            for ours, theirs in zip(everything(deep), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        assert torch.equal(sample, given)
+        assert torch.equal(deep, expected[2])
+
+    @torch.no_grad()
+    def test_products_add_and_convolutions_have_no_biases(self):
+        """What it is for: fewer sums, and none of a bias over all pixels but before other resolutions."""
+        unet = self.network().float()
+        sample, text = inputs(1, 2, 8, 8)
+        counts = []
+        for biases in (None, False, True):
+            way = contextlib.nullcontext() if biases is None else residuals_in_products(biases)
+            with way, Called() as called:
+                unet(sample, 3, text)
+            products = called.names.count("aten.addmm_.default")
+            counts.append((products, sum("convolution" in name for name in called.with_bias)))
+        transformers = sum(".proj_out.weight" in name for name in unet.state_dict())
+        shortcuts = sum("conv_shortcut.weight" in name for name in unet.state_dict())
+        assert counts[0][0] == 0
+        assert counts[1][0] == counts[2][0] == 4 * transformers + shortcuts
+        assert counts[1][1] == counts[0][1] - shortcuts
+        assert counts[2][1] == 1  # the last one, which nothing follows
+
+    def test_training_is_what_it_was(self):
+        unet = self.network()
+        sample, text = (x.double() for x in inputs(1, 2, 4, 4))
+        motion = unet.encode_reference(sample, 400, text)
+        gradients = []
+        for way in (contextlib.nullcontext(), residuals_in_products(biases_in_norms=True)):
+            unet.zero_grad()
+            with way:
+                unet(sample, 9, text, motion).square().mean().backward(retain_graph=True)
+            gradients.append({name: p.grad.clone() for name, p in unet.adapter_parameters()})
+        for name, gradient in gradients[0].items():
+            assert gradient.any()
+            assert torch.equal(gradients[1][name], gradient)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that were called, and of those given a bias as their third argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.with_bias: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        if len(args) > 2 and args[2] is not None:
+            self.with_bias.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class TestLoadingPublished:
