@@ -6,6 +6,7 @@ it is small, all sizes share one set of weights, and what is merged into those, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -29,6 +30,7 @@ from emt.errors import EmtError
 from emt.files import sha256_of
 from emt.temporal import MotionFeatures, PreparedMotion
 from emt.unet import MotionTransferUNet, TextFeatures
+from emt_engines.compiling import Phases, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
 from emt_engines.signature import Function, by_reference, features_of, function, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
@@ -89,18 +91,23 @@ class InductorBuilder:
         jobs = [_Job(networks, request, name, size, folder) for size in request.sizes for name in PARTS]
         workers = _workers(pipe, len(jobs))
         if workers == 1:
-            parts = []
-            for i, job in enumerate(jobs):
-                progress(f"compiling {job.name} for {job.size}", i / len(jobs))
-                parts.append(_compile(pipe, job))
+            parts: list[Part] = []
+            for job in jobs:
+                parts.append(_compile(pipe, job, lambda what: progress(what, len(parts) / len(jobs))))
             return parts
         progress(f"compiling {len(jobs)} parts, {workers} at a time", 0.0)
         found: dict[int, Part] = {}
+        context = multiprocessing.get_context("spawn")
+        told = context.SimpleQueue()
         # Leaving the pool ends its processes, whatever it is left by.
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for i, part in pool.imap_unordered(_compile_apart, enumerate(jobs), chunksize=1):
-                found[i] = part
-                progress(f"compiled {part.name} for {jobs[i].size}", len(found) / len(jobs))
+        with _compile_threads(workers), context.Pool(workers, _tell_through, (told,)) as pool:
+            pending = pool.imap_unordered(_compile_apart, enumerate(jobs), chunksize=1)
+            while len(found) < len(jobs):
+                with contextlib.suppress(multiprocessing.TimeoutError):
+                    i, part = pending.next(timeout=0.2)
+                    found[i] = part
+                while not told.empty():
+                    progress(told.get(), len(found) / len(jobs))
             pool.close()
             pool.join()
         return [found[i] for i in range(len(jobs))]
@@ -163,21 +170,47 @@ def _workers(pipe: MotionTransferPipeline, jobs: int) -> int:
     return workers
 
 
+@contextlib.contextmanager
+def _compile_threads(workers: int) -> Iterator[None]:
+    """Have each of several compilers started meanwhile use its share of the cores."""
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(max(1, (os.cpu_count() or 1) // workers))
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+_told: Any = None
+
+
+def _tell_through(queue: Any) -> None:
+    global _told
+    _told = queue
+
+
 def _compile_apart(job: tuple[int, _Job]) -> tuple[int, Part]:
-    """`_compile` in a process of its own."""
+    """`_compile` in a process of its own, which tells of its phases through a queue."""
     number, what = job
     networks = what.networks.make(what.request.device)
-    return number, _compile(networks, what)
+    return number, _compile(networks, what, _told.put)
 
 
 @torch.no_grad()
-def _compile(pipe: Any, job: _Job) -> Part:
+def _compile(pipe: Any, job: _Job, tell: Callable[[str], None]) -> Part:
+    phases = Phases(lambda phase: tell(f"{job.name} for {job.size}: {phase}"))
     _import_ops()
-    with TorchBackend(pipe, graphs=False).prepared(), toolchain(job.request.device):
-        return _package(pipe, job.request, job.name, job.size, job.folder)
+    prepared = TorchBackend(pipe, graphs=False).prepared()
+    with prepared, toolchain(job.request.device), remembered_writes(), phases.of_compiler():
+        part = _package(pipe, job.request, job.name, job.size, job.folder, phases)
+    tell(f"{job.name} for {job.size} is compiled: {phases.summary()}")
+    return part
 
 
-def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path) -> Part:
+def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path, phases: Phases) -> Part:
     width, height = size.least
     most = 2 * request.batch[1]
     images = images_at_once(request.frames, width, height)
@@ -188,10 +221,13 @@ def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path) -
         ranges["samples"] = (1, most)
     elif name.startswith("vae"):
         ranges = {"images": (images, images), "width": (width, width), "height": (height, height)}
+    phases.begin("export")
     exported = _export(made, most)
     outputs = [x.meta["val"] for x in next(n for n in exported.graph.nodes if n.op == "output").args[0]]
     file = folder / f"{name}-{size}.pt2"
+    phases.begin("tracing")
     torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=_options())
+    phases.begin("loading")
     names = _load_package(file, pipe.device).get_constant_fqns()
     return Part(
         name=name,
