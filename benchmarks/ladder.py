@@ -49,6 +49,7 @@ from emt.presets import PRESETS
 from emt.video import read_clip
 from emt.weights import random_model
 from emt_kernels.geglu import geglu, geglu_reference
+from emt_kernels.geglu_linear import fuses
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from emt_kernels.layer_norm import layer_norm, layer_norm_reference
 from emt_kernels.temporal_attention import temporal_attention, temporal_attention_reference
@@ -59,6 +60,7 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "group_norm_silu": (group_norm_silu, group_norm_silu_reference),
     "layer_norm": (layer_norm, layer_norm_reference),
     "geglu": (geglu, geglu_reference),
+    "fuses": (fuses, lambda x, weight: False),
 }
 ALL = 1 << 30
 #: Tokens at once in feed-forward layers, to compare.
@@ -92,6 +94,7 @@ LADDER = (
     Rung("fused-qkv", "+ one product for query, key and value", ("fuse",)),
     Rung("residuals", "+ residuals in products", ("residuals",)),
     Rung("conv-biases", "+ biases of convolutions in norms", ("conv-biases",)),
+    Rung("geglu-linear", "+ kernel: geglu_linear", ("fuses",)),
     Rung("graph", "+ CUDA graph of the step", ("graph",)),
     Rung("vae", "+ channels-last VAE with kernel: group_norm_silu", ("vae",), whole=True),
     Rung(
