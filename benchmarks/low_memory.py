@@ -52,7 +52,7 @@ def main() -> None:
             pipe("a red car on a beach", motion)
             row |= {name: time.perf_counter() - start, "reference_s": reading}
     except torch.OutOfMemoryError as error:
-        problem = f"error: a clip does not fit: {error}\n"
+        problem = f"error: a clip does not fit: {error}"
     row["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
     row["peak_reserved_GiB"] = torch.cuda.max_memory_reserved() / 2**30
     for key, value in row.items():

@@ -115,6 +115,9 @@ if INSTALLED:
     import triton
     import triton.language as tl
 
+    # ALIGN says how far rows are aligned: specialising on sizes besides would only make more kernels to compile.
+    _SIZES = ("channel_units", "groups", "group_channels", "blocks")
+
     @triton.jit
     def _group_norm_frame(
         x,
@@ -183,7 +186,7 @@ if INSTALLED:
                 y *= tl.sigmoid(y)
             tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SIZES)
     def _group_norm_statistics(
         x,
         shift,
@@ -222,7 +225,7 @@ if INSTALLED:
         tl.store(partial, pivot + off, mask=exists)
         tl.store(partial + blocks * channels, tl.sum(v * v, axis=0), mask=exists)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SIZES)
     def _group_norm_combine(
         partial,
         statistics,
@@ -262,7 +265,7 @@ if INSTALLED:
         tl.store(statistics, mean)
         tl.store(statistics + groups, 1.0 / tl.sqrt(tl.sum(squares) / size + EPS))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SIZES)
     def _group_norm_apply(
         x,
         weight,
