@@ -159,7 +159,9 @@ def _rows(
     if device.is_gpu:
         select("reference")
     say("timing plain PyTorch")
-    pipe.backend = TorchBackend(pipe, graphs=False, fuse=False, channels_last=False, channels_last_vae=False)
+    pipe.backend = TorchBackend(
+        pipe, graphs=False, fuse=False, sums_in_products=False, channels_last=False, channels_last_vae=False
+    )
     row, truth = _measure("plain PyTorch", pipe, device, settings, None)
     yield row
     if device.is_gpu:
