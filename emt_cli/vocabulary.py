@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from emt.errors import EmtError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 GROUPS = "vocabulary.json"
 """In a model folder: the phrases that prompts are made of, by kind. The tokenizer alone decides what is known."""
 _NAMED = 8  # unknown words that a warning names
+_LONGEST = 700  # characters of a line of known ones
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class WordWatch:
             yield item
 
     def look(self, items: Iterable[Item]) -> None:
-        """Read the prompts of jobs; all that is new in them is told in one line."""
+        """Read the prompts of jobs; all that is new in them is told in one line, the first time with what is known."""
         if self.vocabulary is None:
             return
         jobs = (item for item in items if isinstance(item, Job))
@@ -119,13 +121,14 @@ class WordWatch:
         new = [word for word in found if word not in self._seen]
         if not new:
             return
+        known = [] if self._seen else [shorten(line, _LONGEST, placeholder=" …") for line in self.vocabulary.lines()]
         self._seen.update(new)
         named = []
         for word in new[:_NAMED]:
             near = self.vocabulary.nearest(word)
             named.append(f"“{word}”" + (f" ({' or '.join(near)}?)" if near else ""))
         more = f" and {len(new) - _NAMED} more words of the prompts" if len(new) > _NAMED else ""
-        self._say(
-            f"warning: {self.model} does not know {', '.join(named)}{more}: it knows {self.vocabulary.count()}; "
-            f"`emt doctor --model {self.model}` lists them"
-        )
+        told = f"warning: the model {self.model} does not know {', '.join(named)}{more}"
+        self._say(f"{told}. It knows, as emt doctor tells, too:" if known else told)
+        for line in known:
+            self._say(f"  {line}")
