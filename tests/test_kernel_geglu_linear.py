@@ -173,7 +173,7 @@ def _compiled(plan: Plan, capability: int) -> Any:
     constants = {"ROWS": plan.rows, "INNER": plan.inner, "CHANNELS": plan.channels}
     blocks = {
         "x": f"{plan.rows}, {plan.channels}",
-        "weight": f"{plan.inner // 8}, 2, 8, {plan.channels}",
+        "weight": f"2, {plan.inner}, {plan.channels}",
         "out": f"{plan.rows}, {plan.inner}",
     }
     names = [parameter.name for parameter in kernel.params]

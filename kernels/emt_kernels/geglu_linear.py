@@ -124,10 +124,6 @@ if INSTALLED:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    #: Columns of values, then of gates, in a product that makes both: a thread of the tensor cores has two columns
-    #: of every eight, so that no value is in another thread than its gate.
-    _TURN = tl.constexpr(8)
-
     @triton.jit
     def _place(tile, rows, inner, ROWS: tl.constexpr, INNER: tl.constexpr):
         """First row and column of a tile: eight tiles down, then the eight beside, so that the cache serves them."""
@@ -209,9 +205,9 @@ if INSTALLED:
     ):
         """Every `programs`-th tile of the result.
 
-        Descriptors of x and `out` have blocks of a tile; that of the weight has blocks of (INNER/8, 2, 8, CHANNELS) of
-        the weight as (inner/8, 2, 8, channels), so that one product makes values and gates. Two products, pipelined,
-        would wait for each other.
+        Descriptors of x and `out` have blocks of a tile; that of the weight has blocks of (2, INNER, CHANNELS) of the
+        weight as (2, inner, channels), so that one product makes values and gates. Two products, pipelined, would
+        wait for each other.
         """
         tiles = tl.cdiv(rows, ROWS) * tl.cdiv(inner, INNER)
         # The next tile's operands are copied while this one's result is made. What the result needs is computed
@@ -221,11 +217,10 @@ if INSTALLED:
             row, first = _place(tile, rows, inner, ROWS, INNER)
             both = tl.zeros((ROWS, 2 * INNER), tl.float32)
             for done in range(0, channels, CHANNELS):
-                block = weight.load([first // _TURN, 0, 0, done]).reshape(2 * INNER, CHANNELS)
+                block = weight.load([0, first, done]).reshape(2 * INNER, CHANNELS)
                 both = tl.dot(x.load([row, done]), block.T, both)
-            value, gate = tl.split(both.reshape(ROWS, INNER // _TURN, 2, _TURN).permute(0, 1, 3, 2))
-            value = value.reshape(ROWS, INNER)
-            gate = gate.reshape(ROWS, INNER)
+            # A thread of the tensor cores has whole rows of their product: a value's gate is its own.
+            value, gate = tl.split(both.reshape(ROWS, 2, INNER).permute(0, 2, 1))
             row, first = _place(written, rows, inner, ROWS, INNER)
             out.store([row, first], _gated(value, gate, bias, first, inner, INNER).to(out.dtype))
             written += programs
@@ -279,14 +274,10 @@ if INSTALLED:
         return plan if hopper and _describable(x, weight, out) else PLAIN
 
     def _describe_weight(weight: Tensor, plan: Plan) -> Any:
-        """The weight as (inner/8, 2, 8, channels): eight features of values, then the eight that gate them."""
+        """The weight as (2, inner, channels): features of values, and those that gate them."""
         row, inner, channels = weight.stride(0), weight.shape[0] // 2, weight.shape[1]
-        return TensorDescriptor(
-            weight,
-            [inner // _TURN.value, 2, _TURN.value, channels],
-            [_TURN.value * row, inner * row, row, 1],
-            [plan.inner // _TURN.value, 2, _TURN.value, plan.channels],
-        )
+        shape, strides = [2, inner, channels], [inner * row, row, 1]
+        return TensorDescriptor(weight, shape, strides, [2, plan.inner, plan.channels])
 
     def _multiprocessors(device: torch.device) -> int:
         return 3 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
