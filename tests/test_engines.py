@@ -33,6 +33,7 @@ from emt_cli.engine_choice import EngineChoice
 from emt_cli.model import find_model
 from emt_cli.options import Settings
 from emt_engines.build import build_engine, builder, open_engine
+from emt_engines.compiling import Phases, remembered_writes
 from emt_engines.inductor import InductorBackend, images_at_once
 from emt_engines.manifest import (
     FILE,
@@ -335,14 +336,13 @@ def test_an_interrupt_that_is_swallowed_comes_again():
 @torch.no_grad()
 def test_flat_functions_are_those_of_the_network(pipe):
     options = {"width": SIDE, "height": SIDE, "frames": FRAMES}
-    for name in ("denoise", "denoise_without_reference"):
-        made = function(pipe, name, samples=2, **options)
-        text = pipe.unet.encode_text(torch.randn(2, 77, pipe.unet.config.cross_attention_dim))
-        inputs = {**made.inputs, **text_tensors(text)}
-        assert list(inputs) == list(made.inputs)
-        out = made.module(*inputs.values())
-        assert out.shape == inputs["sample"].shape
-        assert bool(torch.isfinite(out).all())
+    made = function(pipe, "denoise", samples=2, **options)
+    text = pipe.unet.encode_text(torch.randn(2, 77, pipe.unet.config.cross_attention_dim))
+    inputs = {**made.inputs, **text_tensors(text)}
+    assert list(inputs) == list(made.inputs)
+    out = made.module(*inputs.values())
+    assert out.shape == inputs["sample"].shape
+    assert bool(torch.isfinite(out).all())
     made = function(pipe, "reference", **options)
     features = pipe.unet.encode_reference(*made.inputs.values())
     flat = dict(zip(made.outputs, made.module(*made.inputs.values())))
@@ -357,6 +357,47 @@ def test_flat_functions_are_those_of_the_network(pipe):
 )
 def test_images_at_once_divide_a_clip(frames, size, images):
     assert images_at_once(frames, size, size) == images
+
+
+# ----------------------------------------------------------------------------------------------------- the compiler
+
+
+def test_phases_are_told_and_timed():
+    told: list[str] = []
+    phases = Phases(told.append)
+    with phases.of_compiler():
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(3))
+        phases.begin("loading")
+    assert [phase for phase in told if phase != "C++"] == ["lowering", "scheduling", "kernels", "loading"]
+    assert [word for word in phases.summary().split() if word.isalpha() and word != "s"][-1] == "loading"
+    torch.compile(lambda x: x - 1, fullgraph=True)(torch.ones(3))
+    assert told[-1] == "loading", "it is followed within the block alone"
+
+
+def test_what_a_kernel_writes_is_found_once_for_all_calls_that_are_translated_alike(monkeypatch):
+    triton_kernel_wrap = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
+    triton = pytest.importorskip("triton")
+    from emt_kernels.layer_norm import _layer_norm_kernel
+
+    name = next(n for n in dir(triton_kernel_wrap) if n in ("identify_mutated_tensors", "identify_accessed_tensors"))
+    asked: list[dict[str, object]] = []
+
+    def find(kernel: object, arguments: dict[str, object], descriptors: object) -> int:
+        asked.append(arguments)
+        return len(asked)
+
+    monkeypatch.setattr(triton_kernel_wrap, name, find)
+    half, single = torch.empty(2, dtype=torch.float16), torch.empty(2)
+    given = {p.name: half for p in _layer_norm_kernel.params} | {"rows": 32, "ROWS": 8, "PLAIN": True}
+    tuned = triton.autotune([triton.Config({}, num_warps=4)], [])(_layer_norm_kernel)
+    with remembered_writes():
+        ask = getattr(triton_kernel_wrap, name)
+        assert ask(_layer_norm_kernel, given, {}) == 1
+        assert ask(_layer_norm_kernel, given | {"x": torch.empty(5, dtype=torch.float16), "rows": 64}, {}) == 1
+        assert ask(tuned, given, {}) == 1, "a number of warps changes nothing"
+        for i, other in enumerate(({"x": single}, {"rows": 1}, {"rows": 33}, {"ROWS": 16}, {"PLAIN": False})):
+            assert ask(_layer_norm_kernel, given | other, {}) == i + 2
+    assert getattr(triton_kernel_wrap, name) is find
 
 
 # ---------------------------------------------------------------------------------------------------------- the choice
@@ -533,7 +574,7 @@ def test_shapes_that_an_engine_lacks_are_refused_by_name(network, pipe):
     with pytest.raises(EmtError, match="no reference for frames 4, height 32, width 64"):
         backend.encode_reference(torch.randn(1, 4, FRAMES, 4, 8), torch.tensor(400), torch.randn(1, 77, 32))
     pipe.backend = backend
-    with pytest.raises(EmtError, match="no denoise_without_reference"):
+    with pytest.raises(EmtError, match="without a reference"):
         pipe("a cat")
     with pytest.raises(ValueError, match=r"latents is torch\.float64"):
         backend.encode_reference(torch.randn(1, 4, FRAMES, 4, 4).double(), torch.tensor(400), torch.randn(1, 77, 32))

@@ -433,11 +433,9 @@ class InductorBackend(TorchBackend):
             yield self._package(part)([chunk])
 
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
-        name = "denoise" if motion is not None else "denoise_without_reference"
-
         def call(inputs: dict[str, Tensor]) -> Tensor:
             own = inputs["sample"]
-            part = self._find(name, samples=own.shape[0], frames=own.shape[2], **self._pixels(own))
+            part = self._find("denoise", samples=own.shape[0], frames=own.shape[2], **self._pixels(own))
             return self._package(part)(list(inputs.values()))[0]
 
         return by_reference(sample, timestep, text, motion, call)

@@ -96,7 +96,7 @@ class Part:
     """One compiled function of an engine.
 
     Attributes:
-        name: denoise, denoise_without_reference, reference, vae_encoder or vae_decoder.
+        name: denoise, reference, vae_encoder or vae_decoder.
         file: Its file, relative to the engine's folder.
         sha256: Of the file.
         shapes: Least and greatest value of what varies: samples, images, frames, height, width (pixels).

@@ -393,10 +393,6 @@ class FileBackend(PipelineBackend):
         Raises:
             EmtError: the engine has no such shape, or no reference is given.
         """
-        if motion is None:
-            raise EmtError(
-                f"the engine's backend {self.name} makes no clips without a reference", "Use --engine torch for that."
-            )
         return by_reference(sample, timestep, text, motion, lambda inputs: self._run("denoise", inputs)[0])
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,10 +52,9 @@ def measure(engine: Backend, manifest: Manifest, pipe: MotionTransferPipeline) -
         for i, samples in enumerate(_counts(manifest)):
             sample, text_features = draw.clips(samples, *latent), pipe.unet.encode_text(draw.text(samples))
             timestep = torch.tensor(_TIMESTEPS[i % len(_TIMESTEPS)], device=pipe.device)
-            for name, given in (("denoise", motion), ("denoise_without_reference", None)):
-                if name in names:
-                    wanted = pipe.unet(sample, timestep, text_features, given)
-                    note(name, engine.denoise(sample, timestep, text_features, given), wanted)
+            if "denoise" in names:
+                wanted = pipe.unet(sample, timestep, text_features, motion)
+                note("denoise", engine.denoise(sample, timestep, text_features, motion), wanted)
         images = draw.images(manifest.frames, height, width)
         if "vae_encoder" in names:
             for own, wanted in zip(engine.encode_images(images), _encode(pipe, images)):

@@ -3,7 +3,6 @@
 | part | inputs | outputs |
 |---|---|---|
 | denoise | sample, timestep, text/…, motion/… | prediction |
-| denoise_without_reference | sample, timestep, text/… | prediction |
 | reference | latents, timestep, text | feature/… |
 | vae_encoder | images | mean, std |
 | vae_decoder | latents | images |
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from emt.errors import EmtError
 from emt.temporal import MotionFeatures, PreparedMotion, PreparedReference
 from emt.unet import MotionTransferUNet, TextFeatures
 from emt_engines.manifest import TensorSpec
@@ -82,9 +82,17 @@ def by_reference(
         text: as the network takes it.
         motion: as the network takes it.
         call: the part that denoises, on its inputs by name.
+
+    Raises:
+        EmtError: there is no reference.
     """
+    if motion is None:
+        raise EmtError(
+            "an engine makes no clips without a reference",
+            "Give the pipeline a motion, or no engine: pipe.backend = emt.backend.TorchBackend(pipe).",
+        )
     own = {"sample": sample, "timestep": times_of(timestep, sample), **text_tensors(text)}
-    shared = motion_tensors(motion) if motion is not None else {}
+    shared = motion_tensors(motion)
     count = next((x.shape[0] for name, x in shared.items() if name.endswith("/key")), 1)
     if count == 1:
         return call(own | shared)
@@ -116,7 +124,7 @@ class Denoise(nn.Module):
                 motion.setdefault(path, [{}, {}])[int(rest[0])][rest[1]] = tensor
         features = TextFeatures({path: (pair[0], pair[1]) for path, pair in text.items()})
         prepared = PreparedMotion({p: (PreparedReference(**a), PreparedReference(**b)) for p, (a, b) in motion.items()})
-        return self.unet(sample, timestep, features, prepared if motion else None)
+        return self.unet(sample, timestep, features, prepared)
 
 
 class Reference(nn.Module):
@@ -207,7 +215,7 @@ def function(
         width: Pixels.
         height: Pixels.
         frames: Of a clip.
-        samples: Of the example, for the denoising parts.
+        samples: Of the example, for `denoise`.
         images: Of the example, for the parts of the VAE.
         prepare: What prepares motion at run time, if not the features themselves.
     """
@@ -235,9 +243,7 @@ def function(
         latents = torch.randn(images, unet.config.in_channels, *grid, **options)
         return Function(VaeDecoder(pipe.vae), {"latents": latents}, ("images",))
     prompts = text_tensors(unet.encode_text(text(samples)))
-    motion = {}
-    if name == "denoise":
-        features = unet.encode_reference(clips(1), times(1), text(1))
-        motion = motion_tensors(prepare(features) if prepare else features.prepare(unet))
+    features = unet.encode_reference(clips(1), times(1), text(1))
+    motion = motion_tensors(prepare(features) if prepare else features.prepare(unet))
     inputs = {"sample": clips(samples), "timestep": times(samples), **prompts, **motion}
     return Function(Denoise(unet, tuple(prompts), tuple(motion)), inputs, ("prediction",), "samples")
