@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from emt.errors import EmtError
 from emt.evaluate import leakage, statistics
-from emt.evaluate.camera import camera_agreement, camera_from_tracklets, camera_motion
+from emt.evaluate.camera import camera_agreement, camera_from_tracklets, camera_motion, camera_share
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.motion import motion_fidelity, tracklet_fidelity
 from emt.evaluate.tracks import TRACK_SIZE, Tracklets, track
@@ -189,6 +189,14 @@ def test_pans_zooms_and_rolls_are_recovered(name, truth):
     assert found.observed.all()
     assert np.abs(found.curves[:, :2] - truth[:, :2] / SIZE).max() < 0.008  # one pixel
     assert np.abs(found.curves[:, 2:] - truth[:, 2:]).max() < 0.02
+
+
+def test_camera_explains_what_the_scene_does_and_nothing_else():
+    shares = {name: camera_share(tracklets(name)) for name in ("pan", "zoom and roll", "pan, line", "line", "grey")}
+    assert min(shares["pan"], shares["zoom and roll"]) > 0.9
+    assert 0.4 < shares["pan, line"] < 0.9
+    assert shares["line"] < 0.1
+    assert shares["grey"] == 0
 
 
 def test_a_subject_before_a_flat_scene_is_not_the_camera():

@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from emt.evaluate.judge import Judge, Vocabulary
 from emt.pipeline import MotionTransferPipeline
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.train.world import words
+from emt.video import write_clip
 from emt_kernels.temporal_attention import temporal_attention_reference
-from recipes import ablations, assemble, train_adapter, train_all
+from recipes import ablations, assemble, real_clips, train_adapter, train_all
 from recipes.common import (
     ATTENTIONS,
     SMALL,
@@ -425,3 +427,24 @@ def test_motions_read_together_are_those_read_alone(pipeline: MotionTransferPipe
     assert first.shape[0] == 2
     alone = read_motions(pipeline, clips[:1], seed=0)
     assert torch.allclose(first[:1], next(iter(alone.features.layers.values()))[0], atol=1e-4)
+
+
+def test_real_clips_are_played_measured_and_shown(out: Path, tmp_path: Path) -> None:
+    coarse = np.random.default_rng(0).integers(0, 255, (16, 32, 3), np.uint8)
+    scene = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
+    write_clip(tmp_path / "clips" / "pan.mp4", np.stack([scene[:, 8 * i : 8 * i + 128] for i in range(8)]), 8)
+    arguments = ["--clips", str(tmp_path / "clips"), "--model", str(out / "model"), "--out", str(tmp_path / "out")]
+    real_clips.main(
+        [*arguments, "--prompts", "a red cat", "a blue dog over the sea", "--seeds", "2", "--device", "cpu"]
+    )
+    results = tmp_path / "out"
+    rows = [json.loads(line) for line in (results / "real_clips.jsonl").read_text().splitlines()]
+    asked = [("a red cat", 0), ("a red cat", 1), ("a blue dog over the sea", 0), ("a blue dog over the sea", 1)]
+    assert [(row["prompt"], row["seed"]) for row in rows] == asked
+    assert {row["kind"] for row in rows} == {"camera"}
+    assert all(Path(row["result"]).is_file() and -1 <= row["camera"] <= 1 for row in rows)
+    assert "| pan | camera |" in (results / "real_clips.md").read_text()
+    assert "Global motion of 4 results of camera clips" in (results / "real_clips.md").read_text()
+    assert (results / "real_clips.png").is_file()
+    pairs = [json.loads(line) for line in (results / "pairs.jsonl").read_text().splitlines()]
+    assert all((results / pair["result"]).is_file() and Path(pair["reference"]).is_file() for pair in pairs)

@@ -71,6 +71,24 @@ def step_fits(tracklets: Tracklets) -> tuple[np.ndarray, np.ndarray]:
     return fits, observed
 
 
+def scene_velocity(tracklets: Tracklets) -> np.ndarray:
+    """How the tracklets' points would move if they all belonged to the scene: (tracks, frames - 1, 2)."""
+    fits, _ = step_fits(tracklets)
+    start = tracklets.points[:, :-1]
+    return np.einsum("sij,nsj->nsi", fits[:, :, :2], start) + fits[None, :, :, 2] - start
+
+
+def camera_share(tracklets: Tracklets) -> float:
+    """Part of all tracked motion that the camera explains.
+
+    1 where only the camera moves and the scene is flat; parallax takes away about half, subjects before a camera at
+    rest all but nothing. 0 where nothing moves.
+    """
+    moved = np.linalg.norm(tracklets.velocity, axis=2).sum()
+    left = np.linalg.norm(tracklets.velocity - scene_velocity(tracklets), axis=2)[tracklets.steps].sum()
+    return float(np.clip(1 - left / moved, 0, 1)) if moved > 0 else 0.0
+
+
 def _spread(points: np.ndarray, tracklets: Tracklets) -> bool:
     """Whether points cover the frame as a scene does, and not just a subject before a flat scene."""
     if len(points) < 8:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from emt.errors import EmtError
-from emt.evaluate.camera import step_fits
+from emt.evaluate.camera import scene_velocity
 from emt.evaluate.tracks import REST_SPEED, Tracklets, check_frames, track
 
 _GROUP = 8  # tracklets that must move alike before they count as something that moves
@@ -95,9 +95,7 @@ def _moving(tracklets: Tracklets) -> _Paths:
     moves &= fast[:, active].sum(1) >= 0.4 * np.maximum(seen[:, active].sum(1), 1)
     if moves.sum() < _GROUP:
         moves[:] = False
-    fits, _ = step_fits(tracklets)
-    start = tracklets.points[:, :-1]
-    expected = np.einsum("sij,nsj->nsi", fits[:, :, :2], start) + fits[None, :, :, 2] - start
+    expected = scene_velocity(tracklets)
     relative = np.linalg.norm(np.where(seen[..., None], velocity - expected, 0), axis=2).sum(1) / count
     rest = np.full((*velocity.shape[:2], 1), REST_SPEED, np.float32)
     unit = np.concatenate([velocity, rest], axis=2)
