@@ -201,12 +201,12 @@ def _compile_apart(job: tuple[int, _Job]) -> tuple[int, Part]:
 
 @torch.no_grad()
 def _compile(pipe: Any, job: _Job, tell: Callable[[str], None]) -> Part:
-    phases = Phases(lambda phase: tell(f"{job.name} for {job.size}: {phase}"))
+    phases = Phases(lambda phase: tell(f"compiling {job.name} for {job.size}: {phase}"))
     _import_ops()
     prepared = TorchBackend(pipe, graphs=False).prepared()
     with prepared, toolchain(job.request.device), remembered_writes(), phases.of_compiler():
         part = _package(pipe, job.request, job.name, job.size, job.folder, phases)
-    tell(f"{job.name} for {job.size} is compiled: {phases.summary()}")
+    tell(f"compiled {job.name} for {job.size}: {phases.summary()}")
     return part
 
 
