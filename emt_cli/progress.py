@@ -6,6 +6,7 @@ batch, and a table at the end. Elsewhere: a plain line a job and one at the end.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -63,6 +64,15 @@ class Watcher:
                 self._bars.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
             else:
                 print(printable(text), file=sys.stderr, flush=True)
+
+    def result(self, text: bytes) -> None:
+        """A line of standard output; where that is the bars' terminal, above them."""
+        with self._guard:
+            if self._bars and sys.stdout.isatty():
+                self.say(os.fsdecode(text))
+            else:
+                sys.stdout.buffer.write(text + b"\n")
+                sys.stdout.buffer.flush()
 
     def job(self, line: dict[str, Any]) -> None:
         """A job has ended: `line` is the journal's, its state done, skipped, dropped or failed."""

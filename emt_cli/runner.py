@@ -18,7 +18,6 @@ import os
 import queue
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -607,8 +606,7 @@ class Runner:
         else:
             return
         try:
-            sys.stdout.buffer.write(text + b"\n")
-            sys.stdout.buffer.flush()
+            self.watcher.result(text)
         except BrokenPipeError:
             self.summary.pipe_closed = self._stopping = True
 

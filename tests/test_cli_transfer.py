@@ -326,6 +326,25 @@ def test_on_a_terminal_there_are_bars_and_a_table_and_nothing_of_it_on_stdout(tm
     assert "1 done, 0 already there, 1 failed" in text
 
 
+def test_results_stand_above_the_bars_where_all_is_one_terminal(tmp_path):
+    clip(tmp_path / "a.mp4")
+    reader, writer = pty.openpty()
+    command = [EMT, "transfer", "a.mp4", "--prompt", "x", "--device", "cpu", "--model", model()]
+    environ = os.environ | environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "150"}
+    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=environ, stdout=writer, stderr=writer) as run:
+        os.close(writer)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(reader, 1 << 16)
+            except OSError:  # the program has closed its side
+                break
+    assert run.returncode == 0
+    before, name, _ = shown.decode().partition("out/a_")
+    assert name
+    assert before.endswith("\x1b[2K"), "on a line of its own, cleared of the bars"
+
+
 # ---- rerun --------------------------------------------------------------------------------------------------------
 
 
