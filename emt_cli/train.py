@@ -79,7 +79,7 @@ def train(
 
     Writes RUN/model, a model folder for `emt transfer --model`, and RUN/adapter.safetensors; prints the former on
     stdout. On the way: RUN/log.jsonl, RUN/tensorboard, RUN/samples and RUN/checkpoints. Ctrl-C finishes the step and
-    saves a checkpoint. On several GPUs: accelerate launch -m emt_cli.app train …
+    saves a checkpoint. On several GPUs: accelerate launch --multi_gpu --num_processes N -m emt_cli.app train …
     """
     if model is None:  # a run takes hours: what it starts from is not to be guessed
         raise typer.BadParameter("--model says what to train: a model folder, a hub id, or demo, the one that ships")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -486,6 +488,29 @@ def test_a_killed_run_goes_on_to_the_bit(pairs, tmp_path):
     assert [step for step, _, _ in log(run)] == list(range(1, 6))
     assert state(run, 5) == state(tmp_path / "whole", 5)
     assert (run / "adapter.safetensors").read_bytes() == (tmp_path / "whole" / "adapter.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_to_the_bit_too(pairs, tmp_path):
+    """As `accelerate launch` starts them on two GPUs, here on the CPU."""
+
+    def launch(run: Path, *options: object) -> str:
+        told = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emt_cli.app"]
+        told += command(pairs, run, "--checkpoint-every", 2, *options)
+        env = os.environ | environment(tmp_path) | {"ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(told, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{run / 'model'}\n"
+        return done.stderr
+
+    assert "2 × cpu" in launch(tmp_path / "whole", "--steps", 4)
+    launch(tmp_path / "cut", "--steps", 2)
+    assert "otherwise" not in launch(tmp_path / "cut", "--steps", 4, "--resume", "latest")
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert state(tmp_path / "cut", 4) == state(tmp_path / "whole", 4)
+    alone = emt(*command(pairs, tmp_path / "alone", "--steps", 4), environment=environment(tmp_path))
+    assert alone.code == 0
+    assert log(tmp_path / "alone") != log(tmp_path / "whole")
 
 
 def test_ctrl_c_saves_and_exits_130(pairs, tmp_path):
