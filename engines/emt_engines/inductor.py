@@ -432,6 +432,11 @@ class InductorBackend(TorchBackend):
         for chunk in x.split(at_once):
             yield self._package(part)([chunk])
 
+    def _compile_for_step(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
+    ) -> None:
+        """Nothing: packages have their kernels."""
+
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
         def call(inputs: dict[str, Tensor]) -> Tensor:
             own = inputs["sample"]
