@@ -160,9 +160,14 @@ class _Job:
     folder: Path
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _workers(pipe: MotionTransferPipeline, jobs: int) -> int:
     """Processes that compile at once: each keeps some cores busy and, on a GPU, has networks of its own there."""
-    workers = min(jobs, max(1, (os.cpu_count() or 1) // 4))
+    workers = min(jobs, max(1, _cores() // 4))
     if pipe.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(pipe.device)
         own = sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae) for p in part.parameters())
@@ -177,7 +182,7 @@ def _compile_threads(workers: int) -> Iterator[None]:
     if name in os.environ:
         yield
         return
-    os.environ[name] = str(max(1, (os.cpu_count() or 1) // workers))
+    os.environ[name] = str(max(1, min(32, _cores()) // workers))
     try:
         yield
     finally:
