@@ -352,7 +352,7 @@ def test_an_ablation_trains_beside_the_model(out: Path) -> None:
 
 def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Judge(Vocabulary.of_world()).save(out / "judge.safetensors")
-    arguments = ["--out", str(out), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--clips", "2"]
+    arguments = ["--out", str(out), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--clips", "3"]
     arguments += ["--names", "full", "up-block-1", "--sampler-steps", "2", "--workers", "1"]
     # One that was cut off after a step is trained again, one that is complete is kept.
     train_adapter.main([*arguments[:5], "--steps", "1", "--batch", "2", "--name", "full"])
