@@ -7,16 +7,20 @@ it is small, all sizes share one set of weights, and what is merged into those, 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import importlib
 import inspect
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -96,21 +100,8 @@ class InductorBuilder:
                 parts.append(_compile(pipe, job, lambda what: progress(what, len(parts) / len(jobs))))
             return parts
         progress(f"compiling {len(jobs)} parts, {workers} at a time", 0.0)
-        found: dict[int, Part] = {}
-        context = multiprocessing.get_context("spawn")
-        told = context.SimpleQueue()
-        # Leaving the pool ends its processes, whatever it is left by.
-        with _compile_threads(workers), context.Pool(workers, _tell_through, (told,)) as pool:
-            pending = pool.imap_unordered(_compile_apart, enumerate(jobs), chunksize=1)
-            while len(found) < len(jobs):
-                with contextlib.suppress(multiprocessing.TimeoutError):
-                    i, part = pending.next(timeout=0.2)
-                    found[i] = part
-                while not told.empty():
-                    progress(told.get(), len(found) / len(jobs))
-            pool.close()
-            pool.join()
-        return [found[i] for i in range(len(jobs))]
+        with _compile_threads(workers):
+            return _side_by_side(jobs, workers, progress)
 
 
 @dataclass(frozen=True)
@@ -189,19 +180,63 @@ def _compile_threads(workers: int) -> Iterator[None]:
         del os.environ[name]
 
 
-_told: Any = None
+def _side_by_side(jobs: Sequence[_Job], workers: int, progress: Callable[[str, float], None]) -> list[Part]:
+    """Compile each part in a process of its own, some at a time.
+
+    Raises:
+        EmtError: a process failed, or was ended by the system.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = list(enumerate(jobs))
+    running: dict[Connection, tuple[int, Any]] = {}
+    found: dict[int, Part] = {}
+    try:
+        while len(found) < len(jobs):
+            while waiting and len(running) < workers:
+                number, job = waiting.pop(0)
+                here, there = context.Pipe(duplex=False)
+                process = context.Process(target=_compile_apart, args=(there, job), daemon=True)
+                running[here] = number, process
+                process.start()
+                there.close()  # so that its end is seen here when the process ends
+            multiprocessing.connection.wait(list(running))
+            for pipe, (number, process) in [item for item in running.items() if item[0].poll()]:
+                try:
+                    what = pipe.recv()
+                except EOFError:
+                    process.join()
+                    raise EmtError(
+                        f"compiling {jobs[number].name} for {jobs[number].size} ended with {_ending(process.exitcode)}",
+                        "What its process said is above.",
+                    ) from None
+                if isinstance(what, Part):
+                    found[number] = what
+                    del running[pipe]
+                    process.kill()  # ending by itself it would wait, for seconds, for compilers that have nothing to do
+                    process.join()
+                else:
+                    progress(what, len(found) / len(jobs))
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+    return [found[i] for i in range(len(jobs))]
 
 
-def _tell_through(queue: Any) -> None:
-    global _told
-    _told = queue
+def _ending(code: int | None) -> str:
+    """The exit code of a process, in words."""
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
 
 
-def _compile_apart(job: tuple[int, _Job]) -> tuple[int, Part]:
-    """`_compile` in a process of its own, which tells of its phases through a queue."""
-    number, what = job
-    networks = what.networks.make(what.request.device)
-    return number, _compile(networks, what, _told.put)
+def _compile_apart(pipe: Any, job: _Job) -> None:
+    """`_compile` in a process of its own, which tells of its phases, and its result, through a pipe."""
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: who started this ends it
+    networks = job.networks.make(job.request.device)
+    pipe.send(_compile(networks, job, pipe.send))
 
 
 @torch.no_grad()
@@ -232,8 +267,6 @@ def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path, p
     file = folder / f"{name}-{size}.pt2"
     phases.begin("tracing")
     torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=_options())
-    phases.begin("loading")
-    names = _load_package(file, pipe.device).get_constant_fqns()
     return Part(
         name=name,
         file=file.name,
@@ -241,7 +274,7 @@ def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path, p
         shapes=ranges,
         inputs=made.input_specs(),
         outputs=made.output_specs(outputs),
-        facts={"layout": _layout(_weights(made.module, names)), "orders": [_order(x) for x in made.inputs.values()]},
+        facts={"layout": _layout(made.module), "orders": [_order(x) for x in made.inputs.values()]},
     )
 
 
@@ -275,7 +308,8 @@ def _model_class() -> Any:
 def _load_package(file: Path, device: torch.device) -> Any:
     _import_ops()
     index = device.index if device.type == "cuda" and device.index is not None else -1
-    return torch._inductor.aoti_load_package(str(file), run_single_threaded=True, device_index=index)
+    # `aoti_load_package` looks first which instructions the CPU has, by compiling programs: seconds, and a compiler.
+    return _model_class()(torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, index))
 
 
 def _import_ops() -> None:
@@ -286,14 +320,10 @@ def _import_ops() -> None:
         importlib.import_module(f"emt_kernels.{module.name}")
 
 
-def _weights(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    return {name: own[name].detach() for name in sorted(names)}
-
-
-def _layout(weights: dict[str, Tensor]) -> str:
-    """A hash of the names, types, shapes and strides of weights, which compiled code takes for granted."""
-    listing = [(name, str(x.dtype), list(x.shape), list(x.stride())) for name, x in weights.items()]
+def _layout(module: nn.Module) -> str:
+    """A hash of the names, types, shapes and strides of all weights, which compiled code takes for granted."""
+    weights = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    listing = [(name, str(x.dtype), list(x.shape), list(x.stride())) for name, x in sorted(weights.items())]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -318,6 +348,7 @@ class _Package:
     def __init__(self, folder: Path, part: Part, module: nn.Module, device: torch.device) -> None:
         self.part = part
         self.model = _load_package(folder / part.file, device)
+        self._module = module
         paths = [name.rpartition(".") for name in sorted(self.model.get_constant_fqns())]
         self.weights: dict[str, Tensor] = {}
         self._owners = [(module.get_submodule(path), name, f"{path}.{name}") for path, _, name in paths]
@@ -336,7 +367,7 @@ class _Package:
         self._pointers = pointers
         # Kept: the package only points at them.
         self.weights = {path: getattr(owner, name).detach() for owner, name, path in self._owners}
-        if _layout(self.weights) != self.part.facts["layout"]:
+        if _layout(self._module) != self.part.facts["layout"]:
             raise EmtError(
                 f"the engine's {self.part.name} was compiled for weights of other shapes, types or strides",
                 "Build the engine again with emt build-engine.",
@@ -471,6 +502,9 @@ class InductorBackend(TorchBackend):
         package = self._packages.get(part.file)
         if package is None:
             module = nn.Module()
-            module.unet, module.vae = self.unet, self.pipe.vae
+            if part.name.startswith("vae"):
+                module.vae = self.pipe.vae
+            else:
+                module.unet = self.unet
             package = self._packages[part.file] = _Package(self.folder, part, module, self.pipe.device)
         return package
