@@ -195,3 +195,16 @@ def test_fp16_files_have_fp16_tensors(pipe, tmp_path):
     assert {spec.dtype for spec in (*inputs, *outputs)} == {"float16"}
     weights = [t for t in nodes(tmp_path, "vae_decoder").graph.initializer if t.dims and not t.name.startswith("val_")]
     assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.slow
+def test_a_full_size_file(tmp_path):
+    """The network of Stable Diffusion 1.5's size, two frames of 64×64 in fp16: about 5 minutes and 12 GB of memory."""
+    pipe = load_pipeline(random_model(tmp_path / "sd15", size="sd15", dtype=torch.float16), dtype=torch.float16)
+    file = tmp_path / "denoise.onnx"
+    export(pipe, "denoise", 2, file)
+    model = onnx.load(file, load_external_data=False)
+    assert sum(node.domain == "emt" for node in model.graph.node) == 2 * len(pipe.unet.fusion_modules())
+    weights = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
+    # What prepares text and motion is not in it: keys and values of prompts, projections and scalers of references.
+    assert 0.8 * weights < file.with_name("denoise.onnx.data").stat().st_size <= weights

@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Heads narrower than this have no fused attention in TensorRT: it must be told that it may compute it in steps.
-_FUSED_HEAD_SIZE = 16
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -217,7 +214,7 @@ def build(trt: Any, source: Path, profiles: Sequence[Profile], targets: Sequence
     log = _log(trt)
     builder = trt.Builder(log)
     network, parser = parse(trt, log, builder, source, plugin)
-    _allow_narrow_heads(trt, network)
+    _allow_attention_in_steps(trt, network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the engine can be inspected
     for shapes in profiles:
@@ -269,14 +266,14 @@ def without_definition(source: Path) -> Path:
     return file
 
 
-def _allow_narrow_heads(trt: Any, network: Any) -> None:
+def _allow_attention_in_steps(trt: Any, network: Any) -> None:
+    """Let attention without a fused kernel, as in fp32 or of narrow heads, be computed in steps: else it is refused."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for i in range(network.num_layers if kind is not None else 0):
         layer = network.get_layer(i)
         if layer.type == kind:
             layer.__class__ = trt.IAttentionInputLayer
-            if layer.get_input(0).shape[-1] < _FUSED_HEAD_SIZE:
-                layer.attention.decomposable = True
+            layer.attention.decomposable = True
 
 
 def _log(trt: Any) -> Any:
