@@ -84,7 +84,7 @@ def show(
         return
     from emt_cli.jobs import printable
 
-    told = _told(found)
+    told, place = _told(found), found.manifest.place.capability
     lines = {
         "folder": told["folder"],
         "backend": told["backend"],
@@ -94,10 +94,10 @@ def show(
         "frames": told["frames"],
         "clips at once": "..".join(map(str, told["batch"])),
         "built": f"{told['built']} in {found.manifest.seconds:.0f} s",
-        "for": f"{found.manifest.place.device} ({found.manifest.place.capability})",
-        "with": ", ".join(f"{name} {version}" for name, version in found.manifest.place.versions.items()),
-        "weights": "the model's when it is loaded" if found.manifest.refits else found.manifest.weights.parts,
-        "here": _fits_here(found) or "it runs",
+        "for" if found.manifest.bound else "built on": f"{found.manifest.place.device} ({place})",
+        "with": ", ".join(f"{name} {version}" for name, version in found.manifest.place.versions.items()) or "anything",
+        "weights": "the model's when it is loaded" if found.manifest.refits else "its own, from the model's",
+        "here": _fits_here(found) or "its code and its libraries are these",
     }
     for name, value in lines.items():
         print(f"{name:<14} {printable(str(value))}")
@@ -266,7 +266,7 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
     from emt_cli.engine_choice import EngineChoice
     from emt_cli.generator import open_pipeline
     from emt_cli.model import find_model
-    from emt_engines.build import verified
+    from emt_engines.build import CannotRun, verified
     from emt_engines.manifest import FILE
 
     try:
@@ -275,7 +275,10 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
         return {"state": "whole", "reason": f"not compared: {error.problem}"}
     device = Device.open("cpu" if own.place.device == "cpu" else "cuda", own.precision)
     EngineChoice(str(engine.folder), found, ContentIndex(default_dir())).check_match(device)
-    parts = verified(engine.folder, own, open_pipeline(found, device))
+    try:
+        parts = verified(engine.folder, own, open_pipeline(found, device))
+    except CannotRun as error:
+        return {"state": "whole", "reason": f"not compared: {error.problem}"}
     if own.parity is None:
         write_atomically(engine.folder / FILE, replace(own, parts=parts).as_bytes())
     return {"state": "ok", "parity": {part.name: part.parity for part in parts if part.parity is not None}}

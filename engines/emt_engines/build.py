@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shutil
 import time
@@ -140,6 +141,7 @@ def build_engine(
     folder = folder.absolute()
     check_target(folder)
     partial = partial_beside(folder)
+    code = code_sha256(*builder_modules(maker.name))
     try:
         partial.mkdir(parents=True)
         parts = maker.build(pipe, request, partial, lambda what, done: progress(what, 0.9 * done))
@@ -154,7 +156,7 @@ def build_engine(
             batch=request.batch,
             weights=request.weights,
             refits=maker.refits,
-            code=code_sha256(*builder_modules(maker.name)),
+            code=code,
             place=replace(place, versions=versions),
             bound=maker.bound,
             opset=maker.opset,
@@ -163,7 +165,8 @@ def build_engine(
             seconds=0.0,
         )
         progress("comparing with eager PyTorch", 0.9)
-        manifest = replace(manifest, parts=verified(partial, manifest, pipe))
+        with contextlib.suppress(CannotRun):  # `emt engines verify` compares it where it runs
+            manifest = replace(manifest, parts=verified(partial, manifest, pipe))
         manifest = replace(manifest, seconds=round(time.monotonic() - begun, 1))
         write_atomically(partial / FILE, manifest.as_bytes())
         sync_tree(partial)
@@ -179,18 +182,15 @@ def build_engine(
 
 
 def verified(folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) -> tuple[Part, ...]:
-    """The parts of an engine with their parity, measured now; without, if this machine cannot run it.
+    """The parts of an engine with their parity, measured now.
 
     Raises:
+        CannotRun: this machine cannot run it.
         EmtError: it differs from eager PyTorch by more than `PARITY` allows; names the part.
     """
     from emt_engines.parity import measure
 
-    try:
-        engine = open_engine(folder, manifest, pipe)
-    except CannotRun:
-        return manifest.parts
-    found = measure(engine, manifest, pipe)
+    found = measure(open_engine(folder, manifest, pipe), manifest, pipe)
     limit = PARITY[manifest.precision]
     for name, parity in found.items():
         if not parity <= limit:  # NaN is too much as well

@@ -48,8 +48,8 @@ PARTS = ("denoise", "reference", "vae_encoder", "vae_decoder")
 _VAE_PIXELS = 2 * 512 * 512
 
 
-def _options() -> dict[str, Any]:
-    return {
+def _options(device: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
         "aot_inductor.package_constants_in_so": False,
         # Short vectors, such as the four biases of the last convolution, would be written into the code.
         "always_keep_tensor_constants": True,
@@ -58,6 +58,10 @@ def _options() -> dict[str, Any]:
         # Most of a build is the C++ that calls the kernels; optimising it gains nothing that a CUDA graph leaves.
         "aot_inductor.compile_wrapper_opt_level": "O0",
     }
+    if device != "cpu":
+        # Do not find out which vector instructions the CPU has: a minute, and no kernel of the GPU's uses them.
+        options["cpp.vec_isa_ok"] = False
+    return options
 
 
 class InductorBuilder:
@@ -266,7 +270,9 @@ def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path, p
     outputs = [x.meta["val"] for x in next(n for n in exported.graph.nodes if n.op == "output").args[0]]
     file = folder / f"{name}-{size}.pt2"
     phases.begin("tracing")
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=_options())
+    torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(file), inductor_configs=_options(pipe.device.type)
+    )
     return Part(
         name=name,
         file=file.name,
