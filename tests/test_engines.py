@@ -34,7 +34,7 @@ from emt_cli.model import find_model
 from emt_cli.options import Settings
 from emt_engines.build import build_engine, builder, open_engine
 from emt_engines.compiling import Phases, remembered_writes
-from emt_engines.inductor import InductorBackend, images_at_once
+from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once
 from emt_engines.manifest import (
     FILE,
     Manifest,
@@ -63,6 +63,13 @@ MICRO = {
     "steps": 2,
 }
 SIZE = Size((SIDE, SIDE), (SIDE, SIDE))
+
+
+class KillsItself:
+    """In the place of networks to make, in another process."""
+
+    def make(self, device: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -362,15 +369,24 @@ def test_images_at_once_divide_a_clip(frames, size, images):
 # ----------------------------------------------------------------------------------------------------- the compiler
 
 
+@pytest.mark.parametrize(("networks", "ending"), [(None, "exit code 1"), (KillsItself(), "signal SIGKILL")])
+def test_a_compiler_that_dies_is_named(model, tmp_path, networks, ending):
+    """Of those that compile parts side by side; a pool of processes would wait for it."""
+    job = _Job(networks, request_for(model), "vae_decoder", SIZE, tmp_path)
+    with pytest.raises(EmtError, match=f"compiling vae_decoder for 32x32 ended with {ending}"):
+        _side_by_side([job], 1, lambda what, done: None)
+
+
 def test_phases_are_told_and_timed():
+    new = time.time_ns() % 1_000_003  # what has been compiled before is not compiled again
     told: list[str] = []
     phases = Phases(told.append)
     with phases.of_compiler():
-        torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(3))
+        torch.compile(lambda x: x + new, fullgraph=True)(torch.ones(3))
         phases.begin("loading")
     assert [phase for phase in told if phase != "C++"] == ["lowering", "scheduling", "kernels", "loading"]
     assert [word for word in phases.summary().split() if word.isalpha() and word != "s"][-1] == "loading"
-    torch.compile(lambda x: x - 1, fullgraph=True)(torch.ones(3))
+    torch.compile(lambda x: x - new, fullgraph=True)(torch.ones(3))
     assert told[-1] == "loading", "it is followed within the block alone"
 
 
