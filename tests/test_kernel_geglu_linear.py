@@ -163,7 +163,7 @@ def test_operator_is_registered_well(device: str) -> None:
     torch.library.opcheck(torch.ops.emt.geglu_linear, tensors, **({"test_utils": tests} if tests else {}))
 
 
-def _compiled(plan: Plan, capability: int) -> Any:
+def _compiled(plan: Plan, capability: int, ones: tuple[str, ...] = ()) -> Any:
     """What Triton makes of a plan in float16, for GPUs of a compute capability, none of which need be here."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -177,6 +177,7 @@ def _compiled(plan: Plan, capability: int) -> Any:
         "out": f"{plan.rows}, {plan.inner}",
     }
     names = [parameter.name for parameter in kernel.params]
+    constants |= dict.fromkeys(ones, 1)
     signature = dict.fromkeys(names, "i32") | dict.fromkeys(constants, "constexpr") | {"bias": "*fp16"}
     signature |= {name: f"tensordesc<fp16[{b}]>" if plan.descriptors else "*fp16" for name, b in blocks.items()}
     aligned = [name for name in names if signature[name] in ("i32", "*fp16") and name != "programs"]
@@ -193,6 +194,12 @@ def _compiled(plan: Plan, capability: int) -> Any:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_for_every_gpu(capability: int) -> None:
     assert _compiled(PLAIN, capability).asm["cubin"]
+
+
+@pytest.mark.parametrize("ones", [("inner", "channels", "weight_row"), ("rows", "x_row")])
+def test_sizes_of_one_compile(ones: tuple[str, ...]) -> None:
+    """Triton makes constants of them, which are no tensors."""
+    assert _compiled(TINY, 90, ones).asm["cubin"]
 
 
 @pytest.mark.parametrize("plan", sorted(set(PLANS.values()), key=str), ids=str)
