@@ -169,7 +169,8 @@ class MotionTransferPipeline(DiffusionPipeline):
         """Make clips on a GPU with little memory, more slowly; the pipeline is in the computer's memory so far.
 
         Of text encoder, network and VAE only the one that is needed is on the GPU. Samples go through the network
-        one by one, frames through the VAE, and a reference is prepared layer by layer, anew at each step.
+        one by one, frames through the VAE, and a reference is prepared layer by layer, anew at each step, from features
+        in the computer's memory.
         """
         self.enable_model_cpu_offload(device=device)
         self.backend = TorchBackend(self, low_memory=True)
