@@ -22,7 +22,7 @@ from recipes.common import (
     Stage,
     Trainer,
     compiled,
-    fastest_attention,
+    kernel_attention,
     make_base,
     make_scheduler,
     make_unet,
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_noise(batch, objective, stage.generator, stage.dtype, shift=3.0)
 
     groups = [(projections, options.rate)] + ([(scalers, options.scaler_rate)] if scalers else [])
-    with fastest_attention(stage), compiled(stage, unet):
+    with kernel_attention(stage), compiled(stage, unet):
         trainer = Trainer(loss, groups, average=0.998, graph=stage.graph)
         train(stage, trainer, draw)
     if options.compile_only:

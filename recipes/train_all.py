@@ -13,9 +13,8 @@ import gc
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -33,39 +32,48 @@ STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
 """Minutes, result and command of each stage."""
 
 
+COMPILED = {
+    "frames": ("recipes.train_base", "frames"),
+    "video": ("recipes.train_base", "video"),
+    "adapter": ("recipes.train_adapter",),
+}
+"""Commands of the stages that can be compiled ahead."""
+
+
 class Compiler:
-    """Fills torch.compile's cache for the later stages, one after the other, while the first ones run.
+    """Fills torch.compile's cache for the stages that are left, all at once, while the first ones run.
 
     A stage whose network does not compile is trained without: `ready` says which do.
+
+    Args:
+        out: folder of all stages' results.
+        device: where they run.
+        stages: names of those that are left; what cannot be compiled ahead is passed over.
     """
 
-    def __init__(self, out: Path, device: str) -> None:
-        self._commands = {
-            "frames": ["recipes.train_base", "frames"],
-            "video": ["recipes.train_base", "video"],
-            "adapter": ["recipes.train_adapter"],
-        }
-        self._out, self._device = out / "compile", device
-        self._done = {name: threading.Event() for name in self._commands}
-        self._codes: dict[str, int] = {}
-        self._out.mkdir(parents=True, exist_ok=True)
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        for name, command in self._commands.items():
-            arguments = ["--out", str(self._out), "--device", self._device, "--compile-only"]
-            with (self._out / f"{name}.log").open("wb") as log:
-                process = subprocess.run([sys.executable, "-m", *command, *arguments], stdout=log, stderr=log)
-            self._codes[name] = process.returncode
-            self._done[name].set()
+    def __init__(self, out: Path, device: str, stages: Collection[str]) -> None:
+        folder = out / "compile"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        for name in [name for name in COMPILED if name in stages]:
+            arguments = ["--out", str(folder), "--device", device, "--compile-only"]
+            with (folder / f"{name}.log").open("wb") as log:
+                command = [sys.executable, "-m", *COMPILED[name], *arguments]
+                self._started[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def ready(self, stage: str) -> bool:
         """Whether a stage can be compiled; waits until it is known."""
-        if stage not in self._done:
+        if stage not in self._started:
             return False
-        self._done[stage].wait()
-        print(f"[all] compiling {stage} ended with {self._codes[stage]}", flush=True)
-        return self._codes[stage] == 0
+        code = self._started[stage].wait()
+        print(f"[all] compiling {stage} ended with {code}", flush=True)
+        return code == 0
+
+    def stop(self) -> None:
+        """End what is still compiling."""
+        for process in self._started.values():
+            if process.poll() is None:
+                process.terminate()
 
 
 def start_judge(out: Path, device: str, minutes: float) -> subprocess.Popen[bytes] | None:
@@ -102,15 +110,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             del stages[name]
         if not (o.out / "vae").exists():
             shutil.copytree(o.start / "vae", o.out / "vae")
-    left = [minutes for minutes, result, _ in stages.values() if not (o.out / result).exists()]
-    scale = o.minutes / max(sum(left), 1e-6)
+    left = {name: minutes for name, (minutes, result, _) in stages.items() if not (o.out / result).exists()}
+    scale = o.minutes / max(sum(left.values()), 1e-6)
     common = ["--out", str(o.out), "--device", o.device, "--seed", str(o.seed)]
     common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
     for flag in ("steps", "batch"):
         common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
     started, judge = time.monotonic(), None
     on_gpu = o.device.startswith("cuda")
-    compiler = Compiler(o.out, o.device) if on_gpu and not o.eager and o.batch is None else None
+    compiler = Compiler(o.out, o.device, left) if on_gpu and not o.eager and o.batch is None else None
     try:
         for name, (minutes, result, run) in stages.items():
             if name in ("frames", "video") and judge is None and o.judge_minutes:
@@ -141,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         if judge is not None and judge.poll() is None:
             judge.terminate()
+        if compiler is not None:
+            compiler.stop()
     print(f"[all] {time.monotonic() - started:.0f} s", flush=True)
 
 

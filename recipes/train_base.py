@@ -21,7 +21,7 @@ from recipes.common import (
     Stage,
     Trainer,
     compiled,
-    fastest_attention,
+    kernel_attention,
     make_base,
     make_scheduler,
     save_on_signals,
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     objective = Objective.from_scheduler(make_scheduler(), stage.device)
     single = name == "frames"
 
-    with without_motion_modules(unet) if single else fastest_attention(stage), compiled(stage, unet):
+    with without_motion_modules(unet) if single else kernel_attention(stage), compiled(stage, unet):
         trainer = Trainer(
             lambda **batch: base_loss(unet, text, objective, **batch),
             [([*unet.parameters(), *text.parameters()], options.rate)],

@@ -391,7 +391,7 @@ def test_compiled_and_captured_on_a_gpu() -> None:
     with torch.no_grad():
         expected = _network_like(*inputs)
         assert torch.equal(_network_like(*inputs), expected)
-        # The compiler tells Triton other things of sizes and addresses: sums come in another order, halves round otherwise.
+        # The compiler tells Triton other things of sizes: sums come in another order, and halves round otherwise.
         fused = torch.compile(_network_like, fullgraph=True)(*inputs)
         torch.testing.assert_close(fused, expected, rtol=4e-3, atol=4e-3)
         graph = torch.cuda.CUDAGraph()

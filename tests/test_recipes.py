@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
 from emt.evaluate.judge import Judge, Vocabulary
@@ -19,10 +18,8 @@ from emt.pipeline import MotionTransferPipeline
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.train.world import words
 from emt.video import write_clip
-from emt_kernels.temporal_attention import temporal_attention_reference
 from recipes import ablations, assemble, real_clips, train_adapter, train_all
 from recipes.common import (
-    ATTENTIONS,
     SMALL,
     SUBJECT_WEIGHT,
     TINY,
@@ -233,26 +230,8 @@ def test_adapter_learns_a_batch_by_heart_and_nothing_else_changes() -> None:
     assert changed == set(trained)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_ways_of_temporal_attention_agree(name: str, with_reference: bool) -> None:
-    torch.manual_seed(0)
-    batch, frames, tokens, channels = 4, 3, 8, 16
-    qkv = list(torch.randn(3, batch, frames, tokens, channels))
-    reference: list[Tensor] = []
-    if with_reference:
-        reference = [*torch.randn(2, 2, frames, tokens, channels), *torch.randn(2, frames, channels)]
-        reference.append(torch.rand(batch, frames, tokens))
-    ours = temporal_attention_reference(*qkv, 4, *reference, attend=ATTENTIONS[name])
-    assert torch.allclose(ours, temporal_attention_reference(*qkv, 4, *reference), atol=1e-5)
-
-
-@pytest.mark.parametrize("attention", [None, *ATTENTIONS])
-def test_losses_never_wait_for_the_device(attention: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_never_wait_for_the_device() -> None:
     # The meta device has no values: whatever asks for one, which a CUDA graph cannot hold, fails.
-    if attention is not None:
-        way = functools.partial(temporal_attention_reference, attend=ATTENTIONS[attention])
-        monkeypatch.setattr("emt.temporal.temporal_attention", way)
     kind = {"device": "meta", "dtype": torch.bfloat16}
     with torch.device("meta"):
         (unet, text), adapted, vae = make_base(SMALL), make_unet(SMALL, None), make_vae(SMALL)

@@ -11,7 +11,6 @@ keys ``s·k + p`` are never formed: a query's score is ``s·(q·k) + q·p``, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,8 +34,6 @@ def temporal_attention_reference(
     position_key: Tensor | None = None,
     position_value: Tensor | None = None,
     scale: Tensor | None = None,
-    *,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:
     """Attend over time at every pixel, to the clip's own frames and, if given, to the reference's.
 
@@ -53,7 +50,6 @@ def temporal_attention_reference(
         position_key: (reference frames, channels).
         position_value: as `position_key`.
         scale: (batch, reference frames, tokens).
-        attend: softmax attention of queries, keys and values, each (pixels, heads, frames, channels/heads).
 
     Returns:
         (batch, frames, tokens, channels).
@@ -75,9 +71,9 @@ def temporal_attention_reference(
     q, k, v = per_pixel(query), per_pixel(key), per_pixel(value)
     if q.shape[0] > _MAX_ATTENTION_BATCH:
         parts = zip(*(x.split(_MAX_ATTENTION_BATCH) for x in (q, k, v)), strict=True)
-        out = torch.cat([attend(*part) for part in parts])
+        out = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
     else:
-        out = attend(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v)
     return out.unflatten(0, (batch, tokens)).permute(0, 3, 1, 2, 4).flatten(3)
 
 
