@@ -49,7 +49,7 @@ def bench(
         str | None,
         typer.Option(
             help="Model folder or hub id. Default: random weights of Stable Diffusion 1.5 size on a GPU; demo, the "
-            "small model that ships, elsewhere.",
+            "small model, elsewhere.",
             show_default=False,
         ),
     ] = None,

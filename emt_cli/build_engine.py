@@ -32,7 +32,7 @@ def build_engine(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model folder or hub id. Default: demo, which ships.", show_default=False, metavar="FOLDER|HUB_ID"
+            help="Model folder or hub id. Default: demo, the small model.", show_default=False, metavar="FOLDER|HUB_ID"
         ),
     ] = None,
     backend: Annotated[EngineBackend, typer.Option(help="What compiles it.")] = EngineBackend.INDUCTOR,

@@ -35,7 +35,7 @@ class Finding:
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub id. Default: demo, which ships.", show_default=False)
+        str | None, typer.Option(help="Model folder or hub id. Default: demo, the small model.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("out"),
     cache_dir: Annotated[

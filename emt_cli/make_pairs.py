@@ -66,7 +66,7 @@ def make_pairs(
     model: Annotated[
         str | None,
         _taught(
-            "Folder or hub id of the base that teaches. Default: demo, the small model that ships.", show_default=False
+            "Folder or hub id of the base that teaches. Default: demo, the small model.", show_default=False
         ),
     ] = None,
     steps: Annotated[int | None, _taught("Denoising steps. Default: the model's.", min=1, max=500)] = None,

@@ -24,10 +24,8 @@ from emt_cli.cache import ContentIndex
 from emt_cli.options import MODEL_DEFAULTS, Scheduler, Settings, parse_field
 from emt_cli.vocabulary import Vocabulary
 
-_HOW_TO_GET = (
-    "Leave --model out for the small model that ships, or make a model folder with "
-    "`emt import-weights --base … --motion-module … --adapter … -o FOLDER` and name it with `--model FOLDER`."
-)
+_IMPORT = "Make one with `emt import-weights --base … --motion-module … --adapter … -o FOLDER`."
+_HOW_TO_GET = f"Leave --model out for the small model, or name a model folder with `--model FOLDER`. {_IMPORT}"
 _CONTENT = (".safetensors", ".json", ".txt", ".model")
 
 _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
@@ -189,7 +187,7 @@ def clip_bytes(settings: Settings, experience: Experience | None = None) -> floa
 
 
 def find_model(name: str | None, *, download: bool) -> Model:
-    """The model of `--model`: a folder, a hub id, or `demo`, which ships.
+    """The model of `--model`: a folder, a hub id, or `demo`, the small one.
 
     Args:
         name: What the user gave; None is `demo`. A folder of that name is `./demo`.
@@ -200,6 +198,11 @@ def find_model(name: str | None, *, download: bool) -> Model:
     """
     name = name or demo.NAME
     folder = demo.path() if name == demo.NAME else _locate(name, download)
+    if name == demo.NAME and not (folder / "model_index.json").is_file():
+        raise EmtError(
+            "the demo model has no weights here: their training is not finished",
+            f"Name a model folder with `--model FOLDER`. {_IMPORT}",
+        )
     listed = _read_json(folder / "model_index.json")
     missing = []
     for part, kind in listed.items():

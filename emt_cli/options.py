@@ -189,7 +189,7 @@ class TransferOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model folder (emt import-weights makes one) or hub id. Default: demo, the small model that ships; "
+            help="Model folder (emt import-weights makes one) or hub id. Default: demo, the small model; "
             "emt doctor lists the words that it knows.",
             rich_help_panel=_RUN,
             show_default=False,

@@ -82,7 +82,7 @@ def train(
     saves a checkpoint. On several GPUs: accelerate launch --multi_gpu --num_processes N -m emt_cli.app train …
     """
     if model is None:  # a run takes hours: what it starts from is not to be guessed
-        raise typer.BadParameter("--model says what to train: a model folder, a hub id, or demo, the one that ships")
+        raise typer.BadParameter("--model says what to train: a model folder, a hub id, or demo, the small one")
     import logging
 
     # The model's warning about long prompts would come at every step.

@@ -1,4 +1,4 @@
-"""The small model that ships with the program, in the folder of this package; its card is `README.md` there."""
+"""The small model, in the folder of this package; its card is `README.md` there."""
 
 from __future__ import annotations
 
