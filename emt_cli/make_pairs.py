@@ -65,9 +65,7 @@ def make_pairs(
     seeds: Annotated[str, _taught("Seeds for each reference and prompt, as in 0,7,10-15.")] = "0",
     model: Annotated[
         str | None,
-        _taught(
-            "Folder or hub id of the base that teaches. Default: demo, the small model.", show_default=False
-        ),
+        _taught("Folder or hub id of the base that teaches. Default: demo, the small model.", show_default=False),
     ] = None,
     steps: Annotated[int | None, _taught("Denoising steps. Default: the model's.", min=1, max=500)] = None,
     guidance: Annotated[

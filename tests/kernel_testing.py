@@ -6,13 +6,14 @@ the two. The process of the tests compiles; what is interpreted runs in a second
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
@@ -22,6 +23,16 @@ import torch
 
 # Ampere (A100; RTX 30), Ada, Hopper, Blackwell (B200; RTX 50).
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` gives with NaN, so that nothing left unwritten passes."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def kernel_test(test: Callable[..., None]) -> Callable[..., None]:

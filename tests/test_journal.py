@@ -163,7 +163,7 @@ def test_a_known_file_is_not_read_again_not_even_by_the_next_process(tmp_path, n
     file = tmp_path / "a.mp4"
     file.write_bytes(b"one")
     first = ContentIndex(tmp_path / "cache").sha256(file)
-    monkeypatch.setattr(cache, "_sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(cache, "sha256_of", lambda path: pytest.fail("read again"))
     assert ContentIndex(tmp_path / "cache").sha256(file) == first
 
 

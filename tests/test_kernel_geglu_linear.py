@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import CAPABILITIES, kernel_test
+from kernel_testing import CAPABILITIES, kernel_test, poisoned_memory
 from torch import Tensor
 
 from emt_kernels import geglu_linear as module
@@ -66,16 +64,6 @@ def cases(step: int = 1) -> st.SearchStrategy[Case]:
         strided=st.booleans(),
         seed=st.integers(0, 2**16),
     )
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill what `torch.empty` gives with NaN, so that nothing left unwritten passes."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def assert_rounded(ours: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_testing import CAPABILITIES, compiled, kernel_test
+from kernel_testing import CAPABILITIES, compiled, kernel_test, poisoned_memory
 from torch import Tensor
 
 from emt_kernels import geglu as geglu_module
@@ -27,16 +26,6 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 few = settings(max_examples=12, deadline=None, derandomize=True)
 dtypes = st.sampled_from(sorted(DTYPES))
 seeds = st.integers(0, 2**16)
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill what `torch.empty` gives with NaN, so that nothing left unwritten passes."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def random(seed: int, device: str, dtype: str) -> Any:

@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from emt import EmtError
 from emt.pipeline import MotionTransferPipeline
+from emt.temporal import ImageStream
 from emt.unet import MotionTransferUNet
 from emt.weights import byte_tokenizer, import_weights, parse_lora, random_model
 
@@ -429,7 +430,7 @@ def test_names_agree_with_diffusers_own_motion_module(files: Files, tmp_path: Pa
         theirs, ours = adapter.get_submodule(path), unet.get_submodule(path)
         channels = ours.temporal_transformer.proj_in.in_features
         x = torch.randn(1, channels, 4, 4, generator=torch.Generator().manual_seed(1)).repeat(frames, 1, 1, 1)
-        out = ours(x, frames, None, adapted=False)[0]
+        out = ours(ImageStream(x), frames, None, adapted=False)[0].whole()
         assert (out[0] - out[1]).abs().max() > 1e-3  # the position encoding tells the frames apart
         assert relative_error(out, theirs(x, num_frames=frames)) < 1e-5
 
