@@ -27,7 +27,7 @@ STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
     "latents": (1.5, "latents.safetensors", render_latents.main),
     "frames": (4.0, "frames.safetensors", lambda a: train_base.main(["frames", *a])),
     "video": (8.5, "video.safetensors", lambda a: train_base.main(["video", *a])),
-    "adapter": (4.0, "adapter.safetensors", train_adapter.main),
+    "adapter": (6.0, "adapter.safetensors", train_adapter.main),
 }
 """Minutes, result and command of each stage."""
 
