@@ -126,6 +126,20 @@ def test_two_still_clips_agree():
     assert fidelity("still", "grey") == 1
 
 
+def test_what_cannot_be_followed_agrees_with_nothing():
+    """Noise, and a subject that is elsewhere in each frame: no point can be tracked, and yet they are not at rest."""
+    rng = np.random.default_rng(5)
+    noise = rng.integers(0, 256, (8, SIZE, SIZE, 3), dtype=np.uint8)
+    leaping = clip("still").copy()
+    for i, frame in enumerate(leaping):
+        top, left = divmod(i * 53 % (SIZE - 32) ** 2, SIZE - 32)
+        frame[top : top + 32, left : left + 32] = rng.integers(0, 256, (32, 32, 3))
+    for frames in (noise, leaping):
+        assert track(frames).changes
+        assert motion_fidelity(clip("still"), frames) == 0
+    assert not tracklets("still").changes
+
+
 def test_shuffled_frames_and_another_path_score_low():
     assert abs(fidelity("line", "line shuffled")) < 0.3
     # The directions (70, -40) and (-20, 75) have a cosine of -0.70.

@@ -58,7 +58,8 @@ def tracklet_fidelity(reference: Tracklets, result: Tracklets) -> float:
     - Only tracklets that move (mean speed over `REST_SPEED`, and in most steps in which anything does) are
       averaged and offered as partners: a resting background would agree with any other and outnumber every subject.
       Where one clip has none that move, its side of the average is 0 and the other's tracklets are compared with rest;
-      where neither has, the score is 1. A clip in which nothing can be tracked is at rest.
+      where neither has, the score is 1, or 0 if pictures change all the same: what is faster than points can be followed,
+      or comes and goes as noise does, is not known to be alike.
     - Where the camera moves and a subject moves otherwise, the two groups of tracklets count half each, whatever
       their number.
     - Tracklets may be lost or begin late: steps seen in both are compared, at least half of the scored tracklet's.
@@ -69,7 +70,7 @@ def tracklet_fidelity(reference: Tracklets, result: Tracklets) -> float:
     _check_lengths(reference.points.shape[1], result.points.shape[1])
     first, second = _moving(reference), _moving(result)
     if not len(first.own) and not len(second.own):
-        return 1.0
+        return 0.0 if reference.changes or result.changes else 1.0
     return 0.5 * (_direction(first, second) + _direction(second, first))
 
 

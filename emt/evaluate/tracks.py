@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ _CELLS = 26  # seeds per side: one point in each cell that has texture, so a sma
 _CORNER = 2.0  # smaller eigenvalue of the structure tensor (8-bit grey levels squared, times 4) a seed needs
 _SEARCH = 10  # block matching reaches this many pixels of TRACK_SIZE / 4: 16% of the frame in one step
 _ALIKE = 0.3  # how much of its contrast a point's surroundings may change in one step
+_OTHER = 32  # grey levels by which a pixel that shows something else differs
+_MANY = 0.005  # of a frame's pixels: a subject of a tenth of its side
 _AGREE = 1.0  # pixels by which a point tracked forward and back may miss its start
 
 
@@ -60,12 +62,14 @@ class Tracklets:
             the origin in the frame's centre. Meaningless where not visible.
         visible: (tracks, frames) bool.
         height, width: Size of the frame in the same pixels.
+        changes: Whether the pictures change from frame to frame, be it in a way that no point could be tracked by.
     """
 
     points: np.ndarray
     visible: np.ndarray
     height: float
     width: float
+    changes: bool = False
 
     @property
     def velocity(self) -> np.ndarray:
@@ -90,11 +94,17 @@ def track(frames: np.ndarray, method: str = "opencv", checkpoint: str | Path | N
         EmtError: The method's package is not installed, the checkpoint is missing, or the frames are not a clip.
     """
     check_frames(frames)
-    if method == "cotracker":
-        return _track_cotracker(frames, checkpoint)
-    if method != "opencv":
+    if method not in ("opencv", "cotracker"):
         raise EmtError(f"Unknown tracker {method!r}.", "Choose opencv or cotracker.")
-    return _track_opencv(frames)
+    found = _track_cotracker(frames, checkpoint) if method == "cotracker" else _track_opencv(frames)
+    return replace(found, changes=_changes(frames))
+
+
+def _changes(frames: np.ndarray) -> bool:
+    """Whether more than a few pixels of a clip become others in a usual step: more than its noise and compression do."""
+    steps = zip(frames[:-1], frames[1:], strict=True)
+    shares = [(np.abs(b.astype(np.int16) - a).max(-1) > _OTHER).mean() for a, b in steps]
+    return bool(np.median(shares) > _MANY)
 
 
 def track_scale(height: int, width: int) -> float:
