@@ -58,8 +58,8 @@ def tracklet_fidelity(reference: Tracklets, result: Tracklets) -> float:
     - Only tracklets that move (mean speed over `REST_SPEED`, and in most steps in which anything does) are
       averaged and offered as partners: a resting background would agree with any other and outnumber every subject.
       Where one clip has none that move, its side of the average is 0 and the other's tracklets are compared with rest;
-      where neither has, the score is 1, or 0 if pictures change all the same: what is faster than points can be followed,
-      or comes and goes as noise does, is not known to be alike.
+      where neither has, the score is 1, or 0 if pictures change all the same: what is faster than points can be
+      followed, or comes and goes as noise does, is not known to be alike.
     - Where the camera moves and a subject moves otherwise, the two groups of tracklets count half each, whatever
       their number.
     - Tracklets may be lost or begin late: steps seen in both are compared, at least half of the scored tracklet's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -101,8 +102,8 @@ def track(frames: np.ndarray, method: str = "opencv", checkpoint: str | Path | N
 
 
 def _changes(frames: np.ndarray) -> bool:
-    """Whether more than a few pixels of a clip become others in a usual step: more than its noise and compression do."""
-    steps = zip(frames[:-1], frames[1:], strict=True)
+    """Whether more than a few pixels become others in a usual step: more than by noise and compression."""
+    steps = itertools.pairwise(frames)
     shares = [(np.abs(b.astype(np.int16) - a).max(-1) > _OTHER).mean() for a, b in steps]
     return bool(np.median(shares) > _MANY)
 
