@@ -284,6 +284,16 @@ def test_what_cannot_be_done_at_all_is_exit_code_1_and_says_what_to_type(tmp_pat
         assert "Traceback" not in ended.err
 
 
+def read_terminal(reader: int) -> str:
+    """All that a program writes to a pseudo-terminal, until it closes its side."""
+    shown = b""
+    while True:
+        try:
+            shown += os.read(reader, 1 << 16)
+        except OSError:
+            return shown.decode()
+
+
 def test_on_a_terminal_there_are_bars_and_a_table_and_nothing_of_it_on_stdout(tmp_path):
     clip(tmp_path / "a.mp4")
     reader, writer = pty.openpty()
@@ -308,14 +318,8 @@ def test_on_a_terminal_there_are_bars_and_a_table_and_nothing_of_it_on_stdout(tm
         text=True,
     )
     os.close(writer)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(reader, 1 << 16)
-        except OSError:  # the program has closed its side
-            break
+    text = read_terminal(reader)
     out = run.communicate()[0]
-    text = shown.decode()
     assert run.returncode == 1
     assert out.count("\n") == 1
     assert out.strip().endswith(".mp4")
@@ -333,14 +337,9 @@ def test_results_stand_above_the_bars_where_all_is_one_terminal(tmp_path):
     environ = os.environ | environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "150"}
     with subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=environ, stdout=writer, stderr=writer) as run:
         os.close(writer)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(reader, 1 << 16)
-            except OSError:  # the program has closed its side
-                break
+        shown = read_terminal(reader)
     assert run.returncode == 0
-    before, name, _ = shown.decode().partition("out/a_")
+    before, name, _ = shown.partition("out/a_")
     assert name
     assert before.endswith("\x1b[2K"), "on a line of its own, cleared of the bars"
 

@@ -38,6 +38,7 @@ from emt_engines.compiling import Phases, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
 from emt_engines.signature import Function, by_reference, features_of, function, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
+from emt_kernels.ahead import processors
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
@@ -155,14 +156,9 @@ class _Job:
     folder: Path
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _workers(pipe: MotionTransferPipeline, jobs: int) -> int:
     """Processes that compile at once: each keeps some cores busy and, on a GPU, has networks of its own there."""
-    workers = min(jobs, max(1, _cores() // 4))
+    workers = min(jobs, max(1, processors() // 4))
     if pipe.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(pipe.device)
         own = sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae) for p in part.parameters())
@@ -177,7 +173,7 @@ def _compile_threads(workers: int) -> Iterator[None]:
     if name in os.environ:
         yield
         return
-    os.environ[name] = str(max(1, min(32, _cores()) // workers))
+    os.environ[name] = str(max(1, min(32, processors()) // workers))
     try:
         yield
     finally:

@@ -75,7 +75,7 @@ class Launches:
 
         # Those that take longest first: they are the ones with most parameters.
         ordered = sorted(self._wanted.values(), key=lambda wanted: -len(wanted[0].params))
-        with ThreadPoolExecutor(min(threads or _processors(), len(ordered)) or 1) as pool:
+        with ThreadPoolExecutor(min(threads or processors(), len(ordered)) or 1) as pool:
             jobs = [pool.submit(compile_one, *wanted) for wanted in ordered]
         return [error for job in jobs if isinstance(error := job.exception(), Exception)]
 
@@ -118,6 +118,6 @@ def collected() -> Iterator[Launches]:
         selection.stand_in = before
 
 
-def _processors() -> int:
+def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
