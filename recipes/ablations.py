@@ -4,8 +4,8 @@
 
 needs what the stages before the adapter wrote, the judge, and for the row of the model itself OUT/model. Every variant
 is trained for the same number of steps, the full method among them: the comparison is between those. A variant of
-450 steps takes about 75 seconds on an H100, the measuring of all rows about two minutes. SIGTERM or Ctrl-C ends after
-the variant that is being trained, which is trained again the next time; those that are complete are kept. With
+450 steps is meant to take about 75 seconds on an H100, and measuring about two minutes; neither was timed. SIGTERM or
+Ctrl-C ends after the variant that is being trained, which is trained again the next time; complete ones are kept. With
 --compile a step takes 0.6 of the time, but compiling takes more than a minute for each of three networks: worth it
 from about 1,600 steps on.
 """

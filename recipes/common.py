@@ -630,7 +630,8 @@ def kernel_attention(stage: Stage) -> Iterator[None]:
     """Within, temporal attention trains through its kernel, where that runs.
 
     PyTorch's fused attention is made for long sequences and spends most of a tile on nothing at 16 frames: forward and
-    backward, a layer of 64 clips takes 1.5 to 1.8 ms on an H100 through the kernel, 3.1 to 5.3 ms without.
+    backward, a layer of 48 or 64 clips takes 1.5 to 1.8 ms on an H100 through the kernel (4.4 once, beside compilers),
+    3.1 to 5.3 without.
     """
     if stage.device.type != "cuda" or selection.unavailable():
         yield

@@ -6,7 +6,7 @@
 Every reference is played with every prompt and seed. Writes OUT/clips, OUT/pairs.jsonl (for `emt evaluate`),
 OUT/real_clips.md, .jsonl and .png. Clips whose motion is mostly the camera's are told from those of subjects by their
 tracked points, and the correlation of global motion is averaged over the former. A clip takes about 20 seconds on two
-CPU cores and half a second on an H100, measuring a pair two seconds of a core.
+CPU cores, measuring a pair two seconds of a core.
 """
 
 from __future__ import annotations
