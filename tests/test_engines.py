@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from program import EMT, clip, console, environment
 from safetensors.torch import load_file, save_file
+from torch._inductor import config as inductor_config
 
 from emt.backend import Backend, TorchBackend
 from emt.errors import EmtError
@@ -49,6 +51,7 @@ from emt_engines.manifest import (
     weights_of,
 )
 from emt_engines.signature import feature_tensors, features_of, function, text_tensors
+from emt_engines.toolchain import links_statically, toolchain
 
 FRAMES, SIDE = 4, 32
 #: One level and one layer: the least that has every kind of block.
@@ -293,6 +296,22 @@ def test_a_missing_compiler_is_said(model, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EmtError, match="no C\\+\\+ compiler"):
         builder("inductor").check(request_for(model))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries of a process are read from /proc")
+def test_packages_share_the_processs_cpp_library(monkeypatch, tmp_path):
+    # As a machine has it whose compiler came without the shared library's name: it links the static one.
+    static = subprocess.check_output(["g++", "-print-file-name=libstdc++.a"], text=True).strip()
+    (tmp_path / "libstdc++.a").symlink_to(static)
+    command = tmp_path / "g++"
+    command.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" -L{tmp_path}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("CXX", str(command))
+    assert links_statically(str(command))
+    with toolchain("cpu"):
+        (wrapper,) = inductor_config.cpp.cxx
+        assert not links_statically(wrapper)
+    assert not links_statically("g++")
 
 
 def test_a_folder_that_is_no_engine_is_left_alone(model, pipe, tmp_path):

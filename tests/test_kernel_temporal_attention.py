@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from emt_engines.toolchain import toolchain
 from emt_kernels import temporal_attention as module
 from emt_kernels.selection import interpreted
 from emt_kernels.temporal_attention import temporal_attention, temporal_attention_reference
@@ -334,6 +335,7 @@ def test_export_and_ahead_of_time_compilation(tmp_path: Any) -> None:
     query, key, value, _, *reference = inputs(Case(1, 2, 16, 16, 64, 8, 40, torch.float16, False, 0), "cuda")
     tensors = tuple(x.contiguous() for x in (query, key, value, *reference))
     program = torch.export.export(Attention(), tensors)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "attention.pt2"))
+    with toolchain("cuda"):
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "attention.pt2"))
     out = torch._inductor.aoti_load_package(package)(*tensors)
     assert_close(out, temporal_attention_reference(*exact([*tensors[:3], 8, *tensors[3:]])), 6.0)

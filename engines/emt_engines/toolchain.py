@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import shlex
 import shutil
+import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,30 +40,63 @@ def missing_toolkit() -> str:
     return "" if _cuda_home() else "there are no headers of CUDA's toolkit (set CUDA_HOME to where it is)"
 
 
+@functools.cache
+def links_statically(command: str) -> bool:
+    """Whether what a C++ compiler links has the C++ library inside, in the place of a mention of the shared one."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
+        source.write_text("#include <string>\nstd::string twice(const std::string& x) { return x + x; }\n")
+        made = subprocess.run([command, "-shared", "-fPIC", source, "-o", library], capture_output=True)
+        return made.returncode == 0 and b"libstdc++.so" not in library.read_bytes()
+
+
+def _loaded() -> dict[str, str]:
+    """Paths of the shared libraries in this process that a compiler may miss, by the names that it asks for."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return {}
+    paths = [line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines() if ".so" in line]
+    names = ("libcuda.so", "libstdc++.so")
+    found = {name: next((path for path in paths if Path(path).name.startswith(name)), "") for name in names}
+    return {name: path for name, path in found.items() if path}
+
+
 @contextlib.contextmanager
 def toolchain(device: str) -> Iterator[None]:
-    """Lets the compiler find CUDA's headers, and the driver's library, which only its own name lacks in many places."""
-    home = _cuda_home() if device.startswith("cuda") else None
-    if home is None:
-        yield
-        return
+    """Lets PyTorch's compiler find CUDA's headers, and link the libraries that this process has loaded.
+
+    Of the driver's library many places lack the name that a linker asks for. Where a compiler lacks that of the C++
+    library, it takes the static one without a word, and the package has a second copy of it inside: which crashes, or
+    hangs, as soon as its locales meet those of the first, in the constructor of the package.
+    """
+    from torch._inductor import config
     from torch.utils import cpp_extension
 
-    torch.cuda.init()
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    driver = next((line.split()[-1] for line in maps.splitlines() if "libcuda.so" in line), None)
+    home = _cuda_home() if device.startswith("cuda") else None
+    if device.startswith("cuda"):
+        torch.cuda.init()
     before, found = dict(os.environ), cpp_extension.CUDA_HOME
     with tempfile.TemporaryDirectory() as folder:
-        if driver:
-            (Path(folder) / "libcuda.so").symlink_to(driver)
-        cpp_extension.CUDA_HOME = str(home)
-        paths = [folder, str(home / "lib64"), str(home / "lib"), *before.get("LIBRARY_PATH", "").split(os.pathsep)]
-        os.environ["LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
+        loaded = _loaded()
+        for name, path in loaded.items():
+            (Path(folder) / name).symlink_to(path)
+        changes: dict[str, Any] = {}
+        if "libstdc++.so" in loaded and links_statically(compiler()):
+            # Only folders of the command line are searched before the compiler's own.
+            wrapper = Path(folder) / Path(compiler()).name
+            wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(shutil.which(compiler()) or "")} -L{folder} "$@"\n')
+            wrapper.chmod(0o755)
+            changes["cpp.cxx"] = (str(wrapper),)
+        if home is not None:
+            cpp_extension.CUDA_HOME = str(home)
+            paths = [folder, str(home / "lib64"), str(home / "lib"), *before.get("LIBRARY_PATH", "").split(os.pathsep)]
+            os.environ["LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
         try:
-            yield
+            with config.patch(changes):
+                yield
         finally:
             cpp_extension.CUDA_HOME = found
             if "LIBRARY_PATH" in before:
                 os.environ["LIBRARY_PATH"] = before["LIBRARY_PATH"]
             else:
-                del os.environ["LIBRARY_PATH"]
+                os.environ.pop("LIBRARY_PATH", None)
