@@ -269,9 +269,9 @@ if INSTALLED:
 
     def _plan(x: Tensor, weight: Tensor, out: Tensor) -> Plan:
         """The plan for matrices."""
-        plan = PLANS.get(x.shape[1], PLANS[1280])
         hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-        return plan if hopper and _describable(x, weight, out) else PLAIN
+        # Traced tensors are not described; the number of their channels may be a symbol, which no table finds.
+        return PLANS.get(x.shape[1], PLANS[1280]) if hopper and _describable(x, weight, out) else PLAIN
 
     def _describe_weight(weight: Tensor, plan: Plan) -> Any:
         """The weight as (2, inner, channels): features of values, and those that gate them."""
