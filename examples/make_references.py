@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from emt.train.motions import CAMERA_FAMILIES, FAMILIES, HELD_OUT_CAMERA_FAMILIES, HELD_OUT_FAMILIES
+from emt.train.motions import CAMERA_FAMILIES, FAMILIES, FRAME, HELD_OUT_CAMERA_FAMILIES, HELD_OUT_FAMILIES
 from emt.train.scenes import SCENES
 from emt.train.world import World
 from emt.video import write_clip
@@ -32,6 +32,8 @@ WANTED = {
 """File name: family of the subject's motion and of the camera's."""
 PATTERNS = ("bricks", "checkerboard", "stripes", "dots", "wood", "meadow", "snow")
 """Scenes over which a camera's path is hard to see, as they look alike everywhere."""
+STEP = FRAME / 12
+"""Pixels that a subject moves between two frames at most: what leaps further no tracker of points follows."""
 
 
 def main() -> None:
@@ -48,10 +50,10 @@ def main() -> None:
         is_camera = motions.camera_family == (cameras.index(camera))
         # Large enough to see, and moving far enough: the most of those drawn.
         pan = motions.camera[..., :2]
-        travel = motions.position[:, :, 0].diff(dim=1).norm(dim=-1).sum(1) + 10 * (pan.amax(1) - pan.amin(1)).norm(
-            dim=-1
-        )
-        score = torch.where(is_family & is_camera, motions.scale[:, :, 0].amin(1).clamp(max=30) + travel / 20, -1.0)
+        steps = motions.position[:, :, 0].diff(dim=1).norm(dim=-1)
+        travel = steps.sum(1) + 10 * (pan.amax(1) - pan.amin(1)).norm(dim=-1)
+        allowed = is_family & is_camera & (steps.amax(1) <= STEP)
+        score = torch.where(allowed, motions.scale[:, :, 0].amin(1).clamp(max=30) + travel / 20, -1.0)
         one = motions[score.argmax().view(1)]
         appearance = world.appearances(one, generator, held_out=True)
         while SCENES[appearance.scene] in PATTERNS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from emt.evaluate.camera import camera_agreement, camera_from_tracklets, camera_
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.motion import motion_fidelity, tracklet_fidelity
 from emt.evaluate.tracks import TRACK_SIZE, Tracklets, track
+from emt.video import read_clip
 
 cv2 = pytest.importorskip("cv2")
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "references"
 SIZE, FRAMES = 128, 8
 TIME = np.linspace(0, 1, FRAMES)
 
@@ -107,6 +110,13 @@ def test_the_same_motion_in_another_look_scores_near_one(name):
 
 def test_size_does_not_matter():
     assert fidelity("line", "large") > 0.93
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.mp4")), ids=lambda path: path.stem)
+def test_the_examples_move_so_that_points_can_be_followed(path):
+    """A reference that leaps too far scores 0 with whatever follows it, itself at another size included."""
+    small, large = (read_clip(path, frames=16, size=(side, side)).frames for side in (128, 192))
+    assert motion_fidelity(small, large) > 0.95
 
 
 def test_opposite_motion_scores_near_minus_one():
