@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from emt.contact_sheet import contact_sheet
 from emt.evaluate.judge import Judge
 from emt.evaluate.truth import Truth, draw_cases, evaluate_truth, format_truth
 from emt.pipeline import Motion, MotionTransferPipeline
 from emt.train.world import Appearances, Motions, World
 from recipes.common import SMALL, TINY, make_world
 
-SHOWN = 8
-"""Frames of a clip in the contact sheet."""
+SHOWN = 32
+"""Pairs in the contact sheet."""
 FLOOR = "floor: renders"
 """The column of the judge's own errors: what it reads in renders that play the motion exactly."""
 
@@ -78,22 +79,6 @@ def through_vae(pipeline: MotionTransferPipeline, clips: Tensor) -> Tensor:
         y = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample.float()
         out.append(((y + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu())
     return torch.cat(out).unflatten(0, clips.shape[:2])
-
-
-def contact_sheet(references: Tensor, results: Tensor, columns: int = 2) -> Image.Image:
-    """Pairs of rows, the reference above and the result below; `columns` pairs side by side."""
-    shown = torch.linspace(0, references.shape[1] - 1, min(SHOWN, references.shape[1])).round().long()
-    strips = [torch.cat([x.cpu()[i, shown] for x in (references, results)]) for i in range(len(references))]
-    height, width = references.shape[3:]
-    count = len(shown)
-    rows = -(-len(strips) // columns)
-    sheet = Image.new("RGB", (columns * (count * width + 8), rows * (2 * height + 8)), "white")
-    for index, strip in enumerate(strips):
-        left, top = index % columns * (count * width + 8), index // columns * (2 * height + 8)
-        for place, frame in enumerate(strip):
-            image = Image.fromarray(frame.permute(1, 2, 0).numpy())
-            sheet.paste(image, (left + place % count * width, top + place // count * height))
-    return sheet
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -150,8 +135,10 @@ def evaluate(
         columns["without reference"] = measured(alone)
     columns["floor: through the VAE"] = measured(through_vae(pipeline, exact))
     columns[FLOOR] = measured(exact)
-    some = min(32, clips)
-    return columns, contact_sheet(cases[0].references[:some], adapted[:some])
+    some = min(SHOWN, clips)
+    pairs = torch.stack([cases[0].references[:some], adapted[:some]], 1).permute(0, 1, 2, 4, 5, 3).numpy()
+    blocks = list(zip(cases[0].captions[:some], pairs, strict=True))
+    return columns, contact_sheet(blocks, columns=2, labels=("reference", "result"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError
 from emt.evaluate import judge as judges
 from emt.evaluate.camera import CURVES, camera_share
@@ -40,8 +40,6 @@ CAMERA = 0.4
 Clips over uneven ground have about 0.5, of subjects before a camera that follows them 0.3 at most."""
 TARGET = 0.7
 """What the correlation of global motion is to reach where the camera moves."""
-_SHOWN = 8
-_LINE = 14  # pixels of a caption in the sheet
 
 
 @dataclass(frozen=True)
@@ -104,29 +102,20 @@ def make(
     return pairs
 
 
-def contact_sheet(references: Sequence[Reference], rows: Sequence[Row]) -> Image.Image:
-    """Of each reference its frames, and below those of its results, each with its prompt and measures."""
-    strips: list[tuple[str, np.ndarray]] = []
+def show(references: Sequence[Reference], rows: Sequence[Row]) -> Image.Image:
+    """Of each reference its frames, and below those of its results, each with its measures and prompt."""
+    blocks = []
     for reference in references:
-        strips.append((f"{reference.path.stem}: {reference.kind}", reference.clip.frames))
+        blocks.append((f"{reference.path.stem}: {reference.kind}", [reference.clip.frames]))
         for row in rows:
             if row.pair.reference != reference.path or row.error is not None:
                 continue
             camera = row.values["camera"]
             told = f"fidelity {row.values['motion_fidelity']:.2f}"
             told += f", camera {camera:.2f}" if camera is not None else ""
-            strips.append(
-                (f"  {row.pair.prompt}: {told}", read_clip(row.pair.result, frames=len(reference.clip.frames)).frames)
-            )
-    height, width = strips[0][1].shape[1:3]
-    sheet = Image.new("RGB", (_SHOWN * width, len(strips) * (height + _LINE)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, (text, frames) in enumerate(strips):
-        top = place * (height + _LINE)
-        draw.text((2, top + 1), text, fill="black")
-        shown = np.linspace(0, len(frames) - 1, _SHOWN).round().astype(int)
-        sheet.paste(Image.fromarray(np.concatenate(list(frames[shown]), axis=1)), (0, top + _LINE))
-    return sheet
+            frames = read_clip(row.pair.result, frames=len(reference.clip.frames)).frames
+            blocks.append((f"  {told}: {row.pair.prompt}", [frames]))
+    return contact_sheet(blocks)
 
 
 def format_table(references: Sequence[Reference], rows: Sequence[Row]) -> str:
@@ -180,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table)
     (o.out / "real_clips.md").write_text(table + "\n")
     (o.out / "real_clips.jsonl").write_text("".join(json.dumps(row.as_dict()) + "\n" for row in rows))
-    contact_sheet(references, rows).save(o.out / "real_clips.png")
+    show(references, rows).save(o.out / "real_clips.png")
     print(f"{time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -396,7 +397,11 @@ def test_folder_generates_and_is_measured(pipeline: MotionTransferPipeline) -> N
     judge = Judge(Vocabulary.of_world())
     columns, sheet = evaluate(pipeline, judge, world, clips=3, seeds=1, batch=2, steps=2)
     assert set(columns) == {"adapted", "without reference", "floor: through the VAE", "floor: renders"}
-    assert sheet.size == (2 * (TINY.frames * 32 + 8), 2 * (2 * 32 + 8))
+    # Three pairs in two columns: right of their labels, and each below its prompt.
+    across, down = TINY.frames * 32 + 8, 17 + 2 * 32 + 8
+    assert sheet.size == (71 + 2 * across, 2 * down)
+    captions = [sheet.crop((left, 0, left + across, 17)).convert("L") for left in (71, 71 + across)]
+    assert all(caption.getextrema() == (0, 255) for caption in captions)
 
 
 def test_motions_read_together_are_those_read_alone(pipeline: MotionTransferPipeline) -> None:
@@ -424,6 +429,7 @@ def test_real_clips_are_played_measured_and_shown(out: Path, tmp_path: Path) -> 
     assert all(Path(row["result"]).is_file() and -1 <= row["camera"] <= 1 for row in rows)
     assert "| pan | camera |" in (results / "real_clips.md").read_text()
     assert "Global motion of 4 results of camera clips" in (results / "real_clips.md").read_text()
-    assert (results / "real_clips.png").is_file()
+    with Image.open(results / "real_clips.png") as sheet:
+        assert sheet.size == (TINY.frames * 32 + 8, 5 * (17 + 32 + 8))  # the reference and its four results
     pairs = [json.loads(line) for line in (results / "pairs.jsonl").read_text().splitlines()]
     assert all((results / pair["result"]).is_file() and Path(pair["reference"]).is_file() for pair in pairs)

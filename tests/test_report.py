@@ -234,7 +234,7 @@ def test_the_program_prints_the_page(folder, walk):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "frames"), [("sheet.gif", (66 + 3 * 72, 2 * 64 + 50), 8), ("a.png", (1056, 306), 1)]
+    ("name", "size", "frames"), [("sheet.gif", (286, 170), 8), ("a.png", (71 + 2 * 520, 2 * 153), 1)]
 )
 def test_a_sheet_has_each_result_below_its_reference(folder, walk, name, size, frames):
     """Of three finished jobs, the last of them smaller; what failed is not on it."""
@@ -248,7 +248,7 @@ def test_a_sheet_has_each_result_below_its_reference(folder, walk, name, size, f
     with Image.open(path) as sheet:
         assert sheet.size == size
         assert getattr(sheet, "n_frames", 1) == frames
-        left, top = (66, 0) if frames > 1 else (0, 17)
+        left, top = 71, 34 if frames > 1 else 17  # beside the labels, below two lines of a prompt or one
         above, below = (np.asarray(sheet.convert("RGB"))[y : y + 64, left : left + 64] for y in (top, top + 64))
     yellow, blue = (
         np.argwhere(np.abs(np.int32(image) - np.int32(colour)).sum(-1) < 120)
