@@ -16,9 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	# The demo model's training is not finished: one of random weights goes through everything, and shows noise.
-	$(BIN)/python examples/untrained_model.py build/untrained
-	$(BIN)/emt transfer examples/references --prompts examples/prompts.txt --pair --model build/untrained -o out/demo --report
+	$(BIN)/emt transfer examples/references --prompts examples/prompts.txt --pair -o out/demo --report
 	$(BIN)/emt report out/demo --sheet out/demo/sheet.gif
 	@echo 'Open out/demo/report.html in a browser: references and results play side by side.'
 

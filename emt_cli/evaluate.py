@@ -252,7 +252,7 @@ def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel
 
     if name == "auto":
         # It has learnt from rendered clips: what another model draws is strange to it, even where it knows the words.
-        if not judge.SHIPPED.is_file() or any(pair.record.get("model", demo.NAME) != demo.NAME for pair in pairs):
+        if any(pair.record.get("model", demo.NAME) != demo.NAME for pair in pairs):
             return None
         shipped = judge.Judge.load(judge.SHIPPED)
         known = [pair.prompt for pair in pairs if pair.prompt is not None]

@@ -198,11 +198,6 @@ def find_model(name: str | None, *, download: bool) -> Model:
     """
     name = name or demo.NAME
     folder = demo.path() if name == demo.NAME else _locate(name, download)
-    if name == demo.NAME and not (folder / "model_index.json").is_file():
-        raise EmtError(
-            "the demo model has no weights here: their training is not finished",
-            f"Name a model folder with `--model FOLDER`. {_IMPORT}",
-        )
     listed = _read_json(folder / "model_index.json")
     missing = []
     for part, kind in listed.items():

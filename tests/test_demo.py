@@ -18,11 +18,6 @@ from emt_cli import evaluate
 from emt_cli.vocabulary import GROUPS, Vocabulary, WordWatch
 from recipes.text import make_tokenizer, write_vocabulary
 
-shipped = pytest.mark.skipif(
-    not (demo.path() / "model_index.json").is_file(), reason="this checkout is without the weights of the demo model"
-)
-
-
 def run(folder: Path, command: str, *arguments: object):
     return emt(command, *map(str, arguments), folder=folder, environment=environment(folder))
 
@@ -38,7 +33,6 @@ def reader(tmp_path_factory) -> Path:
     return folder
 
 
-@shipped
 def test_without_a_model_the_demo_model_runs(tmp_path):
     """One clip, its sizes the model's own; the same by name, even beside a folder of that name; and made again."""
     clip(tmp_path / "a.mp4", frames=16)
@@ -63,10 +57,9 @@ def test_without_a_model_the_demo_model_runs(tmp_path):
     assert np.array_equal(read_clip(made.out.strip()).frames, frames)
 
 
-@shipped
 def test_the_demo_model_is_small_and_knows_enough():
     folder = demo.path()
-    weights = [*folder.rglob("*.safetensors"), *([judge.SHIPPED] if judge.SHIPPED.is_file() else [])]
+    weights = [*folder.rglob("*.safetensors"), judge.SHIPPED]
     assert sum(path.stat().st_size for path in weights) <= 24 * 2**20
     known = Vocabulary.read(folder)
     assert known is not None
@@ -75,7 +68,6 @@ def test_the_demo_model_is_small_and_knows_enough():
         assert not [word for phrase in known.groups[kind] for word in known.unknown(phrase)]
 
 
-@shipped
 def test_the_examples_are_in_its_words():
     known = Vocabulary.read(demo.path())
     prompts = (Path(__file__).parents[1] / "examples" / "prompts.txt").read_text().splitlines()
