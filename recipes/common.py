@@ -1,4 +1,4 @@
-"""What the stages share: sizes of the small model, rendered latents, a trainer that replays a CUDA graph, logs."""
+"""What the stages share: sizes of the small model, rendered latents, a trainer that replays CUDA graphs, logs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from emt.train.motions import FRAME, Motions
@@ -124,6 +124,74 @@ def make_world(device: torch.device, sizes: Sizes) -> World:
     return World(device, size=sizes.side, frames=sizes.frames, variants=sizes.variants)
 
 
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def join(device: str) -> torch.device:
+    """Join the processes that torchrun started on this host, if it did; returns the device of this one.
+
+    Numbers travel between CPUs (gloo), so that they never wait for a GPU; what is on GPUs goes through NCCL.
+    """
+    # Taken out of the environment: what is started from here (compilers, the judge) is none of these processes.
+    count = int(os.environ.pop("WORLD_SIZE", 1))
+    own, local = (int(os.environ.pop(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    on_gpu = torch.device(device).type == "cuda"
+    if count > 1:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=own, world_size=count)
+        if on_gpu:
+            torch.cuda.set_device(local)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu and ranks() > 1 else torch.device(device)
+
+
+def leave() -> None:
+    """Go on alone; all processes leave at the same point."""
+    if ranks() > 1:
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process among those that train together, 0 if it is alone."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def average_over_ranks(tensor: Tensor) -> Tensor:
+    """Replace a tensor by its mean over all processes; returns it. All end with the same bits."""
+    if ranks() > 1:
+        distributed.all_reduce(tensor)
+        tensor.div_(ranks())
+    return tensor
+
+
+def from_rank_0(number: float) -> float:
+    """The number that the first process has."""
+    if ranks() == 1:
+        return number
+    shared = torch.tensor(number, dtype=torch.float64)
+    distributed.broadcast(shared, 0)
+    return shared.item()
+
+
+def all_agree(flag: bool) -> bool:
+    """Whether it is true in all processes."""
+    return average_over_ranks(torch.tensor(float(flag))).item() == 1
+
+
+def wait_for_ranks() -> None:
+    """Go on once all processes have come here, with what each has written."""
+    all_agree(True)
+
+
+def say(text: str) -> None:
+    """Print a line, in the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 # ----------------------------------------------------------------------------------------------------- command line
 
 
@@ -133,7 +201,7 @@ def stage_parser(description: str | None, minutes: float, batch: int) -> argpars
     parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
     parser.add_argument("--minutes", type=float, default=minutes, help="time for this stage")
     parser.add_argument("--steps", type=int, help="stop after so many steps instead")
-    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--batch", type=int, default=batch, help="of each process")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
@@ -154,14 +222,17 @@ class Stage:
         o = self.options
         self.out: Path = o.out
         self.out.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device(o.device)
+        self.device = join(o.device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
         self.sizes = TINY if o.tiny else SMALL
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.graph = self.device.type == "cuda" and not o.eager
         # The compiler fuses norms with what stands around them, in both directions; a kernel would be a wall to it.
         selection.select("reference")
+        # Networks start alike in all processes, what they are shown differs.
         torch.manual_seed(o.seed)
-        self.generator = torch.Generator(self.device).manual_seed(o.seed)
+        self.generator = torch.Generator(self.device).manual_seed(o.seed + 1_000_003 * rank())
         self.started = time.monotonic()
         self._printed = 0.0
         torch.backends.cudnn.benchmark = True
@@ -187,7 +258,9 @@ class Stage:
         return time.monotonic() - self.started
 
     def log(self, step: int, force: bool = False, **numbers: float) -> None:
-        """Append a line of JSON to OUT/log.jsonl, and print one every 15 seconds."""
+        """Append a line of JSON to OUT/log.jsonl, and print one every 15 seconds, in the first process."""
+        if rank():
+            return
         seconds = time.monotonic() - self.started
         done = min(max(self.share(step), 1e-6), 1.0)
         record = {"stage": self.name, "step": step, "time": seconds, "left": seconds * (1 / done - 1), **numbers}
@@ -271,6 +344,11 @@ def cover(motions: Motions, side: int) -> Tensor:
     return (distance < 0.5 * motions.scale[..., None, None]).any(2).to(torch.uint8)
 
 
+def latents_path(out: Path, rank: int) -> Path:
+    """The latents that a process rendered."""
+    return out / (f"latents-{rank}.safetensors" if rank else "latents.safetensors")
+
+
 SUBJECT_WEIGHT = 3.0
 """Extra weight of the loss where a subject is: subjects are a tenth of the picture and most of what prompts ask for."""
 
@@ -288,8 +366,10 @@ class Clips:
 
     @classmethod
     def load(cls, out: Path, device: torch.device) -> Clips:
-        """What `render_latents` wrote."""
-        path = out / "latents.safetensors"
+        """What `render_latents` wrote in this process, or in the first one if there were fewer."""
+        path = latents_path(out, rank())
+        if not path.exists():
+            path = latents_path(out, 0)
         with safe_open(str(path), "pt", device=str(device)) as file:
             return cls(*(file.get_tensor(f"clips.{name}") for name in ("latents", "tokens", "subjects")))
 
@@ -397,8 +477,11 @@ class Trainer:
     one flat float32 buffer: clipping, the optimizer, the average and the cast back are a dozen kernels in all.
     Everything random is drawn outside and copied into the graph's inputs.
 
+    Several processes take the same step, that of all their batches together: between the backward pass and the rest,
+    each a graph of its own then, their gradients are averaged.
+
     Args:
-        loss: takes a batch's tensors by name, returns a scalar. It may not wait for the device.
+        loss: takes a batch's tensors by name, returns a scalar, a mean over the batch. It may not wait for the device.
         groups: lists of parameters, each with its learning rate.
         average: decay of the average of the weights, lower at the beginning.
         graph: capture a CUDA graph after checking that it repeats two eager steps.
@@ -441,6 +524,9 @@ class Trainer:
             master.copy_(p.detach())
             flat.copy_(p.detach())
             p.data = flat
+        if ranks() > 1:
+            distributed.broadcast(self.master, 0)
+            self.flat.copy_(self.master)
         self.averaged.copy_(self.master)
 
         masters = [self.master[part] for part in sizes]
@@ -460,7 +546,7 @@ class Trainer:
         self._sums = torch.zeros(3, device=device)  # loss, norm of the gradient, steps that were not finite
         self._steps_summed = 0
         self._inputs: dict[str, Tensor] = {}
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def step(self, batch: dict[str, Tensor], rate: float) -> None:
         """Train on a batch, at `rate` times the learning rates."""
@@ -473,8 +559,8 @@ class Trainer:
                 self._capture()
         for name, value in self._inputs.items():
             value.copy_(batch[name])
-        if self._graph is not None:
-            self._graph.replay()
+        if self._graphs:
+            self._replay(self._graphs)
         else:
             self._update()
         self.step_count += 1
@@ -492,18 +578,25 @@ class Trainer:
         self.read()
 
     def read(self) -> dict[str, float]:
-        """Mean loss and gradient norm since the last call. Waits for the device.
+        """Mean loss, over all processes, and gradient norm since the last call. Waits for the device.
 
         Raises:
             NonFiniteLoss: if most of those steps were not finite; single ones are skipped.
         """
-        loss, norm, bad = self._sums.tolist()
+        loss, norm, bad = average_over_ranks(self._sums).tolist()
         steps = max(self._steps_summed, 1)
         self._sums.zero_()
         self._steps_summed = 0
         if bad > steps / 2 or not math.isfinite(loss):
             raise NonFiniteLoss(f"{bad:.0f} of {steps} steps were not finite at step {self.step_count}")
         return {"loss": loss / steps, "norm": norm / steps, "skipped": bad}
+
+    def apart(self) -> float:
+        """Largest difference of a weight between processes: 0, since all take the same steps."""
+        highest, lowest = self.master.clone(), self.master.clone()
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
+        return (highest - lowest).max().item()
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -512,28 +605,39 @@ class Trainer:
             p.data = view.clone()
 
     def close(self) -> None:
-        """Give back the graph's memory."""
-        self._graph = None
+        """Give back the graphs' memory."""
+        self._graphs = []
         gc.collect()
         if self.master.is_cuda:
             torch.cuda.empty_cache()
 
     def _update(self) -> None:
+        loss = self._backward()
+        average_over_ranks(self.gradient)
+        self._descend(loss)
+
+    def _backward(self) -> Tensor:
+        """Gather this process's gradient; returns its loss."""
         loss = self.loss(**self._inputs)
         gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
             torch._foreach_copy_(self._gradient_views, gradients)
-            norm = torch.linalg.vector_norm(self.gradient)
-            finite = norm.isfinite()
-            self.gradient.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
-            self.gradient.masked_fill_(~finite, 0.0)
-            self.optimizer.step()
-            self.flat.copy_(self.master)
-            self.averaged.lerp_(self.master, self._blend)
-            zero = torch.zeros_like(norm)
-            self._sums += torch.stack(
-                [torch.where(finite, loss.detach().float(), zero), torch.where(finite, norm, zero), (~finite).float()]
-            )
+        return loss.detach()
+
+    @torch.no_grad()
+    def _descend(self, loss: Tensor) -> None:
+        """Take the step that the gradient asks for."""
+        norm = torch.linalg.vector_norm(self.gradient)
+        finite = norm.isfinite()
+        self.gradient.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
+        self.gradient.masked_fill_(~finite, 0.0)
+        self.optimizer.step()
+        self.flat.copy_(self.master)
+        self.averaged.lerp_(self.master, self._blend)
+        zero = torch.zeros_like(norm)
+        self._sums += torch.stack(
+            [torch.where(finite, loss.float(), zero), torch.where(finite, norm, zero), (~finite).float()]
+        )
 
     def _state(self) -> list[Tensor]:
         moments = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
@@ -554,7 +658,10 @@ class Trainer:
         return losses
 
     def _capture(self) -> None:
-        """Capture a step, check it against two eager ones, and leave the weights as they were."""
+        """Capture a step, check it against two eager ones, and leave the weights as they were.
+
+        Processes use their graphs if all of them can: one that went on without would still have to meet the others.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -570,21 +677,43 @@ class Trainer:
             self._restore(saved)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graphs: list[torch.cuda.CUDAGraph] = []
         try:
-            with torch.cuda.graph(graph, stream=side):
-                self._update()
+            graphs = self._record(side)
         except RuntimeError as error:
+            print(f"no CUDA graph, training goes on without: {error}", flush=True)
+        if not all_agree(bool(graphs)):
             torch.cuda.synchronize()
             self._restore(saved)
-            print(f"no CUDA graph, training goes on without: {error}", flush=True)
             return
-        captured = self._two_losses(graph.replay)
+        captured = self._two_losses(lambda: self._replay(graphs))
         self._restore(saved)
         close = all(abs(a - b) <= 0.02 * abs(a) + 1e-4 for a, b in zip(eager, captured, strict=True))
-        print(f"eager losses {eager}, graph losses {captured}: {'the same' if close else 'NO GRAPH'}", flush=True)
-        if close:
-            self._graph = graph
+        if rank() == 0 or not close:
+            print(f"eager losses {eager}, graph losses {captured}: {'the same' if close else 'NO GRAPH'}", flush=True)
+        if all_agree(close):
+            self._graphs = graphs
+
+    def _record(self, stream: torch.cuda.Stream) -> list[torch.cuda.CUDAGraph]:
+        """A step as one graph, or as its two halves if gradients are averaged between them."""
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        if ranks() == 1:
+            with torch.cuda.graph(first, stream=stream):
+                self._update()
+            return [first]
+        # Thread-local: NCCL's watchdog, a thread of its own, may ask for events meanwhile.
+        with torch.cuda.graph(first, stream=stream, capture_error_mode="thread_local"):
+            loss = self._backward()
+        with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode="thread_local"):
+            self._descend(loss)
+        return [first, second]
+
+    def _replay(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+        first, *rest = graphs
+        first.replay()
+        for graph in rest:
+            average_over_ranks(self.gradient)
+            graph.replay()
 
 
 def schedule(step: int, share: float, warmup: int, hold: float = 0.4) -> float:
@@ -596,14 +725,18 @@ def schedule(step: int, share: float, warmup: int, hold: float = 0.4) -> float:
 def train(
     stage: Stage, trainer: Trainer, batches: Callable[[], dict[str, Tensor]], *, warmup: int = 100, hold: float = 0.4
 ) -> None:
-    """Run a stage's steps until its time is over or it is told to stop; the averaged weights are then in place."""
+    """Run a stage's steps until its time is over or it is told to stop; the averaged weights are then in place.
+
+    Of several processes the first has the clock, and hears of a stop: the others are told every 20 steps, since each
+    time they wait for each other, and all keep to what was told last.
+    """
     if stage.options.compile_only:
         trainer.try_once(batches())
         stage.log(1, force=True, seconds=stage.elapsed())
         return
     step, every = 0, 20 if stage.options.steps is None else 1
     stage.started = time.monotonic()
-    share = stage.share(step)
+    share = from_rank_0(stage.share(step))
     since, counted = time.monotonic(), 0
     while share < 1:
         trainer.step(batches(), schedule(step, share, warmup, hold))
@@ -614,12 +747,14 @@ def train(
             rate = (step - counted) / (now - since)
             since, counted = now, step
             memory = torch.cuda.max_memory_reserved() / 2**30 if stage.device.type == "cuda" else 0.0
-            clips = rate * stage.options.batch
+            clips = rate * stage.options.batch * ranks()
             stage.log(step, steps_per_second=rate, clips_per_second=clips, gib=memory, **numbers)
-        share = stage.share(step)
+        if ranks() == 1 or step % every == 0:
+            share = from_rank_0(stage.share(step))
+    apart = {"apart": trainer.apart()} if ranks() > 1 else {}
     trainer.use_average()
     trainer.close()
-    stage.log(step, force=True, seconds=stage.elapsed())
+    stage.log(step, force=True, seconds=stage.elapsed(), **apart)
 
 
 # ------------------------------------------------------------------------------------------------ how networks run

@@ -10,13 +10,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recipes.common import Stage, cover, load_vae, save_on_signals, save_weights, stage_parser, tokenize
+from recipes.common import (
+    Stage,
+    average_over_ranks,
+    cover,
+    latents_path,
+    leave,
+    load_vae,
+    rank,
+    ranks,
+    save_on_signals,
+    save_weights,
+    stage_parser,
+    tokenize,
+    wait_for_ranks,
+)
 from recipes.text import make_tokenizer
 
 
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Render and encode until there are MOTIONS or the time is over; writes OUT/latents.safetensors."""
+    """Render and encode until there are MOTIONS or the time is over; writes OUT/latents.safetensors.
+
+    Each of several processes renders its own, and writes OUT/latents-RANK.safetensors.
+    """
     parser = stage_parser(main.__doc__, minutes=2.2, batch=96)
     parser.add_argument("--motions", type=int, default=42_000)
     parser.add_argument("--appearances", type=int, default=4, help="of each motion; the last one is realistic")
@@ -61,16 +78,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sample = latents[:: max(done // 256, 1)].float()
     if not sample.isfinite().all():
         raise FloatingPointError("the autoencoder's latents are not finite in half precision")
+    # One factor for all; averaged before the first process writes it, as others may still read the autoencoder.
+    measured = average_over_ranks(torch.tensor(1 / sample.std().item(), dtype=torch.float64)).item()
     if vae.config.scaling_factor == 1.0:
-        vae.register_to_config(scaling_factor=1 / sample.std().item())
-        vae.save_config(stage.out / "vae")
+        vae.register_to_config(scaling_factor=measured)
+        if rank() == 0:
+            vae.save_config(stage.out / "vae")
     scaling = vae.config.scaling_factor
     latents *= scaling
     clips = {"latents": latents, "tokens": tokens.to(stage.device), "subjects": subjects[:done].clone()}
-    save_weights(stage.out / "latents.safetensors", clips=clips)
+    save_weights(latents_path(stage.out, rank()), clips=clips)
+    if rank() == 0:
+        # Those of more processes, of another autoencoder perhaps, would be taken for its own by a later run.
+        older = ranks()
+        while latents_path(stage.out, older).exists():
+            latents_path(stage.out, older).unlink()
+            older += 1
     stage.log(done, force=True, motions=done, scaling=scaling)
+    wait_for_ranks()
 
 
 if __name__ == "__main__":
     save_on_signals()
     main()
+    leave()

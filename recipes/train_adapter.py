@@ -23,15 +23,18 @@ from recipes.common import (
     Trainer,
     compiled,
     kernel_attention,
+    leave,
     make_base,
     make_scheduler,
     make_unet,
     model_weights,
+    rank,
     save_on_signals,
     save_weights,
     stage_parser,
     tokenize,
     train,
+    wait_for_ranks,
     with_noise,
 )
 from recipes.text import make_tokenizer
@@ -104,13 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(stage, trainer, draw)
     if options.compile_only:
         return
-    state = {name: p.detach().float() for name, p in unet.adapter_parameters()}
-    metadata = {"fusion_blocks": json.dumps(options.fusion_blocks), "steps": str(trainer.step_count)}
-    save_weights(stage.out / f"{options.name}.safetensors", metadata, adapter=state)
-    unet.float()
-    text.float()
-    empty, stage.dtype = empty.float(), torch.float32
-    stage.log(trainer.step_count, force=True, **mean_scales(unet, loss, draw()))
+    if rank() == 0:
+        state = {name: p.detach().float() for name, p in unet.adapter_parameters()}
+        metadata = {"fusion_blocks": json.dumps(options.fusion_blocks), "steps": str(trainer.step_count)}
+        save_weights(stage.out / f"{options.name}.safetensors", metadata, adapter=state)
+        unet.float()
+        text.float()
+        empty, stage.dtype = empty.float(), torch.float32
+        stage.log(trainer.step_count, force=True, **mean_scales(unet, loss, draw()))
+    wait_for_ranks()
 
 
 @torch.no_grad()
@@ -131,3 +136,4 @@ def mean_scales(unet: MotionTransferUNet, loss: Callable[..., Tensor], batch: di
 if __name__ == "__main__":
     save_on_signals()
     main()
+    leave()

@@ -1,9 +1,11 @@
 """All stages in order, from nothing to the model folder and its table; finished stages are not repeated.
 
     python -m recipes.train_all --out build/small
+    torchrun --nproc-per-node 2 -m recipes.train_all --out build/small     # on two GPUs, with twice the batch
 
 About 25 minutes on one H100 (80 GB): see `STAGES` for the time of each. The judge that reads the results trains beside
-the first stages, as a process of its own on the same GPU. SIGTERM makes the running stage save what it has.
+the first stages, as a process of its own on the same GPU (of several, the first). SIGTERM makes the running stage save
+what it has.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ from pathlib import Path
 import torch
 
 from recipes import assemble, evaluate_small, render_latents, train_adapter, train_base, train_vae
-from recipes.common import save_on_signals, stop_requested
+from recipes.common import (
+    all_agree,
+    from_rank_0,
+    join,
+    leave,
+    rank,
+    save_on_signals,
+    say,
+    stop_requested,
+    wait_for_ranks,
+)
 
 STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
     "vae": (2.7, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
@@ -43,7 +55,8 @@ COMPILED = {
 class Compiler:
     """Fills torch.compile's cache for the stages that are left, all at once, while the first ones run.
 
-    A stage whose network does not compile is trained without: `ready` says which do.
+    A stage whose network does not compile is trained without: `ready` says which do. Of several processes each
+    compiles for its own device, whose number is a part of the cache's keys.
 
     Args:
         out: folder of all stages' results.
@@ -52,7 +65,7 @@ class Compiler:
     """
 
     def __init__(self, out: Path, device: str, stages: Collection[str]) -> None:
-        folder = out / "compile"
+        folder = out / (f"compile-{rank()}" if rank() else "compile")
         folder.mkdir(parents=True, exist_ok=True)
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         for name in [name for name in COMPILED if name in stages]:
@@ -62,12 +75,12 @@ class Compiler:
                 self._started[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def ready(self, stage: str) -> bool:
-        """Whether a stage can be compiled; waits until it is known."""
+        """Whether a stage can be compiled, in all processes; waits until it is known."""
         if stage not in self._started:
             return False
         code = self._started[stage].wait()
-        print(f"[all] compiling {stage} ended with {code}", flush=True)
-        return code == 0
+        say(f"[all] compiling {stage} ended with {code}")
+        return all_agree(code == 0)
 
     def stop(self) -> None:
         """End what is still compiling."""
@@ -100,31 +113,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--steps", type=int, help="so many steps of every stage, to try the recipe")
-    parser.add_argument("--batch", type=int, help="batch of every stage, to try the recipe")
+    parser.add_argument("--batch", type=int, help="batch of every stage, in each process, to try the recipe")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the recipe on a CPU")
     o = parser.parse_args(arguments)
     o.out.mkdir(parents=True, exist_ok=True)
+    device = join(o.device)
     stages = dict(STAGES)
     if o.start is not None:
         for name in ("vae", "frames"):
             del stages[name]
-        if not (o.out / "vae").exists():
+        if rank() == 0 and not (o.out / "vae").exists():
             shutil.copytree(o.start / "vae", o.out / "vae")
-    left = {name: minutes for name, (minutes, result, _) in stages.items() if not (o.out / result).exists()}
+        wait_for_ranks()
+    done = {name for name, (_, result, _) in stages.items() if from_rank_0((o.out / result).exists())}
+    left = {name: minutes for name, (minutes, _, _) in stages.items() if name not in done}
     scale = o.minutes / max(sum(left.values()), 1e-6)
-    common = ["--out", str(o.out), "--device", o.device, "--seed", str(o.seed)]
+    common = ["--out", str(o.out), "--device", str(device), "--seed", str(o.seed)]
     common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
     for flag in ("steps", "batch"):
         common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
     started, judge = time.monotonic(), None
-    on_gpu = o.device.startswith("cuda")
-    compiler = Compiler(o.out, o.device, left) if on_gpu and not o.eager and o.batch is None else None
+    on_gpu = device.type == "cuda"
+    compiler = Compiler(o.out, str(device), left) if on_gpu and not o.eager and o.batch is None else None
     try:
         for name, (minutes, result, run) in stages.items():
-            if name in ("frames", "video") and judge is None and o.judge_minutes:
-                judge = start_judge(o.out, o.device, o.judge_minutes)
-            if (o.out / result).exists():
-                print(f"[{name}] is done: {o.out / result}", flush=True)
+            if name in ("frames", "video") and judge is None and o.judge_minutes and rank() == 0:
+                judge = start_judge(o.out, str(device), o.judge_minutes)
+            if name in done:
+                say(f"[{name}] is done: {o.out / result}")
             else:
                 start = ["--start", str(o.start)] if o.start is not None and name != "latents" else []
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
@@ -132,9 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 gc.collect()
                 if on_gpu:
                     torch.cuda.empty_cache()
-            print(f"[all] {name} ended at {time.monotonic() - started:.0f} s", flush=True)
-            if name == o.until or stop_requested():
+            say(f"[all] {name} ended at {time.monotonic() - started:.0f} s")
+            if name == o.until or from_rank_0(stop_requested()):
                 break
+        first = rank() == 0
+        leave()
+        if not first:
+            return
         tiny = ["--tiny"] if o.tiny else []
         if (o.out / STAGES["adapter"][1]).exists():
             assemble.main(["--out", str(o.out), *tiny])
@@ -144,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"the judge was not trained: see {o.out / 'judge.log'}")
         if o.until == "evaluation" and o.judge_minutes:
             evaluate_small.main(
-                ["--out", str(o.out), "--device", o.device, "--clips", str(o.clips), "--seeds", str(o.seeds), *tiny]
+                ["--out", str(o.out), "--device", str(device), "--clips", str(o.clips), "--seeds", str(o.seeds), *tiny]
             )
     finally:
         if judge is not None and judge.poll() is None:

@@ -22,12 +22,15 @@ from recipes.common import (
     Trainer,
     compiled,
     kernel_attention,
+    leave,
     make_base,
     make_scheduler,
+    rank,
     save_on_signals,
     save_weights,
     stage_parser,
     train,
+    wait_for_ranks,
     with_noise,
 )
 
@@ -100,9 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(stage, trainer, draw, warmup=200)
     if options.compile_only:
         return
-    save_weights(stage.out / f"{name}.safetensors", unet=unet.float().state_dict(), text=text.float().state_dict())
+    if rank() == 0:
+        save_weights(stage.out / f"{name}.safetensors", unet=unet.float().state_dict(), text=text.float().state_dict())
+    wait_for_ranks()
 
 
 if __name__ == "__main__":
     save_on_signals()
     main()
+    leave()

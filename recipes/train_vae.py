@@ -13,7 +13,19 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from recipes.common import SUBJECT_WEIGHT, Stage, Trainer, cover, make_vae, save_on_signals, stage_parser, train
+from recipes.common import (
+    SUBJECT_WEIGHT,
+    Stage,
+    Trainer,
+    cover,
+    leave,
+    make_vae,
+    rank,
+    save_on_signals,
+    stage_parser,
+    train,
+    wait_for_ranks,
+)
 
 POOL = 6000
 """Clips rendered before training, of which a third look like real footage."""
@@ -100,12 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return {"frames": frames, "subject": subject, "noise": noise.to(stage.dtype)}
 
     train(stage, trainer, draw, hold=0.1)
-    vae.float()
-    mean, worst, subjects = psnr(vae, *held_out)
-    stage.log(trainer.step_count, force=True, psnr=mean, psnr_worst=worst, psnr_subjects=subjects)
-    vae.save_pretrained(stage.out / "vae")
+    if rank() == 0:
+        vae.float()
+        mean, worst, subjects = psnr(vae, *held_out)
+        stage.log(trainer.step_count, force=True, psnr=mean, psnr_worst=worst, psnr_subjects=subjects)
+        vae.save_pretrained(stage.out / "vae")
+    wait_for_ranks()
 
 
 if __name__ == "__main__":
     save_on_signals()
     main()
+    leave()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from transformers import AutoTokenizer
 
 from emt.evaluate.judge import Judge, Vocabulary
@@ -26,6 +30,7 @@ from recipes.common import (
     TINY,
     Clips,
     NonFiniteLoss,
+    Stage,
     Trainer,
     cover,
     load_weights,
@@ -35,6 +40,8 @@ from recipes.common import (
     make_vae,
     make_world,
     schedule,
+    stage_parser,
+    train,
     with_noise,
 )
 from recipes.evaluate_small import evaluate, read_motions
@@ -367,6 +374,115 @@ def test_a_model_is_trained_further(out: Path, tmp_path: Path) -> None:
     assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
 
 
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def trained(model: nn.Linear, part: slice) -> tuple[Trainer, float]:
+    """A trainer after six steps on `part` of each of six batches, and the mean loss of the last."""
+    generator = torch.Generator().manual_seed(1)
+    trainer = Trainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
+    for _ in range(6):
+        trainer.step({"x": torch.randn(8, 5, generator=generator)[part]}, 1.0)
+        loss = trainer.read()["loss"]
+    return trainer, loss
+
+
+def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> None:
+    """Call `work` with its rank in each of two processes that train together."""
+    multiprocessing.spawn(_one_of_two, (work, folder), nprocs=2)
+
+
+def _one_of_two(rank: int, work: Callable[[int, Path], None], folder: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    work(rank, folder)
+    distributed.destroy_process_group()
+
+
+def train_half(rank: int, folder: Path) -> None:
+    torch.manual_seed(rank)  # the weights are those of the first
+    model = nn.Linear(5, 3)
+    if rank == 0:
+        torch.save(copy.deepcopy(model), folder / "start.pt")
+    trainer, loss = trained(model, slice(4 * rank, 4 * rank + 4))
+    assert trainer.apart() == 0
+    torch.save((trainer.master, trainer.averaged, loss), folder / f"{rank}.pt")
+
+    # What is not finite in one process is skipped in both.
+    before = trainer.master.clone()
+    trainer.step({"x": torch.full((4, 5), float("nan") if rank else 1.0)}, 0.0)
+    assert torch.equal(trainer.master, before)
+    with pytest.raises(NonFiniteLoss):
+        trainer.read()
+    trainer.master[0] += rank
+    assert trainer.apart() == pytest.approx(1, rel=1e-3)
+
+    # The first has the clock. The other one's own, which never ends, does not count.
+    minutes = "1e9" if rank else "0.01"
+    stage = Stage("clock", stage_parser(None, 0, 4).parse_args(["--out", str(folder), "--minutes", minutes]))
+    trainer = Trainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
+    train(stage, trainer, lambda: {"x": torch.randn(4, 5, generator=stage.generator)})
+    torch.save((trainer.step_count, trainer.master, stage.generator.initial_seed()), folder / f"clock-{rank}.pt")
+
+
+def test_two_processes_take_the_steps_of_one_with_both_batches(tmp_path: Path) -> None:
+    in_two_processes(train_half, tmp_path)
+    start = torch.load(tmp_path / "start.pt", weights_only=False)
+    alone, loss = trained(start, slice(None))
+    for rank in range(2):
+        master, averaged, mean_loss = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(master, alone.master, atol=1e-6)
+        assert torch.allclose(averaged, alone.averaged, atol=1e-6)
+        assert mean_loss == pytest.approx(loss, rel=1e-5)
+
+    (steps, master, seed), (other_steps, other_master, other_seed) = (
+        torch.load(tmp_path / f"clock-{rank}.pt") for rank in range(2)
+    )
+    assert steps == other_steps > 0
+    assert steps % 20 == 0
+    assert torch.equal(master, other_master)
+    assert seed != other_seed
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [*range(20, steps + 1, 20), steps]
+    assert log[-1]["apart"] == 0
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
+def test_recipe_runs_in_two_processes_and_leaves_one_set_of_results(device: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "recipes.train_all", "--out", str(tmp_path / "out"), "--tiny", "--device", device]
+    command += ["--steps", "2", "--batch", "2", "--judge-minutes", "0", "--until", "adapter"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    out = tmp_path / "out"
+    results = {result for _, result, _ in train_all.STAGES.values()}
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {name for name in files if not name.startswith("model/")} == {
+        *results,
+        "vae/config.json",
+        "latents-1.safetensors",
+        "log.jsonl",
+    }
+    assert MotionTransferPipeline.from_pretrained(out / "model").config.frames == TINY.frames
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {record["stage"]: record["apart"] for record in log if "apart" in record} == dict.fromkeys(
+        ("vae", "frames", "video", "adapter"), 0
+    )
+    first, second = (
+        load_weights(out / name, "clips")["latents"] for name in ("latents.safetensors", "latents-1.safetensors")
+    )
+    assert not torch.equal(first[0], second[0])
+    # Both are scaled by one factor, that of the autoencoder.
+    assert (first.float().std() + second.float().std()) / 2 == pytest.approx(1, rel=0.2)
+    assert ended.stdout.count("[all] adapter ended") == 1
+    graphs = 4 if device == "cuda" else 0
+    assert ended.stdout.count("eager losses") == ended.stdout.count("the same") == graphs
+    assert "no CUDA graph" not in ended.stdout
+
+
 @pytest.mark.gpu
 def test_graph_trains_as_eager_does() -> None:
     torch.manual_seed(0)
@@ -387,7 +503,7 @@ def test_graph_trains_as_eager_does() -> None:
         for _ in range(10):
             trainer.step(batch, 1.0)
         losses.append(trainer.read()["loss"])
-        assert (trainer._graph is not None) == graph
+        assert bool(trainer._graphs) == graph
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
