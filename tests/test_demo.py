@@ -18,6 +18,7 @@ from emt_cli import evaluate
 from emt_cli.vocabulary import GROUPS, Vocabulary, WordWatch
 from recipes.text import make_tokenizer, write_vocabulary
 
+
 def run(folder: Path, command: str, *arguments: object):
     return emt(command, *map(str, arguments), folder=folder, environment=environment(folder))
 
