@@ -236,7 +236,8 @@ def _step(
             & (np.linalg.norm(back - points, axis=1) < _AGREE)
             & ((end >= 0) & (end <= limits)).all(1)
         )
-        better = good & (error[:, 0] < least)
+        error[~good] = np.inf  # OpenCV leaves there what was in memory, which may not be a number
+        better = error[:, 0] < least
         best[better], least[better] = end[better], error[better, 0]
     mean, square = (cv2.blur(power.astype(np.float32), (13, 13)) for power in (first, first.astype(np.float32) ** 2))
     contrast = np.sqrt(np.maximum(square - mean * mean, 1))[points[:, 1].astype(int), points[:, 0].astype(int)]
