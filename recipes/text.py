@@ -61,13 +61,17 @@ def make_text_encoder(width: int, layers: int, vocabulary: Iterable[str] | None 
 
 
 def name_portably(model: Path) -> None:
-    """Have a saved model folder name the tokenizer's class as every version of transformers knows it."""
+    """Have a saved model folder name the tokenizer's class as every version of transformers knows it, and no folder."""
     names = {
         model / "tokenizer" / "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
         model / "model_index.json": {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]},
     }
     for path, name in names.items():
         path.write_text(json.dumps(json.loads(path.read_text()) | name, indent=2) + "\n")
+    autoencoder = model / "vae" / "config.json"
+    config = json.loads(autoencoder.read_text())
+    config.pop("_name_or_path", None)  # where the stage had left it
+    autoencoder.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_vocabulary(model: Path) -> None:

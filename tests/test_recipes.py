@@ -335,6 +335,7 @@ def test_an_ablation_trains_beside_the_model(out: Path) -> None:
     assemble.main(["--out", str(out), "--tiny", "--adapter", "ablation"])
     loaded = MotionTransferPipeline.from_pretrained(out / "model-ablation")
     assert list(loaded.unet.config.fusion_blocks) == [1]
+    assert not [file for file in (out / "model-ablation").rglob("*.json") if str(out) in file.read_text()]
 
 
 def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
