@@ -75,7 +75,7 @@ def toolchain(device: str) -> Iterator[None]:
     home = _cuda_home() if device.startswith("cuda") else None
     if device.startswith("cuda"):
         torch.cuda.init()
-    before, found = dict(os.environ), cpp_extension.CUDA_HOME
+    before, found = os.environ.get("LIBRARY_PATH"), cpp_extension.CUDA_HOME
     with tempfile.TemporaryDirectory() as folder:
         loaded = _loaded()
         for name, path in loaded.items():
@@ -89,14 +89,14 @@ def toolchain(device: str) -> Iterator[None]:
             changes["cpp.cxx"] = (str(wrapper),)
         if home is not None:
             cpp_extension.CUDA_HOME = str(home)
-            paths = [folder, str(home / "lib64"), str(home / "lib"), *before.get("LIBRARY_PATH", "").split(os.pathsep)]
-            os.environ["LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
+            paths = [folder, str(home / "lib64"), str(home / "lib"), *([before] if before else [])]
+            os.environ["LIBRARY_PATH"] = os.pathsep.join(paths)
         try:
             with config.patch(changes):
                 yield
         finally:
             cpp_extension.CUDA_HOME = found
-            if "LIBRARY_PATH" in before:
-                os.environ["LIBRARY_PATH"] = before["LIBRARY_PATH"]
+            if before is not None:
+                os.environ["LIBRARY_PATH"] = before
             else:
                 os.environ.pop("LIBRARY_PATH", None)
