@@ -39,7 +39,8 @@ def assemble(
     base, text = make_base(sizes, out / "video.safetensors")
     path = out / f"{adapter}.safetensors"
     with safe_open(str(path), "pt") as file:
-        fusion_blocks = json.loads(file.metadata()["fusion_blocks"])
+        metadata = file.metadata()
+    fusion_blocks = json.loads(metadata["fusion_blocks"])
     unet = make_unet(sizes, fusion_blocks)
     unet.load_state_dict(base.state_dict() | load_weights(path, "adapter"))
     pipeline = MotionTransferPipeline(
@@ -53,6 +54,7 @@ def assemble(
         width=sizes.side,
         steps=steps,
         guidance=guidance,
+        reference_timestep=int(metadata["reference_timestep"]),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     name_portably(folder)

@@ -39,7 +39,8 @@ class Sizes:
 
     side: int = 128
     frames: int = 16
-    variants: int = 8  # paintings of each scene of the world
+    variants: int = 1  # paintings of each scene of the world
+    textures: int = 48  # that its footage draws from
     latents: int = 8  # channels; with 4, a subject of 40 pixels came back as a blot
     vae: tuple[int, ...] = (32, 64, 96, 96)
     unet: tuple[int, ...] = (96, 128)
@@ -54,7 +55,7 @@ SMALL = Sizes()
 TINY = Sizes(
     side=32,
     frames=4,
-    variants=1,
+    textures=4,
     latents=4,
     vae=(16, 16, 16, 16),
     unet=(16, 32),
@@ -121,7 +122,14 @@ def make_scheduler() -> DDIMScheduler:
 @functools.lru_cache(maxsize=1)
 def make_world(device: torch.device, sizes: Sizes) -> World:
     """The rendered world; painting its scenes takes a while, so that the stages of one process share it."""
-    return World(device, size=sizes.side, frames=sizes.frames, variants=sizes.variants)
+    return World(
+        device,
+        size=sizes.side,
+        frames=sizes.frames,
+        variants=sizes.variants,
+        textures=sizes.textures,
+        free_views=False,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- processes

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = stage_parser(main.__doc__, minutes=2.2, batch=96)
     parser.add_argument("--motions", type=int, default=42_000)
     parser.add_argument("--appearances", type=int, default=4, help="of each motion; the last one is realistic")
-    parser.add_argument("--camera", type=float, default=0.55, help="share of motions with a moving camera")
-    parser.add_argument("--two-subjects", type=float, default=0.22, help="share of motions with two subjects")
+    parser.add_argument("--camera", type=float, default=0.65, help="share of motions with a moving camera")
+    parser.add_argument("--two-subjects", type=float, default=0.3, help="share of motions with two subjects")
     stage = Stage("latents", parser.parse_args(arguments))
     o, world, generator = stage.options, stage.world, stage.generator
     tokenizer = make_tokenizer()

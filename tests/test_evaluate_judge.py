@@ -44,13 +44,13 @@ WORDS = Vocabulary(SUBJECTS, COLOURS, SCENES)
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return World(frames=4, variants=1)
+    return World(frames=4, variants=1, textures=4)
 
 
 @pytest.fixture(scope="module")
 def cases():
     """40 motions of 16 frames, what is asked for, and the references' looks."""
-    world = World(variants=1)
+    world = World(variants=1, textures=4)
     generator = torch.Generator().manual_seed(0)
     motions = world.motions(40, generator, two_subjects=0.4, camera=0.5)
     return motions, world.appearances(motions, generator), world.appearances(motions, generator)
@@ -167,7 +167,7 @@ def test_the_program_prints_a_judges_own_errors(judge, tmp_path):
 
 def test_prompts_are_read_as_the_world_writes_them(cases):
     motions, asked, _ = cases
-    for i, caption in enumerate(World(variants=1).captions(asked, motions)):
+    for i, caption in enumerate(World(variants=1, textures=4).captions(asked, motions)):
         count = int(motions.subjects[i])
         expected = Prompt(
             tuple(asked.subject[i, :count].tolist()), tuple(asked.colour[i, :count].tolist()), int(asked.scene[i])
@@ -267,7 +267,7 @@ def test_rotation_of_unreadable_subjects_does_not_count(cases):
 
 def test_tracked_points_tell_the_camera_of_a_rendered_clip():
     pytest.importorskip("cv2")
-    world = World(frames=6, variants=1)
+    world = World(frames=6, variants=1, textures=4)
     generator = torch.Generator().manual_seed(3)
     motions = world.motions(2, generator, camera=1.0)
     clips = world.render(motions, world.appearances(motions, generator))

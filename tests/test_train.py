@@ -178,7 +178,7 @@ def test_clips_that_cannot_be_decoded_are_replaced(tmp_path):
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return World(size=32, frames=FRAMES, variants=1)
+    return World(size=32, frames=FRAMES, variants=1, textures=4)
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -25,12 +25,12 @@ CENTRE = FRAME / 2 - 0.5  # index of the frame's centre between the middle pixel
 
 @pytest.fixture(scope="module")
 def world() -> w.World:
-    return w.World(variants=1)
+    return w.World(variants=1, textures=4)
 
 
 @pytest.fixture(scope="module")
 def small_world() -> w.World:
-    return w.World(size=64, variants=1)
+    return w.World(size=64, variants=1, textures=4)
 
 
 def rng(seed: int) -> torch.Generator:
@@ -283,7 +283,7 @@ def test_the_scene_moves_as_the_camera_says(world: w.World, camera: str):
         now = cv2.GaussianBlur(video[frame], (0, 0), max(0.6, math.exp(zoom)))
         assert seen.mean() > 0.1
         assert np.abs(warped - now)[seen].mean() < 4
-        if np.abs(affine - np.eye(2, 3)).max() > 3:
+        if np.abs(affine - np.eye(2, 3)).max() > 8:
             assert np.abs(first.astype(int) - now)[seen].mean() > 8
 
 

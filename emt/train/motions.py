@@ -49,7 +49,7 @@ _STATIONARY = ("still", "grow", "shrink", "spin")
 _UPRIGHT = ("still", "bounce", "sway", "jump", "walk", "rectangle", "pendulum")
 _CANDIDATES = 24
 _TOLERANCE = 6.0  # pixels
-_APART = 14.0  # pixels between two subjects across, at the start
+_APART = 22.0  # pixels between two subjects across, at the start
 
 
 @dataclass
@@ -220,9 +220,10 @@ def _camera(family: str, u: Tensor, r: Tensor) -> Tensor:
     swinging = torch.where(p(4) < 0.25, swing, steady)
     angle = 2 * math.pi * p(5)
     pan_x, pan_y = torch.cos(angle), torch.sin(angle)
-    distance = p(6, 22.0, 66.0)
-    zoom = sign(7) * p(8, 0.2, 0.6)
-    roll = sign(9) * p(10, 0.2, 0.9)
+    # Mostly slow, as in footage: textures that leap from frame to frame teach a network nothing of how they move.
+    distance = 6 + 54 * p(6).square()
+    zoom = sign(7) * (0.06 + 0.54 * p(8).pow(1.5))
+    roll = sign(9) * (0.06 + 0.74 * p(10).square())
     t = u.expand(n, frames)
     if family == "pan":
         parts = (swinging * distance * pan_x, swinging * distance * pan_y, zero, zero)

@@ -119,25 +119,35 @@ class World:
         frames: Frames of a clip.
         seed: Seed of the painted textures.
         variants: Paintings of each scene; fewer paint faster.
+        textures: Natural textures that clips made to look like footage draw from; fewer paint faster.
+        free_views: Scenes are seen from anywhere at the start, mirrored or not; otherwise from nearly the same place
+            always, so that there is little to guess but the motion.
     """
 
     def __init__(
-        self, device: torch.device | str = "cpu", size: int = 128, frames: int = 16, seed: int = 0, variants: int = 8
+        self,
+        device: torch.device | str = "cpu",
+        size: int = 128,
+        frames: int = 16,
+        seed: int = 0,
+        variants: int = 8,
+        textures: int = 32,
+        free_views: bool = True,
     ) -> None:
         self.device = torch.device(device)
         self.size = size
         self.frames = frames
         self.seed = seed
         self.variants = variants
+        self.free_views = free_views
         plain = load_sprites().to(self.device)
         sprites = recolour(plain)
         self._sprites = finish(sprites.flatten(0, 1)).unflatten(0, sprites.shape[:2])
         canvases = paint_scenes(variants).to(self.device).flatten(0, 1)
-        textures = paint_textures(4 * variants, seed).to(self.device)
-        self._textures = textures
+        self._textures = paint_textures(textures, seed).to(self.device)
         self._first_texture = 2 * canvases.shape[0]
-        self._outlines = torch.cat([draw_outlines(8 * variants, seed).to(self.device), plain[:, 3]])
-        canvases = torch.cat([canvases, textures])
+        self._outlines = torch.cat([draw_outlines(2 * textures, seed).to(self.device), plain[:, 3]])
+        canvases = torch.cat([canvases, self._textures])
         # One volume for all canvases, each a sharp plane followed by a blurred one: (1, 3, 2 * canvases, H, W).
         # Sampling at an integer depth reads one canvas; between the two planes it reads the right sharpness.
         self._canvases = (
@@ -206,6 +216,8 @@ class World:
             [(r[:, 0] * 2 - 1) * 0.09 * CANVAS, (r[:, 1] * 2 - 1) * 0.05 * CANVAS, (r[:, 2] - 0.5) * 0.3], -1
         )
         mirror = torch.where(r[:, 3:4] < 0.5, -1.0, 1.0)
+        if not self.free_views:
+            centre, mirror = 0.2 * centre, torch.ones_like(mirror)
         return Appearances(
             subject=torch.stack([subject, second_subject], -1),
             colour=torch.stack([colour, second_colour], -1),
@@ -362,7 +374,7 @@ def _strips(clips: Tensor, every: int = 2) -> Tensor:
 
 def sheet(path: Path, seed: int = 0, size: int = 128) -> None:
     """Write a contact sheet: subjects in all colours, scenes, motions in two appearances, footage beside its motion."""
-    world = World(size=size, variants=2, seed=seed)
+    world = World(size=size, variants=2, textures=8, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     width = 16 * world.size
     ground = torch.tensor([0.5, 0.58, 0.54]).view(3, 1, 1)
