@@ -416,7 +416,9 @@ class TorchBackend(PipelineBackend):
             yield
 
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
-        return (self._compiled or self.unet)(sample, timestep, text, motion)
+        # A compiled module has no truth value: asked for one, it wants a length.
+        network = self.unet if self._compiled is None else self._compiled
+        return network(sample, timestep, text, motion)
 
     def _records(self, device: torch.device) -> bool:
         return self.graphs and (device.type == "cuda" or self._make_recorder is not None)
