@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError
 from emt.files import sync, sync_tree
 from emt.pipeline import MotionTransferPipeline, load_pipeline
@@ -43,7 +43,6 @@ MAX_GRADIENT = 1.0
 """Norm at which gradients are clipped, as AnimateDiff's training does."""
 SHEET_CLIPS = 4
 """Pairs of a sample sheet."""
-_SHEET_FRAMES = 8
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -438,22 +437,21 @@ class Trainer:
         self.ema.copy_to(self.trained.values())
         try:
             with torch.no_grad(), self._autocast():
-                rows = [self._sheet_row(sample) for sample in self.first]
-            picture = np.concatenate(rows)
+                made = [self._follow(sample) for sample in self.first]
+            blocks = [(s.pair.caption, (s.reference, s.target, clip)) for s, clip in zip(self.first, made, strict=True)]
+            sheet = contact_sheet(blocks, labels=("reference", "target", "result"))
             path = self.run / "samples" / f"step-{self.step:08}.png"
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(path)
-            self.board.add_image("samples", picture, self.step, dataformats="HWC")
+            sheet.save(path)
+            self.board.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
         except (EmtError, OSError) as error:
             self.say(f"no sample sheet at step {self.step}: {error}")
         finally:
             self.ema.restore(self.trained.values())
 
-    def _sheet_row(self, sample: Sample) -> np.ndarray:
-        motion = self.pipe.extract_motion(sample.reference)
-        clips = [sample.reference, sample.target, self.pipe(sample.pair.caption, motion)[0]]
-        shown = np.linspace(0, len(clips[0]) - 1, min(_SHEET_FRAMES, len(clips[0])), dtype=int)
-        return np.concatenate([np.concatenate(list(clip[shown]), axis=1) for clip in clips])
+    def _follow(self, sample: Sample) -> np.ndarray:
+        """A clip of the sample's caption that follows its reference."""
+        return self.pipe(sample.pair.caption, self.pipe.extract_motion(sample.reference))[0]
 
     def _write_result(self) -> None:
         """RUN/adapter.safetensors in published names, and RUN/model: the model with it, stored in its own type."""

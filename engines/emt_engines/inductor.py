@@ -196,8 +196,8 @@ def _side_by_side(jobs: Sequence[_Job], workers: int, progress: Callable[[str, f
                 number, job = waiting.pop(0)
                 here, there = context.Pipe(duplex=False)
                 process = context.Process(target=_compile_apart, args=(there, job), daemon=True)
-                running[here] = number, process
                 process.start()
+                running[here] = number, process
                 there.close()  # so that its end is seen here when the process ends
             multiprocessing.connection.wait(list(running))
             for pipe, (number, process) in [item for item in running.items() if item[0].poll()]:
