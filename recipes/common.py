@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ class Sizes:
     text_width: int = 128
     text_layers: int = 3
 
+
+REFERENCE_TIMESTEP = 100
+"""Noise level at which the small model reads references.
+
+The published 400 is meant for latents of 64×64. Of 16×16, with a sixteenth of the values to average over, it leaves
+less than is needed: what a backbone itself sees at 400 tells paths (correlation 0.999 with the truth), but not how
+subjects turn (0.1), and the camera's way only in part (0.77).
+"""
 
 SMALL = Sizes()
 """The small model."""
@@ -371,6 +379,7 @@ class Clips:
     latents: Tensor  # (motions, appearances, channels, frames, height, width) float16, scaled
     tokens: Tensor  # (motions, appearances, tokens) int32
     subjects: Tensor  # (motions, frames, height, width) uint8, 1 where a subject is
+    displacements: Tensor  # (motions, frames, 2, height, width) float16, `Motions.displacements`
 
     @classmethod
     def load(cls, out: Path, device: torch.device) -> Clips:
@@ -379,7 +388,7 @@ class Clips:
         if not path.exists():
             path = latents_path(out, 0)
         with safe_open(str(path), "pt", device=str(device)) as file:
-            return cls(*(file.get_tensor(f"clips.{name}") for name in ("latents", "tokens", "subjects")))
+            return cls(**{field.name: file.get_tensor(f"clips.{field.name}") for field in fields(cls)})
 
     @classmethod
     def random(cls, stage: Stage) -> Clips:
@@ -388,12 +397,15 @@ class Clips:
         latents = torch.randn(4, 4, sizes.latents, sizes.frames, side, side, device=stage.device).half()
         tokens = tokenize(make_tokenizer(), [""]).to(stage.device)
         subjects = torch.zeros(4, sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
-        return cls(latents, tokens.expand(4, 4, -1), subjects)
+        displacements = torch.zeros(4, sizes.frames, 2, side, side, dtype=torch.float16, device=stage.device)
+        return cls(latents, tokens.expand(4, 4, -1), subjects, displacements)
 
     def draw(
         self, n: int, generator: torch.Generator, *, drop: float, realistic: float, frames: int | None = None
     ) -> dict[str, Tensor]:
         """A batch of clips with tokens, the caption dropped with probability `drop` and where there is none.
+
+        Whole clips come with their displacements.
 
         Args:
             n: clips.
@@ -412,11 +424,12 @@ class Clips:
             which = self._index(self.latents.shape[3], n * frames, generator).view(n, frames)
             latents = self.latents[motion[:, None], view[:, None], :, which].transpose(1, 2)
             subjects = self.subjects[motion[:, None], which]
-        return {
+        batch = {
             "latents": latents,
             "tokens": self._captions(motion, view, generator, drop),
             "subject": SUBJECT_WEIGHT * subjects[:, None].float(),
         }
+        return batch if frames else batch | {"displacement": self.displacements[motion].float()}
 
     def draw_pairs(
         self, n: int, generator: torch.Generator, *, drop: float, realistic: float, mismatched: float = 0.0
@@ -784,16 +797,18 @@ def kernel_attention(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiled(stage: Stage, unet: MotionTransferUNet) -> Iterator[None]:
-    """Within, the network's passes are compiled: fused, a training step takes 0.6 of the time (109 for 179 ms).
+def compiled(stage: Stage, unet: MotionTransferUNet, *passes: str) -> Iterator[None]:
+    """Within, these passes of the network are compiled: fused, a training step takes 0.6 of the time (109 for 179 ms).
 
     Compiling takes one and a half minutes; `--compile-only`, in a process of its own, does it ahead of time.
     """
     if not (stage.options.compile or stage.options.compile_only):
         yield
         return
-    unet.forward, unet.encode_reference = torch.compile(unet.forward), torch.compile(unet.encode_reference)  # type: ignore[method-assign]
+    for name in passes:
+        setattr(unet, name, torch.compile(getattr(unet, name)))
     try:
         yield
     finally:
-        del unet.forward, unet.encode_reference
+        for name in passes:
+            delattr(unet, name)

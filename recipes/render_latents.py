@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = (o.motions, o.appearances, stage.sizes.latents, stage.sizes.frames, side, side)
     latents = torch.empty(shape, dtype=torch.float16, device=stage.device)
     subjects = torch.empty(o.motions, stage.sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
+    displacements = torch.empty(o.motions, stage.sizes.frames, 2, side, side, dtype=torch.float16, device=stage.device)
     tokens = tokenize(tokenizer, [""])[0].repeat(o.motions, o.appearances, 1)
     done = 0
     while done < o.motions and (stage.share(done) < 1 or done == 0):
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = slice(done, done + n)
         motions = world.motions(n, generator, two_subjects=o.two_subjects, camera=o.camera)
         subjects[rows] = cover(motions, side)
+        displacements[rows] = motions.displacements(side)
         for i in range(o.appearances):
             appearances = world.appearances(motions, generator, held_out=False)
             realistic = i == o.appearances - 1
@@ -86,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vae.save_config(stage.out / "vae")
     scaling = vae.config.scaling_factor
     latents *= scaling
-    clips = {"latents": latents, "tokens": tokens.to(stage.device), "subjects": subjects[:done].clone()}
+    truth = {"subjects": subjects[:done].clone(), "displacements": displacements[:done].clone()}
+    clips = {"latents": latents, "tokens": tokens.to(stage.device), **truth}
     save_weights(latents_path(stage.out, rank()), clips=clips)
     if rank() == 0:
         # Those of more processes, of another autoencoder perhaps, would be taken for its own by a later run.

@@ -18,6 +18,7 @@ from torch import Tensor
 from emt.train.objective import Objective, adapter_loss
 from emt.unet import MotionTransferUNet
 from recipes.common import (
+    REFERENCE_TIMESTEP,
     Clips,
     Stage,
     Trainer,
@@ -38,14 +39,6 @@ from recipes.common import (
     with_noise,
 )
 from recipes.text import make_tokenizer
-
-REFERENCE_TIMESTEP = 100
-"""Noise level at which the small model reads references.
-
-The published 400 is meant for latents of 64×64. Of 16×16, with a sixteenth of the values to average over, it leaves
-less than is needed: what the backbone itself sees at 400 tells paths (correlation 0.999 with the truth), but not how
-subjects turn (0.1), and the camera's way only in part (0.77).
-"""
 
 
 @torch.no_grad()
@@ -114,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_noise(batch, objective, stage.generator, stage.dtype, shift=3.0)
 
     groups = [(projections, options.rate)] + ([(scalers, options.scaler_rate)] if scalers else [])
-    with kernel_attention(stage), compiled(stage, unet):
+    with kernel_attention(stage), compiled(stage, unet, "forward", "encode_reference"):
         trainer = Trainer(loss, groups, average=0.998, graph=stage.graph)
         train(stage, trainer, draw)
     if options.compile_only:

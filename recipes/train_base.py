@@ -11,12 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from emt.temporal import MotionFeatures
 from emt.train.objective import Objective
 from emt.unet import MotionTransferUNet
 from recipes.common import (
+    REFERENCE_TIMESTEP,
     Clips,
     Stage,
     Trainer,
@@ -25,14 +28,17 @@ from recipes.common import (
     leave,
     make_base,
     make_scheduler,
+    make_unet,
     rank,
     save_on_signals,
     save_weights,
     stage_parser,
+    tokenize,
     train,
     wait_for_ranks,
     with_noise,
 )
+from recipes.text import make_tokenizer
 
 DEFAULTS = {"frames": (4.2, 320, 1.0), "video": (8.2, 64, 2.0)}
 """Minutes, batch and timestep shift of each stage."""
@@ -50,6 +56,46 @@ def without_motion_modules(unet: MotionTransferUNet) -> Iterator[None]:
         block.motion_modules = modules
 
 
+class MotionReader(nn.Module):
+    """Linear maps from what a reference pass keeps to how everything moves, for the backbone to learn to tell it.
+
+    A backbone that only denoises tells its adapter where things are, and little of how they move: on a held-out clip
+    nothing of `Motions.displacements` could be read from its features by a linear map. Those of a large network, which
+    has learnt from millions of clips, are what motion transfer lives on. The maps are thrown away after training.
+
+    Args:
+        unet: whose features are read.
+    """
+
+    UNIT = 32.0  # pixels
+
+    def __init__(self, unet: MotionTransferUNet) -> None:
+        super().__init__()
+        widths = [module.temporal_transformer.proj_in.out_features for module in unet.fusion_modules().values()]
+        # From each of a module's two features: displacement since frame 0, and since the frame before.
+        self.maps = nn.ModuleList([nn.Linear(width, 4) for width in widths for _ in range(2)])
+
+    def forward(self, features: MotionFeatures, displacement: Tensor, share: Tensor) -> Tensor:
+        """How far the maps are off, a float32 scalar.
+
+        Args:
+            features: of noisy clips.
+            displacement: (batch, frames, 2, height, width), pixels.
+            share: (batch,) of each clip in the sum; what noise hides cannot be read.
+        """
+        steps = displacement.diff(dim=1, prepend=displacement[:, :1])
+        # A step is some eighth of the way.
+        exact = torch.cat([displacement, 8 * steps], 2).float() / self.UNIT
+        losses = []
+        read = [feature for pair in features.layers.values() for feature in pair]
+        for linear, feature in zip(self.maps, read, strict=True):
+            size = feature.shape[2:4]
+            here = F.adaptive_avg_pool2d(exact.flatten(0, 1), size).unflatten(0, exact.shape[:2])
+            off = F.smooth_l1_loss(linear(feature).float(), here.permute(0, 1, 3, 4, 2), beta=0.2, reduction="none")
+            losses.append((off.mean((1, 2, 3, 4)) * share).mean())
+        return torch.stack(losses).mean()
+
+
 def base_loss(
     unet: MotionTransferUNet,
     text: CLIPTextModel,
@@ -59,10 +105,17 @@ def base_loss(
     noise: Tensor,
     timestep: Tensor,
     subject: Tensor | None = None,
+    displacement: Tensor | None = None,
+    reader: MotionReader | None = None,
+    weight: float = 0.0,
 ) -> Tensor:
-    """Denoising loss of clips, through the text encoder as well."""
-    prediction = unet(objective.add_noise(latents, noise, timestep), timestep, text(tokens)[0])
-    return objective.loss(prediction, latents, noise, timestep, subject)
+    """Denoising loss of clips, through the text encoder as well, plus `weight` times that of a `reader`."""
+    noisy, hidden = objective.add_noise(latents, noise, timestep), text(tokens)[0]
+    if reader is None or displacement is None:
+        return objective.loss(unet(noisy, timestep, hidden), latents, noise, timestep, subject)
+    prediction, features = unet.denoise_with_features(noisy, timestep, hidden)
+    reading = reader(features, displacement, objective.signal[timestep].square())
+    return objective.loss(prediction, latents, noise, timestep, subject) + weight * reading
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("stage", choices=tuple(DEFAULTS))
     parser.add_argument("--start", type=Path, help="model folder to go on from")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--reading", type=float, default=0.5, help="video: weight of telling how everything moves")
+    parser.add_argument(
+        "--references", type=float, default=0.25, help="video: share of clips without caption at the references' noise"
+    )
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
     name = options.stage
@@ -82,15 +139,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
     start = stage.out / "frames.safetensors" if name == "video" and not options.compile_only else None
     unet, text = make_base(stage.sizes, options.start or start)
+    names = set(unet.state_dict())
+    single = name == "frames"
+    reader = None
+    if not single:  # features are read where the adapter will stand, which itself is not trained
+        base, unet = unet, make_unet(stage.sizes, None)
+        unet.load_state_dict(unet.state_dict() | base.state_dict())
+        reader = MotionReader(unet).to(stage.device, stage.dtype)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
     objective = Objective.from_scheduler(make_scheduler(), stage.device)
-    single = name == "frames"
+    empty = tokenize(make_tokenizer(), [""]).long().to(stage.device)
+    references = 0 if single else round(options.references * options.batch)
 
-    with without_motion_modules(unet) if single else kernel_attention(stage), compiled(stage, unet):
+    passes = "forward" if single else "denoise_with_features"
+    with without_motion_modules(unet) if single else kernel_attention(stage), compiled(stage, unet, passes):
+        backbone = [parameter for name, parameter in unet.named_parameters() if name in names]
+        groups = [([*backbone, *text.parameters()], options.rate)]
         trainer = Trainer(
-            lambda **batch: base_loss(unet, text, objective, **batch),
-            [([*unet.parameters(), *text.parameters()], options.rate)],
+            lambda **batch: base_loss(unet, text, objective, **batch, reader=reader, weight=options.reading),
+            groups if reader is None else [*groups, (list(reader.parameters()), 3 * options.rate)],
             graph=stage.graph,
         )
 
@@ -98,13 +166,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Two frames of a clip share a caption: the network takes no fewer.
             frames = 2 if single else None
             batch = clips.draw(options.batch, stage.generator, drop=0.1, realistic=0.12, frames=frames)
-            return with_noise(batch, objective, stage.generator, stage.dtype, shift)
+            batch = with_noise(batch, objective, stage.generator, stage.dtype, shift)
+            batch["tokens"][:references], batch["timestep"][:references] = empty, REFERENCE_TIMESTEP
+            return batch
 
         train(stage, trainer, draw, warmup=200)
     if options.compile_only:
         return
     if rank() == 0:
-        save_weights(stage.out / f"{name}.safetensors", unet=unet.float().state_dict(), text=text.float().state_dict())
+        trained = {key: value for key, value in unet.float().state_dict().items() if key in names}
+        save_weights(stage.out / f"{name}.safetensors", unet=trained, text=text.float().state_dict())
     wait_for_ranks()
 
 

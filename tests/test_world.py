@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -285,6 +286,33 @@ def test_the_scene_moves_as_the_camera_says(world: w.World, camera: str):
         assert np.abs(warped - now)[seen].mean() < 4
         if np.abs(affine - np.eye(2, 3)).max() > 8:
             assert np.abs(first.astype(int) - now)[seen].mean() > 8
+
+
+@pytest.mark.parametrize("kind", ["subject", "scene", "both"])
+def test_displacements_lead_back_to_frame_0(world: w.World, kind: str):
+    """What a frame shows at a place, frame 0 shows at that place plus the displacement."""
+    side = world.size
+    motions = world.motions(12, rng(3), two_subjects=0, camera=0 if kind == "subject" else 1)
+    if kind == "scene":
+        motions = without_subjects(motions)
+    looks = world.appearances(motions, rng(2))
+    looks.scene[:] = w.SCENES.index("dots")
+    video = world.render(motions, looks).float()
+    at = (torch.arange(side) + 0.5) * (FRAME / side)
+    places = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)  # (height, width, 2)
+    displacements = motions.displacements(side).permute(0, 1, 3, 4, 2)
+    errors, changes = [], []
+    for frame in (3, 9, 15):
+        where = places + displacements[:, frame]
+        back = F.grid_sample(video[:, 0], where * (2 / FRAME) - 1, align_corners=False)
+        away = (places - motions.position[:, frame, 0, None, None]).norm(dim=-1) / motions.scale[:, frame, :1, None]
+        seen = ((where > 2) & (where < FRAME - 2)).all(-1)
+        if kind != "scene":  # just around a subject frame 0 may show what it covered
+            seen &= away < 0.38 if kind == "subject" else away > 0.8
+        errors.append((video[:, frame] - back).abs().mean(1)[seen])
+        changes.append((video[:, frame] - video[:, 0]).abs().mean(1)[seen])
+    error, change = torch.cat(errors).mean(), torch.cat(changes).mean()
+    assert error < 0.35 * change
 
 
 def test_two_appearances_of_a_motion_move_alike(world: w.World):

@@ -89,6 +89,31 @@ class Motions:
         """A copy with every tensor on `device`."""
         return Motions(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
+    def displacements(self, side: int) -> Tensor:
+        """From each place to where what it sees was in frame 0: (n, frames, 2, side, side), x and y in pixels.
+
+        A place is the centre of a cell of a grid of `side` by `side` over the frame. Where subjects are, discs of four
+        fifths of their sprites, it sees them, the second above the first; elsewhere the scene.
+        """
+        at = (torch.arange(side, device=self.camera.device) + 0.5) * (FRAME / side) - FRAME / 2
+        x, y = at[None, :], at[:, None]
+        pan_x, pan_y, zoom, roll = (part[..., None, None] for part in self.camera.unbind(-1))
+        found = torch.stack(_turned(x - pan_x, y - pan_y, -roll, torch.exp(-zoom)), 2)
+        for i in range(2):
+            centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in self.position.unbind(-1))
+            scale, rotation = self.scale[:, :, i, None, None], self.rotation[:, :, i, None, None]
+            dx, dy = x - centre_x, y - centre_y
+            growth = scale[:, :1] / scale.clamp(min=1.0)
+            was_x, was_y = _turned(dx, dy, rotation[:, :1] - rotation, growth)
+            was = torch.stack([was_x + centre_x[:, :1], was_y + centre_y[:, :1]], 2)
+            found = torch.where((torch.hypot(dx, dy) < 0.4 * scale)[:, :, None], was, found)
+        return found - torch.stack(torch.broadcast_tensors(x, y))
+
+
+def _turned(x: Tensor, y: Tensor, angle: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Points turned about the origin, clockwise on the screen, and `gain` times as far from it."""
+    return gain * (torch.cos(angle) * x - torch.sin(angle) * y), gain * (torch.sin(angle) * x + torch.cos(angle) * y)
+
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1) drawn where `generator` lives, so that a CPU generator gives every device the same."""
