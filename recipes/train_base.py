@@ -59,9 +59,8 @@ def without_motion_modules(unet: MotionTransferUNet) -> Iterator[None]:
 class MotionReader(nn.Module):
     """Linear maps from what a reference pass keeps to how everything moves, for the backbone to learn to tell it.
 
-    A backbone that only denoises tells its adapter where things are, and little of how they move: on a held-out clip
-    nothing of `Motions.displacements` could be read from its features by a linear map. Those of a large network, which
-    has learnt from millions of clips, are what motion transfer lives on. The maps are thrown away after training.
+    A small backbone that only denoises tells its adapter where things are, and not how they move: a linear map reads
+    nothing of `Motions.displacements` from its features (recipes/README.md). The maps are thrown away after training.
 
     Args:
         unet: whose features are read.
