@@ -60,6 +60,10 @@ def main() -> None:
     elif options.child:
         run(options)
     else:
+        import torch
+
+        if options.device.startswith("cuda") and not torch.cuda.is_available():
+            parser.exit(1, "error: there is no CUDA GPU: name another --device, as cpu with --size tiny\n")
         with tempfile.TemporaryDirectory() as temporary:
             options.folder = options.folder or Path(temporary)
             measure(options)

@@ -316,6 +316,8 @@ def main() -> None:
     for name in options.kernels:
         if name not in KERNELS | PLANS:
             parser.error(f"no kernel {name}: {', '.join(KERNELS | PLANS)}")
+    if not torch.cuda.is_available():
+        parser.exit(1, "error: this benchmark times a CUDA GPU and finds none\n")
     big = torch.zeros(2**29, device="cuda", dtype=torch.float16)
     pair = [(torch.empty_like(big), big)] * 3
     # The better of the driver's copy and a kernel that reads and writes as much.
