@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # layout, and with it the motion, is settled in the first of them, which keep their guidance; in every second step
     # the lower resolutions are those of the step before. Everything at the highest resolution, where the reference's
     # motion is finest, is computed in every step.
-    "fast": {"steps": 8, "scheduler": "dpm++", "guidance_until": 0.6, "cache_interval": 2},
+    "fast": {"steps": 8, "scheduler": "dpm++", "guidance_until": 0.5, "cache_interval": 2},
 }
 
 
