@@ -344,6 +344,15 @@ def make_base(sizes: Sizes, start: Path | None = None) -> tuple[MotionTransferUN
     return unet, text
 
 
+def add_adapter(
+    base: MotionTransferUNet, sizes: Sizes, fusion_blocks: Sequence[int] | None = None
+) -> MotionTransferUNet:
+    """A network with the weights of a backbone, and an adapter that is new in some up blocks, or all."""
+    unet = make_unet(sizes, fusion_blocks)
+    unet.load_state_dict(unet.state_dict() | base.state_dict())
+    return unet
+
+
 def model_weights(folder: Path) -> dict[str, Tensor]:
     """The network's state dict in a model folder, in float32."""
     return MotionTransferUNet.from_pretrained(folder / "unet", low_cpu_mem_usage=False).float().state_dict()

@@ -22,12 +22,12 @@ from recipes.common import (
     Clips,
     Stage,
     Trainer,
+    add_adapter,
     compiled,
     kernel_attention,
     leave,
     make_base,
     make_scheduler,
-    make_unet,
     model_weights,
     rank,
     save_on_signals,
@@ -74,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
     base, text = make_base(stage.sizes, None if options.compile_only else stage.out / "video.safetensors")
-    unet = make_unet(stage.sizes, options.fusion_blocks)
-    unet.load_state_dict(unet.state_dict() | base.state_dict())
+    unet = add_adapter(base, stage.sizes, options.fusion_blocks)
     unet.initialize_adapter()
     set_scalers(unet, open_always=options.no_scaler)
     if options.start is not None:

@@ -23,12 +23,12 @@ from recipes.common import (
     Clips,
     Stage,
     Trainer,
+    add_adapter,
     compiled,
     kernel_attention,
     leave,
     make_base,
     make_scheduler,
-    make_unet,
     rank,
     save_on_signals,
     save_weights,
@@ -86,12 +86,12 @@ class MotionReader(nn.Module):
         # A step is some eighth of the way.
         exact = torch.cat([displacement, 8 * steps], 2).float() / self.UNIT
         losses = []
-        read = [feature for pair in features.layers.values() for feature in pair]
-        for linear, feature in zip(self.maps, read, strict=True):
-            size = feature.shape[2:4]
-            here = F.adaptive_avg_pool2d(exact.flatten(0, 1), size).unflatten(0, exact.shape[:2])
-            off = F.smooth_l1_loss(linear(feature).float(), here.permute(0, 1, 3, 4, 2), beta=0.2, reduction="none")
-            losses.append((off.mean((1, 2, 3, 4)) * share).mean())
+        for i, pair in enumerate(features.layers.values()):
+            size = pair[0].shape[2:4]
+            here = F.adaptive_avg_pool2d(exact.flatten(0, 1), size).unflatten(0, exact.shape[:2]).permute(0, 1, 3, 4, 2)
+            for linear, feature in zip(self.maps[2 * i : 2 * i + 2], pair, strict=True):
+                off = F.smooth_l1_loss(linear(feature).float(), here, beta=0.2, reduction="none")
+                losses.append((off.mean((1, 2, 3, 4)) * share).mean())
         return torch.stack(losses).mean()
 
 
@@ -142,8 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     single = name == "frames"
     reader = None
     if not single:  # features are read where the adapter will stand, which itself is not trained
-        base, unet = unet, make_unet(stage.sizes, None)
-        unet.load_state_dict(unet.state_dict() | base.state_dict())
+        unet = add_adapter(unet, stage.sizes)
         reader = MotionReader(unet).to(stage.device, stage.dtype)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)

@@ -95,22 +95,27 @@ class Motions:
         A place is the centre of a cell of a grid of `side` by `side` over the frame. Where subjects are, discs of four
         fifths of their sprites, it sees them, the second above the first; elsewhere the scene.
         """
-        at = (torch.arange(side, device=self.camera.device) + 0.5) * (FRAME / side) - FRAME / 2
-        x, y = at[None, :], at[:, None]
+        x, y = places(side, self.camera.device)
         pan_x, pan_y, zoom, roll = (part[..., None, None] for part in self.camera.unbind(-1))
-        found = torch.stack(_turned(x - pan_x, y - pan_y, -roll, torch.exp(-zoom)), 2)
+        found = torch.stack(turned(x - pan_x, y - pan_y, -roll, torch.exp(-zoom)), 2)
         for i in range(2):
             centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in self.position.unbind(-1))
             scale, rotation = self.scale[:, :, i, None, None], self.rotation[:, :, i, None, None]
             dx, dy = x - centre_x, y - centre_y
             growth = scale[:, :1] / scale.clamp(min=1.0)
-            was_x, was_y = _turned(dx, dy, rotation[:, :1] - rotation, growth)
+            was_x, was_y = turned(dx, dy, rotation[:, :1] - rotation, growth)
             was = torch.stack([was_x + centre_x[:, :1], was_y + centre_y[:, :1]], 2)
             found = torch.where((torch.hypot(dx, dy) < 0.4 * scale)[:, :, None], was, found)
         return found - torch.stack(torch.broadcast_tensors(x, y))
 
 
-def _turned(x: Tensor, y: Tensor, angle: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+def places(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Centres of the cells of a grid over the frame, relative to its centre: x (1, side) and y (side, 1)."""
+    at = (torch.arange(side, device=device) + 0.5) * (FRAME / side) - FRAME / 2
+    return at[None], at[:, None]
+
+
+def turned(x: Tensor, y: Tensor, angle: Tensor, gain: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Points turned about the origin, clockwise on the screen, and `gain` times as far from it."""
     return gain * (torch.cos(angle) * x - torch.sin(angle) * y), gain * (torch.sin(angle) * x + torch.cos(angle) * y)
 
@@ -380,7 +385,7 @@ def draw_motions(
 
     # Any direction, except where gravity gives one.
     angle = torch.where(among(_UPRIGHT), 0.0, 2 * math.pi * q(3))
-    x, y = x * torch.cos(angle) - y * torch.sin(angle), x * torch.sin(angle) + y * torch.cos(angle)
+    x, y = turned(x, y, angle)
     # Every family may also change its size and turn.
     log_size = log_size + torch.where(q(4) < 0.3, q(5, -0.35, 0.35) * torch.sin(math.pi * u * q(6, 0.4, 1.6)), 0.0)
     turning = q(8, -1.6, 1.6) * t + q(9, -0.25, 0.25) * torch.sin(2 * math.pi * (u + q(6)))
@@ -407,9 +412,9 @@ def draw_motions(
 
     # What stands in the scene moves, grows and turns with it.
     pan_x, pan_y, zoom, roll = (part[:, None, None] for part in view.unbind(-1))
-    cx, cy, gain = x - FRAME / 2, y - FRAME / 2, torch.exp(zoom)
-    carried_x = FRAME / 2 + pan_x + gain * (torch.cos(roll) * cx - torch.sin(roll) * cy)
-    carried_y = FRAME / 2 + pan_y + gain * (torch.sin(roll) * cx + torch.cos(roll) * cy)
+    gain = torch.exp(zoom)
+    from_x, from_y = turned(x - FRAME / 2, y - FRAME / 2, roll, gain)
+    carried_x, carried_y = FRAME / 2 + pan_x + from_x, FRAME / 2 + pan_y + from_y
     free = torch.stack([x, y, scale, rotation])
     carried = torch.stack([carried_x, carried_y, scale * gain, rotation + roll])
     free_cost, carried_cost = _cost(free, two), _cost(carried, two)

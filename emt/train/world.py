@@ -31,6 +31,8 @@ from emt.train.motions import (
     Motions,
     choose,
     draw_motions,
+    places,
+    turned,
     uniform,
 )
 from emt.train.scenes import CANVAS, PLACES, SCENES, paint_scenes
@@ -274,11 +276,6 @@ class World:
             out[part] = (video.transpose(1, 2) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
         return out
 
-    def _pixels(self) -> tuple[Tensor, Tensor]:
-        """Centres of the pixels in coordinates of a 128 frame relative to its centre: x (1, size) and y (size, 1)."""
-        at = (torch.arange(self.size, device=self.device) + 0.5) * (FRAME / self.size) - FRAME / 2
-        return at[None], at[:, None]
-
     def _draw(self, motions: Motions, appearances: Appearances, realism: float, generator: torch.Generator) -> Tensor:
         """Clips (n, 3, frames, size, size) in [0, 1]."""
         n = len(motions)
@@ -315,13 +312,11 @@ class World:
 
     def _scene(self, motions: Motions, plane: Tensor, view: Tensor) -> Tensor:
         """The scene under the moving camera: (n, 3, frames, size, size). `plane` (n,) is a depth of the volume."""
-        x, y = self._pixels()
+        x, y = places(self.size, self.device)
         pan_x, pan_y, zoom, roll = (part[..., None, None] for part in motions.camera.unbind(-1))
         # From the screen back to frame 0, then to the canvas.
         gain = torch.exp(-zoom)
-        dx, dy = x - pan_x, y - pan_y
-        from_x = gain * (torch.cos(roll) * dx + torch.sin(roll) * dy)
-        from_y = gain * (torch.cos(roll) * dy - torch.sin(roll) * dx)
+        from_x, from_y = turned(x - pan_x, y - pan_y, -roll, gain)
         offset_x, offset_y, start, mirror = (part[:, None, None, None] for part in view.unbind(-1))
         stretch = torch.exp(-start)
         canvas_x = mirror * (stretch * from_x + offset_x)
@@ -342,13 +337,11 @@ class World:
 
         `sprite` (n, 4, levels, side, side) is premultiplied; `bend` (n, 4) in [0, 1) lets it flex as living things do.
         """
-        x, y = self._pixels()
+        x, y = places(self.size, self.device)
         centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in motions.position.unbind(-1))
         scale, rotation = motions.scale[:, :, i, None, None].clamp(min=1.0), motions.rotation[:, :, i, None, None]
         unit = (2 * SIDE / (SIDE + 2 * BORDER)) / scale
-        dx, dy = x - centre_x, y - centre_y
-        u = unit * (torch.cos(rotation) * dx + torch.sin(rotation) * dy)
-        v = unit * (torch.cos(rotation) * dy - torch.sin(rotation) * dx)
+        u, v = turned(x - centre_x, y - centre_y, -rotation, unit)
         if bend is not None:
             amount, rate, across, along = bend[:, :, None, None, None].unbind(1)
             t = 2 * math.pi * torch.arange(self.frames, device=self.device)[:, None, None] / self.frames
