@@ -269,7 +269,9 @@ def test_the_scene_moves_as_the_camera_says(world: w.World, camera: str):
     held_out = camera in w.HELD_OUT_CAMERA_FAMILIES
     drawn = world.motions(60, rng(5), held_out=held_out, camera=1, two_subjects=0)
     index = (w.CAMERA_FAMILIES + w.HELD_OUT_CAMERA_FAMILIES).index(camera)
-    motions = without_subjects(drawn[drawn.camera_family == index][:1])
+    drawn = drawn[drawn.camera_family == index]
+    fastest = drawn.camera.abs().amax((1, 2)).argmax().item()
+    motions = without_subjects(drawn[fastest : fastest + 1])
     looks = world.appearances(motions, rng(2))
     looks.scene[:] = w.SCENES.index("dots")
     video = world.render(motions, looks)[0].permute(0, 2, 3, 1).numpy()
@@ -284,7 +286,7 @@ def test_the_scene_moves_as_the_camera_says(world: w.World, camera: str):
         now = cv2.GaussianBlur(video[frame], (0, 0), max(0.6, math.exp(zoom)))
         assert seen.mean() > 0.1
         assert np.abs(warped - now)[seen].mean() < 4
-        if np.abs(affine - np.eye(2, 3)).max() > 8:
+        if np.abs(affine - np.eye(2, 3)).max() > 3:
             assert np.abs(first.astype(int) - now)[seen].mean() > 8
 
 
