@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections import defaultdict
@@ -63,6 +64,15 @@ class SmallMemory(Recorder):
         if len(compute()) > self.largest:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().record(compute)
+
+
+def test_a_compiled_network_makes_the_same_clips(folder, motions, monkeypatch):
+    """With the compiler's front alone, which is what wraps the network; what it generates has tests of its own."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, compiled = load_pipeline(folder, "cpu", torch.float32), load_pipeline(folder, "cpu", torch.float32)
+    compiled.backend = TorchBackend(compiled, compile=True)
+    expected, [made] = plain("a fox", motions[0], steps=2)[0], compiled("a fox", motions[0], steps=2)
+    np.testing.assert_allclose(made.astype(int), expected.astype(int), atol=1)
 
 
 @pytest.fixture
