@@ -91,7 +91,8 @@ def train_variants(names: Sequence[str], o: argparse.Namespace) -> None:
             arguments = ["--out", str(o.out), "--name", name, "--steps", str(o.steps), "--batch", str(o.batch)]
             arguments += ["--device", o.device, "--seed", str(o.seed)]
             arguments += [f"--{flag}" for flag in ("compile", "eager", "tiny") if getattr(o, flag)]
-            train_adapter.main([*arguments, *VARIANTS[name][1]])
+            # The video stage has trained an adapter in full: going on from there would favour the full method.
+            train_adapter.main([*arguments, "--from-backbone", *VARIANTS[name][1]])
             gc.collect()
             if o.device.startswith("cuda"):
                 torch.cuda.empty_cache()

@@ -58,6 +58,9 @@ less than is needed: what a backbone itself sees at 400 tells paths (correlation
 subjects turn (0.1), and the camera's way only in part (0.77).
 """
 
+SCALER_RATE = 3e-5
+"""Learning rate of the scalers: at 1e-3 those of the finer level closed for good."""
+
 SMALL = Sizes()
 """The small model."""
 TINY = Sizes(
@@ -347,10 +350,29 @@ def make_base(sizes: Sizes, start: Path | None = None) -> tuple[MotionTransferUN
 def add_adapter(
     base: MotionTransferUNet, sizes: Sizes, fusion_blocks: Sequence[int] | None = None
 ) -> MotionTransferUNet:
-    """A network with the weights of a backbone, and an adapter that is new in some up blocks, or all."""
+    """A network with the weights of a backbone, and an adapter that is new in some up blocks, or all.
+
+    The adapter's projections are the backbone's, and its scalers half open.
+    """
     unet = make_unet(sizes, fusion_blocks)
     unet.load_state_dict(unet.state_dict() | base.state_dict())
+    unet.initialize_adapter()
+    set_scalers(unet, open_always=False)
     return unet
+
+
+@torch.no_grad()
+def set_scalers(unet: MotionTransferUNet, *, open_always: bool) -> None:
+    """Start the scalers half open, or take them out: open for ever.
+
+    The network subtracts 5 before the sigmoid, so that a scaler starts closed and passes a hundredth of the gradient;
+    a bias of 5 on its last convolution takes that back.
+    """
+    for module in unet.fusion_modules().values():
+        last = module.temporal_transformer.transformer_blocks[0].scaler.spatial_convs[2]
+        last.bias.fill_(20.0 if open_always else 5.0)
+        if open_always:
+            last.weight.zero_()
 
 
 def model_weights(folder: Path) -> dict[str, Tensor]:
@@ -443,7 +465,7 @@ class Clips:
     def draw_pairs(
         self, n: int, generator: torch.Generator, *, drop: float, realistic: float, mismatched: float = 0.0
     ) -> dict[str, Tensor]:
-        """A batch of pairs: the same motion in two appearances, the target's with its tokens.
+        """A batch of pairs: the same motion in two appearances, the target's with its tokens, and its displacements.
 
         Args:
             n: pairs.
@@ -463,6 +485,7 @@ class Clips:
             "latents": self.latents[motion, target],
             "tokens": self._captions(motion, target, generator, drop),
             "subject": SUBJECT_WEIGHT * self.subjects[motion][:, None].float(),
+            "displacement": self.displacements[source].float(),
         }
 
     def _index(self, below: int, n: int, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from emt.train.objective import Objective, adapter_loss
 from emt.unet import MotionTransferUNet
 from recipes.common import (
     REFERENCE_TIMESTEP,
+    SCALER_RATE,
     Clips,
     Stage,
     Trainer,
@@ -26,12 +26,13 @@ from recipes.common import (
     compiled,
     kernel_attention,
     leave,
+    load_weights,
     make_base,
     make_scheduler,
-    model_weights,
     rank,
     save_on_signals,
     save_weights,
+    set_scalers,
     stage_parser,
     tokenize,
     train,
@@ -41,27 +42,15 @@ from recipes.common import (
 from recipes.text import make_tokenizer
 
 
-@torch.no_grad()
-def set_scalers(unet: MotionTransferUNet, *, open_always: bool) -> None:
-    """Start the scalers half open, or take them out: open for ever.
-
-    The network subtracts 5 before the sigmoid, so that a scaler starts closed and passes a hundredth of the gradient;
-    a bias of 5 on its last convolution takes that back.
-    """
-    for module in unet.fusion_modules().values():
-        last = module.temporal_transformer.transformer_blocks[0].scaler.spatial_convs[2]
-        last.bias.fill_(20.0 if open_always else 5.0)
-        if open_always:
-            last.weight.zero_()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the adapter; writes OUT/<name>.safetensors."""
     parser = stage_parser(main.__doc__, minutes=4.6, batch=64)
     parser.add_argument("--name", default="adapter", help="of the result")
-    parser.add_argument("--start", type=Path, help="model folder to go on from")
+    parser.add_argument(
+        "--from-backbone", action="store_true", help="start from the backbone's projections, not from the video stage's"
+    )
     parser.add_argument("--rate", type=float, default=7e-4, help="learning rate of the projections")
-    parser.add_argument("--scaler-rate", type=float, default=3e-5, help="learning rate of the scalers")
+    parser.add_argument("--scaler-rate", type=float, default=SCALER_RATE, help="learning rate of the scalers")
     parser.add_argument(
         "--reference-timestep", type=int, default=REFERENCE_TIMESTEP, help="noise level at which references are read"
     )
@@ -73,14 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stage = Stage(options.name, options)
 
     clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
-    base, text = make_base(stage.sizes, None if options.compile_only else stage.out / "video.safetensors")
+    before = None if options.compile_only else stage.out / "video.safetensors"
+    base, text = make_base(stage.sizes, before)
     unet = add_adapter(base, stage.sizes, options.fusion_blocks)
-    unet.initialize_adapter()
-    set_scalers(unet, open_always=options.no_scaler)
-    if options.start is not None:
-        adapter = {name for name, _ in unet.adapter_parameters()}
-        trained_before = model_weights(options.start)
-        unet.load_state_dict(unet.state_dict() | {name: trained_before[name] for name in adapter})
+    if before is not None and not options.from_backbone:
+        names = {name for name, _ in unet.adapter_parameters()}
+        learnt = load_weights(before, "adapter")
+        unet.load_state_dict(unet.state_dict() | {name: learnt[name] for name in names})
+    if options.no_scaler:
+        set_scalers(unet, open_always=True)
     unet.requires_grad_(False).to(stage.device, stage.dtype, memory_format=torch.channels_last)
     trained = {name: p for name, p in unet.adapter_parameters() if not (options.no_scaler and ".scaler." in name)}
     for parameter in trained.values():
@@ -103,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch = clips.draw_pairs(
             options.batch, stage.generator, drop=0.1, realistic=options.realistic, mismatched=options.mismatched
         )
+        del batch["displacement"]
         return with_noise(batch, objective, stage.generator, stage.dtype, shift=3.0)
 
     groups = [(projections, options.rate)] + ([(scalers, options.scaler_rate)] if scalers else [])

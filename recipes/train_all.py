@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in done:
                 say(f"[{name}] is done: {o.out / result}")
             else:
-                start = ["--start", str(o.start)] if o.start is not None and name != "latents" else []
+                start = ["--start", str(o.start)] if o.start is not None and name == "video" else []
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
                 run([*common, "--minutes", str(minutes * scale), *start, *fused])
                 gc.collect()

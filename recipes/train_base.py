@@ -1,4 +1,4 @@
-"""Stages 3 and 4: the text-to-video backbone and its text encoder, first on single frames, then on video.
+"""Stages 3 and 4: text-to-video backbone and text encoder, first on single frames, then on video with references.
 
 python -m recipes.train_base frames --out build/small
 python -m recipes.train_base video --out build/small
@@ -20,6 +20,7 @@ from emt.train.objective import Objective
 from emt.unet import MotionTransferUNet
 from recipes.common import (
     REFERENCE_TIMESTEP,
+    SCALER_RATE,
     Clips,
     Stage,
     Trainer,
@@ -29,6 +30,7 @@ from recipes.common import (
     leave,
     make_base,
     make_scheduler,
+    model_weights,
     rank,
     save_on_signals,
     save_weights,
@@ -104,17 +106,67 @@ def base_loss(
     noise: Tensor,
     timestep: Tensor,
     subject: Tensor | None = None,
-    displacement: Tensor | None = None,
-    reader: MotionReader | None = None,
-    weight: float = 0.0,
 ) -> Tensor:
-    """Denoising loss of clips, through the text encoder as well, plus `weight` times that of a `reader`."""
-    noisy, hidden = objective.add_noise(latents, noise, timestep), text(tokens)[0]
-    if reader is None or displacement is None:
-        return objective.loss(unet(noisy, timestep, hidden), latents, noise, timestep, subject)
+    """Denoising loss of clips, through the text encoder as well."""
+    prediction = unet(objective.add_noise(latents, noise, timestep), timestep, text(tokens)[0])
+    return objective.loss(prediction, latents, noise, timestep, subject)
+
+
+def video_loss(
+    unet: MotionTransferUNet,
+    text: CLIPTextModel,
+    objective: Objective,
+    reader: MotionReader,
+    weight: float,
+    *,
+    latents: Tensor,
+    tokens: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    subject: Tensor,
+    displacement: Tensor,
+    target: Tensor,
+    target_tokens: Tensor,
+    target_noise: Tensor,
+    target_timestep: Tensor,
+    target_subject: Tensor,
+) -> Tensor:
+    """Denoising loss of clips by the backbone, plus that of targets which move like the first of them.
+
+    Gradients go through the references' features too: the backbone learns to tell what the adapter needs to know.
+
+    Args:
+        unet: with an adapter.
+        text: encoder of the captions.
+        objective: of the base.
+        reader: of the features of all clips.
+        weight: of its loss.
+        latents: of clips, the first of them references: (batch, channels, frames, height, width).
+        tokens: (batch, tokens), of the empty prompt for references.
+        noise: of the clips.
+        timestep: (batch,) of the clips.
+        subject: extra weight on parts of the clips (`Objective.loss`).
+        displacement: (batch, frames, 2, height, width), pixels.
+        target: latents that move like the references, as many as there are: (pairs, …).
+        target_tokens: their captions' tokens.
+        target_noise: theirs.
+        target_timestep: (pairs,) theirs.
+        target_subject: extra weight on parts of them.
+
+    Returns:
+        A float32 scalar.
+    """
+    pairs = len(target)
+    hidden, target_hidden = text(torch.cat([tokens, target_tokens]))[0].split([len(tokens), pairs])
+    noisy = objective.add_noise(latents, noise, timestep)
     prediction, features = unet.denoise_with_features(noisy, timestep, hidden)
+    own = objective.loss(prediction, latents, noise, timestep, subject)
     reading = reader(features, displacement, objective.signal[timestep].square())
-    return objective.loss(prediction, latents, noise, timestep, subject) + weight * reading
+    motion = MotionFeatures({path: (a[:pairs], b[:pairs]) for path, (a, b) in features.layers.items()})
+    noisy = objective.add_noise(target, target_noise, target_timestep)
+    moved = unet(noisy, target_timestep, target_hidden, motion)
+    following = objective.loss(moved, target, target_noise, target_timestep, target_subject)
+    return own + following + weight * reading
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--reading", type=float, default=0.5, help="video: weight of telling how everything moves")
     parser.add_argument(
-        "--references", type=float, default=0.25, help="video: share of clips without caption at the references' noise"
+        "--references", type=float, default=0.5, help="video: share of clips that are references, each with a target"
     )
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
@@ -140,40 +192,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unet, text = make_base(stage.sizes, options.start or start)
     names = set(unet.state_dict())
     single = name == "frames"
-    reader = None
-    if not single:  # features are read where the adapter will stand, which itself is not trained
+    if not single:
         unet = add_adapter(unet, stage.sizes)
-        reader = MotionReader(unet).to(stage.device, stage.dtype)
+        if options.start is not None:
+            unet.load_state_dict(model_weights(options.start))
+    reader = MotionReader(unet).to(stage.device, stage.dtype)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
     objective = Objective.from_scheduler(make_scheduler(), stage.device)
     empty = tokenize(make_tokenizer(), [""]).long().to(stage.device)
-    references = 0 if single else round(options.references * options.batch)
+    references = 1 if single else max(round(options.references * options.batch), 1)
 
-    passes = "forward" if single else "denoise_with_features"
-    with without_motion_modules(unet) if single else kernel_attention(stage), compiled(stage, unet, passes):
-        backbone = [parameter for name, parameter in unet.named_parameters() if name in names]
-        groups = [([*backbone, *text.parameters()], options.rate)]
-        trainer = Trainer(
-            lambda **batch: base_loss(unet, text, objective, **batch, reader=reader, weight=options.reading),
-            groups if reader is None else [*groups, (list(reader.parameters()), 3 * options.rate)],
-            graph=stage.graph,
-        )
+    def noisy(batch: dict[str, Tensor], shift: float = shift) -> dict[str, Tensor]:
+        return with_noise(batch, objective, stage.generator, stage.dtype, shift)
 
-        def draw() -> dict[str, Tensor]:
-            # Two frames of a clip share a caption: the network takes no fewer.
-            frames = 2 if single else None
-            batch = clips.draw(options.batch, stage.generator, drop=0.1, realistic=0.12, frames=frames)
-            batch = with_noise(batch, objective, stage.generator, stage.dtype, shift)
-            batch["tokens"][:references], batch["timestep"][:references] = empty, REFERENCE_TIMESTEP
-            return batch
+    def draw_frames() -> dict[str, Tensor]:
+        # Two frames of a clip share a caption: the network takes no fewer.
+        return noisy(clips.draw(options.batch, stage.generator, drop=0.1, realistic=0.12, frames=2))
 
-        train(stage, trainer, draw, warmup=200)
+    def draw_videos() -> dict[str, Tensor]:
+        pairs = noisy(clips.draw_pairs(references, stage.generator, drop=0.1, realistic=0.35), shift=3.0)
+        alone = noisy(clips.draw(options.batch - references, stage.generator, drop=0.1, realistic=0.12))
+        read = {
+            "latents": pairs["reference"],
+            "noise": pairs["reference_noise"],
+            "tokens": empty.expand(references, -1),
+            "timestep": torch.full_like(pairs["timestep"], REFERENCE_TIMESTEP),
+            "subject": pairs["subject"],
+            "displacement": pairs["displacement"],
+        }
+        target = {"target": pairs["latents"]}
+        target |= {f"target_{key}": pairs[key] for key in ("tokens", "noise", "timestep", "subject")}
+        return target | {key: torch.cat([read[key], alone[key]]) for key in read}
+
+    def loss(**batch: Tensor) -> Tensor:
+        if single:
+            return base_loss(unet, text, objective, **batch)
+        return video_loss(unet, text, objective, reader, options.reading, **batch)
+
+    scalers = [p for key, p in unet.named_parameters() if ".scaler." in key]
+    others = [p for key, p in unet.named_parameters() if ".scaler." not in key and not (single and "motion_" in key)]
+    groups = [([*others, *text.parameters()], options.rate)]
+    if not single:
+        groups += [(scalers, SCALER_RATE), (list(reader.parameters()), 3 * options.rate)]
+    passes = ("forward",) if single else ("forward", "denoise_with_features")
+    with without_motion_modules(unet) if single else kernel_attention(stage), compiled(stage, unet, *passes):
+        trainer = Trainer(loss, groups, graph=stage.graph)
+        train(stage, trainer, draw_frames if single else draw_videos, warmup=200)
     if options.compile_only:
         return
     if rank() == 0:
-        trained = {key: value for key, value in unet.float().state_dict().items() if key in names}
-        save_weights(stage.out / f"{name}.safetensors", unet=trained, text=text.float().state_dict())
+        weights = unet.float().state_dict()
+        parts = {"unet": {key: value for key, value in weights.items() if key in names}}
+        if not single:  # the next stage goes on from there
+            parts["adapter"] = {key: value for key, value in weights.items() if key not in names}
+        save_weights(stage.out / f"{name}.safetensors", **parts, text=text.float().state_dict())
     wait_for_ranks()
 
 

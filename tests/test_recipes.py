@@ -42,13 +42,14 @@ from recipes.common import (
     make_vae,
     make_world,
     schedule,
+    set_scalers,
     stage_parser,
     train,
     with_noise,
 )
 from recipes.evaluate_small import evaluate, read_motions
 from recipes.text import make_text_encoder, make_tokenizer
-from recipes.train_base import MotionReader, base_loss, without_motion_modules
+from recipes.train_base import MotionReader, base_loss, video_loss, without_motion_modules
 from recipes.train_vae import vae_loss
 
 
@@ -197,6 +198,7 @@ def test_base_learns_a_batch_by_heart(out: Path) -> None:
     objective = Objective.from_scheduler(make_scheduler())
     clips = Clips.load(out, torch.device("cpu"))
     batch = clips.draw(4, generator, drop=0.1, realistic=0.1)
+    del batch["displacement"]
     batch = with_noise(batch, objective, generator, torch.float32, shift=2.0)
     trainer = Trainer(
         lambda **b: base_loss(unet, text, objective, **b), [([*unet.parameters(), *text.parameters()], 3e-3)]
@@ -215,7 +217,7 @@ def test_adapter_learns_a_batch_by_heart_and_nothing_else_changes() -> None:
         if name.startswith("conv_out") or "temporal_transformer.proj_out" in name:
             nn.init.normal_(parameter, std=0.1)
     unet.initialize_adapter()
-    train_adapter.set_scalers(unet, open_always=False)
+    set_scalers(unet, open_always=False)
     unet.requires_grad_(False)
     before = {k: v.clone() for k, v in unet.state_dict().items()}
     trained = dict(unet.adapter_parameters())
@@ -254,6 +256,13 @@ def test_losses_never_wait_for_the_device() -> None:
     torch.autograd.grad(
         base_loss(unet, text, objective, latents, tokens, noise, t), [*unet.parameters(), *text.parameters()]
     )
+    reader = MotionReader(adapted).to("meta", torch.bfloat16)
+    subject = torch.empty(8, 1, 16, 16, 16, **kind)
+    parts = {"latents": latents, "tokens": tokens, "noise": noise, "timestep": t, "subject": subject}
+    targets = {"target" if key == "latents" else f"target_{key}": part[:4] for key, part in parts.items()}
+    displacement = torch.empty(8, 16, 2, 16, 16, **kind)
+    loss = video_loss(adapted, text, objective, reader, 0.5, displacement=displacement, **parts, **targets)
+    torch.autograd.grad(loss, [*adapted.parameters(), *text.parameters(), *reader.parameters()])
     hidden = text(tokens)[0].detach()
     loss = adapter_loss(adapted, objective, latents, latents, hidden, hidden[:1], t, noise, noise)
     torch.autograd.grad(loss, [p for _, p in adapted.adapter_parameters()])
@@ -321,11 +330,43 @@ def test_a_reader_reads_displacements_and_steps_at_every_resolution() -> None:
     assert reader(MotionFeatures(layers), displacement + 6.4, hidden).item() == pytest.approx(0.05 / 2, abs=1e-6)
 
 
+def test_the_video_stage_trains_a_backbone_to_tell_motion_to_its_adapter() -> None:
+    """The loss of a target depends on its reference, by features through which gradients reach the backbone."""
+    torch.manual_seed(0)
+    unet, text = make_unet(TINY, None), make_text_encoder(TINY.text_width, TINY.text_layers)
+    for name, parameter in unet.named_parameters():
+        if name.startswith("conv_out") or "temporal_transformer.proj_out" in name:
+            nn.init.normal_(parameter, std=0.1)
+    set_scalers(unet, open_always=False)
+    reader, objective = MotionReader(unet), Objective.from_scheduler(make_scheduler())
+    latents, noise = torch.randn(2, 3, 4, TINY.frames, 4, 4)
+    parts = {"latents": latents, "noise": noise, "tokens": torch.zeros(3, 16, dtype=torch.long)}
+    parts |= {"timestep": torch.tensor([100, 100, 500]), "subject": torch.zeros(3, 1, TINY.frames, 4, 4)}
+    target = {"target" if key == "latents" else f"target_{key}": part[1:] for key, part in parts.items()}
+    displacement = torch.zeros(3, TINY.frames, 2, 4, 4)
+
+    def loss(weight: float, **changed: torch.Tensor) -> torch.Tensor:
+        given = parts | target | {"displacement": displacement} | changed
+        return video_loss(unet, text, objective, reader, weight, **given)
+
+    alone = base_loss(unet, text, objective, *(parts[key] for key in ("latents", "tokens", "noise", "timestep")))
+    following = loss(0.0) - alone
+    other = latents.clone()
+    other[:2] = other[:2].flip(3)  # the references' pictures move otherwise
+    alone = base_loss(unet, text, objective, other, *(parts[key] for key in ("tokens", "noise", "timestep")))
+    assert abs((loss(0.0, latents=other) - alone - following).item()) > 1e-4
+    assert loss(0.5).item() > loss(0.0).item()
+    key = unet.up_blocks[1].motion_modules[0].temporal_transformer.transformer_blocks[0].attention_blocks[0].adapter
+    for parameter in (unet.conv_in.weight, key.to_k.weight, next(iter(text.parameters()))):
+        (gradient,) = torch.autograd.grad(loss(0.0), [parameter])
+        assert gradient.abs().max() > 0
+
+
 def test_pairs_share_their_motion_and_differ_in_appearance() -> None:
     motion, view = torch.arange(5).view(5, 1), torch.arange(4).view(1, 4)
     latents = torch.stack(torch.broadcast_tensors(motion, view), -1).float()[..., None, None, None]
     covered = motion[..., None, None].to(torch.uint8)
-    clips = Clips(latents, (motion * 10 + view)[..., None].int(), covered, torch.zeros(0))
+    clips = Clips(latents, (motion * 10 + view)[..., None].int(), covered, motion)
     pairs = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3)
     reference, target = pairs["reference"][..., 0, 0, 0], pairs["latents"][..., 0, 0, 0]
     assert torch.equal(reference[:, 0], target[:, 0])
@@ -334,6 +375,7 @@ def test_pairs_share_their_motion_and_differ_in_appearance() -> None:
     assert 0.2 < (reference[:, 1] == 3).float().mean() < 0.4
     assert torch.equal(pairs["tokens"][:, 0], (target[:, 0] * 10 + target[:, 1]).long())
     assert torch.equal(pairs["subject"].flatten(), SUBJECT_WEIGHT * target[:, 0])
+    assert torch.equal(pairs["displacement"][:, 0], reference[:, 0])
     wrong = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3, mismatched=1.0)
     assert (wrong["reference"][:, 0] != wrong["latents"][:, 0]).float().mean() > 0.6
 
