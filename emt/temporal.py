@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emt_kernels.add_product import add_product
 from emt_kernels.geglu import geglu
 from emt_kernels.geglu_linear import fuses, geglu_linear
 from emt_kernels.group_norm_silu import group_norm_silu
@@ -63,11 +64,11 @@ def residuals_in_products(biases_in_norms: bool) -> Iterator[None]:
 
 
 def _in_products(x: Tensor) -> bool:
-    """Whether a product adds to `x` in place: not where gradients, a compiler or autocast need products apart."""
+    """Whether a product adds to `x` in place: not where gradients, `torch.compile` or autocast need products apart."""
     return (
         _RESIDUALS_IN_PRODUCTS
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()  # false in an export, which is not strict
         and not torch.is_autocast_enabled(x.device.type)
     )
 
@@ -126,7 +127,7 @@ class ResidualStream:
         """Add a linear layer's output for `x` (…, inputs); a norm is to follow."""
         if isinstance(layer, nn.Linear) and _in_products(self.values):
             self.values = self.values.contiguous()
-            add_product(self.values.view(-1, self.values.shape[-1]), layer, x.flatten(0, -2))
+            _add_product_of(self.values.view(-1, self.values.shape[-1]), layer, x.flatten(0, -2))
             self.bias = _sum(self.bias, layer.bias)
         else:
             self._term = layer(x)
@@ -137,15 +138,18 @@ class ResidualStream:
         Inference goes through it in parts: at the highest resolution the wide tensor in between is the largest of the
         network, 0.7 GB for a guided clip of 16 frames at 512×512.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.values.is_contiguous():
-            self.values = self.values + layer(x)
-            return
         channels, last = self.values.shape[-1], layer.net[2]
         in_products = isinstance(last, nn.Linear) and _in_products(self.values)
-        parts = (x if isinstance(x, Quantized) else x.reshape(-1, channels)).split(_FEED_FORWARD_TOKENS)
-        for whole, part in zip(self.values.view(-1, channels).split(_FEED_FORWARD_TOKENS), parts, strict=True):
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or not self.values.is_contiguous() or (compiling and not in_products):
+            self.values = self.values + layer(x)
+            return
+        whole, given = self.values.view(-1, channels), x if isinstance(x, Quantized) else x.reshape(-1, channels)
+        # Compiled code takes any number of tokens, at once.
+        wholes, parts = ([part] if compiling else part.split(_FEED_FORWARD_TOKENS) for part in (whole, given))
+        for whole, part in zip(wholes, parts, strict=True):
             if in_products:
-                add_product(whole, last, layer.net[0](part))
+                _add_product_of(whole, last, layer.net[0](part))
             else:
                 whole += layer(part)
         if in_products:
@@ -219,15 +223,15 @@ class ImageStream:
             output = layer(x).flatten(0, -3).unflatten(1, self.values.shape[2:])
             return ImageStream(self.values + output.permute(0, 3, 1, 2))
         values = self.values.contiguous(memory_format=torch.channels_last)
-        add_product(values.permute(0, 2, 3, 1).view(-1, values.shape[1]), layer, x.flatten(0, -2))
+        _add_product_of(values.permute(0, 2, 3, 1).view(-1, values.shape[1]), layer, x.flatten(0, -2))
         added = layer.bias if bias is None else torch.addmv(layer.bias, layer.weight.flatten(1), bias)
         total = ImageStream(values, _sum(self.bias, added))
         return total if _BIASES_IN_NORMS else ImageStream(total.whole())
 
 
-def add_product(total: Tensor, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
+def _add_product_of(total: Tensor, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
     """Add to `total`, in the product itself, what a linear layer or 1×1 convolution makes of `x`, but for its bias."""
-    total.addmm_(x, layer.weight.flatten(1).t())
+    add_product(total, layer.weight.flatten(1), x)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

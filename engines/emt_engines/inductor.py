@@ -438,7 +438,12 @@ class InductorBackend(TorchBackend):
         count = latents.shape[0]
         times = times_of(timestep, latents)
         names = [spec.name for spec in part.outputs]
-        found = [self._package(part)([latents[i : i + 1], times[i : i + 1], text[i : i + 1]]) for i in range(count)]
+
+        def read(i: int) -> tuple[Tensor, ...]:
+            return self._package(part)([latents[i : i + 1], times[i : i + 1], text[i : i + 1]])
+
+        self._compile_ahead(latents, ("reference", part.file), lambda: read(0))
+        found = [read(i) for i in range(count)]
         return features_of(dict(zip(names, (torch.cat(x) if count > 1 else x[0] for x in zip(*found)))))
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -473,7 +478,9 @@ class InductorBackend(TorchBackend):
     def _compile_for_step(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
     ) -> None:
-        """Nothing: packages have their kernels."""
+        """Packages have their kernels, but for those that compilers take as they are: a first run asks for them."""
+        key = ("denoise", sample.shape, motion is not None)
+        self._compile_ahead(sample, key, lambda: self._run(sample, timestep, text, motion))
 
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
         def call(inputs: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emt_kernels.geglu import geglu_reference
-from emt_kernels.selection import INSTALLED, interpreted, untraced, use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, interpreted, untraced, use_triton
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def fuses(x: Tensor, weight: Tensor) -> bool:
     """Whether inference by `geglu_linear` was measured to be faster than a product and `geglu` for such tensors.
 
-    Never under `torch.compile` and in exports, whose products are their own.
+    Never under `torch.compile`, whose products are its own.
     """
     return (
         x.shape[-1] in FASTER_AT
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and x.dtype == weight.dtype
@@ -253,7 +253,6 @@ if INSTALLED:
             "num_stages": plan.stages,
         }
         if plan.descriptors:
-            # Not through `wrap_triton`: tensors that are traced are never described.
             untraced(_geglu_linear_described)[(programs,)](
                 x=TensorDescriptor.from_tensor(x, [plan.rows, plan.channels]),
                 weight=_describe_weight(weight, plan),
@@ -262,7 +261,7 @@ if INSTALLED:
                 **arguments,
             )
         else:
-            wrap_triton(_geglu_linear_kernel)[(tiles,)](
+            untraced(_geglu_linear_kernel)[(tiles,)](
                 x=x, weight=weight, out=out, x_row=x.stride(0), weight_row=weight.stride(0), **arguments
             )
         return out.view(*shape, inner)
@@ -270,7 +269,6 @@ if INSTALLED:
     def _plan(x: Tensor, weight: Tensor, out: Tensor) -> Plan:
         """The plan for matrices."""
         hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-        # Traced tensors are not described; the number of their channels may be a symbol, which no table finds.
         return PLANS.get(x.shape[1], PLANS[1280]) if hopper and _describable(x, weight, out) else PLAIN
 
     def _describe_weight(weight: Tensor, plan: Plan) -> Any:
@@ -282,7 +280,8 @@ if INSTALLED:
     def _multiprocessors(device: torch.device) -> int:
         return 3 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
-    @torch.library.triton_op("emt::geglu_linear", mutates_args={})
+    # Not a `triton_op`: what is traced cannot be described, so that compilers take it as it is.
+    @torch.library.custom_op("emt::geglu_linear", mutates_args={})
     def _geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return launch(x, weight, bias)
 

@@ -1,0 +1,103 @@
+"""A product that adds in place: eagerly, as an operator, and in compiled code, where nothing is copied first."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emt.temporal import ResidualStream, residuals_in_products
+from emt.unet import MotionTransferUNet
+from emt_kernels.add_product import add_product
+
+
+def tensors() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator) for shape in ((6, 4), (4, 3), (6, 3)))  # type: ignore[return-value]
+
+
+def test_it_adds_where_the_matrix_lies() -> None:
+    total, weight, x = tensors()
+    expected, at = total + x @ weight.t(), total.data_ptr()
+    add_product(total, weight, x)
+    torch.testing.assert_close(total, expected)
+    assert total.data_ptr() == at
+
+
+def test_the_operator_is_registered_as_compilers_need_it() -> None:
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.emt.add_product.default, tensors(), test_utils=tests)
+
+
+class Stream(nn.Module):
+    """Two layers that add to a residual stream, each after a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(4, 8)
+        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(3)])
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = ResidualStream(self.proj_in(x))
+        for norm, layer in zip(self.norms, self.layers):
+            stream.add(layer, stream.norm(norm)[1])
+        return stream.norm(self.norms[2])[1]
+
+
+@torch.no_grad()
+def test_compiled_code_adds_in_place_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ahead of time, with any number of rows: the operator is called, and no buffer is copied for it."""
+    torch.manual_seed(0)
+    module, x = Stream().eval(), torch.randn(3, 5, 4)
+    expected = module(x)
+    samples = torch.export.Dim("samples", min=1, max=8)
+    with residuals_in_products(biases_in_norms=True):
+        exported = torch.export.export(module, (x,), strict=False, dynamic_shapes=({0: samples},))
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert called.count("emt.add_product.default") == 2
+    torch._logging.set_logs(output_code=True)
+    try:
+        with caplog.at_level(logging.DEBUG, logger="torch._inductor"):
+            file = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "stream.pt2"))
+    finally:
+        torch._logging.set_logs()
+    lines = [line for line in caplog.text.splitlines() if "Original ATen" in line and "add_product" in line]
+    assert lines
+    assert not [line for line in lines if "clone" in line or "copy" in line]
+    package = torch._inductor.aoti_load_package(file)
+    for given in (x, x[:1], torch.cat([x, x])):
+        torch.testing.assert_close(package(given), module(given))
+    torch.testing.assert_close(package(x), expected)
+
+
+@torch.no_grad()
+def test_exports_have_the_networks_products_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export is what the network computes, with the biases of convolutions in norms and sums in products."""
+    torch.manual_seed(0)
+    unet = MotionTransferUNet(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_heads=2,
+        motion_attention_heads=2,
+        norm_num_groups=4,
+        attention_levels=(0, 1),
+    ).eval()
+    sample, time, text = torch.randn(2, 4, 3, 4, 4), torch.tensor([3.0, 3.0]), torch.randn(2, 5, 8)
+    expected = unet(sample, time, text)
+    samples = torch.export.Dim("samples", min=1, max=4)
+    shapes = {"sample": {0: samples}, "timestep": {0: samples}, "text": {0: samples}}
+    with residuals_in_products(biases_in_norms=True):
+        exported = torch.export.export(unet, (sample, time, text), strict=False, dynamic_shapes=shapes)
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    transformers = sum(".proj_out.weight" in name for name in unet.state_dict())
+    shortcuts = sum("conv_shortcut.weight" in name for name in unet.state_dict())
+    assert called.count("emt.add_product.default") == 4 * transformers + shortcuts
+    for count in (1, 2, 4):
+        given = [part[:1].expand(count, *part.shape[1:]).contiguous() for part in (sample, time, text)]
+        torch.testing.assert_close(exported.module()(*given), unet(*given))
+    torch.testing.assert_close(exported.module()(sample, time, text), expected)
