@@ -58,9 +58,6 @@ less than is needed: what a backbone itself sees at 400 tells paths (correlation
 subjects turn (0.1), and the camera's way only in part (0.77).
 """
 
-SCALER_RATE = 3e-5
-"""Learning rate of the scalers: at 1e-3 those of the finer level closed for good."""
-
 SMALL = Sizes()
 """The small model."""
 TINY = Sizes(

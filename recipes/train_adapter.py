@@ -18,7 +18,6 @@ from emt.train.objective import Objective, adapter_loss
 from emt.unet import MotionTransferUNet
 from recipes.common import (
     REFERENCE_TIMESTEP,
-    SCALER_RATE,
     Clips,
     Stage,
     Trainer,
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--from-backbone", action="store_true", help="start from the backbone's projections, not from the video stage's"
     )
     parser.add_argument("--rate", type=float, default=7e-4, help="learning rate of the projections")
-    parser.add_argument("--scaler-rate", type=float, default=SCALER_RATE, help="learning rate of the scalers")
+    parser.add_argument("--scaler-rate", type=float, default=3e-5, help="learning rate of the scalers")
     parser.add_argument(
         "--reference-timestep", type=int, default=REFERENCE_TIMESTEP, help="noise level at which references are read"
     )

@@ -3,9 +3,9 @@
     python -m recipes.train_all --out build/small
     torchrun --nproc-per-node 2 -m recipes.train_all --out build/small     # on two GPUs, with twice the batch
 
-About 25 minutes on one H100 (80 GB): see `STAGES` for the time of each. The judge that reads the results trains beside
-the first stages, as a process of its own on the same GPU (of several, the first). SIGTERM makes the running stage save
-what it has.
+About half an hour on one H100 (80 GB): see `STAGES` for the time of each. The judge that reads the results trains
+beside the first stages, as a process of its own on the same GPU (of several, the first). SIGTERM makes the running
+stage save what it has.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from recipes.common import (
 
 STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
     "vae": (2.7, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
-    "latents": (1.5, "latents.safetensors", render_latents.main),
+    "latents": (3.7, "latents.safetensors", render_latents.main),
     "frames": (4.0, "frames.safetensors", lambda a: train_base.main(["frames", *a])),
-    "video": (8.5, "video.safetensors", lambda a: train_base.main(["video", *a])),
-    "adapter": (6.0, "adapter.safetensors", train_adapter.main),
+    "video": (15.0, "video.safetensors", lambda a: train_base.main(["video", *a])),
+    "adapter": (4.0, "adapter.safetensors", train_adapter.main),
 }
 """Minutes, result and command of each stage."""
 

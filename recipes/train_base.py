@@ -20,7 +20,6 @@ from emt.train.objective import Objective
 from emt.unet import MotionTransferUNet
 from recipes.common import (
     REFERENCE_TIMESTEP,
-    SCALER_RATE,
     Clips,
     Stage,
     Trainer,
@@ -42,7 +41,7 @@ from recipes.common import (
 )
 from recipes.text import make_tokenizer
 
-DEFAULTS = {"frames": (4.2, 320, 1.0), "video": (8.2, 64, 2.0)}
+DEFAULTS = {"frames": (4.2, 320, 1.0), "video": (15.0, 64, 2.0)}
 """Minutes, batch and timestep shift of each stage."""
 
 
@@ -194,8 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     single = name == "frames"
     if not single:
         unet = add_adapter(unet, stage.sizes)
-        if options.start is not None:
-            unet.load_state_dict(model_weights(options.start))
+        if options.start is not None:  # scalers start anew, which may have closed
+            before = {key: value for key, value in model_weights(options.start).items() if ".scaler." not in key}
+            unet.load_state_dict(unet.state_dict() | before)
+        # Half open throughout: while features tell little yet, scalers that learn close those of the finer level.
+        for key, parameter in unet.named_parameters():
+            parameter.requires_grad_(".scaler." not in key)
     reader = MotionReader(unet).to(stage.device, stage.dtype)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
@@ -230,11 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return base_loss(unet, text, objective, **batch)
         return video_loss(unet, text, objective, reader, options.reading, **batch)
 
-    scalers = [p for key, p in unet.named_parameters() if ".scaler." in key]
-    others = [p for key, p in unet.named_parameters() if ".scaler." not in key and not (single and "motion_" in key)]
-    groups = [([*others, *text.parameters()], options.rate)]
+    trained = [p for key, p in unet.named_parameters() if p.requires_grad and not (single and "motion_" in key)]
+    groups = [([*trained, *text.parameters()], options.rate)]
     if not single:
-        groups += [(scalers, SCALER_RATE), (list(reader.parameters()), 3 * options.rate)]
+        groups.append((list(reader.parameters()), 3 * options.rate))
     passes = ("forward",) if single else ("forward", "denoise_with_features")
     with without_motion_modules(unet) if single else kernel_attention(stage), compiled(stage, unet, *passes):
         trainer = Trainer(loss, groups, graph=stage.graph)
