@@ -144,10 +144,10 @@ class ResidualStream:
         if torch.is_grad_enabled() or not self.values.is_contiguous() or (compiling and not in_products):
             self.values = self.values + layer(x)
             return
-        whole, given = self.values.view(-1, channels), x if isinstance(x, Quantized) else x.reshape(-1, channels)
+        rows = self.values.view(-1, channels), x if isinstance(x, Quantized) else x.reshape(-1, channels)
         # Compiled code takes any number of tokens, at once.
-        wholes, parts = ([part] if compiling else part.split(_FEED_FORWARD_TOKENS) for part in (whole, given))
-        for whole, part in zip(wholes, parts, strict=True):
+        pairs = [rows] if compiling else zip(*(part.split(_FEED_FORWARD_TOKENS) for part in rows), strict=True)
+        for whole, part in pairs:
             if in_products:
                 _add_product_of(whole, last, layer.net[0](part))
             else:

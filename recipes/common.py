@@ -50,6 +50,9 @@ class Sizes:
     text_layers: int = 3
 
 
+MINUTES = {"vae": 2.7, "latents": 3.7, "frames": 4.0, "video": 15.0, "adapter": 4.0}
+"""Time of each stage."""
+
 REFERENCE_TIMESTEP = 100
 """Noise level at which the small model reads references.
 
@@ -829,7 +832,7 @@ def kernel_attention(stage: Stage) -> Iterator[None]:
 def compiled(stage: Stage, unet: MotionTransferUNet, *passes: str) -> Iterator[None]:
     """Within, these passes of the network are compiled: fused, a training step takes 0.6 of the time (109 for 179 ms).
 
-    Compiling takes one and a half minutes; `--compile-only`, in a process of its own, does it ahead of time.
+    Compiling takes one and a half to four minutes; `--compile-only`, in a process of its own, does it ahead of time.
     """
     if not (stage.options.compile or stage.options.compile_only):
         yield

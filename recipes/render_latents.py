@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recipes.common import (
+    MINUTES,
     Stage,
     average_over_ranks,
     cover,
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Each of several processes renders its own, and writes OUT/latents-RANK.safetensors.
     """
-    parser = stage_parser(main.__doc__, minutes=2.2, batch=96)
+    parser = stage_parser(main.__doc__, minutes=MINUTES["latents"], batch=96)
     parser.add_argument("--motions", type=int, default=42_000)
     parser.add_argument("--appearances", type=int, default=4, help="of each motion; the last one is realistic")
     parser.add_argument("--camera", type=float, default=0.65, help="share of motions with a moving camera")

@@ -17,6 +17,7 @@ from torch import Tensor
 from emt.train.objective import Objective, adapter_loss
 from emt.unet import MotionTransferUNet
 from recipes.common import (
+    MINUTES,
     REFERENCE_TIMESTEP,
     Clips,
     Stage,
@@ -43,7 +44,7 @@ from recipes.text import make_tokenizer
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the adapter; writes OUT/<name>.safetensors."""
-    parser = stage_parser(main.__doc__, minutes=4.6, batch=64)
+    parser = stage_parser(main.__doc__, minutes=MINUTES["adapter"], batch=64)
     parser.add_argument("--name", default="adapter", help="of the result")
     parser.add_argument(
         "--from-backbone", action="store_true", help="start from the backbone's projections, not from the video stage's"

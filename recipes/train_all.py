@@ -3,7 +3,7 @@
     python -m recipes.train_all --out build/small
     torchrun --nproc-per-node 2 -m recipes.train_all --out build/small     # on two GPUs, with twice the batch
 
-About half an hour on one H100 (80 GB): see `STAGES` for the time of each. The judge that reads the results trains
+About half an hour on one H100 (80 GB): see `MINUTES` for the time of each. The judge that reads the results trains
 beside the first stages, as a process of its own on the same GPU (of several, the first). SIGTERM makes the running
 stage save what it has.
 """
@@ -23,6 +23,7 @@ import torch
 
 from recipes import assemble, evaluate_small, render_latents, train_adapter, train_base, train_vae
 from recipes.common import (
+    MINUTES,
     all_agree,
     from_rank_0,
     join,
@@ -35,11 +36,11 @@ from recipes.common import (
 )
 
 STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
-    "vae": (2.7, "vae/diffusion_pytorch_model.safetensors", train_vae.main),
-    "latents": (3.7, "latents.safetensors", render_latents.main),
-    "frames": (4.0, "frames.safetensors", lambda a: train_base.main(["frames", *a])),
-    "video": (15.0, "video.safetensors", lambda a: train_base.main(["video", *a])),
-    "adapter": (4.0, "adapter.safetensors", train_adapter.main),
+    "vae": (MINUTES["vae"], "vae/diffusion_pytorch_model.safetensors", train_vae.main),
+    "latents": (MINUTES["latents"], "latents.safetensors", render_latents.main),
+    "frames": (MINUTES["frames"], "frames.safetensors", lambda a: train_base.main(["frames", *a])),
+    "video": (MINUTES["video"], "video.safetensors", lambda a: train_base.main(["video", *a])),
+    "adapter": (MINUTES["adapter"], "adapter.safetensors", train_adapter.main),
 }
 """Minutes, result and command of each stage."""
 

@@ -19,6 +19,7 @@ from emt.temporal import MotionFeatures
 from emt.train.objective import Objective
 from emt.unet import MotionTransferUNet
 from recipes.common import (
+    MINUTES,
     REFERENCE_TIMESTEP,
     Clips,
     Stage,
@@ -41,8 +42,8 @@ from recipes.common import (
 )
 from recipes.text import make_tokenizer
 
-DEFAULTS = {"frames": (4.2, 320, 1.0), "video": (15.0, 64, 2.0)}
-"""Minutes, batch and timestep shift of each stage."""
+DEFAULTS = {"frames": (320, 1.0), "video": (64, 2.0)}
+"""Batch and timestep shift of each stage."""
 
 
 @contextlib.contextmanager
@@ -181,8 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
     name = options.stage
-    minutes, batch, shift = DEFAULTS[name]
-    options.minutes = minutes if options.minutes is None else options.minutes
+    batch, shift = DEFAULTS[name]
+    options.minutes = MINUTES[name] if options.minutes is None else options.minutes
     options.batch = batch if options.batch is None else options.batch
     stage = Stage(name, options)
 

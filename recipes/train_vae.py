@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from recipes.common import (
+    MINUTES,
     SUBJECT_WEIGHT,
     Stage,
     Trainer,
@@ -81,7 +82,7 @@ def psnr(vae: AutoencoderKL, frames: Tensor, subject: Tensor) -> tuple[float, fl
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the autoencoder; writes OUT/vae."""
-    parser = stage_parser(main.__doc__, minutes=3.0, batch=96)
+    parser = stage_parser(main.__doc__, minutes=MINUTES["vae"], batch=96)
     parser.add_argument("--pool", type=int, default=POOL, help="clips rendered before training")
     stage = Stage("vae", parser.parse_args(arguments))
     batch, generator = stage.options.batch, stage.generator

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from emt.temporal import ResidualStream, residuals_in_products
-from emt.unet import MotionTransferUNet
 from emt_kernels.add_product import add_product
 
 
@@ -75,32 +74,3 @@ def test_compiled_code_adds_in_place_too(tmp_path: Path, caplog: pytest.LogCaptu
     for given in (x, x[:1], torch.cat([x, x])):
         torch.testing.assert_close(package(given), module(given))
     torch.testing.assert_close(package(x), expected)
-
-
-@torch.no_grad()
-def test_exports_have_the_networks_products_add() -> None:
-    """An export is what the network computes, with the biases of convolutions in norms and sums in products."""
-    torch.manual_seed(0)
-    unet = MotionTransferUNet(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_heads=2,
-        motion_attention_heads=2,
-        norm_num_groups=4,
-        attention_levels=(0, 1),
-    ).eval()
-    sample, time, text = torch.randn(2, 4, 3, 4, 4), torch.tensor([3.0, 3.0]), torch.randn(2, 5, 8)
-    expected = unet(sample, time, text)
-    samples = torch.export.Dim("samples", min=1, max=4)
-    shapes = {"sample": {0: samples}, "timestep": {0: samples}, "text": {0: samples}}
-    with residuals_in_products(biases_in_norms=True):
-        exported = torch.export.export(unet, (sample, time, text), strict=False, dynamic_shapes=shapes)
-    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    transformers = sum(".proj_out.weight" in name for name in unet.state_dict())
-    shortcuts = sum("conv_shortcut.weight" in name for name in unet.state_dict())
-    assert called.count("emt.add_product.default") == 4 * transformers + shortcuts
-    for count in (1, 2, 4):
-        given = [part[:1].expand(count, *part.shape[1:]).contiguous() for part in (sample, time, text)]
-        torch.testing.assert_close(exported.module()(*given), unet(*given))
-    torch.testing.assert_close(exported.module()(sample, time, text), expected)

@@ -368,6 +368,26 @@ class TestResidualsInProducts:
         assert counts[1][1] == counts[0][1] - shortcuts
         assert counts[2][1] == 1  # the last one, which nothing follows
 
+    @torch.no_grad()
+    def test_exports_have_products_add_too(self):
+        """Also an export for any batch, of which it is what the network computes."""
+        unet = self.network().float()
+        sample, text = inputs(2, 3, 4, 4)
+        time = torch.tensor([3.0, 3.0])
+        expected = unet(sample, time, text)
+        samples = torch.export.Dim("samples", min=1, max=4)
+        shapes = {"sample": {0: samples}, "timestep": {0: samples}, "text": {0: samples}}
+        with residuals_in_products(biases_in_norms=True):
+            exported = torch.export.export(unet, (sample, time, text), strict=False, dynamic_shapes=shapes)
+        called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+        transformers = sum(".proj_out.weight" in name for name in unet.state_dict())
+        shortcuts = sum("conv_shortcut.weight" in name for name in unet.state_dict())
+        assert called.count("emt.add_product.default") == 4 * transformers + shortcuts
+        for count in (1, 2, 4):
+            given = [part[:1].expand(count, *part.shape[1:]).contiguous() for part in (sample, time, text)]
+            torch.testing.assert_close(exported.module()(*given), unet(*given))
+        torch.testing.assert_close(exported.module()(sample, time, text), expected)
+
     def test_training_is_what_it_was(self):
         unet = self.network()
         sample, text = (x.double() for x in inputs(1, 2, 4, 4))

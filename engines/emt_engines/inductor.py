@@ -478,9 +478,7 @@ class InductorBackend(TorchBackend):
     def _compile_for_step(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
     ) -> None:
-        """Packages have their kernels, but for those that compilers take as they are: a first run asks for them."""
-        key = ("denoise", sample.shape, motion is not None)
-        self._compile_ahead(sample, key, lambda: self._run(sample, timestep, text, motion))
+        """Nothing: packages have their kernels, and those that they lack were compiled for the reference pass."""
 
     def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
         def call(inputs: dict[str, Tensor]) -> Tensor:

@@ -20,16 +20,11 @@ def add_product(total: Tensor, weight: Tensor, x: Tensor) -> None:
     if torch.compiler.is_compiling():
         torch.ops.emt.add_product(total, weight, x)
     else:
-        _add_product(total, weight, x)
+        total.addmm_(x, weight.t())
 
 
-def _add_product(total: Tensor, weight: Tensor, x: Tensor) -> None:
-    total.addmm_(x, weight.t())
-
-
-@torch.library.custom_op("emt::add_product", mutates_args={"total"})
-def _operator(total: Tensor, weight: Tensor, x: Tensor) -> None:
-    _add_product(total, weight, x)
+# What compiled code calls is not compiling.
+_operator = torch.library.custom_op("emt::add_product", add_product, mutates_args={"total"})
 
 
 @_operator.register_fake
