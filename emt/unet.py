@@ -357,6 +357,25 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()})
 
     @apply_forward_hook
+    def denoise_with_hidden_states(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
+    ) -> tuple[Tensor, MotionFeatures, dict[str, Tensor]]:
+        """As `denoise_with_features`, and what every motion module passes on, for training to look at.
+
+        Args:
+            sample: as in `denoise_with_features`.
+            timestep: as in `denoise_with_features`.
+            text: as in `denoise_with_features`.
+
+        Returns:
+            The prediction, the features, and hidden states (batch·frames, channels, height, width) by path of the
+            motion module that made them.
+        """
+        hidden: dict[str, Tensor] = {}
+        prediction, features, _ = self._run(sample, timestep, text, None, adapted=False, hidden=hidden)
+        return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()}), hidden
+
+    @apply_forward_hook
     def denoise_deep(
         self,
         sample: Tensor,
@@ -423,10 +442,12 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         motion: MotionFeatures | PreparedMotion | None,
         adapted: bool,
         deep: Tensor | None = None,
+        hidden: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], ImageStream]:
         """The forward pass, or only its highest resolution with `deep` features.
 
         Also returns the features that stand before the temporal attentions, by module path, and the deep features.
+        What motion modules pass on is put into `hidden`.
         """
         shallow = deep is not None
         if isinstance(text, Tensor):
@@ -450,6 +471,8 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
                 x, read = module(x, frames, references.get(module.path), adapted)
                 if read is not None:
                     features[module.path] = read
+                if hidden is not None:
+                    hidden[module.path] = x.values
             return x
 
         def run(block: Block, i: int, *inputs: ImageStream) -> ImageStream:
@@ -490,12 +513,16 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
 
     # -------------------------------------------------------------------------------------------------- its parts
 
+    def motion_modules(self) -> dict[str, MotionModule]:
+        """All motion modules, by path, in the order in which they run."""
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return {module.path: module for block in blocks for module in block.motion_modules}
+
     def fusion_modules(self) -> dict[str, MotionModule]:
         """The motion modules that take the reference, by path, in the order in which they run."""
         return {
-            module.path: module
-            for block in self.up_blocks
-            for module in block.motion_modules
+            path: module
+            for path, module in self.motion_modules().items()
             if module.temporal_transformer.transformer_blocks[0].scaler is not None
         }
 

@@ -50,10 +50,10 @@ class Sizes:
     text_layers: int = 3
 
 
-MINUTES = {"vae": 2.7, "latents": 3.7, "frames": 4.0, "video": 15.0, "adapter": 4.0}
+MINUTES = {"vae": 2.7, "latents": 3.7, "frames": 4.0, "motion": 3.0, "video": 15.0, "adapter": 4.0}
 """Time of each stage."""
 
-REFERENCE_TIMESTEP = 100
+REFERENCE_TIMESTEP = 50
 """Noise level at which the small model reads references.
 
 The published 400 is meant for latents of 64×64. Of 16×16, with a sixteenth of the values to average over, it leaves
@@ -776,9 +776,17 @@ def schedule(step: int, share: float, warmup: int, hold: float = 0.4) -> float:
 
 
 def train(
-    stage: Stage, trainer: Trainer, batches: Callable[[], dict[str, Tensor]], *, warmup: int = 100, hold: float = 0.4
+    stage: Stage,
+    trainer: Trainer,
+    batches: Callable[[], dict[str, Tensor]],
+    *,
+    warmup: int = 100,
+    hold: float = 0.4,
+    measure: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Run a stage's steps until its time is over or it is told to stop; the averaged weights are then in place.
+
+    What `measure` finds since its last call goes into the log with the losses.
 
     Of several processes the first has the clock, and hears of a stop: the others are told every 20 steps, since each
     time they wait for each other, and all keep to what was told last.
@@ -795,7 +803,7 @@ def train(
         trainer.step(batches(), schedule(step, share, warmup, hold))
         step += 1
         if step % every == 0:
-            numbers = trainer.read()
+            numbers = trainer.read() | (measure() if measure is not None else {})
             now = time.monotonic()
             rate = (step - counted) / (now - since)
             since, counted = now, step

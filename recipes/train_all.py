@@ -39,6 +39,7 @@ STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
     "vae": (MINUTES["vae"], "vae/diffusion_pytorch_model.safetensors", train_vae.main),
     "latents": (MINUTES["latents"], "latents.safetensors", render_latents.main),
     "frames": (MINUTES["frames"], "frames.safetensors", lambda a: train_base.main(["frames", *a])),
+    "motion": (MINUTES["motion"], "motion.safetensors", lambda a: train_base.main(["motion", *a])),
     "video": (MINUTES["video"], "video.safetensors", lambda a: train_base.main(["video", *a])),
     "adapter": (MINUTES["adapter"], "adapter.safetensors", train_adapter.main),
 }
@@ -47,6 +48,7 @@ STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
 
 COMPILED = {
     "frames": ("recipes.train_base", "frames"),
+    "motion": ("recipes.train_base", "motion"),
     "video": ("recipes.train_base", "video"),
     "adapter": ("recipes.train_adapter",),
 }
@@ -138,12 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiler = Compiler(o.out, str(device), left) if on_gpu and not o.eager and o.batch is None else None
     try:
         for name, (minutes, result, run) in stages.items():
-            if name in ("frames", "video") and judge is None and o.judge_minutes and rank() == 0:
+            if name in ("frames", "motion") and judge is None and o.judge_minutes and rank() == 0:
                 judge = start_judge(o.out, str(device), o.judge_minutes)
             if name in done:
                 say(f"[{name}] is done: {o.out / result}")
             else:
-                start = ["--start", str(o.start)] if o.start is not None and name == "video" else []
+                start = ["--start", str(o.start)] if o.start is not None and name == "motion" else []
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
                 run([*common, "--minutes", str(minutes * scale), *start, *fused])
                 gc.collect()

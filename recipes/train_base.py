@@ -1,6 +1,7 @@
-"""Stages 3 and 4: text-to-video backbone and text encoder, first on single frames, then on video with references.
+"""Stages 3 to 5: backbone and text encoder on single frames, on how clips move, and on video with references.
 
 python -m recipes.train_base frames --out build/small
+python -m recipes.train_base motion --out build/small
 python -m recipes.train_base video --out build/small
 """
 
@@ -30,7 +31,6 @@ from recipes.common import (
     leave,
     make_base,
     make_scheduler,
-    model_weights,
     rank,
     save_on_signals,
     save_weights,
@@ -42,8 +42,8 @@ from recipes.common import (
 )
 from recipes.text import make_tokenizer
 
-DEFAULTS = {"frames": (320, 1.0), "video": (64, 2.0)}
-"""Batch and timestep shift of each stage."""
+DEFAULTS = {"frames": (320, 1.0, 0.0), "motion": (64, 2.0, 5.0), "video": (64, 2.0, 0.5)}
+"""Batch, timestep shift and weight of telling how everything moves, of each stage."""
 
 
 @contextlib.contextmanager
@@ -59,42 +59,62 @@ def without_motion_modules(unet: MotionTransferUNet) -> Iterator[None]:
 
 
 class MotionReader(nn.Module):
-    """Linear maps from what a reference pass keeps to how everything moves, for the backbone to learn to tell it.
+    """Linear maps from what all motion modules pass on to how everything moves, for the backbone to learn to tell it.
 
-    A small backbone that only denoises tells its adapter where things are, and not how they move: a linear map reads
-    nothing of `Motions.displacements` from its features (recipes/README.md). The maps are thrown away after training.
+    A small backbone that only denoises tells its adapter where things are, and not how they move (recipes/README.md).
+    The maps read hidden states as they are: through a layer norm, as the adapter has them, a network does not begin to
+    learn what moves. They are thrown away after training.
 
     Args:
-        unet: whose features are read.
+        unet: whose hidden states are read.
+        device: of the maps.
+        dtype: of the maps.
     """
 
     UNIT = 32.0  # pixels
 
-    def __init__(self, unet: MotionTransferUNet) -> None:
+    def __init__(
+        self, unet: MotionTransferUNet, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        widths = [module.temporal_transformer.proj_in.out_features for module in unet.fusion_modules().values()]
-        # From each of a module's two features: displacement since frame 0, and since the frame before.
-        self.maps = nn.ModuleList([nn.Linear(width, 4) for width in widths for _ in range(2)])
+        widths = [module.temporal_transformer.proj_out.out_features for module in unet.motion_modules().values()]
+        # To displacement since frame 0, and since the frame before.
+        self.maps = nn.ModuleList([nn.Linear(width, 4, device=device, dtype=dtype) for width in widths])
+        for linear in self.maps:  # hidden states are large where nothing normalises them
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        self._sums = torch.zeros(2, 4, device=device)  # squares of the last map's errors, and of the truth
 
-    def forward(self, features: MotionFeatures, displacement: Tensor, share: Tensor) -> Tensor:
+    def forward(self, hidden: Sequence[Tensor], displacement: Tensor, share: Tensor) -> Tensor:
         """How far the maps are off, a float32 scalar.
 
         Args:
-            features: of noisy clips.
+            hidden: of noisy clips, after each motion module: (batch·frames, channels, height, width).
             displacement: (batch, frames, 2, height, width), pixels.
             share: (batch,) of each clip in the sum; what noise hides cannot be read.
         """
         steps = displacement.diff(dim=1, prepend=displacement[:, :1])
         # A step is some eighth of the way.
-        exact = torch.cat([displacement, 8 * steps], 2).float() / self.UNIT
+        exact = torch.cat([displacement, 8 * steps], 2).flatten(0, 1).float() / self.UNIT
         losses = []
-        for i, pair in enumerate(features.layers.values()):
-            size = pair[0].shape[2:4]
-            here = F.adaptive_avg_pool2d(exact.flatten(0, 1), size).unflatten(0, exact.shape[:2]).permute(0, 1, 3, 4, 2)
-            for linear, feature in zip(self.maps[2 * i : 2 * i + 2], pair, strict=True):
-                off = F.smooth_l1_loss(linear(feature).float(), here, beta=0.2, reduction="none")
-                losses.append((off.mean((1, 2, 3, 4)) * share).mean())
+        for linear, states in zip(self.maps, hidden, strict=True):
+            here = F.adaptive_avg_pool2d(exact, states.shape[2:]).permute(0, 2, 3, 1)
+            read = linear(states.permute(0, 2, 3, 1)).float()
+            off = F.smooth_l1_loss(read, here, beta=0.2, reduction="none").unflatten(0, displacement.shape[:2])
+            losses.append((off.mean((1, 2, 3, 4)) * share).mean())
+        with torch.no_grad():
+            squares = (
+                torch.stack([(read - here).square(), here.square()]).mean((2, 3)).unflatten(1, displacement.shape[:2])
+            )
+            self._sums += (squares.mean(2) * share[:, None]).mean(1)
         return torch.stack(losses).mean()
+
+    def explained(self) -> dict[str, float]:
+        """Share of the variance (R²) that the last map explained since the last call. Waits for the device."""
+        off, total = self._sums.tolist()
+        self._sums.zero_()
+        names = ("r2_x", "r2_y", "r2_step_x", "r2_step_y")
+        return {name: 1 - a / max(b, 1e-12) for name, a, b in zip(names, off, total, strict=True)}
 
 
 def base_loss(
@@ -112,7 +132,7 @@ def base_loss(
     return objective.loss(prediction, latents, noise, timestep, subject)
 
 
-def video_loss(
+def motion_loss(
     unet: MotionTransferUNet,
     text: CLIPTextModel,
     objective: Objective,
@@ -125,13 +145,47 @@ def video_loss(
     timestep: Tensor,
     subject: Tensor,
     displacement: Tensor,
+) -> tuple[Tensor, MotionFeatures]:
+    """Denoising loss of clips by the backbone, plus that of telling how everything in them moves.
+
+    Args:
+        unet: the network.
+        text: encoder of the captions.
+        objective: of the base.
+        reader: of the hidden states.
+        weight: of its loss.
+        latents: (batch, channels, frames, height, width).
+        tokens: (batch, tokens), of the empty prompt for references.
+        noise: as `latents`.
+        timestep: (batch,).
+        subject: extra weight on parts of the clips (`Objective.loss`).
+        displacement: (batch, frames, 2, height, width), pixels.
+
+    Returns:
+        A float32 scalar, and the features that an adapter reads.
+    """
+    noisy = objective.add_noise(latents, noise, timestep)
+    prediction, features, hidden = unet.denoise_with_hidden_states(noisy, timestep, text(tokens)[0])
+    own = objective.loss(prediction, latents, noise, timestep, subject)
+    reading = reader(list(hidden.values()), displacement, objective.signal[timestep].square())
+    return own + weight * reading, features
+
+
+def video_loss(
+    unet: MotionTransferUNet,
+    text: CLIPTextModel,
+    objective: Objective,
+    reader: MotionReader,
+    weight: float,
+    *,
     target: Tensor,
     target_tokens: Tensor,
     target_noise: Tensor,
     target_timestep: Tensor,
     target_subject: Tensor,
+    **clips: Tensor,
 ) -> Tensor:
-    """Denoising loss of clips by the backbone, plus that of targets which move like the first of them.
+    """`motion_loss` of clips, plus the denoising loss of targets which move like the first of them.
 
     Gradients go through the references' features too: the backbone learns to tell what the adapter needs to know.
 
@@ -139,73 +193,61 @@ def video_loss(
         unet: with an adapter.
         text: encoder of the captions.
         objective: of the base.
-        reader: of the features of all clips.
+        reader: of the hidden states of all clips.
         weight: of its loss.
-        latents: of clips, the first of them references: (batch, channels, frames, height, width).
-        tokens: (batch, tokens), of the empty prompt for references.
-        noise: of the clips.
-        timestep: (batch,) of the clips.
-        subject: extra weight on parts of the clips (`Objective.loss`).
-        displacement: (batch, frames, 2, height, width), pixels.
         target: latents that move like the references, as many as there are: (pairs, …).
         target_tokens: their captions' tokens.
         target_noise: theirs.
         target_timestep: (pairs,) theirs.
         target_subject: extra weight on parts of them.
+        clips: what `motion_loss` takes; the first `pairs` of them are references.
 
     Returns:
         A float32 scalar.
     """
+    alone, features = motion_loss(unet, text, objective, reader, weight, **clips)
     pairs = len(target)
-    hidden, target_hidden = text(torch.cat([tokens, target_tokens]))[0].split([len(tokens), pairs])
-    noisy = objective.add_noise(latents, noise, timestep)
-    prediction, features = unet.denoise_with_features(noisy, timestep, hidden)
-    own = objective.loss(prediction, latents, noise, timestep, subject)
-    reading = reader(features, displacement, objective.signal[timestep].square())
     motion = MotionFeatures({path: (a[:pairs], b[:pairs]) for path, (a, b) in features.layers.items()})
     noisy = objective.add_noise(target, target_noise, target_timestep)
-    moved = unet(noisy, target_timestep, target_hidden, motion)
-    following = objective.loss(moved, target, target_noise, target_timestep, target_subject)
-    return own + following + weight * reading
+    moved = unet(noisy, target_timestep, text(target_tokens)[0], motion)
+    return alone + objective.loss(moved, target, target_noise, target_timestep, target_subject)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the backbone on frames or on video; writes OUT/frames.safetensors or OUT/video.safetensors."""
+    """Train the backbone on frames, on how clips move, or on video; writes OUT/<stage>.safetensors."""
     parser = stage_parser(main.__doc__, minutes=0, batch=0)
     parser.add_argument("stage", choices=tuple(DEFAULTS))
     parser.add_argument("--start", type=Path, help="model folder to go on from")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
-    parser.add_argument("--reading", type=float, default=0.5, help="video: weight of telling how everything moves")
+    parser.add_argument("--reading", type=float, help="motion and video: weight of telling how everything moves")
     parser.add_argument(
-        "--references", type=float, default=0.5, help="video: share of clips that are references, each with a target"
+        "--references", type=float, default=0.5, help="motion and video: share of clips that are read as references"
     )
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
     name = options.stage
-    batch, shift = DEFAULTS[name]
+    batch, shift, reading = DEFAULTS[name]
     options.minutes = MINUTES[name] if options.minutes is None else options.minutes
     options.batch = batch if options.batch is None else options.batch
+    options.reading = reading if options.reading is None else options.reading
     stage = Stage(name, options)
 
     clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
-    start = stage.out / "frames.safetensors" if name == "video" and not options.compile_only else None
+    before = {"motion": "frames", "video": "motion"}.get(name)
+    start = stage.out / f"{before}.safetensors" if before is not None and not options.compile_only else None
     unet, text = make_base(stage.sizes, options.start or start)
     names = set(unet.state_dict())
-    single = name == "frames"
-    if not single:
+    if name == "video":
         unet = add_adapter(unet, stage.sizes)
-        if options.start is not None:  # scalers start anew, which may have closed
-            before = {key: value for key, value in model_weights(options.start).items() if ".scaler." not in key}
-            unet.load_state_dict(unet.state_dict() | before)
         # Half open throughout: while features tell little yet, scalers that learn close those of the finer level.
         for key, parameter in unet.named_parameters():
             parameter.requires_grad_(".scaler." not in key)
-    reader = MotionReader(unet).to(stage.device, stage.dtype)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
+    reader = MotionReader(unet, stage.device, stage.dtype)
     objective = Objective.from_scheduler(make_scheduler(), stage.device)
     empty = tokenize(make_tokenizer(), [""]).long().to(stage.device)
-    references = 1 if single else max(round(options.references * options.batch), 1)
+    references = max(round(options.references * options.batch), 1)
 
     def noisy(batch: dict[str, Tensor], shift: float = shift) -> dict[str, Tensor]:
         return with_noise(batch, objective, stage.generator, stage.dtype, shift)
@@ -214,40 +256,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Two frames of a clip share a caption: the network takes no fewer.
         return noisy(clips.draw(options.batch, stage.generator, drop=0.1, realistic=0.12, frames=2))
 
+    def with_others(read: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Clips read as references are, and the rest of the batch."""
+        level = torch.full_like(read["timestep"], REFERENCE_TIMESTEP)
+        read = read | {"tokens": empty.expand(references, -1), "timestep": level}
+        others = noisy(clips.draw(options.batch - references, stage.generator, drop=0.1, realistic=0.12))
+        return {key: torch.cat([part, others[key]]) for key, part in read.items()}
+
+    def draw_motions() -> dict[str, Tensor]:
+        return with_others(noisy(clips.draw(references, stage.generator, drop=1.0, realistic=0.5)))
+
     def draw_videos() -> dict[str, Tensor]:
         pairs = noisy(clips.draw_pairs(references, stage.generator, drop=0.1, realistic=0.35), shift=3.0)
-        alone = noisy(clips.draw(options.batch - references, stage.generator, drop=0.1, realistic=0.12))
-        read = {
-            "latents": pairs["reference"],
-            "noise": pairs["reference_noise"],
-            "tokens": empty.expand(references, -1),
-            "timestep": torch.full_like(pairs["timestep"], REFERENCE_TIMESTEP),
-            "subject": pairs["subject"],
-            "displacement": pairs["displacement"],
-        }
-        target = {"target": pairs["latents"]}
+        target = {"target": pairs.pop("latents")}
         target |= {f"target_{key}": pairs[key] for key in ("tokens", "noise", "timestep", "subject")}
-        return target | {key: torch.cat([read[key], alone[key]]) for key in read}
+        pairs |= {"latents": pairs.pop("reference"), "noise": pairs.pop("reference_noise")}
+        return target | with_others(pairs)
 
     def loss(**batch: Tensor) -> Tensor:
-        if single:
+        if name == "frames":
             return base_loss(unet, text, objective, **batch)
+        if name == "motion":
+            return motion_loss(unet, text, objective, reader, options.reading, **batch)[0]
         return video_loss(unet, text, objective, reader, options.reading, **batch)
 
-    trained = [p for key, p in unet.named_parameters() if p.requires_grad and not (single and "motion_" in key)]
+    frames = name == "frames"
+    trained = [p for key, p in unet.named_parameters() if p.requires_grad and not (frames and "motion_" in key)]
     groups = [([*trained, *text.parameters()], options.rate)]
-    if not single:
+    if not frames:
         groups.append((list(reader.parameters()), 3 * options.rate))
-    passes = ("forward",) if single else ("forward", "denoise_with_features")
-    with without_motion_modules(unet) if single else kernel_attention(stage), compiled(stage, unet, *passes):
+    passes = {
+        "frames": ["forward"],
+        "motion": ["denoise_with_hidden_states"],
+        "video": ["forward", "denoise_with_hidden_states"],
+    }
+    draw = {"frames": draw_frames, "motion": draw_motions, "video": draw_videos}[name]
+    with without_motion_modules(unet) if frames else kernel_attention(stage), compiled(stage, unet, *passes[name]):
         trainer = Trainer(loss, groups, graph=stage.graph)
-        train(stage, trainer, draw_frames if single else draw_videos, warmup=200)
+        train(stage, trainer, draw, warmup=200, measure=None if frames else reader.explained)
     if options.compile_only:
         return
     if rank() == 0:
         weights = unet.float().state_dict()
         parts = {"unet": {key: value for key, value in weights.items() if key in names}}
-        if not single:  # the next stage goes on from there
+        if name == "video":  # the next stage goes on from there
             parts["adapter"] = {key: value for key, value in weights.items() if key not in names}
         save_weights(stage.out / f"{name}.safetensors", **parts, text=text.float().state_dict())
     wait_for_ranks()
