@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,21 @@ from recipes.common import (
 )
 from recipes.text import make_tokenizer
 
-DEFAULTS = {"frames": (320, 1.0, 0.0), "motion": (64, 2.0, 5.0), "video": (64, 2.0, 0.5)}
-"""Batch, timestep shift and weight of telling how everything moves, of each stage."""
+
+class Defaults(NamedTuple):
+    """Of a stage."""
+
+    batch: int
+    shift: float  # of timesteps towards noise
+    rate: float
+    reading: float = 0.0  # weight of telling how everything moves
+
+
+DEFAULTS = {
+    "frames": Defaults(320, shift=1.0, rate=1e-3),
+    "motion": Defaults(32, shift=2.0, rate=2e-3, reading=5.0),
+    "video": Defaults(64, shift=2.0, rate=7e-4, reading=1.0),
+}
 
 
 @contextlib.contextmanager
@@ -218,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = stage_parser(main.__doc__, minutes=0, batch=0)
     parser.add_argument("stage", choices=tuple(DEFAULTS))
     parser.add_argument("--start", type=Path, help="model folder to go on from")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--reading", type=float, help="motion and video: weight of telling how everything moves")
     parser.add_argument(
         "--references", type=float, default=0.5, help="motion and video: share of clips that are read as references"
@@ -226,10 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
     name = options.stage
-    batch, shift, reading = DEFAULTS[name]
-    options.minutes = MINUTES[name] if options.minutes is None else options.minutes
-    options.batch = batch if options.batch is None else options.batch
-    options.reading = reading if options.reading is None else options.reading
+    for key, value in {"minutes": MINUTES[name], **DEFAULTS[name]._asdict()}.items():
+        if getattr(options, key, None) is None:
+            setattr(options, key, value)
     stage = Stage(name, options)
 
     clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
@@ -249,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     empty = tokenize(make_tokenizer(), [""]).long().to(stage.device)
     references = max(round(options.references * options.batch), 1)
 
-    def noisy(batch: dict[str, Tensor], shift: float = shift) -> dict[str, Tensor]:
+    def noisy(batch: dict[str, Tensor], shift: float = options.shift) -> dict[str, Tensor]:
         return with_noise(batch, objective, stage.generator, stage.dtype, shift)
 
     def draw_frames() -> dict[str, Tensor]:
