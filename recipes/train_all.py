@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge-minutes", type=float, default=3.0, help="0 trains none, and nothing is evaluated")
     parser.add_argument("--clips", type=int, default=256, help="of the evaluation, for each of its seeds")
     parser.add_argument("--seeds", type=int, default=3, help="of the evaluation")
-    parser.add_argument("--start", type=Path, help="model folder to go on from: its autoencoder stays, no frames stage")
+    parser.add_argument("--start", type=Path, help="model folder to go on from: latents, video, adapter")
     parser.add_argument("--until", choices=(*STAGES, "evaluation"), default="evaluation", help="last stage to run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = join(o.device)
     stages = dict(STAGES)
     if o.start is not None:
-        for name in ("vae", "frames"):
+        for name in ("vae", "frames", "motion"):
             del stages[name]
         if rank() == 0 and not (o.out / "vae").exists():
             shutil.copytree(o.start / "vae", o.out / "vae")
@@ -140,12 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiler = Compiler(o.out, str(device), left) if on_gpu and not o.eager and o.batch is None else None
     try:
         for name, (minutes, result, run) in stages.items():
-            if name in ("frames", "motion") and judge is None and o.judge_minutes and rank() == 0:
+            if name in ("frames", "video") and judge is None and o.judge_minutes and rank() == 0:
                 judge = start_judge(o.out, str(device), o.judge_minutes)
             if name in done:
                 say(f"[{name}] is done: {o.out / result}")
             else:
-                start = ["--start", str(o.start)] if o.start is not None and name == "motion" else []
+                start = ["--start", str(o.start)] if o.start is not None and name == "video" else []
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
                 run([*common, "--minutes", str(minutes * scale), *start, *fused])
                 gc.collect()

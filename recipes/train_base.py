@@ -32,6 +32,7 @@ from recipes.common import (
     leave,
     make_base,
     make_scheduler,
+    model_weights,
     rank,
     save_on_signals,
     save_weights,
@@ -252,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = set(unet.state_dict())
     if name == "video":
         unet = add_adapter(unet, stage.sizes)
+        if options.start is not None:  # scalers start anew, which may have closed
+            learnt = {key: value for key, value in model_weights(options.start).items() if ".scaler." not in key}
+            unet.load_state_dict(unet.state_dict() | learnt)
         # Half open throughout: while features tell little yet, scalers that learn close those of the finer level.
         for key, parameter in unet.named_parameters():
             parameter.requires_grad_(".scaler." not in key)
