@@ -356,7 +356,7 @@ def drifting_textures(n: int, generator: torch.Generator) -> dict[str, torch.Ten
 
 @pytest.mark.slow
 def test_the_motion_stage_learns_to_see_what_moves() -> None:
-    """Of textures that it has never seen, and which say nothing but by moving: three minutes on two cores."""
+    """Of textures that it has never seen, and which say nothing but by moving: four minutes on two cores."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     unet, text = make_unet(TINY, ()), make_text_encoder(TINY.text_width, TINY.text_layers)
