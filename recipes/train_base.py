@@ -46,7 +46,7 @@ from recipes.text import make_tokenizer
 
 
 class Defaults(NamedTuple):
-    """Of a stage."""
+    """What a stage trains with where nothing else is given."""
 
     batch: int
     shift: float  # of timesteps towards noise
@@ -118,10 +118,8 @@ class MotionReader(nn.Module):
             off = F.smooth_l1_loss(read, here, beta=0.2, reduction="none").unflatten(0, displacement.shape[:2])
             losses.append((off.mean((1, 2, 3, 4)) * share).mean())
         with torch.no_grad():
-            squares = (
-                torch.stack([(read - here).square(), here.square()]).mean((2, 3)).unflatten(1, displacement.shape[:2])
-            )
-            self._sums += (squares.mean(2) * share[:, None]).mean(1)
+            squares = torch.stack([(read - here).square(), here.square()]).mean((2, 3))
+            self._sums += (squares.unflatten(1, displacement.shape[:2]).mean(2) * share[:, None]).mean(1)
         return torch.stack(losses).mean()
 
     def explained(self) -> dict[str, float]:
