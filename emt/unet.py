@@ -353,8 +353,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        prediction, features, _ = self._run(sample, timestep, text, None, adapted=False)
-        return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()})
+        return self._read(sample, timestep, text)
 
     @apply_forward_hook
     def denoise_with_hidden_states(
@@ -372,8 +371,18 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             motion module that made them.
         """
         hidden: dict[str, Tensor] = {}
+        prediction, features = self._read(sample, timestep, text, hidden)
+        return prediction, features, hidden
+
+    def _read(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        hidden: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, MotionFeatures]:
         prediction, features, _ = self._run(sample, timestep, text, None, adapted=False, hidden=hidden)
-        return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()}), hidden
+        return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()})
 
     @apply_forward_hook
     def denoise_deep(
@@ -513,10 +522,13 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
 
     # -------------------------------------------------------------------------------------------------- its parts
 
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order in which they run."""
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
     def motion_modules(self) -> dict[str, MotionModule]:
         """All motion modules, by path, in the order in which they run."""
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return {module.path: module for block in blocks for module in block.motion_modules}
+        return {module.path: module for block in self.blocks() for module in block.motion_modules}
 
     def fusion_modules(self) -> dict[str, MotionModule]:
         """The motion modules that take the reference, by path, in the order in which they run."""

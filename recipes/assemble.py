@@ -1,4 +1,4 @@
-"""Stage 6: the model folder, in half precision, from what the stages wrote.
+"""Stage 7: the model folder, in half precision, from what the stages wrote.
 
 python -m recipes.assemble --out build/small
 """

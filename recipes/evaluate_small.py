@@ -1,4 +1,4 @@
-"""Stage 7: held-out truth of the model, in a table and a contact sheet.
+"""Stage 8: held-out truth of the model, in a table and a contact sheet.
 
 python -m recipes.evaluate_small --out build/small
 """

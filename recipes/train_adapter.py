@@ -1,4 +1,4 @@
-"""Stage 5: the adapter, as in EfficientMT: temporal q/k/v and scalers of the up blocks, on exact pairs.
+"""Stage 6: the adapter, as in EfficientMT: temporal q/k/v and scalers of the up blocks, on exact pairs.
 
 python -m recipes.train_adapter --out build/small
 python -m recipes.train_adapter --out build/small --name no-scaler --no-scaler           # ablations

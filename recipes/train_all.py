@@ -110,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge-minutes", type=float, default=3.0, help="0 trains none, and nothing is evaluated")
     parser.add_argument("--clips", type=int, default=256, help="of the evaluation, for each of its seeds")
     parser.add_argument("--seeds", type=int, default=3, help="of the evaluation")
-    parser.add_argument("--start", type=Path, help="model folder to go on from: latents, video, adapter")
+    parser.add_argument(
+        "--start", type=Path, help="model folder to go on from: its autoencoder stays, no frames and motion stages"
+    )
     parser.add_argument("--until", choices=(*STAGES, "evaluation"), default="evaluation", help="last stage to run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -64,7 +64,7 @@ DEFAULTS = {
 @contextlib.contextmanager
 def without_motion_modules(unet: MotionTransferUNet) -> Iterator[None]:
     """Within, the network is one of single frames; its motion modules cost nothing."""
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    blocks = unet.blocks()
     kept = [block.motion_modules for block in blocks]
     for block in blocks:
         block.motion_modules = nn.ModuleList()
