@@ -19,7 +19,7 @@ from emt.backend import TorchBackend, prepare_vae
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.temporal import feed_forward_in_parts
 from emt.weights import random_model
-from emt_kernels.ahead import collected
+from emt_kernels.ahead import Launches, collected
 from emt_kernels.selection import untraced, wrap_triton
 
 FRAMES, HEIGHT, WIDTH = 4, 24, 40
@@ -314,6 +314,28 @@ def hopper(monkeypatch, tmp_path):
 
 
 class TestCompilingAhead:
+    def test_what_only_threads_disturbed_is_compiled_again(self):
+        """Python 3.11 can fail to parse in two threads at once; what fails otherwise is returned and not repeated."""
+
+        class Kernel:
+            params = ()
+
+            def __init__(self, *errors: Exception) -> None:
+                self.errors, self.compiled = list(errors), 0
+
+            def warmup(self, grid: tuple[int]) -> None:
+                self.compiled += 1
+                if self.errors:
+                    raise self.errors.pop(0)
+
+        broken, again = ValueError("broken"), SystemError("again")
+        kernels = [Kernel(), Kernel(SystemError("mismatch")), Kernel(SystemError("mismatch"), again), Kernel(broken)]
+        launches = Launches()
+        for kernel in kernels:
+            launches.add(kernel, {})
+        assert launches.compile(torch.device("cpu"), threads=2) == [again, broken]
+        assert [kernel.compiled for kernel in kernels] == [1, 2, 2, 1]
+
     @pytest.mark.usefixtures("hopper")
     def test_what_is_collected_is_compiled_once_and_for_all(self):
         module = importlib.import_module("emt_kernels.geglu")

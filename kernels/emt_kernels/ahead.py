@@ -77,7 +77,19 @@ class Launches:
         ordered = sorted(self._wanted.values(), key=lambda wanted: -len(wanted[0].params))
         with ThreadPoolExecutor(min(threads or processors(), len(ordered)) or 1) as pool:
             jobs = [pool.submit(compile_one, *wanted) for wanted in ordered]
-        return [error for job in jobs if isinstance(error := job.exception(), Exception)]
+        errors = []
+        for wanted, job in zip(ordered, jobs, strict=True):
+            error = job.exception()
+            if isinstance(error, SystemError):
+                # Until Python 3.11.8, threads that parse at once can disturb each other (python/cpython#106905).
+                try:
+                    compile_one(*wanted)
+                    continue
+                except Exception as again:
+                    error = again
+            if isinstance(error, Exception):
+                errors.append(error)
+        return errors
 
 
 def _kind(value: Any, parameter: Any) -> Any:
