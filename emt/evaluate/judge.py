@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emt.errors import EmtError
+from emt.evaluate.alignment import align as align_steps
 
 if TYPE_CHECKING:
     from emt.train.world import Appearances, Motions, World
@@ -238,7 +239,9 @@ class Judge(nn.Module):
         return a, goal - a * centre, torch.cat([flow, error[..., None]], -1)
 
     @torch.inference_mode()
-    def observe(self, clips: Tensor, subjects: Tensor, asked: Tensor | None = None, batch: int = 16) -> Reading:
+    def observe(
+        self, clips: Tensor, subjects: Tensor, asked: Tensor | None = None, batch: int = 16, *, align: bool = False
+    ) -> Reading:
         """Read whole clips.
 
         Args:
@@ -247,6 +250,8 @@ class Judge(nn.Module):
             asked: (n, 2, 2) subject and colour (indices) that each of two subjects should be: which of the two found
                 is called the first. What is found does not depend on it.
             batch: Clips read at once.
+            align: Make the camera exact by aligning frames (`emt.evaluate.alignment`), from what the network sees. A
+                clip takes a second on a CPU.
         """
         self.eval()
         parts = []
@@ -257,6 +262,7 @@ class Judge(nn.Module):
                     self._prepare(clips[part]),
                     subjects[part].to(self.device),
                     None if asked is None else asked[part].to(self.device),
+                    align,
                 )
             )
         return Reading(*(torch.cat([getattr(p, name) for p in parts]) for name in Reading.__dataclass_fields__))
@@ -269,7 +275,7 @@ class Judge(nn.Module):
             clips = resized.unflatten(0, clips.shape[:2])
         return clips
 
-    def _observe(self, clips: Tensor, subjects: Tensor, asked: Tensor | None) -> Reading:
+    def _observe(self, clips: Tensor, subjects: Tensor, asked: Tensor | None, align: bool) -> Reading:
         n, frames = clips.shape[:2]
         flat = clips.flatten(0, 1)
         maps = self(flat)
@@ -290,16 +296,21 @@ class Judge(nn.Module):
             index = order[(...,) + (None,) * (field.ndim - 2)].expand(*order.shape, *field.shape[2:])
             return by_clip(field).gather(2, index)
 
-        presence = pick(heat)
+        presence, position, scale = pick(heat), pick(position), pick(scale)
         weight = presence[..., None] / presence.sum(1)[:, None, :, None].clamp(min=1e-6)
         sin, cos = pick(turn).unbind(-1)
         steps = self.camera_steps(
             _frames_of(maps, n, frames, slice(0, -1)), _frames_of(maps, n, frames, slice(1, None))
         )
-        a, b = (part.unflatten(0, (n, frames - 1)) for part in steps[:2])
+        transform = steps[:2]
+        if align:
+            hidden = _near_subjects(position, scale, presence)
+            scene = ~(hidden[:, :-1] | hidden[:, 1:]).flatten(0, 1)
+            transform = align_steps(clips[:, :-1].flatten(0, 1), clips[:, 1:].flatten(0, 1), scene, transform, n)
+        a, b = (part.unflatten(0, (n, frames - 1)) for part in transform)
         return Reading(
-            position=pick(position),
-            scale=pick(scale),
+            position=position,
+            scale=scale,
             rotation=torch.atan2(sin, cos),
             presence=presence,
             subject=(pick(subject) * weight).sum(1),
@@ -352,6 +363,14 @@ def _frames_of(maps: Maps, n: int, frames: int, part: slice) -> Maps:
         return field.unflatten(0, (n, frames))[:, part].flatten(0, 1)
 
     return replace(maps, matching=some(maps.matching), context=some(maps.context))
+
+
+def _near_subjects(position: Tensor, scale: Tensor, presence: Tensor) -> Tensor:
+    """Which pixels a subject that is there may cover: (n, frames, SIZE, SIZE) bool, from fields of a `Reading`."""
+    at = torch.arange(SIZE, device=position.device) + 0.5
+    x, y = (part[..., None, None] for part in position.unbind(-1))  # (n, frames, subjects, 1, 1)
+    near = torch.hypot(at - x, at[:, None] - y) < 0.65 * scale[..., None, None]
+    return (near & (presence > 0.3)[..., None, None]).any(2)
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from emt.errors import EmtError
 from emt.evaluate.camera import REACH
@@ -85,7 +86,8 @@ def evaluate_truth(
         motions: The n motions that the references play.
         appearances: What the prompts ask for.
         reference: What the references show; without it leakage is not measured.
-        camera: Camera curves measured otherwise, such as by `camera_curves`, in place of the judge's.
+        camera: Camera curves measured otherwise, such as by `camera_curves`, in place of the judge's, which aligns
+            frames (`Judge.observe`).
         seed: Seed of the bootstrap.
 
     Returns:
@@ -106,7 +108,7 @@ def evaluate_truth(
             "Give one motion and one appearance for each clip.",
         )
     asked = torch.stack([appearances.subject, appearances.colour], -1)
-    seen = judge.observe(clips, motions.subjects, asked)
+    seen = judge.observe(clips, motions.subjects, asked, align=camera is None)
     if camera is not None:
         seen = replace(seen, camera=camera)
     return compare(seen, motions, appearances, reference, readable=judge.readable > 0, seed=seed)
@@ -127,8 +129,8 @@ def compare(
 
     - *Displacement* is the subject's position relative to frame 0, x and y, of clips with one subject;
       *position error* the mean distance to where it should be. With two subjects each is compared with its own path.
-    - *Size* is the log of the sprite's area; *rotation* is unwrapped in time and relative to frame 0. Subjects
-      that look alike under some rotation (a ball, a ring, a square, a star …) are left out of rotation:
+    - *Size* is the log of the sprite's area; *rotation* is unwrapped in time (`unwrap`) and relative to frame 0.
+      Subjects that look alike under some rotation (a ball, a ring, a square, a star …) are left out of rotation:
       those that the judge misread on true renders when it was trained (`rotation_readable`).
     - *Camera* curves (cumulative pan, zoom, roll) are those of clips whose camera moves, one by one and all four
       together, as pixels that a typical point of the frame moves (`emt.evaluate.camera.camera_agreement`); where it
@@ -204,9 +206,22 @@ def _pair(true: Tensor, found: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unwrap(angle: Tensor) -> Tensor:
-    """Angles (frames, …) as a continuous curve that starts at 0: each step is the shortest turn."""
-    step = torch.remainder(angle.diff(dim=0) + torch.pi, 2 * torch.pi) - torch.pi
-    return torch.cat([torch.zeros_like(angle[:1]), step.cumsum(0)])
+    """Angles (frames, …) as a continuous curve that starts at 0.
+
+    How often it has gone round is told by the shortest turns of the mean direction of five frames: a single frame that
+    was misread is off by half a turn at most, and adds no whole one to all that follow.
+    """
+    directions = F.pad(torch.polar(torch.ones_like(angle), angle).movedim(0, -1), (2, 2))
+    mean = directions.unfold(-1, 5, 1).sum(-1).angle().movedim(-1, 0)
+    step = _shortest(mean.diff(dim=0))
+    around = torch.cat([mean[:1], mean[:1] + step.cumsum(0)])
+    curve = around + _shortest(angle - around)
+    return curve - curve[:1]
+
+
+def _shortest(turn: Tensor) -> Tensor:
+    """The same turns in [−π, π)."""
+    return torch.remainder(turn + torch.pi, 2 * torch.pi) - torch.pi
 
 
 def judge_floor(judge: Judge, world: World, clips: int = 256, *, seed: int = 1, held_out: bool = True) -> Truth:
