@@ -317,6 +317,35 @@ def test_displacements_lead_back_to_frame_0(world: w.World, kind: str):
     assert error < 0.35 * change
 
 
+def test_poses_are_those_of_the_subject_that_a_place_sees(world: w.World):
+    motions = world.motions(6, rng(4), two_subjects=1, camera=0.5)
+    # On top of the first subject, the second is what is seen there.
+    motions.position[0, :, 1] = motions.position[0, :, 0]
+    motions.scale[0] = 40.0
+    side = 64
+    poses = motions.poses(side)
+    assert poses.shape == (6, world.frames, 4, side, side)
+    corner = torch.hypot(motions.position[..., 0], motions.position[..., 1]) < 0.4 * motions.scale
+    assert (poses[..., 0, 0].abs().sum(2) == 0)[~corner.any(-1)].all()
+    cells = (motions.position * (side / FRAME)).long().clamp(0, side - 1)
+    for clip, subject in ((0, 1), *((clip, subject) for clip in range(1, 6) for subject in range(2))):
+        for frame in range(1, world.frames):
+            x, y = cells[clip, frame, subject].tolist()
+            before, now = motions.rotation[clip, frame - 1 : frame + 1, subject].tolist()
+            size = math.log(motions.scale[clip, frame, subject].item() / 32)
+            expected = [math.sin(now), math.cos(now), now - before, size]
+            assert poses[clip, frame, :, y, x].tolist() == pytest.approx(expected, abs=1e-5)
+    assert (poses[:, 0, 2] == 0).all()
+
+
+def test_more_subjects_turn_where_more_are_to(world: w.World):
+    def turning(share: float) -> float:
+        motions = world.motions(200, rng(5), two_subjects=0, camera=0, turning=share)
+        return (motions.rotation[:, :, 0].amax(1) - motions.rotation[:, :, 0].amin(1) > 0.3).float().mean().item()
+
+    assert turning(0.0) + 0.1 < turning(0.35) < turning(1.0) - 0.1
+
+
 def test_two_appearances_of_a_motion_move_alike(world: w.World):
     motions = world.motions(1, rng(3), two_subjects=0, camera=0)
     first = silhouettes(world, motions, dressed(world, motions, 1, "heart"))

@@ -101,12 +101,32 @@ class Motions:
         for i in range(2):
             centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in self.position.unbind(-1))
             scale, rotation = self.scale[:, :, i, None, None], self.rotation[:, :, i, None, None]
-            dx, dy = x - centre_x, y - centre_y
             growth = scale[:, :1] / scale.clamp(min=1.0)
-            was_x, was_y = turned(dx, dy, rotation[:, :1] - rotation, growth)
+            was_x, was_y = turned(x - centre_x, y - centre_y, rotation[:, :1] - rotation, growth)
             was = torch.stack([was_x + centre_x[:, :1], was_y + centre_y[:, :1]], 2)
-            found = torch.where((torch.hypot(dx, dy) < 0.4 * scale)[:, :, None], was, found)
+            found = torch.where(self._seen(i, x, y)[:, :, None], was, found)
         return found - torch.stack(torch.broadcast_tensors(x, y))
+
+    def poses(self, side: int) -> Tensor:
+        """How the subject that a place sees is held: (n, frames, 4, side, side), all 0 where it sees the scene.
+
+        Sine and cosine of its rotation, its turn since the frame before in radians, and the log of its sprite's side
+        in quarters of the frame. Places are those of `displacements`.
+        """
+        x, y = places(side, self.camera.device)
+        n, frames = self.camera.shape[:2]
+        found = self.camera.new_zeros(n, frames, 4, side, side)
+        for i in range(2):
+            rotation, size = self.rotation[:, :, i], (self.scale[:, :, i] * (4 / FRAME)).clamp(min=0.1).log()
+            turn = rotation.diff(dim=1, prepend=rotation[:, :1])
+            pose = torch.stack([rotation.sin(), rotation.cos(), turn, size], 2)[..., None, None]
+            found = torch.where(self._seen(i, x, y)[:, :, None], pose, found)
+        return found
+
+    def _seen(self, i: int, x: Tensor, y: Tensor) -> Tensor:
+        """Whether places (1, side) by (side, 1) see subject `i`: (n, frames, side, side), a disc of its sprite."""
+        centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in self.position.unbind(-1))
+        return torch.hypot(x - centre_x, y - centre_y) < 0.4 * self.scale[:, :, i, None, None]
 
 
 def places(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -328,6 +348,7 @@ def draw_motions(
     held_out: bool = False,
     two_subjects: float = 0.2,
     camera: float = 0.4,
+    turning: float = 0.35,
     device: torch.device | str = "cpu",
 ) -> Motions:
     """Draw `n` motions; the same generator state gives the same motions.
@@ -339,6 +360,7 @@ def draw_motions(
         held_out: Draw only families that training never draws (a static camera stays possible).
         two_subjects: Share of clips with two subjects.
         camera: Share of clips with a moving camera.
+        turning: Share of subjects that also turn, whatever their family.
         device: Where the result lives.
     """
     device = torch.device(device)
@@ -388,8 +410,8 @@ def draw_motions(
     x, y = turned(x, y, angle)
     # Every family may also change its size and turn.
     log_size = log_size + torch.where(q(4) < 0.3, q(5, -0.35, 0.35) * torch.sin(math.pi * u * q(6, 0.4, 1.6)), 0.0)
-    turning = q(8, -1.6, 1.6) * t + q(9, -0.25, 0.25) * torch.sin(2 * math.pi * (u + q(6)))
-    rotation = rotation + torch.where((q(7) < 0.35) & ~among(("pendulum",)), turning, 0.0)
+    turn = q(8, -1.6, 1.6) * t + q(9, -0.25, 0.25) * torch.sin(2 * math.pi * (u + q(6)))
+    rotation = rotation + torch.where((q(7) < turning) & ~among(("pendulum",)), turn, 0.0)
     lean = torch.where(among(("pendulum", "walk", "sway")), 0.0, q(10, -0.3, 0.3))
     rotation = rotation + torch.where(q(7) < 0.6, lean, 0.0)
 

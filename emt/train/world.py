@@ -166,6 +166,7 @@ class World:
         held_out: bool = False,
         two_subjects: float = 0.2,
         camera: float = 0.4,
+        turning: float = 0.35,
     ) -> Motions:
         """Draw `n` motions on this world's device.
 
@@ -175,6 +176,7 @@ class World:
             held_out: Draw only object and camera families that training never draws.
             two_subjects: Share of clips with two subjects.
             camera: Share of clips with a moving camera.
+            turning: Share of subjects that also turn, whatever their family.
         """
         return draw_motions(
             n,
@@ -183,6 +185,7 @@ class World:
             held_out=held_out,
             two_subjects=two_subjects,
             camera=camera,
+            turning=turning,
             device=self.device,
         )
 
