@@ -374,6 +374,13 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         prediction, features = self._read(sample, timestep, text, hidden)
         return prediction, features, hidden
 
+    def move_with_hidden_states(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures, motion: MotionFeatures
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `forward` with a reference, and what every motion module passes on, as in `denoise_with_hidden_states`."""
+        hidden: dict[str, Tensor] = {}
+        return self._run(sample, timestep, text, motion, adapted=True, hidden=hidden)[0], hidden
+
     def _read(
         self,
         sample: Tensor,

@@ -104,6 +104,18 @@ class TestPublishedOutputs:
         assert relative_error(out, published["with_reference"]) < 1e-5
 
     @torch.no_grad()
+    def test_hidden_states_come_with_the_same_outputs(self, unet, published, motion):
+        reference = published["reference_noisy"], SMALL["reference_timestep"], published["text"][:1]
+        out, features, read = unet.denoise_with_hidden_states(*reference)
+        assert relative_error(out, published["backbone_out"]) < 1e-5
+        assert all(
+            torch.equal(a, b) for path in motion.layers for a, b in zip(motion.layers[path], features.layers[path])
+        )
+        moved, drawn = unet.move_with_hidden_states(published["sample"], SMALL["timestep"], published["text"], motion)
+        assert relative_error(moved, published["with_reference"]) < 1e-5
+        assert list(read) == list(drawn) == list(unet.motion_modules())
+
+    @torch.no_grad()
     @pytest.mark.parametrize("precomputed", [False, True], ids=["eager", "precomputed"])
     def test_five_sampler_steps_with_guidance(self, unet, published, motion, precomputed):
         scheduler = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
