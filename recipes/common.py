@@ -53,7 +53,7 @@ class Sizes:
 MINUTES = {"vae": 2.7, "latents": 3.7, "frames": 4.0, "motion": 3.0, "video": 15.0, "adapter": 4.0}
 """Time of each stage."""
 
-REFERENCE_TIMESTEP = 50
+REFERENCE_TIMESTEP = 20
 """Noise level at which the small model reads references.
 
 The published 400 is meant for latents of 64×64. Of 16×16, with a sixteenth of the values to average over, it leaves
@@ -221,6 +221,7 @@ def stage_parser(description: str | None, minutes: float, batch: int) -> argpars
     parser.add_argument("--minutes", type=float, default=minutes, help="time for this stage")
     parser.add_argument("--steps", type=int, help="stop after so many steps instead")
     parser.add_argument("--batch", type=int, default=batch, help="of each process")
+    parser.add_argument("--save-minutes", type=float, default=4.0, help="video: how often to keep what there is so far")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
@@ -340,7 +341,7 @@ def make_base(sizes: Sizes, start: Path | None = None) -> tuple[MotionTransferUN
     unet, text = make_unet(sizes, ()), make_text_encoder(sizes.text_width, sizes.text_layers)
     if start is not None and start.is_dir():
         text.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").float().state_dict())
-        unet.load_state_dict({k: v for k, v in model_weights(start).items() if k in unet.state_dict()})
+        unet.load_state_dict({k: v for k, v in network_weights(start).items() if k in unet.state_dict()})
     elif start is not None:
         unet.load_state_dict(load_weights(start, "unet"))
         text.load_state_dict(load_weights(start, "text"))
@@ -375,9 +376,11 @@ def set_scalers(unet: MotionTransferUNet, *, open_always: bool) -> None:
             last.weight.zero_()
 
 
-def model_weights(folder: Path) -> dict[str, Tensor]:
-    """The network's state dict in a model folder, in float32."""
-    return MotionTransferUNet.from_pretrained(folder / "unet", low_cpu_mem_usage=False).float().state_dict()
+def network_weights(start: Path) -> dict[str, Tensor]:
+    """The network's state dict, its adapter if there is one, in a model folder or a stage's result, in float32."""
+    if start.is_dir():
+        return MotionTransferUNet.from_pretrained(start / "unet", low_cpu_mem_usage=False).float().state_dict()
+    return load_weights(start, "unet") | load_weights(start, "adapter")
 
 
 # ---------------------------------------------------------------------------------------------------------- latents
@@ -411,6 +414,7 @@ class Clips:
     tokens: Tensor  # (motions, appearances, tokens) int32
     subjects: Tensor  # (motions, frames, height, width) uint8, 1 where a subject is
     displacements: Tensor  # (motions, frames, 2, height, width) float16, `Motions.displacements`
+    poses: Tensor  # (motions, frames, 4, height, width) float16, `Motions.poses`
 
     @classmethod
     def load(cls, out: Path, device: torch.device) -> Clips:
@@ -428,15 +432,18 @@ class Clips:
         latents = torch.randn(4, 4, sizes.latents, sizes.frames, side, side, device=stage.device).half()
         tokens = tokenize(make_tokenizer(), [""]).to(stage.device)
         subjects = torch.zeros(4, sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
-        displacements = torch.zeros(4, sizes.frames, 2, side, side, dtype=torch.float16, device=stage.device)
-        return cls(latents, tokens.expand(4, 4, -1), subjects, displacements)
+        displacements, poses = (
+            torch.zeros(4, sizes.frames, numbers, side, side, dtype=torch.float16, device=stage.device)
+            for numbers in (2, 4)
+        )
+        return cls(latents, tokens.expand(4, 4, -1), subjects, displacements, poses)
 
     def draw(
         self, n: int, generator: torch.Generator, *, drop: float, realistic: float, frames: int | None = None
     ) -> dict[str, Tensor]:
         """A batch of clips with tokens, the caption dropped with probability `drop` and where there is none.
 
-        Whole clips come with their displacements.
+        Whole clips come with their truth: `truth`.
 
         Args:
             n: clips.
@@ -460,32 +467,54 @@ class Clips:
             "tokens": self._captions(motion, view, generator, drop),
             "subject": SUBJECT_WEIGHT * subjects[:, None].float(),
         }
-        return batch if frames else batch | {"displacement": self.displacements[motion].float()}
+        return batch if frames else batch | self.truth(motion, view)
 
     def draw_pairs(
-        self, n: int, generator: torch.Generator, *, drop: float, realistic: float, mismatched: float = 0.0
-    ) -> dict[str, Tensor]:
-        """A batch of pairs: the same motion in two appearances, the target's with its tokens, and its displacements.
+        self,
+        n: int,
+        generator: torch.Generator,
+        *,
+        drop: float,
+        realistic: float,
+        targets: int = 1,
+        mismatched: float = 0.0,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """References, and targets that play the same motions in other appearances.
 
         Args:
-            n: pairs.
+            n: references.
             generator: on the device.
             drop: probability of the empty caption.
             realistic: probability that the reference is the realistic clip of the motion.
-            mismatched: share of pairs whose reference moves otherwise, as among pairs that nothing has filtered.
+            targets: of each reference; target i follows reference i mod n.
+            mismatched: share of references that move otherwise, as among pairs that nothing has filtered.
+
+        Returns:
+            The n references with their truth, and the n · targets targets with their tokens, as from `draw`.
         """
         rendered = self.latents.shape[1] - 1
-        motion, target = self._index(len(self.latents), n, generator), self._index(rendered, n, generator)
-        other = (target + 1 + self._index(rendered - 1, n, generator)) % rendered
+        motion = self._index(len(self.latents), n, generator)
+        # No two clips of a motion are the same appearance.
+        looks = torch.rand(n, rendered, generator=generator, device=generator.device).argsort(1)
         chance = torch.rand(2, n, generator=generator, device=generator.device)
-        reference = torch.where(chance[0] < realistic, rendered, other)
+        worn = torch.where(chance[0] < realistic, rendered, looks[:, -1])
         source = torch.where(chance[1] < mismatched, self._index(len(self.latents), n, generator), motion)
-        return {
-            "reference": self.latents[source, reference],
-            "latents": self.latents[motion, target],
-            "tokens": self._captions(motion, target, generator, drop),
+        references = {"latents": self.latents[source, worn], **self.truth(source, worn)}
+        motion, asked = motion.repeat(targets), looks[:, :targets].T.flatten()
+        return references, {
+            "latents": self.latents[motion, asked],
+            "tokens": self._captions(motion, asked, generator, drop),
             "subject": SUBJECT_WEIGHT * self.subjects[motion][:, None].float(),
-            "displacement": self.displacements[source].float(),
+            **self.truth(motion, asked),
+        }
+
+    def truth(self, motion: Tensor, view: Tensor) -> dict[str, Tensor]:
+        """How clips move, for `MotionReader`: displacement, pose, and whether their subjects have an upright."""
+        upright = (view < self.latents.shape[1] - 1).float()
+        return {
+            "displacement": self.displacements[motion].float(),
+            "pose": self.poses[motion].float(),
+            "upright": upright,
         }
 
     def _index(self, below: int, n: int, generator: torch.Generator) -> Tensor:
@@ -657,6 +686,14 @@ class Trainer:
         for p, view in zip(self.parameters, self._averaged_views, strict=True):
             p.data = view.clone()
 
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within, the parameters hold the averaged weights, in float32; training goes on from its own after that."""
+        self.use_average()
+        yield
+        for p, flat in zip(self.parameters, self._flat_views, strict=True):
+            p.data = flat
+
     def close(self) -> None:
         """Give back the graphs' memory."""
         self._graphs = []
@@ -783,10 +820,12 @@ def train(
     warmup: int = 100,
     hold: float = 0.4,
     measure: Callable[[], dict[str, float]] | None = None,
+    save: Callable[[], None] | None = None,
 ) -> None:
     """Run a stage's steps until its time is over or it is told to stop; the averaged weights are then in place.
 
-    What `measure` finds since its last call goes into the log with the losses.
+    What `measure` finds since its last call goes into the log with the losses. `save` is called every
+    `--save-minutes` with the averaged weights in place.
 
     Of several processes the first has the clock, and hears of a stop: the others are told every 20 steps, since each
     time they wait for each other, and all keep to what was told last.
@@ -798,7 +837,7 @@ def train(
     step, every = 0, 20 if stage.options.steps is None else 1
     stage.started = time.monotonic()
     share = from_rank_0(stage.share(step))
-    since, counted = time.monotonic(), 0
+    since, counted, saved = time.monotonic(), 0, time.monotonic()
     while share < 1:
         trainer.step(batches(), schedule(step, share, warmup, hold))
         step += 1
@@ -810,6 +849,10 @@ def train(
             memory = torch.cuda.max_memory_reserved() / 2**30 if stage.device.type == "cuda" else 0.0
             clips = rate * stage.options.batch * ranks()
             stage.log(step, steps_per_second=rate, clips_per_second=clips, gib=memory, **numbers)
+            if save is not None and rank() == 0 and now - saved > 60 * stage.options.save_minutes:
+                with trainer.averaged_weights():
+                    save()
+                saved = time.monotonic()
         if ranks() == 1 or step % every == 0:
             share = from_rank_0(stage.share(step))
     apart = {"apart": trainer.apart()} if ranks() > 1 else {}

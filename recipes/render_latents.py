@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--appearances", type=int, default=4, help="of each motion; the last one is realistic")
     parser.add_argument("--camera", type=float, default=0.65, help="share of motions with a moving camera")
     parser.add_argument("--two-subjects", type=float, default=0.3, help="share of motions with two subjects")
+    parser.add_argument("--turning", type=float, default=0.6, help="share of subjects that turn, whatever their path")
     stage = Stage("latents", parser.parse_args(arguments))
     o, world, generator = stage.options, stage.world, stage.generator
     tokenizer = make_tokenizer()
@@ -59,15 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = (o.motions, o.appearances, stage.sizes.latents, stage.sizes.frames, side, side)
     latents = torch.empty(shape, dtype=torch.float16, device=stage.device)
     subjects = torch.empty(o.motions, stage.sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
-    displacements = torch.empty(o.motions, stage.sizes.frames, 2, side, side, dtype=torch.float16, device=stage.device)
+    displacements, poses = (
+        torch.empty(o.motions, stage.sizes.frames, numbers, side, side, dtype=torch.float16, device=stage.device)
+        for numbers in (2, 4)
+    )
     tokens = tokenize(tokenizer, [""])[0].repeat(o.motions, o.appearances, 1)
     done = 0
     while done < o.motions and (stage.share(done) < 1 or done == 0):
         n = min(o.batch, o.motions - done)
         rows = slice(done, done + n)
-        motions = world.motions(n, generator, two_subjects=o.two_subjects, camera=o.camera)
+        motions = world.motions(n, generator, two_subjects=o.two_subjects, camera=o.camera, turning=o.turning)
         subjects[rows] = cover(motions, side)
-        displacements[rows] = motions.displacements(side)
+        displacements[rows], poses[rows] = motions.displacements(side), motions.poses(side)
         for i in range(o.appearances):
             appearances = world.appearances(motions, generator, held_out=False)
             realistic = i == o.appearances - 1
@@ -89,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vae.save_config(stage.out / "vae")
     scaling = vae.config.scaling_factor
     latents *= scaling
-    truth = {"subjects": subjects[:done].clone(), "displacements": displacements[:done].clone()}
+    truth = {"subjects": subjects, "displacements": displacements, "poses": poses}
+    truth = {name: value[:done].clone() for name, value in truth.items()}
     clips = {"latents": latents, "tokens": tokens.to(stage.device), **truth}
     save_weights(latents_path(stage.out, rank()), clips=clips)
     if rank() == 0:

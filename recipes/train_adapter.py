@@ -90,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return adapter_loss(unet, objective, reference, latents, hidden, empty, reference_timestep=level, **others)
 
     def draw() -> dict[str, Tensor]:
-        batch = clips.draw_pairs(
+        references, targets = clips.draw_pairs(
             options.batch, stage.generator, drop=0.1, realistic=options.realistic, mismatched=options.mismatched
         )
-        del batch["displacement"]
+        batch = {"reference": references["latents"]} | {k: targets[k] for k in ("latents", "tokens", "subject")}
         return with_noise(batch, objective, stage.generator, stage.dtype, shift=3.0)
 
     groups = [(projections, options.rate)] + ([(scalers, options.scaler_rate)] if scalers else [])

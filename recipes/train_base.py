@@ -8,7 +8,7 @@ python -m recipes.train_base video --out build/small
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from emt.temporal import MotionFeatures
+from emt.temporal import MotionFeatures, MotionModule
 from emt.train.objective import Objective
 from emt.unet import MotionTransferUNet
 from recipes.common import (
@@ -32,7 +32,7 @@ from recipes.common import (
     leave,
     make_base,
     make_scheduler,
-    model_weights,
+    network_weights,
     rank,
     save_on_signals,
     save_weights,
@@ -52,12 +52,13 @@ class Defaults(NamedTuple):
     shift: float  # of timesteps towards noise
     rate: float
     reading: float = 0.0  # weight of telling how everything moves
+    references: float = 0.0  # share of clips that are read as references
 
 
 DEFAULTS = {
     "frames": Defaults(320, shift=1.0, rate=1e-3),
-    "motion": Defaults(32, shift=2.0, rate=2e-3, reading=5.0),
-    "video": Defaults(64, shift=2.0, rate=7e-4, reading=1.0),
+    "motion": Defaults(32, shift=2.0, rate=2e-3, reading=5.0, references=0.5),
+    "video": Defaults(40, shift=2.0, rate=7e-4, reading=1.0, references=0.8),
 }
 
 
@@ -74,60 +75,80 @@ def without_motion_modules(unet: MotionTransferUNet) -> Iterator[None]:
 
 
 class MotionReader(nn.Module):
-    """Linear maps from what all motion modules pass on to how everything moves, for the backbone to learn to tell it.
+    """Linear maps from what motion modules pass on to how everything moves and how subjects are held.
 
     A small backbone that only denoises tells its adapter where things are, and not how they move (recipes/README.md).
     The maps read hidden states as they are: through a layer norm, as the adapter has them, a network does not begin to
     learn what moves. They are thrown away after training.
 
     Args:
-        unet: whose hidden states are read.
+        modules: whose hidden states are read.
         device: of the maps.
         dtype: of the maps.
     """
 
-    UNIT = 32.0  # pixels
+    NAMES = ("x", "y", "step_x", "step_y", "sin", "cos", "turn", "size")
+    """What is read: displacement since frame 0 and since the frame before, and `Motions.poses`."""
+    UNITS = (32.0, 32.0, 4.0, 4.0, 0.5, 0.25, 0.125, 0.25)
+    """Of displacements, pixels; a step is some eighth of the way. Of sine and cosine, radians, and log size."""
 
     def __init__(
-        self, unet: MotionTransferUNet, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        modules: Iterable[MotionModule],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        widths = [module.temporal_transformer.proj_out.out_features for module in unet.motion_modules().values()]
-        # To displacement since frame 0, and since the frame before.
-        self.maps = nn.ModuleList([nn.Linear(width, 4, device=device, dtype=dtype) for width in widths])
+        widths = [module.temporal_transformer.proj_out.out_features for module in modules]
+        self.maps = nn.ModuleList([nn.Linear(width, len(self.NAMES), device=device, dtype=dtype) for width in widths])
         for linear in self.maps:  # hidden states are large where nothing normalises them
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-        self._sums = torch.zeros(2, 4, device=device)  # squares of the last map's errors, and of the truth
+        # Squares of the last map's errors, and of the truth.
+        self.register_buffer("_sums", torch.zeros(2, len(self.NAMES), device=device), persistent=False)
+        self.register_buffer("_units", torch.tensor(self.UNITS, device=device).view(-1, 1, 1), persistent=False)
 
-    def forward(self, hidden: Sequence[Tensor], displacement: Tensor, share: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Iterable[Tensor], displacement: Tensor, pose: Tensor, upright: Tensor, share: Tensor
+    ) -> Tensor:
         """How far the maps are off, a float32 scalar.
 
         Args:
             hidden: of noisy clips, after each motion module: (batch·frames, channels, height, width).
             displacement: (batch, frames, 2, height, width), pixels.
+            pose: (batch, frames, 4, height, width), `Motions.poses`: read where subjects are.
+            upright: (batch,) 1 where sine and cosine of the rotation can be told, 0 where subjects have no upright.
             share: (batch,) of each clip in the sum; what noise hides cannot be read.
         """
+        batch = displacement.shape[:2]
+        sine, cosine, turn, size = pose.float().split(1, dim=2)
+        there = sine.square() + cosine.square()
         steps = displacement.diff(dim=1, prepend=displacement[:, :1])
-        # A step is some eighth of the way.
-        exact = torch.cat([displacement, 8 * steps], 2).flatten(0, 1).float() / self.UNIT
+        exact = torch.cat([displacement, steps, sine, cosine - there, turn, size], 2).flatten(0, 1).float()
+        turned = upright.float().view(-1, 1, 1, 1, 1) * there
+        everywhere = torch.ones_like(there).expand(-1, -1, 4, -1, -1)
+        weight = torch.cat([everywhere, turned, turned, there, there], 2).flatten(0, 1)
+        exact = exact / self._units * weight
         losses = []
         for linear, states in zip(self.maps, hidden, strict=True):
-            here = F.adaptive_avg_pool2d(exact, states.shape[2:]).permute(0, 2, 3, 1)
+            size_here = states.shape[2:]
+            seen = F.adaptive_avg_pool2d(weight, size_here).permute(0, 2, 3, 1)
+            here = F.adaptive_avg_pool2d(exact, size_here).permute(0, 2, 3, 1) / seen.clamp(min=1e-4)
             read = linear(states.permute(0, 2, 3, 1)).float()
-            off = F.smooth_l1_loss(read, here, beta=0.2, reduction="none").unflatten(0, displacement.shape[:2])
-            losses.append((off.mean((1, 2, 3, 4)) * share).mean())
+            off = F.smooth_l1_loss(read, here, beta=0.2, reduction="none") * seen
+            # Each number counts the same, be it read everywhere or only where subjects are.
+            off = off / seen.mean((0, 1, 2)).clamp(min=1e-3)
+            losses.append((off.unflatten(0, batch).mean((1, 2, 3, 4)) * share).mean())
         with torch.no_grad():
-            squares = torch.stack([(read - here).square(), here.square()]).mean((2, 3))
-            self._sums += (squares.unflatten(1, displacement.shape[:2]).mean(2) * share[:, None]).mean(1)
+            squares = (torch.stack([(read - here).square(), here.square()]) * seen).mean((2, 3))
+            self._sums += (squares.unflatten(1, batch).mean(2) * share[:, None]).mean(1)
         return torch.stack(losses).mean()
 
     def explained(self) -> dict[str, float]:
         """Share of the variance (R²) that the last map explained since the last call. Waits for the device."""
         off, total = self._sums.tolist()
         self._sums.zero_()
-        names = ("r2_x", "r2_y", "r2_step_x", "r2_step_y")
-        return {name: 1 - a / max(b, 1e-12) for name, a, b in zip(names, off, total, strict=True)}
+        return {f"r2_{name}": 1 - a / max(b, 1e-12) for name, a, b in zip(self.NAMES, off, total, strict=True)}
 
 
 def base_loss(
@@ -157,7 +178,7 @@ def motion_loss(
     noise: Tensor,
     timestep: Tensor,
     subject: Tensor,
-    displacement: Tensor,
+    **truth: Tensor,
 ) -> tuple[Tensor, MotionFeatures]:
     """Denoising loss of clips by the backbone, plus that of telling how everything in them moves.
 
@@ -172,7 +193,7 @@ def motion_loss(
         noise: as `latents`.
         timestep: (batch,).
         subject: extra weight on parts of the clips (`Objective.loss`).
-        displacement: (batch, frames, 2, height, width), pixels.
+        truth: of the clips (`Clips.truth`).
 
     Returns:
         A float32 scalar, and the features that an adapter reads.
@@ -180,7 +201,7 @@ def motion_loss(
     noisy = objective.add_noise(latents, noise, timestep)
     prediction, features, hidden = unet.denoise_with_hidden_states(noisy, timestep, text(tokens)[0])
     own = objective.loss(prediction, latents, noise, timestep, subject)
-    reading = reader(list(hidden.values()), displacement, objective.signal[timestep].square())
+    reading = reader(hidden.values(), share=objective.signal[timestep].square(), **truth)
     return own + weight * reading, features
 
 
@@ -188,8 +209,9 @@ def video_loss(
     unet: MotionTransferUNet,
     text: CLIPTextModel,
     objective: Objective,
-    reader: MotionReader,
+    readers: tuple[MotionReader, MotionReader],
     weight: float,
+    references: int,
     *,
     target: Tensor,
     target_tokens: Tensor,
@@ -198,44 +220,50 @@ def video_loss(
     target_subject: Tensor,
     **clips: Tensor,
 ) -> Tensor:
-    """`motion_loss` of clips, plus the denoising loss of targets which move like the first of them.
+    """`motion_loss` of clips, plus the like of targets which move as the first of them do.
 
     Gradients go through the references' features too: the backbone learns to tell what the adapter needs to know.
+    Of a target everything can be read at any noise level, since its reference tells.
 
     Args:
         unet: with an adapter.
         text: encoder of the captions.
         objective: of the base.
-        reader: of the hidden states of all clips.
-        weight: of its loss.
-        target: latents that move like the references, as many as there are: (pairs, …).
+        readers: of the hidden states of all clips, and of those of targets in the modules that take a reference.
+        weight: of their losses.
+        references: how many of the clips, from the first, have targets.
+        target: latents, of which number i moves like reference i mod `references`.
         target_tokens: their captions' tokens.
         target_noise: theirs.
-        target_timestep: (pairs,) theirs.
+        target_timestep: theirs.
         target_subject: extra weight on parts of them.
-        clips: what `motion_loss` takes; the first `pairs` of them are references.
+        clips: what `motion_loss` takes.
 
     Returns:
         A float32 scalar.
     """
-    alone, features = motion_loss(unet, text, objective, reader, weight, **clips)
-    pairs = len(target)
-    motion = MotionFeatures({path: (a[:pairs], b[:pairs]) for path, (a, b) in features.layers.items()})
+    alone, features = motion_loss(unet, text, objective, readers[0], weight, **clips)
+    motion = MotionFeatures({path: (a[:references], b[:references]) for path, (a, b) in features.layers.items()})
     noisy = objective.add_noise(target, target_noise, target_timestep)
-    moved = unet(noisy, target_timestep, text(target_tokens)[0], motion)
-    return alone + objective.loss(moved, target, target_noise, target_timestep, target_subject)
+    moved, hidden = unet.move_with_hidden_states(noisy, target_timestep, text(target_tokens)[0], motion)
+    times = len(target) // references
+    displacement, pose = (clips[name][:references].repeat(times, 1, 1, 1, 1) for name in ("displacement", "pose"))
+    all_of_them = torch.ones_like(target_timestep, dtype=torch.float32)
+    states = [hidden[path] for path in unet.fusion_modules()]
+    reading = readers[1](states, displacement, pose, all_of_them, all_of_them)
+    own = objective.loss(moved, target, target_noise, target_timestep, target_subject)
+    return alone + own + weight * reading
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the backbone on frames, on how clips move, or on video; writes OUT/<stage>.safetensors."""
     parser = stage_parser(main.__doc__, minutes=0, batch=0)
     parser.add_argument("stage", choices=tuple(DEFAULTS))
-    parser.add_argument("--start", type=Path, help="model folder to go on from")
+    parser.add_argument("--start", type=Path, help="model folder, or a stage's result, to go on from")
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--reading", type=float, help="motion and video: weight of telling how everything moves")
-    parser.add_argument(
-        "--references", type=float, default=0.5, help="motion and video: share of clips that are read as references"
-    )
+    parser.add_argument("--references", type=float, help="motion and video: share of clips that are read as references")
+    parser.add_argument("--targets", type=int, default=2, help="video: clips that follow each reference")
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
     name = options.stage
@@ -252,14 +280,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "video":
         unet = add_adapter(unet, stage.sizes)
         if options.start is not None:  # scalers start anew, which may have closed
-            learnt = {key: value for key, value in model_weights(options.start).items() if ".scaler." not in key}
-            unet.load_state_dict(unet.state_dict() | learnt)
+            learnt = network_weights(options.start)
+            unet.load_state_dict(
+                unet.state_dict() | {key: value for key, value in learnt.items() if ".scaler." not in key}
+            )
         # Half open throughout: while features tell little yet, scalers that learn close those of the finer level.
         for key, parameter in unet.named_parameters():
             parameter.requires_grad_(".scaler." not in key)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
-    reader = MotionReader(unet, stage.device, stage.dtype)
+    reader, reader_of_targets = (
+        MotionReader(modules.values(), stage.device, stage.dtype)
+        for modules in (unet.motion_modules(), unet.fusion_modules())
+    )
     objective = Objective.from_scheduler(make_scheduler(), stage.device)
     empty = tokenize(make_tokenizer(), [""]).long().to(stage.device)
     references = max(round(options.references * options.batch), 1)
@@ -282,41 +315,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_others(noisy(clips.draw(references, stage.generator, drop=1.0, realistic=0.5)))
 
     def draw_videos() -> dict[str, Tensor]:
-        pairs = noisy(clips.draw_pairs(references, stage.generator, drop=0.1, realistic=0.35), shift=3.0)
-        target = {"target": pairs.pop("latents")}
-        target |= {f"target_{key}": pairs[key] for key in ("tokens", "noise", "timestep", "subject")}
-        pairs |= {"latents": pairs.pop("reference"), "noise": pairs.pop("reference_noise")}
-        return target | with_others(pairs)
+        read, moved = clips.draw_pairs(references, stage.generator, drop=0.1, realistic=0.35, targets=options.targets)
+        moved = noisy(moved)
+        target = {f"target_{key}": moved[key] for key in ("tokens", "noise", "timestep", "subject")}
+        read["subject"] = moved["subject"][:references]
+        return target | {"target": moved["latents"]} | with_others(noisy(read))
 
     def loss(**batch: Tensor) -> Tensor:
         if name == "frames":
             return base_loss(unet, text, objective, **batch)
         if name == "motion":
             return motion_loss(unet, text, objective, reader, options.reading, **batch)[0]
-        return video_loss(unet, text, objective, reader, options.reading, **batch)
+        return video_loss(unet, text, objective, (reader, reader_of_targets), options.reading, references, **batch)
+
+    def measure() -> dict[str, float]:
+        found = {} if frames else reader.explained()
+        if name == "video":
+            found |= {f"target_{key}": value for key, value in reader_of_targets.explained().items()}
+        return found
+
+    so_far = stage.out / f"{name}-so-far.safetensors"
+
+    def save(path: Path) -> None:
+        weights = {key: value.float() for key, value in unet.state_dict().items()}
+        parts = {"unet": {key: value for key, value in weights.items() if key in names}}
+        if name == "video":  # the next stage goes on from there
+            parts["adapter"] = {key: value for key, value in weights.items() if key not in names}
+        parts["text"] = {key: value.float() for key, value in text.state_dict().items()}
+        save_weights(path, **parts)
 
     frames = name == "frames"
     trained = [p for key, p in unet.named_parameters() if p.requires_grad and not (frames and "motion_" in key)]
     groups = [([*trained, *text.parameters()], options.rate)]
     if not frames:
-        groups.append((list(reader.parameters()), 3 * options.rate))
+        readers = [reader, reader_of_targets] if name == "video" else [reader]
+        groups.append(([p for part in readers for p in part.parameters()], 3 * options.rate))
     passes = {
         "frames": ["forward"],
         "motion": ["denoise_with_hidden_states"],
-        "video": ["forward", "denoise_with_hidden_states"],
+        "video": ["denoise_with_hidden_states", "move_with_hidden_states"],
     }
     draw = {"frames": draw_frames, "motion": draw_motions, "video": draw_videos}[name]
     with without_motion_modules(unet) if frames else kernel_attention(stage), compiled(stage, unet, *passes[name]):
         trainer = Trainer(loss, groups, graph=stage.graph)
-        train(stage, trainer, draw, warmup=200, measure=None if frames else reader.explained)
+        train(stage, trainer, draw, warmup=200, measure=measure, save=lambda: save(so_far))
     if options.compile_only:
         return
     if rank() == 0:
-        weights = unet.float().state_dict()
-        parts = {"unet": {key: value for key, value in weights.items() if key in names}}
-        if name == "video":  # the next stage goes on from there
-            parts["adapter"] = {key: value for key, value in weights.items() if key not in names}
-        save_weights(stage.out / f"{name}.safetensors", **parts, text=text.float().state_dict())
+        save(stage.out / f"{name}.safetensors")
+        so_far.unlink(missing_ok=True)
     wait_for_ranks()
 
 

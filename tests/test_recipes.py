@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from emt.pipeline import MotionTransferPipeline
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.train.world import words
 from emt.video import write_clip
-from recipes import ablations, assemble, real_clips, train_adapter, train_all
+from recipes import ablations, assemble, real_clips, train_adapter, train_all, train_base
 from recipes.common import (
     SMALL,
     SUBJECT_WEIGHT,
@@ -170,6 +171,39 @@ def test_trainer_is_adamw_with_clipping() -> None:
     assert torch.allclose(ours.weight, theirs.weight, atol=0.05)
 
 
+def test_training_goes_on_from_its_own_weights_after_the_average_was_saved() -> None:
+    def trained(look: bool) -> tuple[nn.Linear, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model, seen = nn.Linear(5, 3), []
+        trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
+        for _ in range(4):
+            trainer.step({"x": torch.ones(2, 5)}, 1.0)
+            if look:
+                with trainer.averaged_weights():
+                    seen.append(model.weight.detach().clone())
+        if not look:
+            trainer.use_average()
+            seen.append(model.weight.detach().clone())
+        return model, seen
+
+    (model, seen), (averaged, last) = trained(True), trained(False)
+    assert torch.equal(seen[-1], last[0])
+    assert not torch.equal(seen[0], seen[-1])
+    assert not torch.equal(model.weight, averaged.weight)
+
+
+def test_a_stage_keeps_what_there_is_so_far(tmp_path: Path) -> None:
+    model, kept = nn.Linear(2, 2), []
+    options = stage_parser(None, 1.0, 2).parse_args(
+        ["--out", str(tmp_path), "--device", "cpu", "--steps", "3", "--save-minutes", "0"]
+    )
+    stage = Stage("try", options)
+    trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
+    train(stage, trainer, lambda: {"x": torch.ones(2, 2)}, save=lambda: kept.append(model.weight.detach().clone()))
+    assert len(kept) == 3
+    assert torch.equal(kept[-1], model.weight)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_many_stop_the_training() -> None:
     model = nn.Linear(2, 2)
     trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
@@ -196,8 +230,8 @@ def test_base_learns_a_batch_by_heart(out: Path) -> None:
     unet, text = make_base(TINY)
     objective = Objective.from_scheduler(make_scheduler())
     clips = Clips.load(out, torch.device("cpu"))
-    batch = clips.draw(4, generator, drop=0.1, realistic=0.1)
-    del batch["displacement"]
+    drawn = clips.draw(4, generator, drop=0.1, realistic=0.1)
+    batch = {key: drawn[key] for key in ("latents", "tokens", "subject")}
     batch = with_noise(batch, objective, generator, torch.float32, shift=2.0)
     trainer = Trainer(
         lambda **b: base_loss(unet, text, objective, **b), [([*unet.parameters(), *text.parameters()], 3e-3)]
@@ -255,13 +289,18 @@ def test_losses_never_wait_for_the_device() -> None:
     torch.autograd.grad(
         base_loss(unet, text, objective, latents, tokens, noise, t), [*unet.parameters(), *text.parameters()]
     )
-    reader = MotionReader(adapted).to("meta", torch.bfloat16)
+    readers = tuple(
+        MotionReader(modules.values(), **kind) for modules in (adapted.motion_modules(), adapted.fusion_modules())
+    )
     subject = torch.empty(8, 1, 16, 16, 16, **kind)
     parts = {"latents": latents, "tokens": tokens, "noise": noise, "timestep": t, "subject": subject}
     targets = {"target" if key == "latents" else f"target_{key}": part[:4] for key, part in parts.items()}
-    displacement = torch.empty(8, 16, 2, 16, 16, **kind)
-    loss = video_loss(adapted, text, objective, reader, 0.5, displacement=displacement, **parts, **targets)
-    torch.autograd.grad(loss, [*adapted.parameters(), *text.parameters(), *reader.parameters()])
+    truth = {"displacement": torch.empty(8, 16, 2, 16, 16, **kind), "pose": torch.empty(8, 16, 4, 16, 16, **kind)}
+    truth["upright"] = torch.empty(8, **kind)
+    loss = video_loss(adapted, text, objective, readers, 0.5, 2, **truth, **parts, **targets)
+    torch.autograd.grad(
+        loss, [*adapted.parameters(), *text.parameters(), *readers[0].parameters(), *readers[1].parameters()]
+    )
     hidden = text(tokens)[0].detach()
     loss = adapter_loss(adapted, objective, latents, latents, hidden, hidden[:1], t, noise, noise)
     torch.autograd.grad(loss, [p for _, p in adapted.adapter_parameters()])
@@ -308,28 +347,45 @@ def test_extra_weight_lies_on_subjects_and_only_where_they_show_through_the_nois
     assert objective.loss(last, latents, noise, 999, torch.tensor(3.0)) == pytest.approx(1.0)
 
 
-def test_a_reader_reads_displacements_and_steps_at_every_resolution() -> None:
-    """No loss where hidden states hold the truth, that of 0.2 if they are 6.4 pixels off, none where noise hides it."""
+def test_a_reader_reads_displacements_steps_and_poses_at_every_resolution() -> None:
+    """No loss where hidden states hold the truth, that of 0.2 units where they are off by more, none in noise."""
     unet = make_unet(TINY, ())
-    reader = MotionReader(unet)
-    displacement = 20 * torch.randn(2, TINY.frames, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    reader = MotionReader(unet.motion_modules().values())
+    generator = torch.Generator().manual_seed(0)
+    displacement = 20 * torch.randn(2, TINY.frames, 2, 4, 4, generator=generator)
     steps = displacement - torch.cat([displacement[:, :1], displacement[:, :-1]], 1)
-    truth = torch.cat([displacement, 8 * steps], 2).flatten(0, 1) / 32
+    # A subject in the left half, held alike in all of it.
+    angle, turn, size = torch.randn(3, 2, TINY.frames, 1, 1, 1, generator=generator)
+    there = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(2, TINY.frames, 1, 4, 4)
+    pose = torch.cat([angle.sin(), angle.cos(), turn, size], 2) * there
+    held = torch.cat([angle.sin(), angle.cos() - 1, turn, size], 2).expand(-1, -1, -1, 4, 4)
+    units = torch.tensor(MotionReader.UNITS).view(-1, 1, 1)
+    truth = torch.cat([displacement, steps, held], 2).flatten(0, 1) / units
     hidden = []
     for path, module in unet.motion_modules().items():
         width = module.temporal_transformer.proj_out.out_features
-        size = 4 if path.startswith(("down_blocks.0", "up_blocks.1")) else 2
-        hidden.append(F.pad(F.avg_pool2d(truth, 4 // size), (0, 0, 0, 0, 0, width - 4)))
+        shrink = 1 if path.startswith(("down_blocks.0", "up_blocks.1")) else 2
+        hidden.append(F.pad(F.avg_pool2d(truth, shrink), (0, 0, 0, 0, 0, width - len(units))))
     for linear in reader.maps:
         nn.init.eye_(linear.weight)
-    here, unseen = torch.ones(2), torch.tensor([1.0, 0.0])
-    assert reader(hidden, displacement, here).item() == pytest.approx(0, abs=1e-6)
-    assert list(reader.explained().values()) == pytest.approx([1, 1, 1, 1])
-    assert reader(hidden, displacement + 6.4, here).item() == pytest.approx(0.05, abs=1e-6)
-    assert reader(hidden, displacement + 6.4, unseen).item() == pytest.approx(0.05 / 2, abs=1e-6)
+    both, first = torch.ones(2), torch.tensor([1.0, 0.0])
+
+    def off(by: float, upright: torch.Tensor = both, share: torch.Tensor = both, only: slice = slice(None)) -> float:
+        changed = [states.clone() for states in hidden]
+        for states in changed:
+            states[:, : len(units)][:, only] += by
+        return reader(changed, displacement, pose, upright, share).item()
+
+    assert off(0.0) == pytest.approx(0, abs=1e-6)
+    assert list(reader.explained().values()) == pytest.approx([1] * 8)
+    assert off(0.2) == pytest.approx(0.1, abs=1e-6)
+    assert off(0.2, share=first) == pytest.approx(0.05, abs=1e-6)
+    # Of what has no upright the rotation is not read, but how it turns.
+    assert off(0.2, upright=torch.zeros(2), only=slice(4, 6)) == 0
+    assert off(0.2, upright=torch.zeros(2), only=slice(6, 8)) == pytest.approx(0.1 / 4, abs=1e-6)
     reader.explained()
-    reader([torch.zeros_like(states) for states in hidden], displacement, here)
-    assert list(reader.explained().values()) == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    reader([torch.zeros_like(states) for states in hidden], displacement, pose, both, both)
+    assert list(reader.explained().values()) == pytest.approx([0] * 8, abs=1e-6)
 
 
 def drifting_textures(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -347,6 +403,8 @@ def drifting_textures(n: int, generator: torch.Generator) -> dict[str, torch.Ten
     return {
         "latents": latents,
         "displacement": displacement,
+        "pose": torch.zeros(n, frames, 4, side, side),  # no subjects
+        "upright": torch.ones(n),
         "noise": torch.randn(latents.shape, generator=generator),
         "tokens": torch.zeros(n, 16, dtype=torch.long),
         "timestep": torch.full((n,), 50),
@@ -360,7 +418,8 @@ def test_the_motion_stage_learns_to_see_what_moves() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     unet, text = make_unet(TINY, ()), make_text_encoder(TINY.text_width, TINY.text_layers)
-    reader, objective = MotionReader(unet), Objective.from_scheduler(make_scheduler())
+    reader = MotionReader(unet.motion_modules().values())
+    objective = Objective.from_scheduler(make_scheduler())
     trainer = Trainer(
         lambda **batch: motion_loss(unet, text, objective, reader, 5.0, **batch)[0],
         [([*unet.parameters(), *text.parameters()], 3e-3), (list(reader.parameters()), 9e-3)],
@@ -369,7 +428,8 @@ def test_the_motion_stage_learns_to_see_what_moves() -> None:
         if step == 580:
             reader.explained()
         trainer.step(drifting_textures(32, generator), schedule(step, step / 600, warmup=50))
-    assert min(reader.explained().values()) > 0.5
+    explained = reader.explained()
+    assert min(explained[f"r2_{name}"] for name in ("x", "y", "step_x", "step_y")) > 0.5
 
 
 def test_the_video_stage_trains_a_backbone_to_tell_motion_to_its_adapter() -> None:
@@ -380,16 +440,17 @@ def test_the_video_stage_trains_a_backbone_to_tell_motion_to_its_adapter() -> No
         if name.startswith("conv_out") or "temporal_transformer.proj_out" in name:
             nn.init.normal_(parameter, std=0.1)
     set_scalers(unet, open_always=False)
-    reader, objective = MotionReader(unet), Objective.from_scheduler(make_scheduler())
+    readers = tuple(MotionReader(modules.values()) for modules in (unet.motion_modules(), unet.fusion_modules()))
+    objective = Objective.from_scheduler(make_scheduler())
     latents, noise = torch.randn(2, 3, 4, TINY.frames, 4, 4)
     parts = {"latents": latents, "noise": noise, "tokens": torch.zeros(3, 16, dtype=torch.long)}
     parts |= {"timestep": torch.tensor([100, 100, 500]), "subject": torch.zeros(3, 1, TINY.frames, 4, 4)}
     target = {"target" if key == "latents" else f"target_{key}": part[1:] for key, part in parts.items()}
-    displacement = torch.full((3, TINY.frames, 2, 4, 4), 10.0)
+    truth = {"displacement": torch.full((3, TINY.frames, 2, 4, 4), 10.0), "upright": torch.ones(3)}
+    truth["pose"] = torch.ones(3, TINY.frames, 4, 4, 4)
 
     def loss(weight: float, **changed: torch.Tensor) -> torch.Tensor:
-        given = parts | target | {"displacement": displacement} | changed
-        return video_loss(unet, text, objective, reader, weight, **given)
+        return video_loss(unet, text, objective, readers, weight, 2, **(parts | target | truth | changed))
 
     alone = base_loss(unet, text, objective, *(parts[key] for key in ("latents", "tokens", "noise", "timestep")))
     following = loss(0.0) - alone
@@ -398,6 +459,9 @@ def test_the_video_stage_trains_a_backbone_to_tell_motion_to_its_adapter() -> No
     alone = base_loss(unet, text, objective, other, *(parts[key] for key in ("tokens", "noise", "timestep")))
     assert abs((loss(0.0, latents=other) - alone - following).item()) > 1e-4
     assert loss(0.5).item() > loss(0.0).item()
+    for reader in readers:  # both are asked
+        (gradient,) = torch.autograd.grad(loss(0.5), [reader.maps[-1].bias])
+        assert gradient.abs().max() > 0
     key = unet.up_blocks[1].motion_modules[0].temporal_transformer.transformer_blocks[0].attention_blocks[0].adapter
     for parameter in (unet.conv_in.weight, key.to_k.weight, next(iter(text.parameters()))):
         (gradient,) = torch.autograd.grad(loss(0.0), [parameter])
@@ -408,18 +472,29 @@ def test_pairs_share_their_motion_and_differ_in_appearance() -> None:
     motion, view = torch.arange(5).view(5, 1), torch.arange(4).view(1, 4)
     latents = torch.stack(torch.broadcast_tensors(motion, view), -1).float()[..., None, None, None]
     covered = motion[..., None, None].to(torch.uint8)
-    clips = Clips(latents, (motion * 10 + view)[..., None].int(), covered, motion)
-    pairs = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3)
-    reference, target = pairs["reference"][..., 0, 0, 0], pairs["latents"][..., 0, 0, 0]
-    assert torch.equal(reference[:, 0], target[:, 0])
-    assert (reference[:, 1] != target[:, 1]).all()
-    assert (target[:, 1] < 3).all()
-    assert 0.2 < (reference[:, 1] == 3).float().mean() < 0.4
-    assert torch.equal(pairs["tokens"][:, 0], (target[:, 0] * 10 + target[:, 1]).long())
-    assert torch.equal(pairs["subject"].flatten(), SUBJECT_WEIGHT * target[:, 0])
-    assert torch.equal(pairs["displacement"][:, 0], reference[:, 0])
-    wrong = clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3, mismatched=1.0)
-    assert (wrong["reference"][:, 0] != wrong["latents"][:, 0]).float().mean() > 0.6
+    clips = Clips(latents, (motion * 10 + view)[..., None].int(), covered, motion, 7 * motion)
+
+    def draw(**how: Any) -> tuple[dict[str, torch.Tensor], ...]:
+        return clips.draw_pairs(400, torch.Generator().manual_seed(0), drop=0.0, realistic=0.3, targets=2, **how)
+
+    def shown(part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return part["latents"][..., 0, 0, 0].unbind(1)
+
+    references, targets = draw()
+    (motion, worn), (played, asked) = shown(references), shown(targets)
+    assert torch.equal(motion.repeat(2), played)  # target i follows reference i mod n
+    assert (worn.repeat(2) != asked).all()
+    assert (asked[:400] != asked[400:]).all()
+    assert (asked < 3).all()
+    assert 0.2 < (worn == 3).float().mean() < 0.4
+    assert torch.equal(targets["tokens"][:, 0], (played * 10 + asked).long())
+    assert torch.equal(targets["subject"].flatten(), SUBJECT_WEIGHT * played)
+    for part, truth, look in ((references, motion, worn), (targets, played, asked)):
+        assert torch.equal(part["displacement"][:, 0], truth)
+        assert torch.equal(part["pose"][:, 0], 7 * truth)
+        assert torch.equal(part["upright"], (look < 3).float())
+    wrong = shown(draw(mismatched=1.0)[0])[0]
+    assert (wrong != motion).float().mean() > 0.6
 
 
 def test_finished_stages_are_not_repeated(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,6 +505,18 @@ def test_finished_stages_are_not_repeated(out: Path, capsys: pytest.CaptureFixtu
     assert "[adapter] is done" in capsys.readouterr().out
     stages = {json.loads(line)["stage"] for line in (out / "log.jsonl").read_text().splitlines()}
     assert stages == set(train_all.STAGES)
+
+
+def test_training_goes_on_from_a_stages_result(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "latents.safetensors").symlink_to(out / "latents.safetensors")
+    arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--steps", "1", "--batch", "5", "--rate", "0"]
+    train_base.main(["video", *arguments, "--start", str(out / "video.safetensors"), "--save-minutes", "0"])
+    before, after = (load_weights(folder / "video.safetensors", "adapter") for folder in (out, tmp_path))
+    projections = [name for name in before if ".adapter." in name]
+    assert projections
+    for name in projections:
+        assert torch.equal(before[name], after[name])
+    assert not (tmp_path / "video-so-far.safetensors").exists()
 
 
 def test_an_ablation_trains_beside_the_model(out: Path) -> None:
