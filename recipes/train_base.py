@@ -58,7 +58,7 @@ class Defaults(NamedTuple):
 DEFAULTS = {
     "frames": Defaults(320, shift=1.0, rate=1e-3),
     "motion": Defaults(32, shift=2.0, rate=2e-3, reading=5.0, references=0.5),
-    "video": Defaults(40, shift=2.0, rate=7e-4, reading=1.0, references=0.8),
+    "video": Defaults(40, shift=2.0, rate=7e-4, reading=2.0, references=0.8),
 }
 
 
