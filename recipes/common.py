@@ -221,7 +221,6 @@ def stage_parser(description: str | None, minutes: float, batch: int) -> argpars
     parser.add_argument("--minutes", type=float, default=minutes, help="time for this stage")
     parser.add_argument("--steps", type=int, help="stop after so many steps instead")
     parser.add_argument("--batch", type=int, default=batch, help="of each process")
-    parser.add_argument("--save-minutes", type=float, default=4.0, help="video: how often to keep what there is so far")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
@@ -825,7 +824,7 @@ def train(
     """Run a stage's steps until its time is over or it is told to stop; the averaged weights are then in place.
 
     What `measure` finds since its last call goes into the log with the losses. `save` is called every
-    `--save-minutes` with the averaged weights in place.
+    `save_minutes`, an option of the stage, with the averaged weights in place.
 
     Of several processes the first has the clock, and hears of a stop: the others are told every 20 steps, since each
     time they wait for each other, and all keep to what was told last.

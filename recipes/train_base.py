@@ -263,6 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--reading", type=float, help="motion and video: weight of telling how everything moves")
     parser.add_argument("--references", type=float, help="motion and video: share of clips that are read as references")
+    parser.add_argument(
+        "--save-minutes", type=float, default=4.0, help="motion and video: how often to keep what there is so far"
+    )
     parser.add_argument("--targets", type=int, default=2, help="video: clips that follow each reference")
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
@@ -358,7 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw = {"frames": draw_frames, "motion": draw_motions, "video": draw_videos}[name]
     with without_motion_modules(unet) if frames else kernel_attention(stage), compiled(stage, unet, *passes[name]):
         trainer = Trainer(loss, groups, graph=stage.graph)
-        train(stage, trainer, draw, warmup=200, measure=measure, save=lambda: save(so_far))
+        # Without motion modules there is no whole network to save.
+        train(stage, trainer, draw, warmup=200, measure=measure, save=None if frames else lambda: save(so_far))
     if options.compile_only:
         return
     if rank() == 0:

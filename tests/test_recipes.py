@@ -194,9 +194,8 @@ def test_training_goes_on_from_its_own_weights_after_the_average_was_saved() -> 
 
 def test_a_stage_keeps_what_there_is_so_far(tmp_path: Path) -> None:
     model, kept = nn.Linear(2, 2), []
-    options = stage_parser(None, 1.0, 2).parse_args(
-        ["--out", str(tmp_path), "--device", "cpu", "--steps", "3", "--save-minutes", "0"]
-    )
+    options = stage_parser(None, 1.0, 2).parse_args(["--out", str(tmp_path), "--device", "cpu", "--steps", "3"])
+    options.save_minutes = 0.0
     stage = Stage("try", options)
     trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
     train(stage, trainer, lambda: {"x": torch.ones(2, 2)}, save=lambda: kept.append(model.weight.detach().clone()))
