@@ -69,7 +69,8 @@ def test_compiled_code_adds_in_place_too(tmp_path: Path, caplog: pytest.LogCaptu
     totals = re.findall(r"call_function\(.*?AtenTensorHandle, 3>\{.*?(buf\d+)", caplog.text)
     assert len(totals) >= 2  # the code is logged once or twice
     assert len(set(totals)) == 1
-    assert "clone" not in caplog.text.split("run_impl(")[-1]
+    code = next(record.getMessage() for record in caplog.records if "run_impl(" in record.getMessage())
+    assert not re.search(r"clone\w*\(", code.split("run_impl(")[-1])  # by its name in code: a folder may be called so
     package = torch._inductor.aoti_load_package(file)
     for given in (x, x[:1], torch.cat([x, x])):
         torch.testing.assert_close(package(given), module(given))
