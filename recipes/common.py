@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from emt.train.motions import FRAME, Motions
+from emt.train.motions import Motions, discs
 from emt.train.objective import Objective
 from emt.train.world import World
 from emt.unet import MotionTransferUNet
@@ -387,10 +387,7 @@ def network_weights(start: Path) -> dict[str, Tensor]:
 
 def cover(motions: Motions, side: int) -> Tensor:
     """Where subjects are: (n, frames, side, side) uint8, a disc around each as wide as its sprite."""
-    at = (torch.arange(side, device=motions.position.device) + 0.5) * (FRAME / side)
-    x, y = (part[..., None, None] for part in motions.position.unbind(-1))  # (n, frames, subjects, 1, 1)
-    distance = ((at[None, :] - x).square() + (at[:, None] - y).square()).sqrt()
-    return (distance < 0.5 * motions.scale[..., None, None]).any(2).to(torch.uint8)
+    return discs(motions.position, 0.5 * motions.scale, side).any(2).to(torch.uint8)
 
 
 def latents_path(out: Path, rank: int) -> Path:

@@ -351,8 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = [p for key, p in unet.named_parameters() if p.requires_grad and not (frames and "motion_" in key)]
     groups = [([*trained, *text.parameters()], options.rate)]
     if not frames:
-        readers = [reader, reader_of_targets] if name == "video" else [reader]
-        groups.append(([p for part in readers for p in part.parameters()], 3 * options.rate))
+        # Without an adapter the second has nothing to read, and no maps.
+        groups.append(([*reader.parameters(), *reader_of_targets.parameters()], 3 * options.rate))
     passes = {
         "frames": ["forward"],
         "motion": ["denoise_with_hidden_states"],

@@ -125,9 +125,9 @@ def align(first: Tensor, second: Tensor, scene: Tensor, guess: Transform, clips:
         clips: how many.
     """
     alignment = Alignment(first, second, scene)
-    candidates = [guess, alignment.refine(guess), alignment.refine(alignment.search())]
-    found = [part.unflatten(0, (clips, -1)) for part in alignment.best(candidates)]
+    found = alignment.best([guess, alignment.refine(guess), alignment.refine(alignment.search())])
+    neighbours = []
     for way in (1, -1):
-        a, b = (part.roll(way, 1).flatten() for part in found)
-        candidates.append(alignment.refine((a, b)))
-    return alignment.best(candidates)
+        a, b = (part.unflatten(0, (clips, -1)).roll(way, 1).flatten() for part in found)
+        neighbours.append(alignment.refine((a, b)))
+    return alignment.best([found, *neighbours])

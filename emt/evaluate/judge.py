@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from emt.errors import EmtError
 from emt.evaluate.alignment import align as align_steps
+from emt.train.motions import discs, shortest
 
 if TYPE_CHECKING:
     from emt.train.world import Appearances, Motions, World
@@ -367,10 +368,7 @@ def _frames_of(maps: Maps, n: int, frames: int, part: slice) -> Maps:
 
 def _near_subjects(position: Tensor, scale: Tensor, presence: Tensor) -> Tensor:
     """Which pixels a subject that is there may cover: (n, frames, SIZE, SIZE) bool, from fields of a `Reading`."""
-    at = torch.arange(SIZE, device=position.device) + 0.5
-    x, y = (part[..., None, None] for part in position.unbind(-1))  # (n, frames, subjects, 1, 1)
-    near = torch.hypot(at - x, at[:, None] - y) < 0.65 * scale[..., None, None]
-    return (near & (presence > 0.3)[..., None, None]).any(2)
+    return (discs(position, 0.65 * scale, SIZE) & (presence > 0.3)[..., None, None]).any(2)
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:
@@ -643,7 +641,7 @@ def rotation_readable(judge: Judge, world: World, generator: torch.Generator, cl
     appearances.subject[:, 0] = torch.arange(count, device=world.device).repeat(clips)
     found = judge.observe(painter.render(motions, appearances, generator=generator), motions.subjects).rotation
     error = (found - motions.rotation.to(found.device))[..., 0]
-    error = (torch.remainder(error + math.pi, 2 * math.pi) - math.pi).abs().mean(1)
+    error = shortest(error).abs().mean(1)
     return (error.unflatten(0, (clips, count)).mean(0) < 0.35).float()
 
 

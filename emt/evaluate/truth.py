@@ -16,6 +16,7 @@ from emt.errors import EmtError
 from emt.evaluate.camera import REACH
 from emt.evaluate.judge import SIZE, Judge, Reading, Vocabulary
 from emt.evaluate.statistics import Estimate, mean, pooled_pearson
+from emt.train.motions import shortest
 
 if TYPE_CHECKING:
     from emt.train.world import Appearances, Motions, World
@@ -213,15 +214,10 @@ def unwrap(angle: Tensor) -> Tensor:
     """
     directions = F.pad(torch.polar(torch.ones_like(angle), angle).movedim(0, -1), (2, 2))
     mean = directions.unfold(-1, 5, 1).sum(-1).angle().movedim(-1, 0)
-    step = _shortest(mean.diff(dim=0))
+    step = shortest(mean.diff(dim=0))
     around = torch.cat([mean[:1], mean[:1] + step.cumsum(0)])
-    curve = around + _shortest(angle - around)
+    curve = around + shortest(angle - around)
     return curve - curve[:1]
-
-
-def _shortest(turn: Tensor) -> Tensor:
-    """The same turns in [−π, π)."""
-    return torch.remainder(turn + torch.pi, 2 * torch.pi) - torch.pi
 
 
 def judge_floor(judge: Judge, world: World, clips: int = 256, *, seed: int = 1, held_out: bool = True) -> Truth:

@@ -104,7 +104,7 @@ class Motions:
             growth = scale[:, :1] / scale.clamp(min=1.0)
             was_x, was_y = turned(x - centre_x, y - centre_y, rotation[:, :1] - rotation, growth)
             was = torch.stack([was_x + centre_x[:, :1], was_y + centre_y[:, :1]], 2)
-            found = torch.where(self._seen(i, x, y)[:, :, None], was, found)
+            found = torch.where(self._seen(i, side)[:, :, None], was, found)
         return found - torch.stack(torch.broadcast_tensors(x, y))
 
     def poses(self, side: int) -> Tensor:
@@ -113,26 +113,36 @@ class Motions:
         Sine and cosine of its rotation, its turn since the frame before in radians, and the log of its sprite's side
         in quarters of the frame. Places are those of `displacements`.
         """
-        x, y = places(side, self.camera.device)
         n, frames = self.camera.shape[:2]
         found = self.camera.new_zeros(n, frames, 4, side, side)
         for i in range(2):
             rotation, size = self.rotation[:, :, i], (self.scale[:, :, i] * (4 / FRAME)).clamp(min=0.1).log()
             turn = rotation.diff(dim=1, prepend=rotation[:, :1])
             pose = torch.stack([rotation.sin(), rotation.cos(), turn, size], 2)[..., None, None]
-            found = torch.where(self._seen(i, x, y)[:, :, None], pose, found)
+            found = torch.where(self._seen(i, side)[:, :, None], pose, found)
         return found
 
-    def _seen(self, i: int, x: Tensor, y: Tensor) -> Tensor:
-        """Whether places (1, side) by (side, 1) see subject `i`: (n, frames, side, side), a disc of its sprite."""
-        centre_x, centre_y = (part[:, :, i, None, None] - FRAME / 2 for part in self.position.unbind(-1))
-        return torch.hypot(x - centre_x, y - centre_y) < 0.4 * self.scale[:, :, i, None, None]
+    def _seen(self, i: int, side: int) -> Tensor:
+        """Whether places see subject `i`: (n, frames, side, side)."""
+        return discs(self.position[:, :, i], 0.4 * self.scale[:, :, i], side)
 
 
 def places(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Centres of the cells of a grid over the frame, relative to its centre: x (1, side) and y (side, 1)."""
     at = (torch.arange(side, device=device) + 0.5) * (FRAME / side) - FRAME / 2
     return at[None], at[:, None]
+
+
+def discs(position: Tensor, radius: Tensor, side: int) -> Tensor:
+    """Which cells of a grid over the frame lie within `radius` (…) of `position` (…, 2), pixels: (…, side, side)."""
+    x, y = places(side, position.device)
+    centre_x, centre_y = (part[..., None, None] - FRAME / 2 for part in position.unbind(-1))
+    return torch.hypot(x - centre_x, y - centre_y) < radius[..., None, None]
+
+
+def shortest(turn: Tensor) -> Tensor:
+    """The same turns, radians, in [−π, π)."""
+    return torch.remainder(turn + math.pi, 2 * math.pi) - math.pi
 
 
 def turned(x: Tensor, y: Tensor, angle: Tensor, gain: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
