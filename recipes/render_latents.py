@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = stage_parser(main.__doc__, minutes=MINUTES["latents"], batch=96)
     parser.add_argument("--motions", type=int, default=42_000)
     parser.add_argument("--appearances", type=int, default=4, help="of each motion; the last one is realistic")
-    parser.add_argument("--camera", type=float, default=0.65, help="share of motions with a moving camera")
+    parser.add_argument("--camera", type=float, default=0.75, help="share of motions with a moving camera")
     parser.add_argument("--two-subjects", type=float, default=0.3, help="share of motions with two subjects")
     parser.add_argument("--turning", type=float, default=0.6, help="share of subjects that turn, whatever their path")
+    parser.add_argument("--swift", type=float, default=0.5, help="share of moving cameras that go as often far as near")
     stage = Stage("latents", parser.parse_args(arguments))
     o, world, generator = stage.options, stage.world, stage.generator
     tokenizer = make_tokenizer()
@@ -69,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while done < o.motions and (stage.share(done) < 1 or done == 0):
         n = min(o.batch, o.motions - done)
         rows = slice(done, done + n)
-        motions = world.motions(n, generator, two_subjects=o.two_subjects, camera=o.camera, turning=o.turning)
+        motions = world.motions(
+            n, generator, two_subjects=o.two_subjects, camera=o.camera, turning=o.turning, swift=o.swift
+        )
         subjects[rows] = cover(motions, side)
         displacements[rows], poses[rows] = motions.displacements(side), motions.poses(side)
         for i in range(o.appearances):

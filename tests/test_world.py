@@ -346,6 +346,23 @@ def test_more_subjects_turn_where_more_are_to(world: w.World):
     assert turning(0.0) + 0.1 < turning(0.35) < turning(1.0) - 0.1
 
 
+def test_cameras_go_further_where_more_of_them_are_swift(world: w.World):
+    def travelled(swift: float) -> float:
+        motions = world.motions(400, rng(5), camera=1, swift=swift)
+        return motions.camera[..., :2].norm(dim=-1).amax(1).mean().item()
+
+    assert travelled(0.0) * 1.05 < travelled(0.5) < travelled(1.0) / 1.05
+
+
+def test_the_drift_of_a_camera_may_zoom_and_roll_and_its_other_half_does_not(world: w.World):
+    motions = world.motions(600, rng(6), camera=1)
+    drifts = motions.camera[motions.camera_family == w.CAMERA_FAMILIES.index("drift")]
+    for curve, most in ((2, 0.41), (3, 0.71)):
+        spans = drifts[..., curve].amax(1) - drifts[..., curve].amin(1)
+        assert 0.35 < (spans > 1e-4).float().mean() < 0.65
+        assert 0.05 < spans.max() < most
+
+
 def test_two_appearances_of_a_motion_move_alike(world: w.World):
     motions = world.motions(1, rng(3), two_subjects=0, camera=0)
     first = silhouettes(world, motions, dressed(world, motions, 1, "heart"))

@@ -264,8 +264,11 @@ def _forward(t: Tensor) -> Tensor:
     return torch.where(t[..., :1] > 0.5, 1 - t, t)
 
 
-def _camera(family: str, u: Tensor, r: Tensor) -> Tensor:
-    """The camera of one family, not yet relative to frame 0. `u` (frames,), `r` (n, 24); returns (n, frames, 4)."""
+def _camera(family: str, u: Tensor, r: Tensor, swift: Tensor) -> Tensor:
+    """The camera of one family, not yet relative to frame 0: (n, frames, 4).
+
+    `u` (frames,), `r` (n, 24), `swift` (n,) bool: whose way is as often long as short.
+    """
     n, frames = r.shape[0], u.shape[0]
 
     def p(i: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -280,10 +283,14 @@ def _camera(family: str, u: Tensor, r: Tensor) -> Tensor:
     swinging = torch.where(p(4) < 0.25, swing, steady)
     angle = 2 * math.pi * p(5)
     pan_x, pan_y = torch.cos(angle), torch.sin(angle)
-    # Mostly slow, as in footage: textures that leap from frame to frame teach a network nothing of how they move.
-    distance = 6 + 54 * p(6).square()
-    zoom = sign(7) * (0.06 + 0.54 * p(8).pow(1.5))
-    roll = sign(9) * (0.06 + 0.74 * p(10).square())
+
+    def far(i: int, power: float) -> Tensor:
+        return torch.where(swift[:, None], p(i), p(i).pow(power))
+
+    # Mostly slow, as in footage: textures that leap from frame to frame teach a new network nothing of how they move.
+    distance = 6 + 54 * far(6, 2.0)
+    zoom = sign(7) * (0.06 + 0.54 * far(8, 1.5))
+    roll = sign(9) * (0.06 + 0.74 * far(10, 2.0))
     t = u.expand(n, frames)
     if family == "pan":
         parts = (swinging * distance * pan_x, swinging * distance * pan_y, zero, zero)
@@ -308,7 +315,9 @@ def _camera(family: str, u: Tensor, r: Tensor) -> Tensor:
         x, y, z = _fourier(slow, r[:, 11:17], 3), _fourier(slow, r[:, 17:23], 3), _fourier(slow, r[:, 5:9], 2)
         reach = distance / torch.maximum(_range(x), _range(y)).clamp(min=0.5)
         zooming = torch.where(p(23) < 0.5, 0.0, 0.4 / _range(z).clamp(min=0.4))
-        parts = (x * reach, y * reach, z * zooming, zero)
+        w = _fourier(slow, r[:, :4], 2)
+        rolling = torch.where(p(9) < 0.5, 0.0, 0.7 * p(10) / _range(w).clamp(min=0.4))
+        parts = (x * reach, y * reach, z * zooming, w * rolling)
     elif family == "circle":
         turn = sign(9) * 2 * math.pi * p(10, 0.7, 1.1) * steady + angle
         parts = (0.45 * distance * torch.cos(turn), 0.45 * distance * torch.sin(turn), zero, zero)
@@ -359,6 +368,7 @@ def draw_motions(
     two_subjects: float = 0.2,
     camera: float = 0.4,
     turning: float = 0.35,
+    swift: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Motions:
     """Draw `n` motions; the same generator state gives the same motions.
@@ -371,6 +381,7 @@ def draw_motions(
         two_subjects: Share of clips with two subjects.
         camera: Share of clips with a moving camera.
         turning: Share of subjects that also turn, whatever their family.
+        swift: Share of moving cameras that go as often far as near; the others mostly move little, as in footage.
         device: Where the result lives.
     """
     device = torch.device(device)
@@ -396,7 +407,7 @@ def draw_motions(
     camera_weights = torch.tensor([_CAMERA_WEIGHTS.get(name, 1.0) for name in cameras], device=device)
     camera_family = torch.where(moving, choose(camera_weights, n, generator) + first_camera, 0)
     shape = uniform((n, 24), generator, device)
-    view = _draw(cameras, camera_family, lambda name: _camera(name, u, shape), first_camera)
+    view = _draw(cameras, camera_family, lambda name: _camera(name, u, shape, flags[:, 3] < swift), first_camera)
     view = view - view[:, :1]
 
     # Many placements of each path are drawn at once and the first that stays in the frame, and keeps two subjects

@@ -167,6 +167,7 @@ class World:
         two_subjects: float = 0.2,
         camera: float = 0.4,
         turning: float = 0.35,
+        swift: float = 0.0,
     ) -> Motions:
         """Draw `n` motions on this world's device.
 
@@ -177,6 +178,7 @@ class World:
             two_subjects: Share of clips with two subjects.
             camera: Share of clips with a moving camera.
             turning: Share of subjects that also turn, whatever their family.
+            swift: Share of moving cameras that go as often far as near; the others mostly move little, as in footage.
         """
         return draw_motions(
             n,
@@ -186,6 +188,7 @@ class World:
             two_subjects=two_subjects,
             camera=camera,
             turning=turning,
+            swift=swift,
             device=self.device,
         )
 
