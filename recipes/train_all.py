@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=256, help="of the evaluation, for each of its seeds")
     parser.add_argument("--seeds", type=int, default=3, help="of the evaluation")
     parser.add_argument(
-        "--start", type=Path, help="model folder to go on from: its autoencoder stays, no frames and motion stages"
+        "--start-from", type=Path, help="model folder to go on from: its autoencoder stays, no frames and motion stages"
     )
     parser.add_argument("--until", choices=(*STAGES, "evaluation"), default="evaluation", help="last stage to run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,11 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o.out.mkdir(parents=True, exist_ok=True)
     device = join(o.device)
     stages = dict(STAGES)
-    if o.start is not None:
+    if o.start_from is not None:
         for name in ("vae", "frames", "motion"):
             del stages[name]
         if rank() == 0 and not (o.out / "vae").exists():
-            shutil.copytree(o.start / "vae", o.out / "vae")
+            shutil.copytree(o.start_from / "vae", o.out / "vae")
         wait_for_ranks()
     done = {name for name, (_, result, _) in stages.items() if from_rank_0((o.out / result).exists())}
     left = {name: minutes for name, (minutes, _, _) in stages.items() if name not in done}
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in done:
                 say(f"[{name}] is done: {o.out / result}")
             else:
-                start = ["--start", str(o.start)] if o.start is not None and name == "video" else []
+                start = ["--start-from", str(o.start_from)] if o.start_from is not None and name == "video" else []
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
                 run([*common, "--minutes", str(minutes * scale), *start, *fused])
                 gc.collect()

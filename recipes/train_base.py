@@ -58,7 +58,7 @@ class Defaults(NamedTuple):
 DEFAULTS = {
     "frames": Defaults(320, shift=1.0, rate=1e-3),
     "motion": Defaults(32, shift=2.0, rate=2e-3, reading=5.0, references=0.5),
-    "video": Defaults(40, shift=2.0, rate=7e-4, reading=2.0, references=0.8),
+    "video": Defaults(40, shift=2.0, rate=7e-4, reading=1.0, references=0.8),
 }
 
 
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train the backbone on frames, on how clips move, or on video; writes OUT/<stage>.safetensors."""
     parser = stage_parser(main.__doc__, minutes=0, batch=0)
     parser.add_argument("stage", choices=tuple(DEFAULTS))
-    parser.add_argument("--start", type=Path, help="model folder, or a stage's result, to go on from")
+    parser.add_argument("--start-from", type=Path, help="model folder, or a stage's result, to go on from")
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--reading", type=float, help="motion and video: weight of telling how everything moves")
     parser.add_argument("--references", type=float, help="motion and video: share of clips that are read as references")
@@ -278,12 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
     before = {"motion": "frames", "video": "motion"}.get(name)
     start = stage.out / f"{before}.safetensors" if before is not None and not options.compile_only else None
-    unet, text = make_base(stage.sizes, options.start or start)
+    unet, text = make_base(stage.sizes, options.start_from or start)
     names = set(unet.state_dict())
     if name == "video":
         unet = add_adapter(unet, stage.sizes)
-        if options.start is not None:  # scalers start anew, which may have closed
-            learnt = network_weights(options.start)
+        if options.start_from is not None:  # scalers start anew, which may have closed
+            learnt = network_weights(options.start_from)
             unet.load_state_dict(
                 unet.state_dict() | {key: value for key, value in learnt.items() if ".scaler." not in key}
             )

@@ -6,10 +6,12 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import distributed, multiprocessing, nn
+from torch.distributed import run as distributed_run
 from transformers import AutoTokenizer
 
 from emt.evaluate.judge import Judge, Vocabulary
@@ -25,7 +28,7 @@ from emt.pipeline import MotionTransferPipeline
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.train.world import words
 from emt.video import write_clip
-from recipes import ablations, assemble, real_clips, train_adapter, train_all, train_base
+from recipes import ablations, assemble, real_clips, render_latents, train_adapter, train_all, train_base, train_vae
 from recipes.common import (
     SMALL,
     SUBJECT_WEIGHT,
@@ -509,7 +512,7 @@ def test_finished_stages_are_not_repeated(out: Path, capsys: pytest.CaptureFixtu
 def test_training_goes_on_from_a_stages_result(out: Path, tmp_path: Path) -> None:
     (tmp_path / "latents.safetensors").symlink_to(out / "latents.safetensors")
     arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--steps", "1", "--batch", "5", "--rate", "0"]
-    train_base.main(["video", *arguments, "--start", str(out / "video.safetensors"), "--save-minutes", "0"])
+    train_base.main(["video", *arguments, "--start-from", str(out / "video.safetensors"), "--save-minutes", "0"])
     before, after = (load_weights(folder / "video.safetensors", "adapter") for folder in (out, tmp_path))
     projections = [name for name in before if ".adapter." in name]
     assert projections
@@ -557,7 +560,7 @@ def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: p
 
 def test_a_model_is_trained_further(out: Path, tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--steps", "1", "--batch", "2"]
-    train_all.main([*arguments, "--start", str(out / "model"), "--judge-minutes", "0"])
+    train_all.main([*arguments, "--start-from", str(out / "model"), "--judge-minutes", "0"])
     first, further = (MotionTransferPipeline.from_pretrained(folder / "model") for folder in (out, tmp_path))
     assert further.vae.config.scaling_factor == first.vae.config.scaling_factor
     assert torch.equal(further.vae.encoder.conv_in.weight, first.vae.encoder.conv_in.weight)
@@ -639,6 +642,18 @@ def test_two_processes_take_the_steps_of_one_with_both_batches(tmp_path: Path) -
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [*range(20, steps + 1, 20), steps]
     assert log[-1]["apart"] == 0
+
+
+@pytest.mark.parametrize("recipe", [render_latents, train_base, train_adapter, train_all, train_vae])
+def test_torchrun_takes_no_option_of_a_recipe_for_its_own(recipe: ModuleType, capsys: pytest.CaptureFixture[str]):
+    # It refuses what could begin one of its own, even behind the recipe's name: --start, of --start-method.
+    with pytest.raises(SystemExit, match="0"):
+        recipe.main(["--help"])
+    options = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", capsys.readouterr().out)) - {"--help"})
+    assert "--out" in options
+    for option in options:
+        torchrun = distributed_run.get_args_parser().parse_args(["-m", recipe.__name__, option, "1"])
+        assert torchrun.training_script_args == [option, "1"]
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
