@@ -41,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--camera", type=float, default=0.75, help="share of motions with a moving camera")
     parser.add_argument("--two-subjects", type=float, default=0.3, help="share of motions with two subjects")
     parser.add_argument("--turning", type=float, default=0.6, help="share of subjects that turn, whatever their path")
-    parser.add_argument("--swift", type=float, default=0.5, help="share of moving cameras that go as often far as near")
+    parser.add_argument(
+        "--swift",
+        type=float,
+        default=0.0,
+        help="share of moving cameras that go as often far as near; 0 for a first model",
+    )
     stage = Stage("latents", parser.parse_args(arguments))
     o, world, generator = stage.options, stage.world, stage.generator
     tokenizer = make_tokenizer()

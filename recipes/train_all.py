@@ -147,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in done:
                 say(f"[{name}] is done: {o.out / result}")
             else:
-                start = ["--start-from", str(o.start_from)] if o.start_from is not None and name == "video" else []
+                # A network that sees what moves already learns from cameras that go far, too.
+                further = {"latents": ["--swift", "0.5"], "video": ["--start-from", str(o.start_from)]}
+                start = further.get(name, []) if o.start_from is not None else []
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
                 run([*common, "--minutes", str(minutes * scale), *start, *fused])
                 gc.collect()
