@@ -558,9 +558,14 @@ def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: p
     assert [line.split(" | ")[0] for line in table[2:6]] == [f"| {name}" for name in names]
 
 
-def test_a_model_is_trained_further(out: Path, tmp_path: Path) -> None:
+def test_a_model_is_trained_further(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minutes, result, render = train_all.STAGES["latents"]
+    rendered: list[list[str]] = []
+    monkeypatch.setitem(train_all.STAGES, "latents", (minutes, result, lambda a: (rendered.append(a), render(a))))
     arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--steps", "1", "--batch", "2"]
     train_all.main([*arguments, "--start-from", str(out / "model"), "--judge-minutes", "0"])
+    ((*_, option, share),) = rendered  # one that sees what moves is shown cameras that go far
+    assert (option, share) == ("--swift", "0.5")
     first, further = (MotionTransferPipeline.from_pretrained(folder / "model") for folder in (out, tmp_path))
     assert further.vae.config.scaling_factor == first.vae.config.scaling_factor
     assert torch.equal(further.vae.encoder.conv_in.weight, first.vae.encoder.conv_in.weight)
