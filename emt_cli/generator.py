@@ -188,7 +188,7 @@ class Generator:
         Raises:
             EmtError: it cannot.
         """
-        self.model.check(job.settings)
+        self.model.check(job.settings, job.prompt)
         if self._engines:
             self._engines.check(job.settings)
 

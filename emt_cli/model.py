@@ -92,12 +92,15 @@ class Model:
             "For all else give --model one of Stable Diffusion 1.5: see emt import-weights --help"
         )
 
-    def check(self, settings: Settings) -> None:
-        """Say whether the model can make clips with these settings.
+    def check(self, settings: Settings, prompt: str = "") -> None:
+        """Say whether the model can make clips with these settings, of this prompt.
 
         Raises:
             EmtError: it cannot.
         """
+        if self.vocabulary is not None:
+            for text in (prompt, settings.negative_prompt):
+                self.vocabulary.check(text)
         most = self.unet.get("motion_max_frames", 32)
         if settings.frames > most:
             raise EmtError(f"frames is {settings.frames}", f"The model {self.name} makes clips of 2 to {most} frames.")

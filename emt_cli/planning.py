@@ -170,7 +170,7 @@ def _planned(
         identity = identify(item, reference=sha256, model=model_sha256, precision=arithmetic)
         line = PlannedJob(item, "open", output, identity)
         try:
-            model.check(item.settings)
+            model.check(item.settings, item.prompt)
             check_tracking(item)
             needed = (item.settings.frames - 1) * (item.settings.stride or 1) + 1
             if frames < needed:

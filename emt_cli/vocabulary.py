@@ -79,6 +79,19 @@ class Vocabulary:
         words = zip(read.tokens, read.offsets)
         return [prompt[first:last] for token, (first, last) in words if token == self.unknown_word]
 
+    def check(self, prompt: str) -> None:
+        """Say whether the model can read a prompt.
+
+        Raises:
+            EmtError: it does not know some of its words.
+        """
+        if unknown := self.unknown(prompt):
+            asked, named = shorten(prompt, 200, placeholder=" …"), ", ".join(dict.fromkeys(unknown))
+            raise EmtError(
+                f"the prompt {asked!r} has words that the model does not know: {named}",
+                "emt doctor lists those that it knows.",
+            )
+
     def nearest(self, word: str) -> list[str]:
         """Up to two known words that are spelt most like another, the closest first."""
         return difflib.get_close_matches(word.lower(), self.words, n=2)

@@ -100,8 +100,13 @@ def test_unknown_words_are_told_before_anything_is_made(reader, tmp_path):
     prompts = ["a red robot in the snow", "a blue robot and a penguins on wood", "a red cat in the forest"]
     asked = [part for prompt in prompts for part in ("--prompt", prompt)]
     ended = run(tmp_path, "plan", "a.mp4", *asked, "--model", reader, "--json")
-    assert ended.code == 0
-    assert len(ended.out.splitlines()) == 4, "standard output has the plan alone"
+    assert ended.code == 1
+    *jobs, total = [json.loads(line) for line in ended.out.splitlines()]
+    assert (total["open"], total["problem"]) == (1, 2)
+    told = {job["prompt"]: job.get("error", "") for job in jobs}
+    assert told[prompts[0]].endswith("does not know: robot")
+    assert told[prompts[1]].endswith("does not know: robot, penguins")
+    assert told[prompts[2]] == ""
     assert ended.err.count("warning") == 1
     assert "“robot”" in ended.err
     assert "“penguins” (penguin?)" in ended.err
