@@ -124,7 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o.out.mkdir(parents=True, exist_ok=True)
     device = join(o.device)
     stages = dict(STAGES)
+    further: dict[str, list[str]] = {}
     if o.start_from is not None:
+        # A network that sees what moves already learns from cameras that go far, too.
+        further = {"latents": ["--swift", "0.5"], "video": ["--start-from", str(o.start_from)]}
         for name in ("vae", "frames", "motion"):
             del stages[name]
         if rank() == 0 and not (o.out / "vae").exists():
@@ -147,11 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in done:
                 say(f"[{name}] is done: {o.out / result}")
             else:
-                # A network that sees what moves already learns from cameras that go far, too.
-                further = {"latents": ["--swift", "0.5"], "video": ["--start-from", str(o.start_from)]}
-                start = further.get(name, []) if o.start_from is not None else []
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
-                run([*common, "--minutes", str(minutes * scale), *start, *fused])
+                run([*common, "--minutes", str(minutes * scale), *further.get(name, []), *fused])
                 gc.collect()
                 if on_gpu:
                     torch.cuda.empty_cache()

@@ -101,6 +101,7 @@ def test_unknown_words_are_told_before_anything_is_made(reader, tmp_path):
     asked = [part for prompt in prompts for part in ("--prompt", prompt)]
     ended = run(tmp_path, "plan", "a.mp4", *asked, "--model", reader, "--json")
     assert ended.code == 1
+    assert len(ended.out.splitlines()) == 4, "standard output has the plan alone"
     *jobs, total = [json.loads(line) for line in ended.out.splitlines()]
     assert (total["open"], total["problem"]) == (1, 2)
     told = {job["prompt"]: job.get("error", "") for job in jobs}

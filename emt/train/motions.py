@@ -277,16 +277,15 @@ def _camera(family: str, u: Tensor, r: Tensor, swift: Tensor) -> Tensor:
     def sign(i: int) -> Tensor:
         return torch.where(p(i) < 0.5, -1.0, 1.0)
 
+    def far(i: int, power: float) -> Tensor:
+        return torch.where(swift[:, None], p(i), p(i).pow(power))
+
     zero = u.new_zeros(n, frames)
     steady = _profile(u, p(0), p(1))
     swing = torch.sin(2 * math.pi * (p(2, 0.6, 1.6) * u + p(3))) * 0.5
     swinging = torch.where(p(4) < 0.25, swing, steady)
     angle = 2 * math.pi * p(5)
     pan_x, pan_y = torch.cos(angle), torch.sin(angle)
-
-    def far(i: int, power: float) -> Tensor:
-        return torch.where(swift[:, None], p(i), p(i).pow(power))
-
     # Mostly slow, as in footage: textures that leap from frame to frame teach a new network nothing of how they move.
     distance = 6 + 54 * far(6, 2.0)
     zoom = sign(7) * (0.06 + 0.54 * far(8, 1.5))
@@ -397,6 +396,7 @@ def draw_motions(
     two = subjects == 2
     moving = flags[:, 1] < camera
     attached = moving & (flags[:, 2] < 0.5)
+    swiftly = flags[:, 3] < swift
 
     weights = torch.tensor([_WEIGHTS.get(name, 1.0) for name in names], device=device)
     family = choose(weights, 2 * n, generator).reshape(n, 2)
@@ -407,7 +407,7 @@ def draw_motions(
     camera_weights = torch.tensor([_CAMERA_WEIGHTS.get(name, 1.0) for name in cameras], device=device)
     camera_family = torch.where(moving, choose(camera_weights, n, generator) + first_camera, 0)
     shape = uniform((n, 24), generator, device)
-    view = _draw(cameras, camera_family, lambda name: _camera(name, u, shape, flags[:, 3] < swift), first_camera)
+    view = _draw(cameras, camera_family, lambda name: _camera(name, u, shape, swiftly), first_camera)
     view = view - view[:, :1]
 
     # Many placements of each path are drawn at once and the first that stays in the frame, and keeps two subjects
