@@ -9,8 +9,9 @@ from emt_cli.options import TransferOptions, takes_options
 def plan(options: TransferOptions) -> None:
     """Show what `emt transfer` with the same arguments would do, without loading anything.
 
-    Lists the jobs, what is done already, and estimated time and memory; finds missing weights, clips that are too
-    short, impossible sizes and full disks. Exit code 1 if something in it cannot be done.
+    Lists the jobs, what is done already, and estimated time and memory; finds missing weights, words that the model
+    does not know, clips that are too short, impossible sizes and full disks. Exit code 1 if something in it cannot be
+    done.
     """
     from emt_cli.planning import show
 
