@@ -163,8 +163,8 @@ def build(options: argparse.Namespace) -> None:
     """Make model and engine, unless they are there; prints the time at which each part is begun."""
     import torch
 
+    from emt.backbones.sd15.import_weights import random_model
     from emt.pipeline import load_pipeline
-    from emt.weights import random_model
     from emt_engines.build import build_engine
     from emt_engines.manifest import FILE, Manifest, Request, Size, weights_of
 
@@ -203,12 +203,12 @@ def run(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from emt.backend import TorchBackend
+    from emt.backends.torch import TorchBackend
     from emt.pipeline import load_pipeline
 
     row: dict[str, Any] = {}
     logging.basicConfig(stream=sys.stderr, format="  %(message)s")
-    logging.getLogger("emt.backend").setLevel(logging.INFO)
+    logging.getLogger("emt.backends.torch").setLevel(logging.INFO)
 
     def note(phase: str) -> None:
         if options.device.startswith("cuda"):

@@ -41,13 +41,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import emt.temporal
-from emt.backend import ATTENTION, TorchBackend
-from emt.fp8 import use_fp8
+import emt.backbones.sd15.motion_module
+from emt.backbones.sd15.fp8 import use_fp8
+from emt.backbones.sd15.import_weights import random_model
+from emt.backends.torch import ATTENTION, TorchBackend
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.presets import PRESETS
 from emt.video import read_clip
-from emt.weights import random_model
 from emt_kernels.geglu import geglu, geglu_reference
 from emt_kernels.geglu_linear import fuses
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
@@ -271,7 +271,7 @@ def patched(module: Any, **values: Any) -> Iterator[None]:
 def kernels(on: set[str]) -> contextlib.AbstractContextManager[None]:
     """Let the network call the kernels that are on, and the references of the others."""
     chosen = {name: kernel if name in on else reference for name, (kernel, reference) in KERNELS.items()}
-    return patched(emt.temporal, **chosen)
+    return patched(emt.backbones.sd15.motion_module, **chosen)
 
 
 def autocast(on: set[str]) -> contextlib.AbstractContextManager[Any]:
@@ -392,7 +392,7 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
             torch.cuda.synchronize()
         in_parts = {}
         for tokens in PARTS:
-            with emt.temporal.feed_forward_in_parts(tokens):
+            with emt.backbones.sd15.motion_module.feed_forward_in_parts(tokens):
                 backend = pipe.backend = rung_backend(pipe, on)
                 backend.denoise(sample, timestep, encoded, moved)
                 took = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["emt.pipeline", "emt.video", "emt_cli.app", "emt_cli.runner", "emt_cli.planning"])
+_FORK.set_forkserver_preload(
+    ["emt.pipeline", "emt.video", "emt_cli.app", "emt_cli.executors.local", "emt_cli.batch.planning"]
+)
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from emt.backend import TorchBackend
+from emt.backbones.sd15.import_weights import random_model
+from emt.backends.torch import TorchBackend
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.statistics import mean
 from emt.evaluate.tracks import track
 from emt.pipeline import load_pipeline
 from emt.presets import PRESETS, preset_values
 from emt.video import VIDEO_SUFFIXES, read_clip
-from emt.weights import random_model
 
 #: What `MotionTransferPipeline.__call__` is given; the names say what differs from the model's defaults.
 CANDIDATES: dict[str, dict[str, Any]] = {

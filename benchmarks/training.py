@@ -27,9 +27,9 @@ import numpy as np
 import torch
 import transformers.utils.logging
 
+from emt.backbones.sd15.import_weights import random_model
 from emt.train.trainer import Settings, Trainer
 from emt.video import write_clip
-from emt.weights import random_model
 
 SIDE, FRAMES = 512, 16
 _FEWEST = 3  # timed steps, however long they take

@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EmtError": "emt.errors",
-    "MotionTransferUNet": "emt.unet",
-    "MotionFeatures": "emt.temporal",
-    "TextFeatures": "emt.unet",
+    "MotionTransferUNet": "emt.backbones.sd15.unet",
+    "MotionFeatures": "emt.backbones.sd15.motion_module",
+    "TextFeatures": "emt.backbones.sd15.unet",
     "MotionTransferPipeline": "emt.pipeline",
     "Motion": "emt.pipeline",
 }

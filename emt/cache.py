@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
-from emt.files import partial_beside, sha256_of, sync, write_atomically
-from emt_cli.jobs import check_readable
+from emt.storage import check_readable, partial_beside, sha256_of, sync, write_atomically
 
 if TYPE_CHECKING:
     from emt.pipeline import Motion

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from emt.errors import EmtError
-from emt.files import sha256_of
+from emt.storage import sha256_of
 
 State = dict[str, Tensor]
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emt.errors import EmtError
-from emt_cli.options import Kernels, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +61,10 @@ class Device:
             place, name = "mps", "mps"
         else:
             place, name = "cpu", "cpu"
-        if precision == Precision.AUTO.value:
+        if precision == "auto":
             precision = "fp32" if place == "cpu" else "fp16"
-        if precision == Precision.FP8.value:
-            from emt.fp8 import check_fp8
+        if precision == "fp8":
+            from emt.backbones.sd15.fp8 import check_fp8
 
             check_fp8(place)
         return cls(place, name, precision, *_choose_kernels(place, kernels))
@@ -133,11 +132,11 @@ def _choose_kernels(place: str, asked: str) -> tuple[str, str]:
     try:
         if place.startswith("cuda"):
             return select(asked)  # type: ignore[arg-type]
-        if asked == Kernels.TRITON.value:
+        if asked == "triton":
             raise RuntimeError(f"Triton's kernels need a CUDA GPU, the device is {place}")
     except RuntimeError as error:
         raise EmtError(str(error), "Use --kernels auto, or ask `emt doctor`.") from None
-    return Kernels.REFERENCE.value, "asked for" if asked == Kernels.REFERENCE.value else f"the device is {place}"
+    return "reference", "asked for" if asked == "reference" else f"the device is {place}"
 
 
 def _system_memory() -> int:

@@ -29,10 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from emt.backend import Backend, TorchBackend
+import emt.unet  # noqa: F401  (model folders name it, and diffusers opens only what has been imported)
+from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
+from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
+from emt.backends.torch import Backend, TorchBackend
 from emt.errors import EmtError
-from emt.temporal import MotionFeatures, PreparedMotion
-from emt.unet import MotionTransferUNet, TextFeatures
 
 if TYPE_CHECKING:
     from emt.video import Clip

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import stat
 from pathlib import Path
+
+from emt.errors import EmtError
 
 PARTIAL = ".emt-partial-"
 """How the names of files begin that are being written; what a killed process left has such a name."""
@@ -14,6 +17,22 @@ PARTIAL = ".emt-partial-"
 def partial_beside(path: Path) -> Path:
     """A name in the folder of `path` to write under before renaming."""
     return path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+
+
+def check_readable(path: Path) -> os.stat_result:
+    """The status of a reference, if it is a file or a folder; opening a pipe or a device would wait for ever.
+
+    Raises:
+        EmtError: it is missing, may not be read, or is something else.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EmtError(f"cannot read {path.name}: {reason}", f"The whole path is {path}.") from None
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise EmtError(f"{path.name} is neither a file nor a folder", "Save the stream to a file first.")
+    return status
 
 
 def sha256_of(path: Path) -> str:

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from emt.errors import EmtError
-from emt.files import PARTIAL, partial_beside, sync
+from emt.storage import PARTIAL, partial_beside, sync
 
 Fit = Literal["crop", "pad", "stretch"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,12 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from emt.errors import EmtError
-from emt_cli.jobs import Item, Job
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 GROUPS = "vocabulary.json"
 """In a model folder: the phrases that prompts are made of, by kind. The tokenizer alone decides what is known."""
-_NAMED = 8  # unknown words that a warning names
-_LONGEST = 700  # characters of a line of known ones
 
 
 @dataclass(frozen=True)
@@ -103,45 +100,3 @@ class Vocabulary:
     def lines(self) -> list[str]:
         """A line for each kind of words, with all of them."""
         return [f"{len(words)} {kind}: {', '.join(words)}" for kind, words in self.groups.items()]
-
-
-class WordWatch:
-    """Warns of words that a model does not know, once of each.
-
-    Args:
-        model: What to call the model.
-        vocabulary: Its words; None for a model that reads any.
-        say: Is told.
-    """
-
-    def __init__(self, model: str, vocabulary: Vocabulary | None, say: Callable[[str], None]) -> None:
-        self.model, self.vocabulary, self._say = model, vocabulary, say
-        self._seen: set[str] = set()
-
-    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Items as they come; jobs are looked at in passing."""
-        for item in items:
-            self.look([item])
-            yield item
-
-    def look(self, items: Iterable[Item]) -> None:
-        """Read the prompts of jobs; all that is new in them is told in one line, the first time with what is known."""
-        if self.vocabulary is None:
-            return
-        jobs = (item for item in items if isinstance(item, Job))
-        prompts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
-        found = {word.lower(): None for prompt in prompts for word in self.vocabulary.unknown(prompt)}
-        new = [word for word in found if word not in self._seen]
-        if not new:
-            return
-        known = [] if self._seen else [shorten(line, _LONGEST, placeholder=" …") for line in self.vocabulary.lines()]
-        self._seen.update(new)
-        named = []
-        for word in new[:_NAMED]:
-            near = self.vocabulary.nearest(word)
-            named.append(f"“{word}”" + (f" ({' or '.join(near)}?)" if near else ""))
-        more = f" and {len(new) - _NAMED} more words of the prompts" if len(new) > _NAMED else ""
-        told = f"warning: the model {self.model} does not know {', '.join(named)}{more}"
-        self._say(f"{told}. It knows, as emt doctor tells, too:" if known else told)
-        for line in known:
-            self._say(f"  {line}")

@@ -43,7 +43,7 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
-        function = getattr(importlib.import_module(f"emt_cli.{name}"), name)
+        function = getattr(importlib.import_module(f"emt_cli.commands.{name}"), name)
         if isinstance(function, typer.Typer):
             return typer.main.get_command(function)
         single = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)

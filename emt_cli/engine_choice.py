@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
-from emt_cli.cache import ContentIndex, default_dir
+from emt_cli.batch.options import Settings
 from emt_cli.model import Model
-from emt_cli.options import Settings
 from emt_engines.manifest import FILE, Manifest, Request, Size, Weights, weights_of
 
 if TYPE_CHECKING:
-    from emt_cli.device import Device
+    from emt.device import Device
 
 AUTO, TORCH = "auto", "torch"
 

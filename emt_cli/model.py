@@ -19,10 +19,10 @@ from statistics import median
 from typing import Any
 
 from emt import demo
+from emt.cache import ContentIndex
 from emt.errors import EmtError
-from emt_cli.cache import ContentIndex
-from emt_cli.options import MODEL_DEFAULTS, Scheduler, Settings, parse_field
-from emt_cli.vocabulary import Vocabulary
+from emt.vocabulary import Vocabulary
+from emt_cli.batch.options import MODEL_DEFAULTS, Scheduler, Settings, parse_field
 
 _IMPORT = "Make one with `emt import-weights --base … --motion-module … --adapter … -o FOLDER`."
 _HOW_TO_GET = f"Leave --model out for the small model, or name a model folder with `--model FOLDER`. {_IMPORT}"
@@ -51,7 +51,7 @@ class Model:
     Attributes:
         name: What the user called it.
         folder: Where it is.
-        defaults: Settings that it sets for itself, of `emt_cli.options.MODEL_DEFAULTS`.
+        defaults: Settings that it sets for itself, of `emt_cli.batch.options.MODEL_DEFAULTS`.
     """
 
     name: str

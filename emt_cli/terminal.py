@@ -12,8 +12,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from emt_cli.best_of import describe_choice
-from emt_cli.jobs import printable
+from emt_cli.batch.best_of import describe_choice
+from emt_cli.text import duration, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -153,15 +153,3 @@ def _note(line: dict[str, Any]) -> str:
 
 def _reason(line: dict[str, Any]) -> str:
     return " ".join(f"{line.get('error', '').rstrip('.')}. {line.get('hint') or ''}".split())
-
-
-def duration(seconds: float) -> str:
-    """A duration as people say it: 3.4 s, 12 min, 5.5 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: float) -> str:
-    """A number of bytes as people say it."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from emt.train.motions import CAMERA_FAMILIES, FAMILIES, FRAME, HELD_OUT_CAMERA_FAMILIES, HELD_OUT_FAMILIES
-from emt.train.scenes import SCENES
-from emt.train.world import World
+from emt.synthetic.motions import CAMERA_FAMILIES, FAMILIES, FRAME, HELD_OUT_CAMERA_FAMILIES, HELD_OUT_FAMILIES
+from emt.synthetic.renderer import World
+from emt.synthetic.scenes import SCENES
 from emt.video import write_clip
 
 OUT = Path(__file__).parent / "references"

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from emt.train.motions import Motions, discs
+from emt.backbones.sd15.unet import MotionTransferUNet
+from emt.synthetic.motions import Motions, discs
+from emt.synthetic.renderer import World
 from emt.train.objective import Objective
-from emt.train.world import World
-from emt.unet import MotionTransferUNet
 from emt_kernels import selection
 from recipes.text import make_text_encoder, make_tokenizer
 

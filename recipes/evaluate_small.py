@@ -22,7 +22,7 @@ from emt.contact_sheet import contact_sheet
 from emt.evaluate.judge import Judge
 from emt.evaluate.truth import Truth, draw_cases, evaluate_truth, format_truth
 from emt.pipeline import Motion, MotionTransferPipeline
-from emt.train.world import Appearances, Motions, World
+from emt.synthetic.renderer import Appearances, Motions, World
 from recipes.common import SMALL, TINY, make_world
 
 SHOWN = 32

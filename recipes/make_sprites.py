@@ -3,7 +3,7 @@
     apt-get install fonts-noto-color-emoji
     python recipes/make_sprites.py /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-Each glyph is scaled and centred by `emt.train.sprites.fit_cell`. Specks apart from a glyph (the stars around the
+Each glyph is scaled and centred by `emt.synthetic.sprites.fit_cell`. Specks apart from a glyph (the stars around the
 rocket) are removed.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from emt.train.sprites import COLUMNS, GLYPHS, SIDE, fit_cell
+from emt.synthetic.sprites import COLUMNS, GLYPHS, SIDE, fit_cell
 
-ATLAS = Path(__file__).parents[1] / "emt" / "train" / "assets" / "sprites.png"
+ATLAS = Path(__file__).parents[1] / "emt" / "synthetic" / "assets" / "sprites.png"
 BITMAP = 109
 """The one size in which the font holds its bitmaps, in pixels per em."""
 SPECK = 0.04

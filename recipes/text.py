@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from emt.train.scenes import PLACES
-from emt.train.world import COLOURS, SUBJECTS, words
+from emt.synthetic.renderer import COLOURS, SUBJECTS, words
+from emt.synthetic.scenes import PLACES
 
 UNKNOWN, START, END = "[UNK]", "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 16

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.train.objective import Objective, adapter_loss
-from emt.unet import MotionTransferUNet
 from recipes.common import (
     MINUTES,
     REFERENCE_TIMESTEP,

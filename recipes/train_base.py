@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from emt.temporal import MotionFeatures, MotionModule
+from emt.backbones.sd15.motion_module import MotionFeatures, MotionModule
+from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.train.objective import Objective
-from emt.unet import MotionTransferUNet
 from recipes.common import (
     MINUTES,
     REFERENCE_TIMESTEP,

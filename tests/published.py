@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from emt.unet import MotionTransferUNet
+from emt.backbones.sd15.unet import MotionTransferUNet
 
 DATA = Path(__file__).parent / "data"
 SMALL = json.loads((DATA / "small.json").read_text())

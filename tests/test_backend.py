@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import emt_kernels
-from emt.backend import TorchBackend, prepare_vae
+from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.motion_module import feed_forward_in_parts
+from emt.backends.torch import TorchBackend, prepare_vae
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
-from emt.temporal import feed_forward_in_parts
-from emt.weights import random_model
 from emt_kernels.ahead import Launches, collected
 from emt_kernels.selection import untraced, wrap_triton
 
@@ -401,7 +401,7 @@ class TestCompilingAhead:
         monkeypatch.setattr(pipe.backend, "_rehearse_clip", lambda images: rehearsals.append(images.shape))
         pipe.extract_motion(clip())
         assert rehearsals == []
-        monkeypatch.setattr("emt.backend.use_triton", lambda x: True)
+        monkeypatch.setattr("emt.backends.torch.use_triton", lambda x: True)
         for height in (HEIGHT, HEIGHT, 16):
             pipe.extract_motion(clip(0, height))
         assert [shape[2] for shape in rehearsals] == [HEIGHT, 16]
@@ -413,7 +413,7 @@ class TestCompilingAhead:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(pipe.backend, "_rehearse_clip", fails)
-        monkeypatch.setattr("emt.backend.use_triton", lambda x: True)
+        monkeypatch.setattr("emt.backends.torch.use_triton", lambda x: True)
         assert pipe.extract_motion(clip()).frames == FRAMES
         assert not importlib.import_module("emt_kernels.selection").stand_in
 

@@ -19,9 +19,9 @@ from emt.errors import EmtError
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import track
 from emt.video import read_clip
-from emt_cli.best_of import Candidate, Contest
-from emt_cli.jobs import Job
-from emt_cli.options import MAX_SEED, Settings
+from emt_cli.batch.best_of import Candidate, Contest
+from emt_cli.batch.jobs import Job
+from emt_cli.batch.options import MAX_SEED, Settings
 
 pytest.importorskip("cv2")
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from program import EMT, clip, environment, journal, model
 
+from emt.cache import ContentIndex, MotionCache
 from emt.pipeline import NonFiniteError
-from emt_cli.cache import ContentIndex, MotionCache
-from emt_cli.generator import Generator
-from emt_cli.jobs import Job, expand
-from emt_cli.journal import Journal
+from emt_cli.batch.generator import Generator
+from emt_cli.batch.jobs import Job, expand
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.options import Settings, TransferOptions
+from emt_cli.executors.local import Runner
 from emt_cli.model import find_model
-from emt_cli.options import Settings, TransferOptions
-from emt_cli.progress import Watcher
-from emt_cli.runner import Runner
+from emt_cli.terminal import Watcher
 
 
 class Faulty(Generator):

@@ -14,8 +14,9 @@ from emt import demo
 from emt.evaluate import judge
 from emt.evaluate.pairs import Pair
 from emt.video import read_clip
-from emt_cli import evaluate
-from emt_cli.vocabulary import GROUPS, Vocabulary, WordWatch
+from emt.vocabulary import GROUPS, Vocabulary
+from emt_cli.batch.inputs import WordWatch
+from emt_cli.commands import evaluate
 from recipes.text import make_tokenizer, write_vocabulary
 
 
@@ -119,8 +120,8 @@ def test_unknown_words_are_told_before_anything_is_made(reader, tmp_path):
 
 
 def test_words_of_a_stream_are_told_once(reader):
-    from emt_cli.jobs import Job
-    from emt_cli.options import Settings
+    from emt_cli.batch.jobs import Job
+    from emt_cli.batch.options import Settings
 
     told: list[str] = []
     watch = WordWatch("small", Vocabulary.read(reader), told.append)

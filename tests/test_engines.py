@@ -23,17 +23,17 @@ from program import EMT, clip, console, environment
 from safetensors.torch import load_file, save_file
 from torch._inductor import config as inductor_config
 
-from emt.backend import Backend, TorchBackend
+from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.lora import merge_loras
+from emt.backends.torch import Backend, TorchBackend
+from emt.cache import ContentIndex
+from emt.device import Device
 from emt.errors import EmtError
-from emt.lora import merge_loras
 from emt.pipeline import MotionTransferPipeline, load_pipeline
-from emt.weights import random_model
-from emt_cli.build_engine import insistent_interrupts
-from emt_cli.cache import ContentIndex
-from emt_cli.device import Device
+from emt_cli.batch.options import Settings
+from emt_cli.commands.build_engine import insistent_interrupts
 from emt_cli.engine_choice import EngineChoice
 from emt_cli.model import find_model
-from emt_cli.options import Settings
 from emt_engines.build import build_engine, builder, open_engine
 from emt_engines.compiling import Phases, remembered_writes
 from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once

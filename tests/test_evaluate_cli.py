@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from emt.errors import EmtError
 from emt.evaluate.statistics import mean
 from emt.video import write_clip
-from emt_cli.evaluate import evaluate
+from emt_cli.commands.evaluate import evaluate
 
 cv2 = pytest.importorskip("cv2")
 

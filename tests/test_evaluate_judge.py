@@ -40,7 +40,7 @@ from emt.evaluate.truth import (
     unwrap,
     verdict,
 )
-from emt.train.world import COLOURS, SCENES, SUBJECTS, World
+from emt.synthetic.renderer import COLOURS, SCENES, SUBJECTS, World
 
 WORDS = Vocabulary(SUBJECTS, COLOURS, SCENES)
 

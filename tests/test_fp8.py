@@ -14,11 +14,11 @@ from kernel_testing import CAPABILITIES, compiled, kernel_test
 from program import console
 from torch import Tensor
 
+from emt.backbones.sd15.fp8 import Fp8Linear, check_fp8, pays, scaled_product, scaled_product_reference, use_fp8
+from emt.backbones.sd15.import_weights import _draw
+from emt.backbones.sd15.motion_module import MotionFeatures
+from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
-from emt.fp8 import Fp8Linear, check_fp8, pays, scaled_product, scaled_product_reference, use_fp8
-from emt.temporal import MotionFeatures
-from emt.unet import MotionTransferUNet
-from emt.weights import _draw
 from emt_kernels import quantize as quantize_module
 from emt_kernels.geglu import geglu_reference
 from emt_kernels.layer_norm import layer_norm_reference

@@ -15,8 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from emt.errors import EmtError
-from emt_cli.jobs import Job, Rejected, check_readable, expand, identify, output_name, printable, slug
-from emt_cli.options import (
+from emt.storage import check_readable
+from emt_cli.batch.jobs import Job, Rejected, expand, identify, output_name, slug
+from emt_cli.batch.options import (
     SETTING_NAMES,
     Format,
     Scheduler,
@@ -26,6 +27,7 @@ from emt_cli.options import (
     parse_field,
     parse_seeds,
 )
+from emt_cli.text import printable
 
 PROMPTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
 JOB = Job(Path("/clips/dance.mp4"), "a red star", 0, Settings())

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from emt import cache
+from emt.backbones.sd15.motion_module import MotionFeatures
+from emt.cache import ContentIndex, MotionCache
 from emt.errors import EmtError
 from emt.pipeline import Motion
-from emt.temporal import MotionFeatures
 from emt.video import write_clip
-from emt_cli import cache, journal
-from emt_cli.cache import ContentIndex, MotionCache
-from emt_cli.jobs import Job
-from emt_cli.journal import Journal
-from emt_cli.options import Settings
-from emt_cli.results import read_record, sidecar, state_on_disk, write_result
+from emt_cli.batch import journal
+from emt_cli.batch.jobs import Job
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.options import Settings
+from emt_cli.batch.results import read_record, sidecar, state_on_disk, write_result
 
 # ---- journal ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emt.temporal import ResidualStream, residuals_in_products
+from emt.backbones.sd15.motion_module import ResidualStream, residuals_in_products
 from emt_kernels.add_product import add_product
 
 

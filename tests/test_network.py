@@ -13,9 +13,9 @@ from published import SMALL, relative_error, small_states, small_unet, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from emt.backbones.sd15.motion_module import residuals_in_products
+from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
-from emt.temporal import residuals_in_products
-from emt.unet import MotionTransferUNet
 
 TEXT_TOKENS, TEXT_WIDTH = 5, 8
 
@@ -443,7 +443,7 @@ class TestLoadingPublished:
             assert text in str(error.value)
 
     def test_stored_position_encodings_are_checked_and_dropped(self):
-        from emt.temporal import sinusoidal_positions
+        from emt.backbones.sd15.motion_module import sinusoidal_positions
 
         backbone, adapter = small_states()
         name = (

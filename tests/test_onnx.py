@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from emt.backbones.sd15.import_weights import random_model
 from emt.errors import EmtError
 from emt.pipeline import load_pipeline
-from emt.weights import random_model
 from emt_engines.build import build_engine, open_engine
 from emt_engines.manifest import Manifest, Request, Size, Weights
 from emt_engines.onnx_export import PARTS, export

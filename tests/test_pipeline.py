@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from emt.backbones.sd15.import_weights import random_model
 from emt.errors import EmtError
 from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, NonFiniteError, load_pipeline
-from emt.weights import random_model
 
 FRAMES, HEIGHT, WIDTH = 4, 24, 40
 

@@ -12,14 +12,14 @@ import torch
 from program import FRAMES, clip, console, emt, environment, journal, model, transfer
 from test_backend import Recorder
 
-from emt.backend import TorchBackend
+from emt.backbones.sd15.import_weights import random_model
+from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
 from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, load_pipeline
 from emt.presets import PRESETS, preset_values
-from emt.weights import random_model
-from emt_cli.jobs import Job, expand, identify
+from emt_cli.batch.jobs import Job, expand, identify
+from emt_cli.batch.options import Preset, Settings, TransferOptions, parse_field
 from emt_cli.model import work
-from emt_cli.options import Preset, Settings, TransferOptions, parse_field
 
 STEPS = 6
 

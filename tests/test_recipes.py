@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 
 from emt.evaluate.judge import Judge, Vocabulary
 from emt.pipeline import MotionTransferPipeline
+from emt.synthetic.renderer import words
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
-from emt.train.world import words
 from emt.video import write_clip
 from recipes import ablations, assemble, real_clips, render_latents, train_adapter, train_all, train_base, train_vae
 from recipes.common import (

@@ -19,15 +19,15 @@ from browser import CHROMIUM, Browser
 from PIL import Image
 from program import console
 
+from emt.cache import ContentIndex
 from emt.errors import EmtError
-from emt.files import write_atomically
+from emt.storage import write_atomically
 from emt.video import probe, read_clip, write_clip
-from emt_cli.cache import ContentIndex
-from emt_cli.jobs import Job, identify, output_name
-from emt_cli.journal import Journal
-from emt_cli.options import Format, Settings
-from emt_cli.report import write_report
-from emt_cli.results import write_result
+from emt_cli.batch.jobs import Job, identify, output_name
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.options import Format, Settings
+from emt_cli.batch.results import write_result
+from emt_cli.report.page import write_report
 
 SETTINGS = Settings(frames=8, height=64, width=64, steps=2)
 NASTY = (

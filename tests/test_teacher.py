@@ -13,16 +13,16 @@ import torch
 from diffusers import DDIMScheduler
 from program import FRAMES, SIDE, Ended, Run, clip, emt, environment, journal, model
 
+from emt.backbones.sd15.import_weights import random_model
 from emt.errors import EmtError
 from emt.evaluate.tracks import track
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.train.data import PairDataset, find_pairs
 from emt.train.teacher import Filter, Guidance, Teacher, attention_map
 from emt.video import read_clip
-from emt.weights import random_model
-from emt_cli.jobs import Job, Rejected
-from emt_cli.options import Settings
-from emt_cli.teaching import check_motions
+from emt_cli.batch.jobs import Job, Rejected
+from emt_cli.batch.options import Settings
+from emt_cli.batch.teaching import check_motions
 
 cv2 = pytest.importorskip("cv2")
 

@@ -22,9 +22,9 @@ import torch
 from kernel_testing import kernel_test
 from tensorrt_stub import Creation, Expression, Expressions, Setter, stub
 
+from emt.backbones.sd15.import_weights import random_model
 from emt.errors import EmtError
 from emt.pipeline import load_pipeline
-from emt.weights import random_model
 from emt_engines import plugin, tensorrt
 from emt_engines.build import CannotRun
 from emt_engines.manifest import Manifest, Part, Place, Request, Size, TensorSpec, Weights, sha256_of

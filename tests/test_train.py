@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from emt.errors import EmtError
 from emt.pipeline import MotionTransferPipeline
+from emt.synthetic.renderer import COLOURS, SUBJECTS, World, words
 from emt.train import trainer as trainer_module
 from emt.train.data import PairDataset, Rendering, find_pairs, write_pairs
 from emt.train.objective import adapter_loss
 from emt.train.trainer import Settings, Trainer, find_checkpoints, published
-from emt.train.world import COLOURS, SUBJECTS, World, words
 from emt.video import read_clip, write_clip
-from emt_cli.train import _stop_on_signals
+from emt_cli.commands.train import _stop_on_signals
 
 # ----------------------------------------------------------------------------------------------------------- the data
 

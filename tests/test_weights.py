@@ -27,10 +27,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from emt import EmtError
+from emt.backbones.sd15.import_weights import byte_tokenizer, import_weights, parse_lora, random_model
+from emt.backbones.sd15.motion_module import ImageStream
+from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.pipeline import MotionTransferPipeline
-from emt.temporal import ImageStream
-from emt.unet import MotionTransferUNet
-from emt.weights import byte_tokenizer, import_weights, parse_lora, random_model
 
 State = dict[str, Tensor]
 
@@ -364,7 +364,7 @@ def mid_block(motion: State) -> State:
 
 def positions(motion: State, frames: int) -> State:
     """The position encodings that AnimateDiff's files carry, (1, frames, channels)."""
-    from emt.temporal import sinusoidal_positions
+    from emt.backbones.sd15.motion_module import sinusoidal_positions
 
     return {
         k.replace("to_q.weight", "pos_encoder.pe"): sinusoidal_positions(frames, v.shape[0])[None]
@@ -1085,7 +1085,8 @@ def test_the_full_size_of_stable_diffusion(tmp_path: Path) -> None:
     del state, adapter, motion, unet, text, vae
     # Not by `getrusage`: its peak is that of the process before it was this program, a fork of these tests.
     code = (
-        "import sys; from emt.weights import import_weights; t = sys.argv[1]; import_weights(t + '/m', "
+        "import sys; from emt.backbones.sd15.import_weights import import_weights; t = sys.argv[1]; "
+        "import_weights(t + '/m', "
         "base=t + '/sd15.safetensors', motion_module=t + '/mm.ckpt', adapter=t + '/adapter.ckpt', "
         "tokenizer=t + '/random/tokenizer'); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from emt.train import world as w
-from emt.train.footage import compress, film, paint_textures
-from emt.train.motions import FRAME
-from emt.train.scenes import CANVAS, paint
-from emt.train.sprites import load_sprites
+from emt.synthetic import renderer as w
+from emt.synthetic.footage import compress, film, paint_textures
+from emt.synthetic.motions import FRAME
+from emt.synthetic.scenes import CANVAS, paint
+from emt.synthetic.sprites import load_sprites
 
 SEEDS = st.integers(0, 2**31)
 CENTRE = FRAME / 2 - 0.5  # index of the frame's centre between the middle pixels

@@ -21,15 +21,15 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emt.errors import EmtError
-from emt.temporal import (
+from emt.backbones.sd15.motion_module import (
     MotionFeatures,
     PreparedMotion,
     PreparedReference,
     feed_forward_in_parts,
     residuals_in_products,
 )
-from emt.unet import MotionTransferUNet, TextFeatures
+from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
+from emt.errors import EmtError
 from emt_kernels.ahead import collected
 from emt_kernels.group_norm_silu import group_norm_silu
 from emt_kernels.selection import use_triton

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emt.train.sprites import blur
+from emt.synthetic.sprites import blur
 
 Transform = tuple[Tensor, Tensor]
 """`a` and `b`, complex, (n,) each."""

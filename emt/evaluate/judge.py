@@ -1,7 +1,7 @@
 """A small network that reads rendered clips: what is shown, where it is, how it is turned and how the camera moves.
 
-It is trained on the rendered world of `emt.train.world`, whose every clip comes with its truth, and then measures clips
-that a model generated in the style of that world. It knows nothing of real footage.
+It is trained on the rendered world of `emt.synthetic.renderer`, whose every clip comes with its truth, and then
+measures clips that a model generated in the style of that world. It knows nothing of real footage.
 
     python -m emt.evaluate.judge train --minutes 2 --device cuda judge.safetensors
     python -m emt.evaluate.judge check judge.safetensors
@@ -29,10 +29,10 @@ from torch.nn import functional as F
 
 from emt.errors import EmtError
 from emt.evaluate.alignment import align as align_steps
-from emt.train.motions import discs, shortest
+from emt.synthetic.motions import discs, shortest
 
 if TYPE_CHECKING:
-    from emt.train.world import Appearances, Motions, World
+    from emt.synthetic.renderer import Appearances, Motions, World
 
 SIZE = 128  # side of the frames that the judge sees
 STRIDE = 4  # pixels between the cells that say what lies at them
@@ -54,8 +54,8 @@ class Vocabulary:
 
     @classmethod
     def of_world(cls) -> Vocabulary:
-        """The words of `emt.train.world`."""
-        from emt.train.world import COLOURS, SCENES, SUBJECTS
+        """The words of `emt.synthetic.renderer`."""
+        from emt.synthetic.renderer import COLOURS, SCENES, SUBJECTS
 
         return cls(SUBJECTS, COLOURS, SCENES)
 
@@ -73,7 +73,7 @@ class Reading:
         colour: (n, 2, colours) probabilities over the clip.
         scene: (n, scenes) probabilities over the clip.
         camera: (n, frames, 4) pan x, pan y (pixels of 128), log zoom and roll relative to frame 0, as in
-            `emt.train.motions.Motions`.
+            `emt.synthetic.motions.Motions`.
     """
 
     position: Tensor
@@ -745,7 +745,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     from emt.evaluate.truth import format_truth, judge_floor
-    from emt.train.world import World
+    from emt.synthetic.renderer import World
 
     world = World(device=options.device)
     if options.command == "train":

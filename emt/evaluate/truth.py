@@ -16,10 +16,10 @@ from emt.errors import EmtError
 from emt.evaluate.camera import REACH
 from emt.evaluate.judge import SIZE, Judge, Reading, Vocabulary
 from emt.evaluate.statistics import Estimate, mean, pooled_pearson
-from emt.train.motions import shortest
+from emt.synthetic.motions import shortest
 
 if TYPE_CHECKING:
-    from emt.train.world import Appearances, Motions, World
+    from emt.synthetic.renderer import Appearances, Motions, World
 
 MEASURES: dict[str, str] = {
     "displacement": "object displacement, Pearson",

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from emt.train.motions import uniform
-from emt.train.scenes import CANVAS
-from emt.train.sprites import SIDE, blur, fit_cell
+from emt.synthetic.motions import uniform
+from emt.synthetic.scenes import CANVAS
+from emt.synthetic.sprites import SIDE, blur, fit_cell
 
 _PHOTOGRAPHS = {
     "skimage": ("data", ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "brick", "grass", "gravel")),

@@ -4,7 +4,7 @@ Everything is drawn on the device in batches: scenes are sampled from painted ca
 atlas, both with trilinear filtering. Two renderings of the same `Motions` with different `Appearances` are an exact
 pair, and the motion of every clip is known exactly.
 
-    python -m emt.train.world sheet world.png       # what it looks like
+    python -m emt.synthetic.renderer sheet world.png       # what it looks like
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from emt.train.footage import cut_out, draw_outlines, film, paint_textures
-from emt.train.motions import (
+from emt.synthetic.footage import cut_out, draw_outlines, film, paint_textures
+from emt.synthetic.motions import (
     CAMERA_FAMILIES,
     FAMILIES,
     FRAME,
@@ -35,8 +35,8 @@ from emt.train.motions import (
     turned,
     uniform,
 )
-from emt.train.scenes import CANVAS, PLACES, SCENES, paint_scenes
-from emt.train.sprites import BORDER, COLOURS, SIDE, SUBJECTS, blur, finish, load_sprites, recolour
+from emt.synthetic.scenes import CANVAS, PLACES, SCENES, paint_scenes
+from emt.synthetic.sprites import BORDER, COLOURS, SIDE, SUBJECTS, blur, finish, load_sprites, recolour
 
 __all__ = [
     "CAMERA_FAMILIES",
@@ -405,8 +405,8 @@ def sheet(path: Path, seed: int = 0, size: int = 128) -> None:
 
 
 def main() -> None:
-    """Run the command line: `python -m emt.train.world sheet OUT.png`."""
-    parser = argparse.ArgumentParser(prog="python -m emt.train.world", description="Look at the rendered world.")
+    """Run the command line: `python -m emt.synthetic.renderer sheet OUT.png`."""
+    parser = argparse.ArgumentParser(prog="python -m emt.synthetic.renderer", description="Look at the rendered world.")
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("sheet", help="write a contact sheet")
     command.add_argument("output", type=Path, help="the picture to write (PNG)")
     command.add_argument("--seed", type=int, default=0, help="what is drawn (default: 0)")

@@ -182,7 +182,7 @@ def draw_shape(name: str) -> Image.Image:
 
 def load_sprites() -> Tensor:
     """All subjects in their own colours: (subjects, 4, SIDE, SIDE) float RGBA in [0, 1], not premultiplied."""
-    with resources.files("emt.train").joinpath("assets/sprites.png").open("rb") as file:
+    with resources.files("emt.synthetic").joinpath("assets/sprites.png").open("rb") as file:
         atlas = Image.open(file).convert("RGBA")
     cells = []
     for i in range(len(GLYPHS)):

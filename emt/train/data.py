@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emt.errors import EmtError
-from emt.files import write_atomically
-from emt.train.world import World
+from emt.storage import write_atomically
+from emt.synthetic.renderer import World
 from emt.video import is_clip, read_clip, remove_partials, write_clip
 
 METADATA = "metadata.jsonl"

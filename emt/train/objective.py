@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt.unet import MotionTransferUNet
+from emt.backbones.sd15.unet import MotionTransferUNet
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 

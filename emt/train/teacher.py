@@ -35,12 +35,12 @@ from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
+from emt.backbones.sd15.motion_module import MotionFeatures, TemporalAttention
 from emt.errors import EmtError
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import Tracklets, track
 from emt.pipeline import Motion, MotionTransferPipeline, check_finite
-from emt.temporal import MotionFeatures, TemporalAttention
 
 PUBLISHED_VALUES = 16 * 4 * 64 * 64
 """Latent values of the clips for which `Guidance.weight` is published."""

@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from emt.backbones.sd15.unet import MotionTransferUNet, check_keys
 from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError
-from emt.files import sync, sync_tree
 from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.storage import sync, sync_tree
 from emt.train.data import Pair, PairDataset, Sample, find_pairs, seeded, write_text
 from emt.train.objective import Objective, adapter_loss
-from emt.unet import MotionTransferUNet, check_keys
 
 CHECKPOINTS = "checkpoints"
 MAX_SKIPPED = 20

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
-from emt_cli.jobs import Job
-from emt_cli.options import MAX_SEED
+from emt_cli.batch.jobs import Job
+from emt_cli.batch.options import MAX_SEED
 
 if TYPE_CHECKING:
     import numpy as np

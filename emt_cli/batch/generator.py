@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt import __version__
+from emt.device import Device, is_out_of_memory
 from emt.errors import EmtError
-from emt_cli.device import Device, is_out_of_memory
+from emt_cli.batch.jobs import ARITHMETIC, Job, digest
 from emt_cli.engine_choice import TORCH, Engine, EngineChoice
-from emt_cli.jobs import ARITHMETIC, Job, digest
 from emt_cli.model import Model
-from emt_cli.progress import size
+from emt_cli.text import size
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from emt.backend import Backend
+    from emt.backends.torch import Backend
     from emt.pipeline import Motion, MotionTransferPipeline
     from emt.video import Clip
 
@@ -95,7 +95,7 @@ def open_pipeline(
         if not low_memory:
             pipe = pipe.to(device.place)
             if device.precision == "fp8":
-                from emt.fp8 import use_fp8
+                from emt.backbones.sd15.fp8 import use_fp8
 
                 use_fp8(pipe.unet)
             return pipe

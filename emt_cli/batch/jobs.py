@@ -13,9 +13,7 @@ import hashlib
 import io
 import json
 import os
-import re
 import select
-import stat
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ import typer
 
 from emt.errors import EmtError
 from emt.presets import preset_values
-from emt_cli.options import (
+from emt_cli.batch.options import (
     JOB_FIELDS,
     SETTING_NAMES,
     Format,
@@ -409,27 +407,3 @@ def _clips_in(folder: Path, recursive: bool, without: str) -> list[Path]:
             elif recursive and entry.is_dir(follow_symlinks=False):
                 clips.extend(_clips_in(path, recursive, without))
     return clips
-
-
-def check_readable(path: Path) -> os.stat_result:
-    """The status of a reference, if it is a file or a folder; opening a pipe or a device would wait for ever.
-
-    Raises:
-        EmtError: it is missing, may not be read, or is something else.
-    """
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise EmtError(f"cannot read {path.name}: {reason}", f"The whole path is {path}.") from None
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise EmtError(f"{path.name} is neither a file nor a folder", "Save the stream to a file first.")
-    return status
-
-
-_ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: object) -> str:
-    """Text from the user made safe for a terminal: control and direction characters are shown as escapes."""
-    return _ESCAPED.sub(lambda match: ascii(match[0])[1:-1], str(text))

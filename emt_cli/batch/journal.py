@@ -4,7 +4,7 @@
 
     state       done | failed | dropped (made, but below the thresholds of `emt make-pairs`)
     output      the clip, relative to OUT (done, and failed where it is known)
-    id          the job's identity (see `emt_cli.jobs.identify`)
+    id          the job's identity (see `emt_cli.batch.jobs.identify`)
     reference, reference_sha256, prompt, seed, settings, model, model_sha256, precision, device, engine, batch
                 what made it: the record that the clip and its sidecar carry too
     best_of     where several were made: the job's own seed, `first_seed`, and the seed and motion_fidelity (or

@@ -14,16 +14,17 @@ from typing import Any
 
 import typer
 
+from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
-from emt_cli import journal
-from emt_cli.best_of import check_tracking
-from emt_cli.cache import ContentIndex, default_dir
-from emt_cli.jobs import Item, Job, Rejected, check_readable, expand, identify, output_name, printable
+from emt.storage import check_readable
+from emt_cli.batch import journal
+from emt_cli.batch.best_of import check_tracking
+from emt_cli.batch.inputs import WordWatch
+from emt_cli.batch.jobs import Item, Job, Rejected, expand, identify, output_name
+from emt_cli.batch.options import Precision, TransferOptions
+from emt_cli.batch.results import state_on_disk
 from emt_cli.model import Experience, Model, clip_bytes, find_model, work
-from emt_cli.options import Precision, TransferOptions
-from emt_cli.progress import duration, size
-from emt_cli.results import state_on_disk
-from emt_cli.vocabulary import WordWatch
+from emt_cli.text import duration, printable, size
 
 _TABLE_ROWS = 60
 _CONTAINER_BYTES = 4096  # of a sidecar and a journal line

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
-from emt.files import write_atomically
-from emt_cli.jobs import Job
-from emt_cli.journal import dumps
+from emt.storage import write_atomically
+from emt_cli.batch.jobs import Job
+from emt_cli.batch.journal import dumps
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
-from emt.files import write_atomically
-from emt_cli import journal
-from emt_cli.generator import Generator, playback_rate, read_reference
-from emt_cli.jobs import Job, Rejected, digest
-from emt_cli.journal import dumps
+from emt.storage import write_atomically
+from emt_cli.batch import journal
+from emt_cli.batch.generator import Generator, playback_rate, read_reference
+from emt_cli.batch.jobs import Job, Rejected, digest
+from emt_cli.batch.journal import dumps
+from emt_cli.batch.options import Settings, parse_field
+from emt_cli.batch.results import read_record
 from emt_cli.model import Model
-from emt_cli.options import Settings, parse_field
-from emt_cli.results import read_record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -208,7 +208,7 @@ def print_summary(report: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from emt_cli.jobs import printable
+    from emt_cli.text import printable
 
     table = Table("reference", "kept", "dropped", "failed", "fidelity", "consistency")
     for reference in dict.fromkeys(row["reference"] or "" for row in report):

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.options import Precision, Settings, check_device, parse_field
+from emt_cli.batch.options import Precision, Settings, check_device, parse_field
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from emt.device import Device
     from emt.pipeline import MotionTransferPipeline
-    from emt_cli.device import Device
     from emt_cli.model import Model
 
 
@@ -77,7 +77,7 @@ def bench(
     Reading the reference's motion, a guided denoising step with and without reference, encoding and decoding, a whole
     clip, and its peak memory. Times are medians after warming up; the clip is of noise, which takes as long as any.
     """
-    from emt_cli.device import Device
+    from emt.device import Device
 
     try:
         check_device(device)
@@ -124,8 +124,8 @@ def _found(name: str | None, device: Device) -> Iterator[Model]:
         return
     import torch
 
-    from emt.weights import random_model
-    from emt_cli.generator import silence_libraries
+    from emt.backbones.sd15.import_weights import random_model
+    from emt_cli.batch.generator import silence_libraries
 
     silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
@@ -150,8 +150,8 @@ def _rows(
     model: Model, device: Device, settings: Settings, engine: Path | None, say: Callable[[str], None]
 ) -> Iterator[Row]:
     """Time one way after another; what one does to the layout of the weights, the later ones want, too."""
-    from emt.backend import TorchBackend
-    from emt_cli.generator import open_pipeline
+    from emt.backends.torch import TorchBackend
+    from emt_cli.batch.generator import open_pipeline
     from emt_kernels.selection import select
 
     fp8 = device.precision == "fp8"
@@ -167,14 +167,14 @@ def _rows(
     if device.is_gpu:
         select("triton" if device.kernels == "triton" else "reference")
     if fp8:
-        from emt.fp8 import use_fp8
+        from emt.backbones.sd15.fp8 import use_fp8
 
         use_fp8(pipe.unet)
     say("timing what emt transfer uses")
     pipe.backend = TorchBackend(pipe)
     yield _measure("torch", pipe, device, settings, truth)[0]
     if engine:
-        from emt_cli.cache import ContentIndex, default_dir
+        from emt.cache import ContentIndex, default_dir
         from emt_cli.engine_choice import EngineChoice
         from emt_engines.build import open_engine
 

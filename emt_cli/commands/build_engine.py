@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from emt.errors import EmtError
-from emt_cli.options import Precision, check_device
+from emt_cli.batch.options import Precision, check_device
 
 
 class EngineBackend(str, Enum):
@@ -78,11 +78,11 @@ def build_engine(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from emt_cli.cache import ContentIndex, default_dir
-    from emt_cli.device import Device
+    from emt.cache import ContentIndex, default_dir
+    from emt.device import Device
+    from emt_cli.batch.generator import open_pipeline
+    from emt_cli.batch.jobs import digest
     from emt_cli.engine_choice import engines_dir, model_weights
-    from emt_cli.generator import open_pipeline
-    from emt_cli.jobs import digest
     from emt_cli.model import find_model
     from emt_engines.manifest import Request, Size
 
@@ -98,8 +98,8 @@ def build_engine(
     width, height = found.defaults.get("width", 512), found.defaults.get("height", 512)
     place = Device.open(device, precision.value)
 
-    from emt.lora import merge_loras
-    from emt.weights import parse_lora
+    from emt.backbones.sd15.import_weights import parse_lora
+    from emt.backbones.sd15.lora import merge_loras
     from emt_engines import build
 
     loras = [parse_lora(value) for value in lora or []]

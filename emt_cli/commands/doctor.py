@@ -47,8 +47,8 @@ def doctor(
 
     Says what will work, what will not, and the command that mends it. Exit code 1 if clips cannot be made.
     """
-    from emt_cli.jobs import printable
-    from emt_cli.journal import dumps
+    from emt_cli.batch.journal import dumps
+    from emt_cli.text import printable
 
     findings = examine(model, out, cache_dir)
     if json:
@@ -208,9 +208,9 @@ def _ffmpeg() -> Finding:
 
 
 def _model(name: str | None) -> Finding:
+    from emt_cli.batch.options import Settings
     from emt_cli.model import find_model
-    from emt_cli.options import Settings
-    from emt_cli.progress import size
+    from emt_cli.text import size
 
     model = find_model(name, download=False)
     weights = sum(path.stat().st_size for path in model.folder.rglob("*.safetensors"))
@@ -225,7 +225,7 @@ def _model(name: str | None) -> Finding:
 def _disk(name: str, folder: Path, option: str) -> Finding:
     import os
 
-    from emt_cli.progress import size
+    from emt_cli.text import size
 
     place = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(place).free
@@ -239,8 +239,8 @@ def _disk(name: str, folder: Path, option: str) -> Finding:
 
 
 def _cache(folder: Path | None) -> Finding:
-    from emt_cli.cache import MotionCache, default_dir
-    from emt_cli.progress import size
+    from emt.cache import MotionCache, default_dir
+    from emt_cli.text import size
 
     folder = folder or default_dir()
     finding = _disk("cache", folder, "--cache-dir")

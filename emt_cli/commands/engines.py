@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt.files import write_atomically
+from emt.storage import write_atomically
 
 if TYPE_CHECKING:
     from emt_cli.engine_choice import Engine
@@ -51,8 +51,7 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from emt_cli.jobs import printable
-    from emt_cli.progress import size
+    from emt_cli.text import printable, size
 
     table = Table("engine", "made for", "parity", "on disk")
     table.columns[0].no_wrap = True  # it is what the other commands are given
@@ -82,7 +81,7 @@ def show(
     if json:
         _print_json(body)
         return
-    from emt_cli.jobs import printable
+    from emt_cli.text import printable
 
     told, place = _told(found), found.manifest.place.capability
     lines = {
@@ -261,10 +260,10 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
     reason = _fits_here(engine)
     if reason:
         return {"state": "whole", "reason": f"not compared: {reason}"}
-    from emt_cli.cache import ContentIndex, default_dir
-    from emt_cli.device import Device
+    from emt.cache import ContentIndex, default_dir
+    from emt.device import Device
+    from emt_cli.batch.generator import open_pipeline
     from emt_cli.engine_choice import EngineChoice
-    from emt_cli.generator import open_pipeline
     from emt_cli.model import find_model
     from emt_engines.build import CannotRun, verified
     from emt_engines.manifest import FILE
@@ -285,7 +284,7 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    from emt_cli.journal import dumps
+    from emt_cli.batch.journal import dumps
 
     sys.stdout.buffer.write(dumps(value) + b"\n")
     sys.stdout.buffer.flush()

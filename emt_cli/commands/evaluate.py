@@ -14,8 +14,8 @@ import typer
 
 from emt import demo
 from emt.errors import EmtError
-from emt.files import write_atomically
-from emt_cli import journal
+from emt.storage import write_atomically
+from emt_cli.batch import journal
 
 if TYPE_CHECKING:
     from emt.evaluate.judge import Judge
@@ -247,8 +247,8 @@ def _number(value: Any) -> float | None:
 def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel | Judge | None:
     if name == "none":
         return None
+    from emt.device import Device
     from emt.evaluate import judge
-    from emt_cli.device import Device
 
     if name == "auto":
         # It has learnt from rendered clips: what another model draws is strange to it, even where it knows the words.

@@ -81,7 +81,7 @@ def import_weights(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from emt import weights
+    from emt.backbones.sd15 import import_weights as importer
 
     disable_progress_bar()  # it would write over ours
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -91,13 +91,13 @@ def import_weights(
         def on_progress(what: str, done: int, total: int) -> None:
             progress.update(task, description=what, completed=done, total=total)
 
-        report = weights.import_weights(
+        report = importer.import_weights(
             output,
             base=base,
             motion_module=motion_module,
             dreambooth=dreambooth,
             adapter=adapter,
-            loras=[weights.parse_lora(value) for value in lora or []],
+            loras=[importer.parse_lora(value) for value in lora or []],
             tokenizer=tokenizer,
             dtype=dtype.value,
             overwrite=overwrite,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.options import Precision, TransferOptions, check_device, parse_batch_size, parse_seeds
+from emt_cli.batch.options import Precision, TransferOptions, check_device, parse_batch_size, parse_seeds
 
 if TYPE_CHECKING:
     from emt.train.data import Rendering
@@ -148,9 +148,9 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from emt.device import Device
+    from emt.synthetic.renderer import World
     from emt.train.data import write_pairs
-    from emt.train.world import World
-    from emt_cli.device import Device
 
     place = Device.open(device, "fp32").place
     console = Console(stderr=True)
@@ -173,15 +173,15 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
 
 
 def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None:
+    from emt.cache import ContentIndex, MotionCache, default_dir
     from emt.evaluate.tracks import opencv
-    from emt_cli.cache import ContentIndex, MotionCache, default_dir
-    from emt_cli.jobs import expand
-    from emt_cli.journal import Journal
+    from emt_cli.batch.inputs import WordWatch
+    from emt_cli.batch.jobs import expand
+    from emt_cli.batch.journal import Journal
+    from emt_cli.batch.teaching import TeachingGenerator, check_motions, complete, method, print_summary
+    from emt_cli.executors.local import Runner
     from emt_cli.model import find_model
-    from emt_cli.progress import Watcher
-    from emt_cli.runner import Runner
-    from emt_cli.teaching import TeachingGenerator, check_motions, complete, method, print_summary
-    from emt_cli.vocabulary import WordWatch
+    from emt_cli.terminal import Watcher
 
     opencv()
     if "-" in (options.references or []):

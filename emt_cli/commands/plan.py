@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emt_cli.options import TransferOptions, takes_options
+from emt_cli.batch.options import TransferOptions, takes_options
 
 
 @takes_options
@@ -13,6 +13,6 @@ def plan(options: TransferOptions) -> None:
     does not know, clips that are too short, impossible sizes and full disks. Exit code 1 if something in it cannot be
     done.
     """
-    from emt_cli.planning import show
+    from emt_cli.batch.planning import show
 
     show(options)

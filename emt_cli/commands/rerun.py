@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.options import Kernels, Precision, Settings, check_device, parse_field
+from emt_cli.batch.options import Kernels, Precision, Settings, check_device, parse_field
 
 
 def rerun(
@@ -46,13 +46,13 @@ def rerun(
     The reference and the model are checked against their hashes. A clip that was made in a batch is made in a
     batch of the same size, since the order of additions, and with it the last bits, depends on it.
     """
-    from emt_cli.cache import ContentIndex, default_dir
+    from emt.cache import ContentIndex, default_dir
+    from emt_cli.batch.generator import Generator, playback_rate, read_reference
+    from emt_cli.batch.jobs import ARITHMETIC, Job
+    from emt_cli.batch.results import write_result
+    from emt_cli.batch.teaching import TeachingGenerator, read_guidance
     from emt_cli.engine_choice import EngineChoice
-    from emt_cli.generator import Generator, playback_rate, read_reference
-    from emt_cli.jobs import ARITHMETIC, Job
     from emt_cli.model import find_model
-    from emt_cli.results import write_result
-    from emt_cli.teaching import TeachingGenerator, read_guidance
 
     record = _find_record(result)
     clip = result.with_suffix("") if result.suffix == ".json" else result
@@ -116,7 +116,7 @@ _KEPT = ("best_of", "motion_fidelity", "temporal_consistency")
 
 
 def _find_record(result: Path) -> dict[str, Any]:
-    from emt_cli.results import read_record
+    from emt_cli.batch.results import read_record
 
     if result.suffix != ".json":
         record = read_record(result)

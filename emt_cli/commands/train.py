@@ -94,8 +94,8 @@ def train(
     import diffusers.utils.logging
     import transformers.utils.logging
 
+    from emt.device import is_out_of_memory
     from emt.train.trainer import Settings, Trainer, find_checkpoints
-    from emt_cli.device import is_out_of_memory
 
     for library in (diffusers, transformers):  # bars for files that load in a second
         library.utils.logging.disable_progress_bar()
@@ -216,7 +216,7 @@ class _Watcher:
         if self._bar:
             self._bar.update(self._task, completed=record["step"], note=note)
         elif self._shown and (time.monotonic() - self._printed > _PLAIN_SECONDS or record["step"] == self._steps):
-            from emt_cli.progress import duration
+            from emt_cli.text import duration
 
             self._printed = time.monotonic()
             left = duration((self._steps - record["step"]) / record["steps_per_second"])

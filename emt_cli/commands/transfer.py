@@ -7,7 +7,7 @@ from itertools import chain
 
 import typer
 
-from emt_cli.options import Memory, TransferOptions, parse_batch_size, takes_options
+from emt_cli.batch.options import Memory, TransferOptions, parse_batch_size, takes_options
 
 
 @takes_options
@@ -23,17 +23,17 @@ def transfer(options: TransferOptions) -> None:
     Ctrl-C finishes the running batch, a second one stops at once.
     Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed, 2 bad usage, 130 interrupted.
     """
-    from emt_cli.best_of import check_tracking
-    from emt_cli.cache import ContentIndex, MotionCache, default_dir
+    from emt.cache import ContentIndex, MotionCache, default_dir
+    from emt_cli.batch.best_of import check_tracking
+    from emt_cli.batch.generator import Generator
+    from emt_cli.batch.inputs import WordWatch
+    from emt_cli.batch.jobs import Job, expand
+    from emt_cli.batch.journal import Journal
+    from emt_cli.batch.planning import show
     from emt_cli.engine_choice import EngineChoice, engines_dir
-    from emt_cli.generator import Generator
-    from emt_cli.jobs import Job, expand
-    from emt_cli.journal import Journal
+    from emt_cli.executors.local import Runner
     from emt_cli.model import find_model
-    from emt_cli.planning import show
-    from emt_cli.progress import Watcher
-    from emt_cli.runner import Runner
-    from emt_cli.vocabulary import WordWatch
+    from emt_cli.terminal import Watcher
 
     if options.dry_run:
         show(options)
@@ -81,7 +81,7 @@ def transfer(options: TransferOptions) -> None:
     finally:
         journal.close()
     if options.report:
-        from emt_cli.report import write_report
+        from emt_cli.report.page import write_report
 
         print(f"report: {write_report(options.out)}", file=sys.stderr)
     if summary.interrupted:

@@ -28,17 +28,17 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from emt.cache import ContentIndex, MotionCache
+from emt.device import is_out_of_memory
 from emt.errors import EmtError
-from emt.files import write_atomically
-from emt_cli.best_of import Candidate, Contest, check_tracking
-from emt_cli.cache import ContentIndex, MotionCache
-from emt_cli.device import is_out_of_memory
-from emt_cli.generator import Generator, describe, playback_rate, read_reference
-from emt_cli.jobs import Item, Job, Rejected, identify, output_name
-from emt_cli.journal import Journal, dumps
+from emt.storage import write_atomically
+from emt_cli.batch.best_of import Candidate, Contest, check_tracking
+from emt_cli.batch.generator import Generator, describe, playback_rate, read_reference
+from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
+from emt_cli.batch.journal import Journal, dumps
+from emt_cli.batch.results import read_record, sidecar, state_on_disk, write_result
 from emt_cli.model import clip_bytes
-from emt_cli.progress import Watcher
-from emt_cli.results import read_record, sidecar, state_on_disk, write_result
+from emt_cli.terminal import Watcher
 
 if TYPE_CHECKING:
     import numpy as np
@@ -519,7 +519,7 @@ class Runner:
     def _save(
         self, task: _Task, frames: np.ndarray, batch: dict[str, Any], timings: dict[str, float], peak: int
     ) -> None:
-        """Write a clip, its sidecar and its line, in this order (see `emt_cli.journal`); unless it is dropped."""
+        """Write a clip, its sidecar and its line, in this order (see `emt_cli.batch.journal`); unless it is dropped."""
         clip = self.journal.out / task.output
         record = self.generator.record(task.job, task.identity, task.reference.sha256, batch)
         record |= task.contest.record() if task.contest else {}

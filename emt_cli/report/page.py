@@ -1,4 +1,4 @@
-"""`emt report`: one offline page that shows references and results side by side, playing in sync.
+"""One offline page that shows references and results side by side, playing in sync.
 
 `OUT/report.html` holds everything but the clips: the jobs of the journal as JSON, first frames as JPEG data
 URIs, style and script (the template `report.html` beside this module). Results that browsers play are referred to by
@@ -20,13 +20,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
-from emt.files import write_atomically
-from emt_cli import journal
+from emt.storage import write_atomically
+from emt_cli.batch import journal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,39 +46,6 @@ _MEASURES = ("motion_fidelity", "camera", "temporal_consistency", "text_alignmen
 _UNREADABLE = (EmtError, OSError, ValueError)
 
 
-def report(
-    out: Annotated[Path, typer.Argument(help="An output folder of `emt transfer`.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page. Default: OUT/report.html.", show_default=False)
-    ] = None,
-    sheet: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write this instead: the first dozen results below their references, in a .gif or .mp4 that plays or "
-            "in a .png or .jpg of some frames.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Write a page that shows references and results side by side, playing in sync.
-
-    It opens from disk, without a server or a network, as long as it stays where it is written. Measures are shown
-    where OUT/metrics.jsonl has them: emt evaluate OUT --output OUT/metrics.jsonl
-    """
-    if sheet is None:
-        typer.echo(os.fsencode(write_report(out, output)))
-        return
-    from emt_cli.sheet import check_sheet, write_sheet
-
-    if output is not None:
-        raise typer.BadParameter("--sheet is written instead of a page: leave --output out")
-    _check_folder(out)
-    check_sheet(sheet)
-    write_sheet(sheet, sorted(journal.current(out), key=_order), out)
-    typer.echo(os.fsencode(sheet))
-
-
 def write_report(out: Path, output: Path | None = None) -> Path:
     """Write the page of an output folder.
 
@@ -94,7 +59,7 @@ def write_report(out: Path, output: Path | None = None) -> Path:
     Raises:
         EmtError: the folder has no journal, or the page cannot be written.
     """
-    _check_folder(out)
+    check_folder(out)
     output = output or out / FILE_NAME
     data = _collect(out, output.absolute().parent)
     # In a script element only "<" can end or open anything; inside JSON it stands in strings alone.
@@ -108,7 +73,8 @@ def write_report(out: Path, output: Path | None = None) -> Path:
     return output
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
+    """Raise an `EmtError` if a folder has no journal."""
     if not (out / journal.FILE_NAME).is_file():
         problem = f"{out} has no {journal.FILE_NAME}" if out.is_dir() else f"{out} is not a folder"
         raise EmtError(problem + ".", "Give a folder that `emt transfer --out` has written: emt report OUT")
@@ -116,7 +82,7 @@ def _check_folder(out: Path) -> None:
 
 def _collect(out: Path, page: Path) -> dict[str, Any]:
     """What the page shows, as JSON values."""
-    lines = sorted((line for line in journal.current(out) if line["state"] != "dropped"), key=_order)
+    lines = sorted((line for line in journal.current(out) if line["state"] != "dropped"), key=order_of)
     metrics = _Metrics.read(out / METRICS)
     labels = _labels(line["reference"] for line in lines if line.get("reference"))
     gallery = _Gallery(out, page)
@@ -133,7 +99,7 @@ def _collect(out: Path, page: Path) -> dict[str, Any]:
     return {"title": out.absolute().name, "references": references, "jobs": jobs, "summary": metrics.summary}
 
 
-def _order(line: dict[str, Any]) -> tuple[Any, ...]:
+def order_of(line: dict[str, Any]) -> tuple[Any, ...]:
     """By reference (none comes last), prompt and seed: jobs end in an order that depends on the machine."""
     texts = (str(line.get(key) or "") for key in ("reference", "prompt"))
     return not line.get("reference"), *texts, line.get("seed") or 0, str(line.get("output") or line.get("origin") or "")
@@ -194,7 +160,7 @@ class _Gallery:
     """
 
     def __init__(self, out: Path, page: Path) -> None:
-        from emt_cli.cache import ContentIndex, default_dir
+        from emt.cache import ContentIndex, default_dir
 
         self.out, self.page, self.folder = out, page, out / FOLDER
         self.index = ContentIndex(default_dir())
@@ -229,7 +195,7 @@ class _Gallery:
     def reference(self, line: dict[str, Any]) -> dict[str, Any]:
         """A job's reference as the job saw it, or a note why it cannot be shown."""
         from emt.video import read_clip
-        from emt_cli.jobs import digest
+        from emt_cli.batch.jobs import digest
 
         path, view, recorded = self.out / line["reference"], view_of(line), line.get("reference_sha256")
         try:
@@ -248,7 +214,7 @@ class _Gallery:
     def result(self, path: Path) -> dict[str, Any]:
         """A result, or a note why it cannot be shown."""
         from emt.video import probe, read_clip
-        from emt_cli.jobs import digest
+        from emt_cli.batch.jobs import digest
 
         playable = path.suffix.lower() in _PLAYABLE
         link = {"link": self._relative(path)}
@@ -312,7 +278,7 @@ class _Gallery:
 
 def view_of(line: dict[str, Any]) -> dict[str, Any]:
     """How a job read its reference; the defaults for one that was rejected before it had settings."""
-    from emt_cli.options import Settings
+    from emt_cli.batch.options import Settings
 
     settings = {**Settings().as_dict(), **(line.get("settings") or {})}
     return {name: settings[name] for name in _VIEW}

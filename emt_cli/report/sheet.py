@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
-from emt_cli.jobs import printable
+from emt_cli.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ def write_sheet(path: Path, jobs: Sequence[dict[str, Any]], out: Path) -> int:
 
 def _read(job: dict[str, Any], out: Path) -> Shown:
     from emt.video import probe, read_clip
-    from emt_cli.report import view_of
+    from emt_cli.report.page import view_of
 
     view, result = view_of(job), out / job["output"]
     info = probe(result)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from emt.errors import EmtError
-from emt.files import partial_beside, sync_tree, write_atomically
+from emt.storage import partial_beside, sync_tree, write_atomically
 from emt_engines.manifest import FILE, Manifest, Part, Place, Request, code_sha256
 
 if TYPE_CHECKING:
-    from emt.backend import Backend
+    from emt.backends.torch import Backend
     from emt.pipeline import MotionTransferPipeline
 
 Progress = Callable[[str, float], None]
@@ -72,7 +72,7 @@ class CannotRun(EmtError):
 
 
 #: By backend: the module, the builder in it, and the class that runs what it builds:
-#: `Class(folder: Path, manifest: Manifest, pipe: MotionTransferPipeline)`, an `emt.backend.Backend`, which
+#: `Class(folder: Path, manifest: Manifest, pipe: MotionTransferPipeline)`, an `emt.backends.torch.Backend`, which
 #: raises `CannotRun` where this machine cannot run such engines.
 BACKENDS = {
     "inductor": ("emt_engines.inductor", "InductorBuilder", "InductorBackend"),

@@ -29,11 +29,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from emt.backend import Recorder, TorchBackend
+from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
+from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
+from emt.backends.torch import Recorder, TorchBackend
 from emt.errors import EmtError
-from emt.files import sha256_of
-from emt.temporal import MotionFeatures, PreparedMotion
-from emt.unet import MotionTransferUNet, TextFeatures
+from emt.storage import sha256_of
 from emt_engines.compiling import Phases, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
 from emt_engines.signature import Function, by_reference, features_of, function, times_of

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from emt.backend import PipelineBackend
+from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
+from emt.backbones.sd15.unet import TextFeatures
+from emt.backends.torch import PipelineBackend
 from emt.errors import EmtError
-from emt.files import sha256_of
-from emt.temporal import MotionFeatures, PreparedMotion
-from emt.unet import TextFeatures
+from emt.storage import sha256_of
 from emt_engines.build import CannotRun
 from emt_engines.inductor import images_at_once
 from emt_engines.manifest import PIXELS, Manifest, Part, Request, TensorSpec

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion, PreparedReference
+from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
 from emt.errors import EmtError
-from emt.temporal import MotionFeatures, PreparedMotion, PreparedReference
-from emt.unet import MotionTransferUNet, TextFeatures
 from emt_engines.manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def by_reference(
     if motion is None:
         raise EmtError(
             "an engine makes no clips without a reference",
-            "Give the pipeline a motion, or no engine: pipe.backend = emt.backend.TorchBackend(pipe).",
+            "Give the pipeline a motion, or no engine: pipe.backend = emt.backends.torch.TorchBackend(pipe).",
         )
     own = {"sample": sample, "timestep": times_of(timestep, sample), **text_tensors(text)}
     shared = motion_tensors(motion)

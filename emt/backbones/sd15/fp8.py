@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emt.backbones.sd15.motion_module import QKV, FeedForward, QuantizingLayerNorm, TemporalTransformerBlock
+from emt.backbones.sd15.unet import MotionTransferUNet, SpatialTransformerBlock
 from emt.errors import EmtError
-from emt.temporal import QKV, FeedForward, QuantizingLayerNorm, TemporalTransformerBlock
-from emt.unet import MotionTransferUNet, SpatialTransformerBlock
 from emt_kernels.quantize import Quantized, geglu_quantized, quantize_rows
 
 #: Products of 16-bit numbers that a GPU of compute capability 9.0 makes while it reads or writes a byte.
@@ -93,7 +93,7 @@ class Fp8Linear(nn.Module):
 
 
 class Fp8GEGLU(nn.Module):
-    """`emt.temporal.GEGLU` whose result is quantized, for the product after it."""
+    """`emt.backbones.sd15.motion_module.GEGLU` whose result is quantized, for the product after it."""
 
     def __init__(self, proj: nn.Module) -> None:
         super().__init__()

@@ -28,6 +28,20 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
+from emt.backbones.sd15.lora import LoraMerge
+from emt.backbones.sd15.stable_diffusion import (
+    GROUPS,
+    HEADS,
+    Part,
+    StableDiffusion,
+    animatediff_scheduler,
+    apply_dreambooth,
+    clip_config,
+    read_base,
+    text_state,
+    vae_config,
+)
+from emt.backbones.sd15.unet import MotionTransferUNet, check_keys, without_positions
 from emt.checkpoints import (
     Origin,
     Source,
@@ -41,22 +55,8 @@ from emt.checkpoints import (
     weights_file,
 )
 from emt.errors import EmtError
-from emt.files import sync, sync_tree
-from emt.lora import LoraMerge
 from emt.pipeline import MotionTransferPipeline
-from emt.stable_diffusion import (
-    GROUPS,
-    HEADS,
-    Part,
-    StableDiffusion,
-    animatediff_scheduler,
-    apply_dreambooth,
-    clip_config,
-    read_base,
-    text_state,
-    vae_config,
-)
-from emt.unet import MotionTransferUNet, check_keys, without_positions
+from emt.storage import sync, sync_tree
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}

@@ -25,7 +25,7 @@ from emt_kernels.quantize import Quantized, layer_norm_quantized
 from emt_kernels.temporal_attention import temporal_attention
 
 if TYPE_CHECKING:
-    from emt.unet import MotionTransferUNet
+    from emt.backbones.sd15.unet import MotionTransferUNet
 
 
 #: Tokens that inference takes through a feed-forward layer at once.
@@ -88,7 +88,7 @@ def sinusoidal_positions(frames: int, channels: int) -> Tensor:
 
 
 class QuantizingLayerNorm(nn.LayerNorm):
-    """A layer norm before products in float8 (`emt.fp8`)."""
+    """A layer norm before products in float8 (`emt.backbones.sd15.fp8`)."""
 
 
 class ResidualStream:
@@ -369,7 +369,7 @@ class QKV(nn.Module):
 
     def __init__(self, channels: int, context_channels: int | None = None) -> None:
         super().__init__()
-        self.fp8: nn.Module | None = None  # the three in one float8 product (`emt.fp8`)
+        self.fp8: nn.Module | None = None  # the three in one float8 product (`emt.backbones.sd15.fp8`)
         context_channels = context_channels or channels
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels, channels, bias=False)

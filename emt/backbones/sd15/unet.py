@@ -1,6 +1,6 @@
 """The adapted network of EfficientMT, top to bottom.
 
-A Stable Diffusion 1.5 UNet with AnimateDiff's motion modules (`emt.temporal`), in which the up blocks take a
+A Stable Diffusion 1.5 UNet with AnimateDiff's motion modules (`motion_module`), in which the up blocks take a
 reference's motion. Inside, frames are folded into the batch, (batch·frames, channels, height, width) in
 channels-last memory, which is (batch·frames, tokens, channels) to the attentions without a copy.
 Parameter names are the published ones.
@@ -21,8 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from emt.errors import EmtError
-from emt.temporal import (
+from emt.backbones.sd15.motion_module import (
     QKV,
     FeedForward,
     ImageStream,
@@ -33,6 +32,7 @@ from emt.temporal import (
     ResidualStream,
     sinusoidal_positions,
 )
+from emt.errors import EmtError
 
 
 @dataclass
@@ -549,7 +549,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         """Let inference have query, key and value of self-attention from one product (`QKV.fuse`)."""
         for module in self.modules():
             if not isinstance(module, QKV) or module.fp8 is not None or not isinstance(module.to_q, nn.Linear):
-                continue  # what is in float8 (`emt.fp8`) is one product, or a query alone
+                continue  # what is in float8 (`emt.backbones.sd15.fp8`) is one product, or a query alone
             if module.to_q.in_features == module.to_k.in_features:
                 module.fuse()
 
@@ -612,6 +612,10 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         for first, _ in itertools.islice(references.values(), 1):
             if sample.shape[0] % first.key.shape[0]:
                 raise ValueError(f"{first.key.shape[0]} motions do not divide the batch of sample, shape {shape}")
+
+
+# `model_index.json` names this module; folders saved before and after a move of the code agree.
+MotionTransferUNet.__module__ = "emt.unet"
 
 
 def _check_config(levels: int, attended: set[int], fused: set[int], config: Any) -> None:

@@ -1,0 +1,1 @@
+"""Networks that motion is transferred on, one folder each."""

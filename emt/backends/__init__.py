@@ -1,0 +1,1 @@
+"""Backends that execute a network and its VAE for the pipeline."""

@@ -1,0 +1,1 @@
+"""Rendered clips with known motion, to train on and to measure with."""

@@ -1,0 +1,1 @@
+"""The commands of `emt`, one file each."""

@@ -1,0 +1,45 @@
+"""`emt report`: a page or a contact sheet of references and results."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emt_cli.batch import journal
+from emt_cli.report.page import check_folder, order_of, write_report
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="An output folder of `emt transfer`.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page. Default: OUT/report.html.", show_default=False)
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write this instead: the first dozen results below their references, in a .gif or .mp4 that plays or "
+            "in a .png or .jpg of some frames.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a page that shows references and results side by side, playing in sync.
+
+    It opens from disk, without a server or a network, as long as it stays where it is written. Measures are shown
+    where OUT/metrics.jsonl has them: emt evaluate OUT --output OUT/metrics.jsonl
+    """
+    if sheet is None:
+        typer.echo(os.fsencode(write_report(out, output)))
+        return
+    from emt_cli.report.sheet import check_sheet, write_sheet
+
+    if output is not None:
+        raise typer.BadParameter("--sheet is written instead of a page: leave --output out")
+    check_folder(out)
+    check_sheet(sheet)
+    write_sheet(sheet, sorted(journal.current(out), key=order_of), out)
+    typer.echo(os.fsencode(sheet))

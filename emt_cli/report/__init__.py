@@ -1,0 +1,1 @@
+"""The report: a page and a contact sheet of references and results."""

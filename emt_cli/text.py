@@ -1,0 +1,24 @@
+"""Text for people: escapes, durations, sizes."""
+
+from __future__ import annotations
+
+import re
+
+_ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Text from the user made safe for a terminal: control and direction characters are shown as escapes."""
+    return _ESCAPED.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+def duration(seconds: float) -> str:
+    """A duration as people say it: 3.4 s, 12 min, 5.5 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """A number of bytes as people say it."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
