@@ -62,7 +62,7 @@ class Test:
     """A folder with a model and good clips, and what came of the bad inputs so far."""
 
     def __init__(self, work: Path, limit: int) -> None:
-        from emt.backbones.sd15.import_weights import random_model
+        from emt.backbones.sd15.random_model import random_model
 
         self.work, self.limit = work, limit
         self.chance = random.Random(0)

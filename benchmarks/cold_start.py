@@ -163,7 +163,7 @@ def build(options: argparse.Namespace) -> None:
     """Make model and engine, unless they are there; prints the time at which each part is begun."""
     import torch
 
-    from emt.backbones.sd15.import_weights import random_model
+    from emt.backbones.sd15.random_model import random_model
     from emt.pipeline import load_pipeline
     from emt_engines.build import build_engine
     from emt_engines.manifest import FILE, Manifest, Request, Size, weights_of

@@ -74,7 +74,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 def prepare(work: Path) -> None:
     """A model and three references."""
-    from emt.backbones.sd15.import_weights import random_model
+    from emt.backbones.sd15.random_model import random_model
 
     random_model(work / "model", frames=FRAMES, height=32, width=32, steps=1)
     frames = np.random.default_rng(0).integers(0, 255, (3, 8, 32, 32, 3), np.uint8)

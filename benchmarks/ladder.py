@@ -43,7 +43,7 @@ from torch.utils.flop_counter import flop_registry
 
 import emt.backbones.sd15.motion_module
 from emt.backbones.sd15.fp8 import use_fp8
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import ATTENTION, TorchBackend
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt.presets import PRESETS

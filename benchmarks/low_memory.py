@@ -18,7 +18,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.pipeline import load_pipeline
 from emt.video import read_clip
 

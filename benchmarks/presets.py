@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import TorchBackend
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.statistics import mean

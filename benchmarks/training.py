@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import transformers.utils.logging
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.train.trainer import Settings, Trainer
 from emt.video import write_clip
 

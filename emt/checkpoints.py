@@ -8,17 +8,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import no_init_weights
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 from emt.storage import sha256_of
 
 State = dict[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -78,11 +81,6 @@ def locate(
             f"the {kind} {given} is no path here and cannot be fetched from the hub: {first_line(error)}",
             hint or f"Check the name and the network, or give a folder that `hf download {given}` made elsewhere.",
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, without its lecture."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Path]:
@@ -241,3 +239,29 @@ def naming_file(path: Path, check: Callable[[State], State], state: State) -> St
         return check(state)
     except EmtError as error:
         raise EmtError(f"{path}: {error.problem}", error.hint) from error
+
+
+def check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
+    """Raise an `EmtError` that names every missing, unexpected and mis-shaped key of `part`, if there is one."""
+    problems = [f"missing: {k} {tuple(wanted[k])}" for k in sorted(wanted.keys() - given.keys())]
+    problems += [f"unexpected: {k} {tuple(given[k].shape)}" for k in sorted(given.keys() - wanted.keys())]
+    problems += [
+        f"wrong shape: {k} is {tuple(given[k].shape)}, expected {tuple(wanted[k])}"
+        for k in sorted(wanted.keys() & given.keys())
+        if given[k].shape != wanted[k]
+    ]
+    if problems:
+        raise EmtError(
+            f"the {part} does not fit this network, {len(problems)} keys differ:\n  " + "\n  ".join(problems),
+            "Give weights of the same architecture (SD 1.5 with an AnimateDiff motion module).",
+        )
+
+
+def allocate(build: Callable[[], M], dtype: torch.dtype) -> M:
+    """Build a model with parameters allocated in `dtype` but not initialised: drawing gigabytes takes long."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = build()
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
+    return model.eval()

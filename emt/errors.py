@@ -20,3 +20,8 @@ class EmtError(Exception):
         # Exceptions cross process and thread boundaries in the batch runtime; the default
         # pickling would pass the joined message as `problem`.
         return type(self), (self.problem, self.hint)
+
+
+def first_line(error: BaseException) -> str:
+    """First line of the message of another library's error; its class name if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -49,7 +49,7 @@ def _shared() -> Path:
 @functools.cache
 def model() -> Path:
     """A model with random weights: a clip of it takes a tenth of a second."""
-    from emt.backbones.sd15.import_weights import random_model
+    from emt.backbones.sd15.random_model import random_model
 
     return random_model(_shared() / "model", frames=FRAMES, height=SIDE, width=SIDE, steps=2)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import emt_kernels
-from emt.backbones.sd15.import_weights import random_model
 from emt.backbones.sd15.motion_module import feed_forward_in_parts
+from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import TorchBackend, prepare_vae
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
 from emt_kernels.ahead import Launches, collected

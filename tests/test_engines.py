@@ -23,8 +23,8 @@ from program import EMT, clip, console, environment
 from safetensors.torch import load_file, save_file
 from torch._inductor import config as inductor_config
 
-from emt.backbones.sd15.import_weights import random_model
 from emt.backbones.sd15.lora import merge_loras
+from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import Backend, TorchBackend
 from emt.cache import ContentIndex
 from emt.device import Device

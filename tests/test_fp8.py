@@ -15,8 +15,8 @@ from program import console
 from torch import Tensor
 
 from emt.backbones.sd15.fp8 import Fp8Linear, check_fp8, pays, scaled_product, scaled_product_reference, use_fp8
-from emt.backbones.sd15.import_weights import _draw
 from emt.backbones.sd15.motion_module import MotionFeatures
+from emt.backbones.sd15.random_model import draw_weights
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
 from emt_kernels import quantize as quantize_module
@@ -178,7 +178,7 @@ class Case:
         sizes = {"block_out_channels": (32, 64), "cross_attention_dim": 32, "norm_num_groups": 8, "layers_per_block": 1}
         self.unet = MotionTransferUNet(**sizes).eval()
         generator = torch.Generator().manual_seed(0)
-        _draw(self.unet, generator)
+        draw_weights(self.unet, generator)
         self.unet.to(device, dtype)
 
         def make(*shape: int) -> Tensor:

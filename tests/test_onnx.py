@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.pipeline import load_pipeline
 from emt_engines.build import build_engine, open_engine

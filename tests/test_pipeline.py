@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, NonFiniteError, load_pipeline
 

@@ -12,7 +12,7 @@ import torch
 from program import FRAMES, clip, console, emt, environment, journal, model, transfer
 from test_backend import Recorder
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
 from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, load_pipeline

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from program import FRAMES, SIDE, Ended, Run, clip, emt, environment, journal, model
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.evaluate.tracks import track
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline

@@ -22,7 +22,7 @@ import torch
 from kernel_testing import kernel_test
 from tensorrt_stub import Creation, Expression, Expressions, Setter, stub
 
-from emt.backbones.sd15.import_weights import random_model
+from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.pipeline import load_pipeline
 from emt_engines import plugin, tensorrt

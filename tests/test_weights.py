@@ -27,8 +27,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from emt import EmtError
-from emt.backbones.sd15.import_weights import byte_tokenizer, import_weights, parse_lora, random_model
+from emt.backbones.sd15.import_weights import import_weights, parse_lora
 from emt.backbones.sd15.motion_module import ImageStream
+from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.pipeline import MotionTransferPipeline
 

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from emt.backbones.sd15.unet import MotionTransferUNet, check_keys
+from emt.backbones.sd15.unet import MotionTransferUNet
+from emt.checkpoints import check_keys
 from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError
 from emt.pipeline import MotionTransferPipeline, load_pipeline

@@ -124,7 +124,7 @@ def _found(name: str | None, device: Device) -> Iterator[Model]:
         return
     import torch
 
-    from emt.backbones.sd15.import_weights import random_model
+    from emt.backbones.sd15.random_model import random_model
     from emt_cli.batch.generator import silence_libraries
 
     silence_libraries()

@@ -1,4 +1,4 @@
-"""From the published files to one model folder, and folders with random weights for tests and benchmarks.
+"""From the published files to one model folder.
 
 Every file is read without copying it into memory where its format allows, brought to the published names, checked
 key by key, and copied once into the network in the type that is stored.
@@ -6,27 +6,18 @@ key by key, and copied once into the network in the type that is stored.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
-from diffusers.models.modeling_utils import no_init_weights
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from emt.backbones.sd15.lora import LoraMerge
 from emt.backbones.sd15.stable_diffusion import (
@@ -36,17 +27,17 @@ from emt.backbones.sd15.stable_diffusion import (
     StableDiffusion,
     animatediff_scheduler,
     apply_dreambooth,
-    clip_config,
     read_base,
     text_state,
-    vae_config,
 )
-from emt.backbones.sd15.unet import MotionTransferUNet, check_keys, without_positions
+from emt.backbones.sd15.unet import MotionTransferUNet, without_positions
 from emt.checkpoints import (
+    M,
     Origin,
     Source,
     State,
-    first_line,
+    allocate,
+    check_keys,
     locate,
     naming_file,
     published_motion_name,
@@ -54,15 +45,14 @@ from emt.checkpoints import (
     read_config,
     weights_file,
 )
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
+from emt.model_folder import model_card, new_folder
 from emt.pipeline import MotionTransferPipeline
-from emt.storage import sync, sync_tree
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,7 @@ def import_weights(
         done += 1
 
     inputs = [base, motion_module, dreambooth, adapter, tokenizer, *(path for path, _ in loras)]
-    with _new_folder(output, overwrite, inputs) as partial:
+    with new_folder(output, overwrite, inputs) as partial:
         pipe, origins = _assemble(base, motion_module, dreambooth, adapter, loras, tokenizer, dtype, step)
         step("Hashing the sources")
         sources = tuple(origin.hashed() for origin in origins)
@@ -212,100 +202,6 @@ def parse_lora(value: str) -> tuple[Path, float]:
     if not math.isfinite(number):
         raise EmtError(f"--lora {value}: the scale {scale!r} is not a number", "Write --lora FILE or --lora FILE:0.8.")
     return Path(path), number
-
-
-# ------------------------------------------------------------------------------------------------------- random weights
-
-_PIPELINE_DEFAULTS = ("frames", "height", "width", "steps", "guidance", "reference_timestep")
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "unet": {
-            "block_out_channels": (16, 32),
-            "layers_per_block": 1,
-            "cross_attention_dim": 32,
-            "attention_heads": 2,
-            "motion_attention_heads": 2,
-            "norm_num_groups": 8,
-        },
-        "vae": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
-        "text_encoder": {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
-        "defaults": {"frames": 8, "height": 64, "width": 64, "steps": 4},
-    },
-    "sd15": {
-        "unet": {},
-        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
-        "text_encoder": {
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-            "vocab_size": 49408,
-        },
-        "defaults": {},
-    },
-}
-
-
-def random_model(
-    folder: str | Path, *, size: str = "tiny", dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any
-) -> Path:
-    """Write a model folder with random weights, for tests and benchmarks: the same ones for the same arguments.
-
-    Args:
-        folder: to write; must not exist or be empty.
-        size: "tiny" makes a clip in well under a second on one CPU core; "sd15" has every width of Stable Diffusion
-            1.5 (1.5 billion weights), with a vocabulary of single bytes and a few merges.
-        dtype: of the stored weights.
-        seed: of the weights.
-        **sizes: arguments of `MotionTransferUNet` and defaults of `MotionTransferPipeline` (frames, height, width,
-            steps, guidance, reference_timestep) that differ from the size's.
-
-    Raises:
-        EmtError: if the folder is in use.
-        TypeError: for an unknown argument.
-    """
-    chosen = _SIZES[size]
-    defaults = {k: sizes.pop(k) for k in _PIPELINE_DEFAULTS if k in sizes}
-    unet = _allocate(lambda: MotionTransferUNet(**chosen["unet"] | sizes), dtype)
-    vae_sizes = vae_config(latent_channels=unet.config.in_channels, **chosen["vae"])
-    vae = _allocate(lambda: AutoencoderKL.from_config(vae_sizes), dtype)
-    with _new_folder(Path(folder), overwrite=False) as partial:
-        words = byte_tokenizer(partial / "tokenizer")
-        text = {"vocab_size": len(words), "hidden_size": unet.config.cross_attention_dim} | chosen["text_encoder"]
-        text_encoder = _allocate(lambda: CLIPTextModel(CLIPTextConfig.from_dict(clip_config(**text))), dtype)
-        generator = torch.Generator().manual_seed(seed)
-        for model in (unet, vae, text_encoder):
-            _draw(model, generator)
-        scheduler = animatediff_scheduler("epsilon")
-        pipe = MotionTransferPipeline(vae, text_encoder, words, unet, scheduler, **chosen["defaults"] | defaults)
-        pipe.save_pretrained(partial)
-        card = _card("Random weights", f"Nothing here is trained: size `{size}`, seed {seed}.")
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    return Path(folder)
-
-
-@torch.no_grad()
-def _draw(model: nn.Module, generator: torch.Generator) -> None:
-    """Weights of variance 1/inputs, unit norms, no biases."""
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            p.normal_(generator=generator).div_(math.sqrt(math.prod(p.shape[1:])))
-        else:
-            p.fill_(1.0 if name.endswith("weight") else 0.0)
-        if name.endswith("scaler.spatial_convs.2.bias"):
-            p.fill_(5.0)  # sigmoid(x − 5) around one half: the reference must show in the result
-
-
-def byte_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Write and open a tokenizer of CLIP's kind that knows single bytes and a few merges, and so spells any prompt."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = sorted(ByteLevel.alphabet())
-    merges = ["i n", "n g</w>", "t h", "th e</w>", "e r", "e r</w>", "a n", "an d</w>", "o n</w>", "r e", "s t"]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=77)
 
 
 def _read_tokenizer(
@@ -431,21 +327,11 @@ def _check_together(model: StableDiffusion, text_config: CLIPTextConfig) -> None
 
 def _build(build: Callable[[], M], dtype: torch.dtype, where: str) -> M:
     try:
-        return _allocate(build, dtype)
+        return allocate(build, dtype)
     except (ValueError, TypeError) as error:
         raise EmtError(
             f"{where} describes no model that can be built: {error}", "Give Stable Diffusion 1.5."
         ) from error
-
-
-def _allocate(build: Callable[[], M], dtype: torch.dtype) -> M:
-    """A model with its parameters allocated in `dtype`, not initialised: gigabytes would be drawn to be overwritten."""
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = build()
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
-    return model.eval()
 
 
 @torch.no_grad()
@@ -478,63 +364,6 @@ def _check_finite(what: str, model: nn.Module, dtype: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-@contextmanager
-def _new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> Iterator[Path]:
-    """A folder to write into, which takes the name `output` once it is complete and on disk.
-
-    Raises:
-        EmtError: if `output` exists and may not be replaced, if another process is writing it, or if writing fails.
-    """
-    output = output.resolve()
-    in_use = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    if in_use and not overwrite:
-        raise EmtError(f"{output} exists", "Give another -o FOLDER, or --overwrite to replace it.")
-    if in_use and not (output / "model_index.json").is_file():
-        raise EmtError(f"{output} is not a model folder and is not replaced", "Give another -o FOLDER.")
-    inside = [
-        str(x) for x in inputs if x is not None and Path(x).exists() and output in [p := Path(x).resolve(), *p.parents]
-    ]
-    if in_use and inside:
-        raise EmtError(f"{output} holds what is imported: {', '.join(inside)}", "Give another -o FOLDER.")
-    partial, replaced = (output.with_name(f".{output.name}.{kind}") for kind in ("partial", "replaced"))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        # The lock goes with the process that holds it: what a killed import left can be told from one at work.
-        lock = os.open(partial, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise EmtError(f"{output} is being written by another import", "Wait for it to end.") from error
-            try:
-                _empty(partial)
-                yield partial
-                sync_tree(partial)
-                if in_use:
-                    shutil.rmtree(replaced, ignore_errors=True)
-                    output.rename(replaced)
-                partial.rename(output)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                if replaced.exists() and not output.exists():
-                    replaced.rename(output)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-            sync(output.parent)
-        finally:
-            os.close(lock)
-    except (OSError, SafetensorError) as error:
-        raise EmtError(
-            f"{output} cannot be written: {first_line(error)}", "Check the free space and permissions."
-        ) from error
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
 def _import_card(sources: Sequence[Source], dtype: str) -> str:
     lines = [
         f"Stable Diffusion 1.5 with motion modules and the motion transfer adapter, stored as {dtype} by "
@@ -546,13 +375,4 @@ def _import_card(sources: Sequence[Source], dtype: str) -> str:
     for source in sources:
         lines.append(f"- **{source.kind}** `{source.name}`: {source.note}.")
         lines += [f"  - `{path}` sha256 `{digest}`" for path, digest in source.files]
-    return _card("Motion transfer model", "\n".join(lines))
-
-
-def _card(title: str, text: str) -> str:
-    return (
-        "---\nlibrary_name: diffusers\npipeline_tag: text-to-video\ntags:\n- motion-transfer\n---\n\n"
-        f"# {title}\n\n{text}\n\n"
-        "```python\nfrom emt.pipeline import MotionTransferPipeline\n\n"
-        'pipe = MotionTransferPipeline.from_pretrained("this folder or its hub id")\n```\n'
-    )
+    return model_card("Motion transfer model", "\n".join(lines))

@@ -16,8 +16,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from emt.backbones.sd15.unet import check_keys
-from emt.checkpoints import Origin, State, locate, read_checkpoint, read_config, weights_file
+from emt.checkpoints import Origin, State, check_keys, locate, read_checkpoint, read_config, weights_file
 from emt.errors import EmtError
 
 # What Stable Diffusion 1.5 is, beyond its widths: the files in the original layout carry no configuration.

@@ -32,6 +32,7 @@ from emt.backbones.sd15.motion_module import (
     ResidualStream,
     sinusoidal_positions,
 )
+from emt.checkpoints import check_keys
 from emt.errors import EmtError
 
 
@@ -639,19 +640,3 @@ def without_positions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     "Give a motion module whose position encoding is sinusoidal.",
                 )
     return {name: tensor for name, tensor in state.items() if not name.endswith(".pe")}
-
-
-def check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
-    """Raise an `EmtError` that names every missing, unexpected and mis-shaped key of `part`, if there is one."""
-    problems = [f"missing: {k} {tuple(wanted[k])}" for k in sorted(wanted.keys() - given.keys())]
-    problems += [f"unexpected: {k} {tuple(given[k].shape)}" for k in sorted(given.keys() - wanted.keys())]
-    problems += [
-        f"wrong shape: {k} is {tuple(given[k].shape)}, expected {tuple(wanted[k])}"
-        for k in sorted(wanted.keys() & given.keys())
-        if given[k].shape != wanted[k]
-    ]
-    if problems:
-        raise EmtError(
-            f"the {part} does not fit this network, {len(problems)} keys differ:\n  " + "\n  ".join(problems),
-            "Give weights of the same architecture (SD 1.5 with an AnimateDiff motion module).",
-        )
