@@ -429,7 +429,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if the features are of other blocks than take a reference here, or a strength is not positive.
         """
-        fused = {self.blocks[i].path: self.blocks[i] for i in self._fused()}
+        fused: dict[str, Block] = {self.blocks[i].path: self.blocks[i] for i in self._fused()}
         if fused.keys() != motion.layers.keys():
             raise ValueError(
                 f"the motion was read in {sorted(motion.layers)}, this network takes it in {sorted(fused)}"
