@@ -31,6 +31,22 @@ COMMANDS = {
 }
 
 
+#: A command line of each that works as it stands, or with names of the user's own; shown at the end of its help.
+EXAMPLES = {
+    "transfer": 'emt transfer clips/ --prompt "a red fox in the snow" --prompt "a yellow penguin in the desert" -o out',
+    "plan": "emt plan clips/ --prompts prompts.txt -o out",
+    "evaluate": "emt evaluate out --output out/metrics.jsonl",
+    "report": "emt report out",
+    "make-pairs": "emt make-pairs pairs --motions 1000",
+    "train": "emt train --model models/rv --pairs pairs -o run --batch-size 4 --gradient-checkpointing",
+    "build-engine": "emt build-engine --model models/rv --size 512x512,768x512 --batch 1..4",
+    "bench": "emt bench --model models/rv --size 512x512",
+    "rerun": "emt rerun out/clip_1f0c9a2e/a-fox-in-the-snow-0.mp4",
+    "doctor": "emt doctor --model models/rv",
+    "import-weights": "emt import-weights --base sd15/ --motion-module v3_sd15_mm.ckpt --adapter emt.ckpt -o models/rv",
+}
+
+
 class LazyGroup(TyperGroup):
     """Commands that are imported when they are run: `emt --help` answers before a large option table is built."""
 
@@ -49,7 +65,7 @@ class LazyGroup(TyperGroup):
         single = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
         # A terminal has its own width: only paragraphs are kept of the lines that a docstring has.
         told = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        single.command(cmd_name, help=told, context_settings=_HELP)(function)
+        single.command(cmd_name, help=told, epilog=f"Example: {EXAMPLES[cmd_name]}", context_settings=_HELP)(function)
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from emt_cli.app import COMMANDS
+from emt_cli.app import COMMANDS, EXAMPLES, app
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
@@ -75,7 +77,17 @@ def test_every_command_has_help_without_torch(command):
     done = subprocess.run([sys.executable, "-X", "importtime", EMT, command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert command in done.stdout
+    assert f"emt {command} " in done.stdout, "the usage and an example name the command"
     assert "| torch" not in done.stderr
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_the_example_of_every_command_is_read_by_its_parser(command):
+    """Options that an example names exist and take such values; nothing is run."""
+    main = typer.main.get_command(app)
+    with main.make_context("emt", shlex.split(EXAMPLES[command])[1:2]) as root:
+        parser = main.get_command(root, command)
+        assert parser.make_context(command, shlex.split(EXAMPLES[command])[2:], parent=root)
 
 
 @pytest.mark.parametrize("arguments", [["no-such-command"], ["--no-such-option"], ["transfer", "--no-such-option"]])

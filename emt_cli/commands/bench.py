@@ -48,29 +48,37 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model folder or hub id. Default: random weights of Stable Diffusion 1.5 size on a GPU; demo, the "
-            "small model, elsewhere.",
+            help="Model to time: model folder or hub id. Default: random weights of Stable Diffusion 1.5 size on a "
+            "GPU; elsewhere demo, the small model.",
             show_default=False,
         ),
     ] = None,
     engine: Annotated[
-        Path | None, typer.Option(help="Engine of the model, to be timed, too.", metavar="DIR", show_default=False)
+        Path | None,
+        typer.Option(help="Engine folder of the model, timed beside PyTorch.", metavar="DIR", show_default=False),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Width and height in pixels; default: the model's.", metavar="WxH", show_default=False),
+        typer.Option(
+            help="Clip size in pixels, such as 768x512, width first. Default: the model's.",
+            metavar="WxH",
+            show_default=False,
+        ),
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(help="Frames; default: the model's.", min=2, max=32, show_default=False)
+        int | None, typer.Option(help="Number of frames. Default: the model's.", min=2, max=32, show_default=False)
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; default: the model's.", min=1, max=500, show_default=False)
+        int | None,
+        typer.Option(help="Number of denoising steps. Default: the model's.", min=1, max=500, show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device to time: auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")
+    ] = "auto",
     precision: Annotated[
-        Precision, typer.Option(help="As in `emt transfer`; plain PyTorch beside fp8 is fp16.")
+        Precision, typer.Option(help="Precision, as in emt transfer; plain PyTorch is timed in fp16 beside fp8.")
     ] = Precision.AUTO,
-    json: Annotated[bool, typer.Option("--json", help="One JSON line a row on standard output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON line a row on standard output.")] = False,
 ) -> None:
     """Time the parts of a clip: plain PyTorch, what `emt transfer` uses here, and an engine if one is named.
 

@@ -32,39 +32,50 @@ def build_engine(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model folder or hub id. Default: demo, the small model.", show_default=False, metavar="FOLDER|HUB_ID"
+            help="Model to compile: model folder or hub id. Default: demo, the small model.",
+            show_default=False,
+            metavar="FOLDER|HUB_ID",
         ),
     ] = None,
-    backend: Annotated[EngineBackend, typer.Option(help="What compiles it.")] = EngineBackend.INDUCTOR,
+    backend: Annotated[EngineBackend, typer.Option(help="Compiler of the engine.")] = EngineBackend.INDUCTOR,
     size: Annotated[
         str | None,
         typer.Option(
-            help="Sizes of clips, as in 512x512,768x512, width first; tensorrt also takes a range MIN..MAX. "
-            "Default: the model's.",
+            help="Clip sizes in pixels, width first, such as 512x512,768x512; tensorrt also takes a range MIN..MAX. "
+            "Default: the model's size.",
             metavar="WxH[,WxH…]",
             show_default=False,
         ),
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(help="Frames of a clip; default: the model's.", min=2, max=32, show_default=False)
+        int | None,
+        typer.Option(help="Number of frames of a clip. Default: the model's.", min=2, max=32, show_default=False),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Clips at once, N or MIN..MAX.", metavar="N|MIN..MAX")] = "1..4",
-    precision: Annotated[Precision, typer.Option(help="auto is fp16 on a GPU and fp32 on a CPU.")] = Precision.AUTO,
+    batch: Annotated[
+        str, typer.Option(help="Number of clips denoised together: N or MIN..MAX.", metavar="N|MIN..MAX")
+    ] = "1..4",
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of the engine; auto is fp16 on a GPU and fp32 on a CPU.")
+    ] = Precision.AUTO,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="LoRA merged into the weights; may be repeated.", metavar="FILE[:SCALE]", show_default=False),
+        typer.Option(
+            help="LoRA to merge into the weights; may be repeated.", metavar="FILE[:SCALE]", show_default=False
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu.", metavar="DEVICE")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device to build for: auto, cuda, cuda:N or cpu.", metavar="DEVICE")
+    ] = "auto",
     plugin: Annotated[
         bool,
-        typer.Option("--plugin/--no-plugin", help="tensorrt: compute temporal integration with emt's kernel."),
+        typer.Option("--plugin/--no-plugin", help="tensorrt: run the temporal integration in emt's own kernel."),
     ] = True,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Folder of the engine. Default: one in the cache, which `emt transfer` looks into.",
+            help="Engine folder to write. Default: one in the cache, where emt transfer finds it.",
             show_default=False,
         ),
     ] = None,

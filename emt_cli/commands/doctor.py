@@ -35,13 +35,22 @@ class Finding:
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub id. Default: demo, the small model.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Model to look at: model folder or hub id. Default: demo, the small model.", show_default=False
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("out"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder whose disk is checked for space.")] = Path(
+        "out"
+    ),
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder that keeps encoded references.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Cache folder of encoded references and engines. Default: emt in the user's cache folder.",
+            show_default=False,
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON line a finding.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON line a finding.")] = False,
 ) -> None:
     """Look at GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.
 

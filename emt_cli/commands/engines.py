@@ -24,13 +24,13 @@ engines = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Json = Annotated[bool, typer.Option("--json", help="JSON Lines on standard output.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON Lines on standard output.")]
 _Cache = Annotated[
     Path | None,
-    typer.Option(help="Cache folder, whose `engines` is looked into. Default: emt in the user's cache folder."),
+    typer.Option(help="Cache folder that holds the engines. Default: emt in the user's cache folder."),
 ]
 _Names = Annotated[
-    list[str] | None, typer.Argument(help="Folders, or names in the cache. Default: all.", show_default=False)
+    list[str] | None, typer.Argument(help="Engine folders, or names in the cache. Default: all.", show_default=False)
 ]
 
 
@@ -71,7 +71,7 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
 
 @engines.command()
 def show(
-    engine: Annotated[str, typer.Argument(help="Folder, or name in the cache.")],
+    engine: Annotated[str, typer.Argument(help="Engine folder, or its name in the cache.")],
     cache_dir: _Cache = None,
     json: _Json = False,
 ) -> None:

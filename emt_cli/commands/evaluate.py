@@ -53,32 +53,35 @@ def evaluate(
     pair: Annotated[
         list[str] | None,
         typer.Option(
-            help="A reference and its result, as REFERENCE=RESULT or REFERENCE=RESULT=PROMPT; may be repeated.",
+            help="Evaluate one pair, given as REFERENCE=RESULT or REFERENCE=RESULT=PROMPT; may be repeated.",
             show_default=False,
         ),
     ] = None,
     text_model: Annotated[
         str,
         typer.Option(
-            help="What measures text alignment: folder or hub id of an image-text model (CLIP, SigLIP), judge (the "
-            "demo model's own), a judge's .safetensors file, none, or auto: judge for the demo model's clips, if it "
-            "knows all prompts."
+            help="Model that measures text alignment: folder or hub id of an image-text model (CLIP, SigLIP); judge, "
+            "the demo model's own; a judge's .safetensors file; none; or auto: judge for clips of the demo model whose "
+            "prompts it knows."
         ),
     ] = "auto",
-    tracks: Annotated[Tracks, typer.Option(help="How points are tracked for motion fidelity.")] = Tracks.OPENCV,
-    cotracker_checkpoint: Annotated[Path | None, typer.Option(help="CoTracker's weights.", show_default=False)] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Frames to compare. [default: all of the result's]", min=2, max=512)
+    tracks: Annotated[Tracks, typer.Option(help="Point tracker for motion fidelity.")] = Tracks.OPENCV,
+    cotracker_checkpoint: Annotated[
+        Path | None, typer.Option(help="File of CoTracker's weights.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the text model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    frames: Annotated[
+        int | None, typer.Option(help="Number of frames to compare. [default: all of the result's]", min=2, max=512)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device of the text model: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the JSON Lines to this file.", show_default=False)
     ] = None,
     plots: Annotated[
-        Path | None, typer.Option(help="Folder for plots of the measures and camera curves.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder to write plots of the measures and camera curves into.", show_default=False),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Threads that read and track clips.", min=1, max=256)] = 4,
+    workers: Annotated[int, typer.Option(help="Number of threads that read and track clips.", min=1, max=256)] = 4,
 ) -> None:
     """Measure motion fidelity, camera motion, temporal consistency, text alignment and leakage of results.
 

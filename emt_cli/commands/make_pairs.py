@@ -39,49 +39,66 @@ def make_pairs(
     context: typer.Context,
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Folder to write; goes on with one not complete.", show_default=False),
+        typer.Argument(metavar="OUT", help="Output folder; an incomplete one is continued.", show_default=False),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The same.", show_default=False)
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="Output folder (same as OUT).", show_default=False)
     ] = None,
     motions: Annotated[
-        int | None, _rendered("Motions, with those that are there.", min=1, max=1_000_000, show_default=False)
+        int | None,
+        _rendered(
+            "Render pairs: total number of motions in OUT, existing ones included.",
+            min=1,
+            max=1_000_000,
+            show_default=False,
+        ),
     ] = None,
-    appearances: Annotated[int, _rendered("Clips of each motion.", min=2, max=16)] = 2,
+    appearances: Annotated[
+        int, _rendered("Clips rendered of each motion, each with other content.", min=2, max=16)
+    ] = 2,
     realism: Annotated[
-        float, _rendered("Share of motions whose reference looks like real footage.", min=0, max=1)
+        float, _rendered("Share of motions whose reference is rendered to look like real footage.", min=0, max=1)
     ] = 0.3,
     two_subjects: Annotated[float, _rendered("Share of motions with two subjects.", min=0, max=1)] = 0.2,
     camera: Annotated[float, _rendered("Share of motions with a moving camera.", min=0, max=1)] = 0.5,
-    seed: Annotated[int, _rendered("Of everything that is drawn.", min=0, max=2**63 - 1)] = 0,
-    fps: Annotated[float, _rendered("Frames a second of the clips.", min=1, max=120)] = 8.0,
+    seed: Annotated[int, _rendered("Random seed of the motions and their content.", min=0, max=2**63 - 1)] = 0,
+    fps: Annotated[float, _rendered("Frames per second of the clips.", min=1, max=120)] = 8.0,
     from_references: Annotated[
         list[str] | None,
-        _taught("A clip, a folder of clips, or a glob in quotes; may be repeated.", metavar="CLIPS"),
+        _taught(
+            "Make pairs of these: a clip, a folder of clips, or a glob in quotes; may be repeated.", metavar="CLIPS"
+        ),
     ] = None,
     prompts: Annotated[
-        list[Path] | None, _taught("What the new clips show: a line each, as for emt transfer.", metavar="FILE")
+        list[Path] | None,
+        _taught("File of prompts, one a line: content of the new clips, as for emt transfer.", metavar="FILE"),
     ] = None,
-    seeds: Annotated[str, _taught("Seeds for each reference and prompt, as in 0,7,10-15.")] = "0",
+    seeds: Annotated[str, _taught("Seeds for each reference and prompt, such as 0,7,10-15.")] = "0",
     model: Annotated[
         str | None,
-        _taught("Folder or hub id of the base that teaches. Default: demo, the small model.", show_default=False),
+        _taught(
+            "Model that acts as teacher: model folder or hub id. Default: demo, the small model.", show_default=False
+        ),
     ] = None,
-    steps: Annotated[int | None, _taught("Denoising steps. Default: the model's.", min=1, max=500)] = None,
+    steps: Annotated[int | None, _taught("Number of denoising steps. Default: the model's.", min=1, max=500)] = None,
     guidance: Annotated[
-        float | None, _taught("Guidance by the prompt, 1 for none. Default: the model's.", min=1, max=50)
+        float | None, _taught("Classifier-free guidance scale, 1 for none. Default: the model's.", min=1, max=50)
     ] = None,
     motion_guidance: Annotated[
-        float, _taught("Weight of guidance by the motion; 2000 is published, 0 is none.", min=0, max=1e9)
+        float, _taught("Weight of the motion guidance; 2000 is the published value, 0 disables it.", min=0, max=1e9)
     ] = 2000.0,
     min_fidelity: Annotated[
         float, _taught("Drop clips whose motion fidelity to the reference is lower.", min=-1, max=1)
     ] = 0.8,
     min_consistency: Annotated[float, _taught("Drop clips whose temporal consistency is lower.", min=0, max=1)] = 0.7,
-    no_filter: Annotated[bool, _taught("Measure clips, but keep all.", "--no-filter")] = False,
-    precision: Annotated[Precision, _taught("auto is fp16 on a GPU and fp32 on a CPU.")] = Precision.AUTO,
-    batch_size: Annotated[str, _taught("Clips made together, 1 to 64 or auto.", metavar="N|auto")] = "auto",
-    device: Annotated[str, typer.Option(help="Where clips are made: auto, cuda, cuda:N, mps or cpu.")] = "auto",
+    no_filter: Annotated[bool, _taught("Keep all clips; measure them without dropping any.", "--no-filter")] = False,
+    precision: Annotated[
+        Precision, _taught("Precision of the network; auto is fp16 on a GPU and fp32 on a CPU.")
+    ] = Precision.AUTO,
+    batch_size: Annotated[
+        str, _taught("Number of clips denoised together, 1 to 64, or auto.", metavar="N|auto")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Device to compute on: auto, cuda, cuda:N, mps or cpu.")] = "auto",
 ) -> None:
     """Make pairs of clips for `emt train`: the same motion, played with different content.
 
@@ -89,7 +106,7 @@ def make_pairs(
 
     With --from-references they are made from real clips, as the paper's were: a teacher that needs no training plays
     each reference's motion with every prompt, by motion guidance on the model's own temporal attention; clips that
-    follow it badly or flicker are dropped. OUT/pairs.jsonl tells what was kept and dropped, and why.
+    follow it badly or flicker are dropped. OUT/pairs.jsonl records what was kept and dropped, and why.
 
     Writes a folder for each motion, with clips and a metadata.jsonl; prints OUT on stdout if there are pairs. Captions
     never name the motion. An interrupted run goes on when it is started again.

@@ -18,28 +18,32 @@ def rerun(
     result: Annotated[Path, typer.Argument(help="A clip that emt made, or the .json beside it.", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The new clip. Default: RESULT-rerun beside it.", show_default=False),
+        typer.Option(
+            "--output", "-o", help="File of the new clip. Default: RESULT-rerun beside RESULT.", show_default=False
+        ),
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Where the reference is now, if it has moved.", show_default=False)
+        Path | None, typer.Option(help="Path of the reference, if it has moved.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is now, if it has moved.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, if it has moved.", show_default=False)] = None,
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Engine folder, or torch. Default: the one that made the clip.",
+            help="Engine folder, or torch. Default: the engine that made the clip.",
             metavar="DIR|torch",
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device to compute on: auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")
+    ] = "auto",
     kernels: Annotated[
         Kernels | None,
-        typer.Option(help="auto, triton or reference. Default: those that made the clip, if they run here."),
+        typer.Option(
+            help="Kernels to run: auto, triton or reference. Default: those that made the clip, if they run here."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
 ) -> None:
     """Make a result again from the settings it carries: on the same kind of device, the very same frames.
 

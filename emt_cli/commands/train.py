@@ -30,49 +30,67 @@ class TrainPrecision(str, Enum):
 def train(
     pairs: Annotated[
         Path,
-        typer.Option(metavar="FOLDER", help="A folder a motion, with clips named <caption>.mp4 (`emt make-pairs`)."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of pairs: a folder for each motion, with clips named <caption>.mp4 (see emt make-pairs).",
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Output folder of the run.")],
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="Model to train: a folder, a hub id, or demo.", show_default=False),
+        typer.Option(
+            metavar="FOLDER|HUB_ID", help="Model to train: a model folder, a hub id, or demo.", show_default=False
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the optimizer.", min=1, rich_help_panel=_RUN)] = 50_000,
+    steps: Annotated[int, typer.Option(help="Number of optimizer steps.", min=1, rich_help_panel=_RUN)] = 50_000,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="latest|FOLDER",
-            help="Checkpoint to go on from; latest: that of RUN, or the start if it has none.",
+            help="Continue from a checkpoint folder; latest: the newest of RUN, or the beginning if it has none.",
             rich_help_panel=_RUN,
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of the order of the pairs and of all noise.", min=0, rich_help_panel=_RUN)
-    ] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=_RUN)] = 1000,
-    keep: Annotated[int, typer.Option(help="Checkpoints that stay.", min=1, rich_help_panel=_RUN)] = 3,
+    seed: Annotated[int, typer.Option(help="Random seed (data order and noise).", min=0, rich_help_panel=_RUN)] = 0,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Save a checkpoint every N steps.", min=1, rich_help_panel=_RUN)
+    ] = 1000,
+    keep: Annotated[int, typer.Option(help="Number of latest checkpoints to keep.", min=1, rich_help_panel=_RUN)] = 3,
     sample_every: Annotated[
-        int, typer.Option(help="Steps between sample sheets; 0 for none.", min=0, rich_help_panel=_RUN)
+        int,
+        typer.Option(help="Write a sheet of sample clips every N steps; 0 writes none.", min=0, rich_help_panel=_RUN),
     ] = 1000,
     workers: Annotated[
-        int, typer.Option(help="Processes that decode clips, for each GPU.", min=0, max=64, rich_help_panel=_RUN)
+        int,
+        typer.Option(help="Number of processes that decode clips, for each GPU.", min=0, max=64, rich_help_panel=_RUN),
     ] = 4,
     batch_size: Annotated[
-        int, typer.Option(help="Pairs at once, on each GPU.", min=1, max=1024, rich_help_panel=_STEP)
+        int, typer.Option(help="Pairs per batch, on each GPU.", min=1, max=1024, rich_help_panel=_STEP)
     ] = 1,
-    accumulate: Annotated[int, typer.Option(help="Batches of a step.", min=1, rich_help_panel=_STEP)] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.", min=0, rich_help_panel=_STEP)] = 1e-4,
+    accumulate: Annotated[int, typer.Option(help="Gradient-accumulation steps.", min=1, rich_help_panel=_STEP)] = 1,
+    learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.", min=0, rich_help_panel=_STEP)] = 1e-4,
     drop_text: Annotated[
-        float, typer.Option(help="Share of captions that are dropped.", min=0, max=1, rich_help_panel=_STEP)
+        float, typer.Option(help="Share of captions replaced by the empty prompt.", min=0, max=1, rich_help_panel=_STEP)
     ] = 0.1,
     ema: Annotated[
-        float, typer.Option(help="Decay of the averaged weights.", min=0, max=1, rich_help_panel=_STEP)
+        float,
+        typer.Option(
+            help="Decay of the exponential moving average of the weights.", min=0, max=1, rich_help_panel=_STEP
+        ),
     ] = 0.9999,
     precision: Annotated[
-        TrainPrecision, typer.Option(help="bf16 is autocast; trained weights stay in fp32.", rich_help_panel=_STEP)
+        TrainPrecision,
+        typer.Option(
+            help="Precision of the forward pass; bf16 is autocast, trained weights stay in fp32.", rich_help_panel=_STEP
+        ),
     ] = TrainPrecision.FP32,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_STEP)
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Recompute activations in the backward pass: less memory, more time.",
+            rich_help_panel=_STEP,
+        ),
     ] = False,
 ) -> None:
     """Train the motion transfer adapter of a model on pairs of clips with the same motion.
