@@ -1,18 +1,178 @@
-"""Writing of model folders: they appear under their names whole or not at all."""
+"""Model folders from outside: where one is, what is missing, its defaults, its hash, its vocabulary and its size.
+
+They are written here as well: under their names they appear whole or not at all. Nothing here imports torch, so that
+a plan over thousands of jobs is there at once.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
+from emt import demo
+from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
 from emt.storage import sync, sync_tree
+from emt.vocabulary import Vocabulary
+
+_IMPORT = "Make one with `emt import-weights --base … --motion-module … --adapter … -o FOLDER`."
+_HOW_TO_GET = f"Leave --model out for the small model, or name a model folder with `--model FOLDER`. {_IMPORT}"
+_CONTENT = (".safetensors", ".json", ".txt", ".model")
+
+#: Settings that a model may set for itself in `model_index.json`, and the published ones.
+DEFAULTS: Mapping[str, Any] = {"frames": 16, "height": 512, "width": 512, "steps": 25, "guidance": 6.0}
+_LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder.
+
+    Attributes:
+        name: What the user called it.
+        folder: Where it is.
+        defaults: Values of `DEFAULTS`: its own as its `model_index.json` has them, unchecked, else the published ones.
+    """
+
+    name: str
+    folder: Path
+    defaults: Mapping[str, Any]
+
+    def sha256(self, index: ContentIndex) -> str:
+        """Hash over the names and contents of its weights, configurations and vocabulary."""
+        files = sorted(path for path in self.folder.rglob("*") if path.suffix in _CONTENT and path.is_file())
+        listing = [(path.relative_to(self.folder).as_posix(), index.sha256(path)) for path in files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """Number of parameters of each part, from the headers of the weight files."""
+        return {
+            folder.name: sum(_parameters(file) for file in folder.glob("*.safetensors"))
+            for folder in self.folder.iterdir()
+            if folder.is_dir()
+        }
+
+    @cached_property
+    def unet(self) -> dict[str, Any]:
+        """The configuration of the network."""
+        return _read_json(self.folder / "unet" / "config.json")
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words that it knows; None if it reads any."""
+        return Vocabulary.read(self.folder)
+
+    def introduction(self) -> str:
+        """One line for a user who has not chosen the model: the clips that it makes and the words that it knows."""
+        frames, width, height = (self.defaults[name] for name in ("frames", "width", "height"))
+        known = f" that show {self.vocabulary.count()} (emt doctor lists them)" if self.vocabulary else ""
+        return (
+            f"model: {self.name}, a small one: clips of {frames} frames of {width}x{height}{known}. "
+            "For all else give --model one of Stable Diffusion 1.5: see emt import-weights --help"
+        )
+
+    def check(self, prompt: str, settings: Mapping[str, Any]) -> None:
+        """Raise EmtError unless the model can make a clip of a prompt.
+
+        Args:
+            prompt: The prompt.
+            settings: Of the clip, as plain values: negative_prompt, frames, steps and scheduler are read.
+        """
+        if self.vocabulary is not None:
+            for text in (prompt, settings["negative_prompt"]):
+                self.vocabulary.check(text)
+        frames, steps, most = settings["frames"], settings["steps"], self.unet.get("motion_max_frames", 32)
+        if frames > most:
+            raise EmtError(f"frames is {frames}", f"The model {self.name} makes clips of 2 to {most} frames.")
+        if settings["scheduler"] == "lcm" and steps > _LCM_STEPS:
+            raise EmtError(f"steps is {steps}", f"The scheduler lcm takes at most {_LCM_STEPS}; 4 to 8 are usual.")
+
+
+def find_model(name: str | None, *, download: bool) -> Model:
+    """The model of `--model`: a folder, a hub id, or `demo`, the small one.
+
+    Args:
+        name: What the user gave; None is `demo`. A folder of that name is `./demo`.
+        download: Fetch a hub model that is not on this machine yet.
+
+    Raises:
+        EmtError: there is no such model, or files of it are missing.
+    """
+    name = name or demo.NAME
+    folder = demo.path() if name == demo.NAME else _locate(name, download)
+    listed = _read_json(folder / "model_index.json")
+    missing = []
+    for part, kind in listed.items():
+        if not isinstance(kind, list) or not all(kind):
+            continue
+        weights = part in ("unet", "vae", "text_encoder")
+        if not (folder / part).is_dir() or (weights and not any((folder / part).glob("*.safetensors"))):
+            missing.append(f"{part}/*.safetensors" if weights else f"{part}/")
+    if missing or "unet" not in listed:
+        raise EmtError(f"the model {name} lacks {', '.join(missing) or 'a unet'} (in {folder})", _HOW_TO_GET)
+    return Model(name, folder, {name: listed.get(name, value) for name, value in DEFAULTS.items()})
+
+
+def _locate(name: str, download: bool) -> Path:
+    folder = Path(name)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists():
+        raise EmtError(f"{name} is not a model folder: it has no model_index.json", _HOW_TO_GET)
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
+        raise EmtError(f"there is no model folder {name}", _HOW_TO_GET)
+    import huggingface_hub
+
+    try:
+        patterns = [f"*{suffix}" for suffix in _CONTENT]
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=not download, allow_patterns=patterns))
+    except Exception as error:  # network, authentication and cache errors have no common base
+        reason = str(error).splitlines()[0] if download else "it is not on this machine yet"
+        raise EmtError(f"there is no folder {name}, and no such model from the hub: {reason}", _HOW_TO_GET) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise EmtError(f"cannot read {path}: {error.strerror}", _HOW_TO_GET) from None
+    except ValueError:
+        raise EmtError(f"{path} is not JSON", _HOW_TO_GET) from None
+    if not isinstance(value, dict):
+        raise EmtError(f"{path} is not a JSON object", _HOW_TO_GET)
+    return value
+
+
+def _parameters(path: Path) -> int:
+    """Parameters in a safetensors file, from its header."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        total = 0
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                total += (end - begin) // {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(tensor["dtype"], 8)
+        return total
+    except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError, OverflowError):
+        raise EmtError(f"{path} is damaged", _HOW_TO_GET) from None
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
+from emt.model_folder import Model
 from emt_cli.batch.options import Settings
-from emt_cli.model import Model
 from emt_engines.manifest import FILE, Manifest, Request, Size, Weights, weights_of
 
 if TYPE_CHECKING:

@@ -12,13 +12,14 @@ import torch
 from program import EMT, clip, environment, journal, model
 
 from emt.cache import ContentIndex, MotionCache
+from emt.model_folder import find_model
 from emt.pipeline import NonFiniteError
+from emt_cli.batch.estimates import memory, size_that_fits
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.jobs import Job, expand
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import Settings, TransferOptions
 from emt_cli.executors.local import Runner
-from emt_cli.model import find_model
 from emt_cli.terminal import Watcher
 
 
@@ -94,12 +95,12 @@ def test_any_other_failure_is_one_line(run, batch_size):
 def test_a_size_that_should_fit_is_smaller_by_the_memory_that_is_there():
     found = find_model(str(model()), download=False)
     large = Settings(frames=16, height=512, width=1024)
-    needed = found.memory(large, half=True)
-    width, height = (int(word) for word in found.size_that_fits(large, needed / 4, half=True).split()[1::2])
+    needed = memory(found, large, half=True)
+    width, height = (int(word) for word in size_that_fits(found, large, needed / 4, half=True).split()[1::2])
     assert width % 8 == height % 8 == 0
     assert 1.8 < width / height < 2.2
     smaller = Settings(frames=16, height=height, width=width)
-    assert needed / 16 < found.memory(smaller, half=True) < needed / 4
+    assert needed / 16 < memory(found, smaller, half=True) < needed / 4
 
 
 def test_a_full_disk_fails_the_jobs_it_has_no_room_for(tmp_path):

@@ -29,11 +29,11 @@ from emt.backends.torch import Backend, TorchBackend
 from emt.cache import ContentIndex
 from emt.device import Device
 from emt.errors import EmtError
+from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt_cli.batch.options import Settings
 from emt_cli.commands.build_engine import insistent_interrupts
 from emt_cli.engine_choice import EngineChoice
-from emt_cli.model import find_model
 from emt_engines.build import build_engine, builder, open_engine
 from emt_engines.compiling import Phases, remembered_writes
 from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from emt import __version__
 from emt.device import Device, is_out_of_memory
 from emt.errors import EmtError
+from emt.model_folder import Model
+from emt_cli.batch.estimates import size_that_fits
 from emt_cli.batch.jobs import ARITHMETIC, Job, digest
 from emt_cli.engine_choice import TORCH, Engine, EngineChoice
-from emt_cli.model import Model
 from emt_cli.text import size
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Generator:
         Raises:
             EmtError: it cannot.
         """
-        self.model.check(job.settings, job.prompt)
+        self.model.check(job.prompt, job.settings.as_dict())
         if self._engines:
             self._engines.check(job.settings)
 
@@ -326,5 +327,5 @@ class Generator:
         half = self.device.precision != "fp32"
         return EmtError(
             f"out of memory: a clip of {shape} needs more than the {size(available)} of {self.device.name}",
-            f"This should fit: {self.model.size_that_fits(settings, available, half)}",
+            f"This should fit: {size_that_fits(self.model, settings, available, half)}",
         )

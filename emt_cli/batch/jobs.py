@@ -32,6 +32,7 @@ from emt_cli.batch.options import (
     Preset,
     Settings,
     TransferOptions,
+    parse_defaults,
     parse_field,
     parse_seeds,
 )
@@ -194,7 +195,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
         raise typer.BadParameter("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
     references = _find([argument for argument in arguments if argument != "-"], options.recursive, options.out)
-    base = _Base(defaults, options.settings)
+    base = _Base(parse_defaults(defaults), options.settings)
     seeds = parse_seeds(options.seeds)
 
     pairs: Iterable[tuple[Path | Rejected | None, _Row | Rejected | None]]

@@ -90,7 +90,7 @@ def _clip(help: str, **limits: Any) -> Any:
 class Settings:
     """What decides the frames of one clip, besides its reference, prompt and seed.
 
-    The defaults are the published ones; a model's own `model_index.json` overrides the first five.
+    The defaults are the published ones; a model's own override the first five (`emt.model_folder.DEFAULTS`).
     """
 
     frames: Annotated[int, _clip("Frames; default: the model's.", min=2, max=32)] = 16
@@ -144,8 +144,6 @@ class Settings:
         return {name: value.value if isinstance(value, Enum) else value for name, value in values}
 
 
-#: Settings that a model may set for itself in `model_index.json`.
-MODEL_DEFAULTS = ("frames", "height", "width", "steps", "guidance")
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 4_000  # characters; a text encoder reads fewer than a hundred words
 MAX_SEEDS = 1_000_000
@@ -373,6 +371,20 @@ def parse_field(name: str, value: Any) -> Any:
             f"It must be a multiple of 8, such as {number // 8 * 8 or 8} or {number // 8 * 8 + 8}.",
         )
     return number
+
+
+def parse_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a model folder sets (`emt.model_folder.Model.defaults`), checked.
+
+    Raises:
+        EmtError: one of them is not allowed.
+    """
+    try:
+        return {name: parse_field(name, value) for name, value in defaults.items()}
+    except EmtError as error:
+        raise EmtError(
+            f"the model's defaults: {error.problem}", f"{error.hint} They are in its model_index.json."
+        ) from None
 
 
 def _number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> Any:

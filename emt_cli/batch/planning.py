@@ -16,14 +16,14 @@ import typer
 
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
+from emt.model_folder import Model, find_model
 from emt.storage import check_readable
-from emt_cli.batch import journal
+from emt_cli.batch import estimates, journal
 from emt_cli.batch.best_of import check_tracking
 from emt_cli.batch.inputs import WordWatch
 from emt_cli.batch.jobs import Item, Job, Rejected, expand, identify, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import state_on_disk
-from emt_cli.model import Experience, Model, clip_bytes, find_model, work
 from emt_cli.text import duration, printable, size
 
 _TABLE_ROWS = 60
@@ -111,10 +111,10 @@ def make_plan(options: TransferOptions) -> Plan:
     model_sha256 = model.sha256(index)
     gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
     device = gpu or "cpu"
-    experience = Experience.read(lines, model_sha256, device)
+    past = estimates.PastTimings.read(lines, model_sha256, device)
     source = (
-        f"{experience.jobs} earlier clips on this device"
-        if experience
+        f"{past.jobs} earlier clips on this device"
+        if past
         else "a rough model of the arithmetic, as nothing was made here with this model on this device"
     )
     planned = list(_planned(items, options, model, model_sha256, index, lines))
@@ -124,13 +124,13 @@ def make_plan(options: TransferOptions) -> Plan:
         if line.state == "open" and isinstance(line.item, Job):
             settings = line.item.settings
             pixels = settings.frames * settings.height * settings.width
-            if experience:
-                line.seconds = experience.seconds * work(settings.as_dict())
-                plan.memory = max(plan.memory, experience.memory * pixels)
+            if past:
+                line.seconds = past.seconds * estimates.work(settings.as_dict())
+                plan.memory = max(plan.memory, past.memory * pixels)
             else:
-                line.seconds = model.seconds(settings, bool(gpu))
-                plan.memory = max(plan.memory, model.memory(settings, half=half))
-            plan.disk += clip_bytes(settings, experience) + _CONTAINER_BYTES
+                line.seconds = estimates.seconds(model, settings, bool(gpu))
+                plan.memory = max(plan.memory, estimates.memory(model, settings, half=half))
+            plan.disk += estimates.clip_bytes(settings, past) + _CONTAINER_BYTES
     if gpu and plan.memory > total:
         plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")
     plan.problems += _disk_problems(options.out, plan.disk)
@@ -171,7 +171,7 @@ def _planned(
         identity = identify(item, reference=sha256, model=model_sha256, precision=arithmetic)
         line = PlannedJob(item, "open", output, identity)
         try:
-            model.check(item.settings, item.prompt)
+            model.check(item.prompt, item.settings.as_dict())
             check_tracking(item)
             needed = (item.settings.frames - 1) * (item.settings.stride or 1) + 1
             if frames < needed:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
+from emt.model_folder import Model
 from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.generator import Generator, playback_rate, read_reference
@@ -22,7 +23,6 @@ from emt_cli.batch.jobs import Job, Rejected, digest
 from emt_cli.batch.journal import dumps
 from emt_cli.batch.options import Settings, parse_field
 from emt_cli.batch.results import read_record
-from emt_cli.model import Model
 
 if TYPE_CHECKING:
     import numpy as np

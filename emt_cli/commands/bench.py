@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.batch.options import Precision, Settings, check_device, parse_field
+from emt_cli.batch.options import Precision, Settings, check_device, parse_defaults, parse_field
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from emt.device import Device
+    from emt.model_folder import Model
     from emt.pipeline import MotionTransferPipeline
-    from emt_cli.model import Model
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def bench(
     place = Device.open(device, precision.value)
     rows = []
     with _found(model, place) as found, _status(json) as say:
-        settings = Settings(**{**found.defaults, **given})
-        found.check(settings)
+        settings = Settings(**{**parse_defaults(found.defaults), **given})
+        found.check("", settings.as_dict())
         named = "random weights" if model is None and place.is_gpu else found.name
         for row in _rows(found, place, settings, engine, say):
             rows.append(row)
@@ -125,7 +125,7 @@ def _given(size: str | None, frames: int | None, steps: int | None) -> dict[str,
 @contextmanager
 def _found(name: str | None, device: Device) -> Iterator[Model]:
     """The model, or one of random weights for as long as it is needed."""
-    from emt_cli.model import find_model
+    from emt.model_folder import find_model
 
     if name is not None or not device.is_gpu:
         yield find_model(name, download=True)

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from emt.errors import EmtError
-from emt_cli.batch.options import Precision, check_device
+from emt_cli.batch.options import Precision, check_device, parse_defaults
 
 
 class EngineBackend(str, Enum):
@@ -91,10 +91,10 @@ def build_engine(
 
     from emt.cache import ContentIndex, default_dir
     from emt.device import Device
+    from emt.model_folder import find_model
     from emt_cli.batch.generator import open_pipeline
     from emt_cli.batch.jobs import digest
     from emt_cli.engine_choice import engines_dir, model_weights
-    from emt_cli.model import find_model
     from emt_engines.manifest import Request, Size
 
     try:
@@ -106,7 +106,8 @@ def build_engine(
     except EmtError as error:
         raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
     found = find_model(model, download=True)
-    width, height = found.defaults.get("width", 512), found.defaults.get("height", 512)
+    defaults = parse_defaults(found.defaults)
+    width, height = defaults["width"], defaults["height"]
     place = Device.open(device, precision.value)
 
     from emt.backbones.sd15.import_weights import parse_lora
@@ -119,7 +120,7 @@ def build_engine(
         precision=place.precision,
         device=place.place,
         sizes=sizes or (Size((width, height), (width, height)),),
-        frames=frames or found.defaults.get("frames", 16),
+        frames=frames or defaults["frames"],
         batch=clips,
         weights=model_weights(found, ContentIndex(default_dir()), loras),
         model=str(found.folder.absolute()) if Path(found.name).is_dir() else found.name,

@@ -217,14 +217,14 @@ def _ffmpeg() -> Finding:
 
 
 def _model(name: str | None) -> Finding:
-    from emt_cli.batch.options import Settings
-    from emt_cli.model import find_model
+    from emt.model_folder import find_model
+    from emt_cli.batch.options import Settings, parse_defaults
     from emt_cli.text import size
 
     model = find_model(name, download=False)
     weights = sum(path.stat().st_size for path in model.folder.rglob("*.safetensors"))
     count = sum(model.parameters.values()) / 1e6
-    made = Settings(**model.defaults)
+    made = Settings(**parse_defaults(model.defaults))
     settings = f"{made.frames} frames of {made.width}x{made.height}, {made.steps} steps, guidance {made.guidance:g}"
     known = [f"knows {line}" for line in model.vocabulary.lines()] if model.vocabulary else []
     found = f"{model.name}: {count:.0f} M parameters, {size(weights)}; {settings}"

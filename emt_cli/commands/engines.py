@@ -244,7 +244,7 @@ def _fits_here(engine: Engine) -> str:
 
 
 def _model_gone(engine: Engine) -> str:
-    from emt_cli.model import find_model
+    from emt.model_folder import find_model
 
     try:
         find_model(engine.manifest.model, download=False)
@@ -262,9 +262,9 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
         return {"state": "whole", "reason": f"not compared: {reason}"}
     from emt.cache import ContentIndex, default_dir
     from emt.device import Device
+    from emt.model_folder import find_model
     from emt_cli.batch.generator import open_pipeline
     from emt_cli.engine_choice import EngineChoice
-    from emt_cli.model import find_model
     from emt_engines.build import CannotRun, verified
     from emt_engines.manifest import FILE
 

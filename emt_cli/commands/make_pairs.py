@@ -192,12 +192,12 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
 def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None:
     from emt.cache import ContentIndex, MotionCache, default_dir
     from emt.evaluate.tracks import opencv
+    from emt.model_folder import find_model
     from emt_cli.batch.inputs import WordWatch
     from emt_cli.batch.jobs import expand
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.teaching import TeachingGenerator, check_motions, complete, method, print_summary
     from emt_cli.executors.local import Runner
-    from emt_cli.model import find_model
     from emt_cli.terminal import Watcher
 
     opencv()

@@ -51,12 +51,12 @@ def rerun(
     batch of the same size, since the order of additions, and with it the last bits, depends on it.
     """
     from emt.cache import ContentIndex, default_dir
+    from emt.model_folder import find_model
     from emt_cli.batch.generator import Generator, playback_rate, read_reference
     from emt_cli.batch.jobs import ARITHMETIC, Job
     from emt_cli.batch.results import write_result
     from emt_cli.batch.teaching import TeachingGenerator, read_guidance
     from emt_cli.engine_choice import EngineChoice
-    from emt_cli.model import find_model
 
     record = _find_record(result)
     clip = result.with_suffix("") if result.suffix == ".json" else result

@@ -105,7 +105,7 @@ def train(
 
     # The model's warning about long prompts would come at every step.
     logging.getLogger("emt.pipeline").setLevel(logging.ERROR)
-    from emt_cli.model import find_model
+    from emt.model_folder import find_model
 
     folder = find_model(model, download=True).folder
     stop = _stop_on_signals()

@@ -24,6 +24,7 @@ def transfer(options: TransferOptions) -> None:
     Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed, 2 bad usage, 130 interrupted.
     """
     from emt.cache import ContentIndex, MotionCache, default_dir
+    from emt.model_folder import find_model
     from emt_cli.batch.best_of import check_tracking
     from emt_cli.batch.generator import Generator
     from emt_cli.batch.inputs import WordWatch
@@ -32,7 +33,6 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.batch.planning import show
     from emt_cli.engine_choice import EngineChoice, engines_dir
     from emt_cli.executors.local import Runner
-    from emt_cli.model import find_model
     from emt_cli.terminal import Watcher
 
     if options.dry_run:

@@ -33,11 +33,11 @@ from emt.device import is_out_of_memory
 from emt.errors import EmtError
 from emt.storage import write_atomically
 from emt_cli.batch.best_of import Candidate, Contest, check_tracking
+from emt_cli.batch.estimates import clip_bytes
 from emt_cli.batch.generator import Generator, describe, playback_rate, read_reference
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
 from emt_cli.batch.journal import Journal, dumps
 from emt_cli.batch.results import read_record, sidecar, state_on_disk, write_result
-from emt_cli.model import clip_bytes
 from emt_cli.terminal import Watcher
 
 if TYPE_CHECKING:

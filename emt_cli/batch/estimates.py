@@ -1,0 +1,108 @@
+"""Estimates of what a job takes, before it is run: memory, seconds, bytes on disk; a model, not a measurement.
+
+Nothing here imports torch: a plan over thousands of jobs asks for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from emt.model_folder import Model
+from emt_cli.batch.options import Settings
+
+#: Time of a clip, where the journal has none yet: arithmetic of a denoising step per parameter of the network and
+#: latent position of a batch with guidance (35.3 TFLOP for 1.3 G parameters, 16 frames of 512×512), at the rates
+#: that are reached on one H100 in fp16 and on two CPU cores in fp32.
+_FLOP = 0.204
+_GPU_RATE, _CPU_RATE = 336e12, 17e9
+#: A step of however small a network takes this long, in seconds: its layers are launched one by one.
+_SHORTEST_STEP = 0.02
+#: Memory: the weights, and bytes of activations per pixel of all frames and channel of the first level, in fp16
+#: (11.1 GiB in all for the same clip, 320 channels, 2.8 GiB of weights).
+_ACTIVATION = 6.6
+#: Bytes of a finished clip per pixel of all frames, where the journal has none.
+_CLIP_BYTES = 0.25
+
+
+def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) -> float:
+    """Estimated peak memory in bytes for denoising clips together; a model, not a measurement."""
+    channels = model.unet.get("block_out_channels", [320])[0]
+    pixels = settings.frames * settings.height * settings.width
+    weights = 2 * sum(model.parameters.values())
+    return (1 if half else 2) * (weights + clips * _ACTIVATION * channels * pixels)
+
+
+def seconds(model: Model, settings: Settings, gpu: bool) -> float:
+    """Estimated time of a job; a model, not a measurement."""
+    flop = _FLOP * model.parameters.get("unet", 0) * work(settings.as_dict())
+    return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps * settings.best_of)
+
+
+def size_that_fits(model: Model, settings: Settings, available: float, half: bool) -> str:
+    """Options of a smaller clip that should fit, of one that needs more than is available."""
+    scale = max(1.0, available / memory(model, settings, half=half))  # the model said it would fit: it did not
+    for step in range(15, 0, -1):
+        width, height = (max(8, side * step // 16 // 8 * 8) for side in (settings.width, settings.height))
+        smaller = replace(settings, width=width, height=height)
+        if scale * memory(model, smaller, half=half) < 0.9 * available:
+            return f"--width {width} --height {height}"
+    return f"--frames {max(2, settings.frames // 2)} and the smallest size that serves"
+
+
+def work(settings: Mapping[str, Any]) -> float:
+    """Amount of computation of a job, in units of one pass over a latent position: time is proportional to it.
+
+    Below its highest resolution the network does half of its work.
+    """
+    guided = 0 if settings["guidance"] == 1 else math.ceil(settings.get("guidance_until", 1) * settings["steps"])
+    positions = settings["frames"] * settings["height"] * settings["width"] / 64
+    computed = 0.5 + 0.5 / settings.get("cache_interval", 1)
+    return positions * (settings["steps"] + guided) * computed * settings.get("best_of", 1)
+
+
+@dataclass(frozen=True)
+class PastTimings:
+    """Time, memory and file size of earlier runs with the same model on the same kind of device, from their journal.
+
+    Attributes:
+        device: Name of the device.
+        jobs: How many finished jobs it is drawn from.
+        seconds: A unit of `work`.
+        memory: Bytes at the peak, per pixel of all frames.
+        size: Bytes of a clip, per pixel of all frames.
+    """
+
+    device: str
+    jobs: int
+    seconds: float
+    memory: float
+    size: float
+
+    @classmethod
+    def read(cls, lines: Iterable[dict[str, Any]], model_sha256: str, device: str) -> PastTimings | None:
+        """The timings in a journal's lines; None if there is none with this model on this device."""
+        rows = []
+        for line in lines:
+            if (line.get("state"), line.get("model_sha256"), line.get("device")) != ("done", model_sha256, device):
+                continue
+            # Adopted clips have no timings; lines of other versions may lack others.
+            with suppress(KeyError, TypeError):
+                settings, timings = line["settings"], line["timings"]
+                pixels = settings["frames"] * settings["height"] * settings["width"]
+                seconds = timings["steps"] + timings["vae"]
+                rows.append((seconds / work(settings), line["peak_memory"] / pixels, line["bytes"] / pixels))
+        if not rows:
+            return None
+        seconds, memory, size = (median(values) for values in zip(*rows))
+        return cls(device, len(rows), seconds, memory, size)
+
+
+def clip_bytes(settings: Settings, past: PastTimings | None = None) -> float:
+    """Estimated size of a finished clip."""
+    pixels = settings.frames * settings.height * settings.width
+    return pixels * (past.size if past else _CLIP_BYTES)
