@@ -11,8 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from emt import EmtError, __version__
+from emt_cli.text import printable
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 COMMANDS = {
@@ -112,10 +114,11 @@ def main() -> None:
     try:
         code = app(standalone_mode=True)
     except EmtError as error:
-        print(f"error: {error.problem}", file=sys.stderr)
-        if error.hint:
-            print(error.hint, file=sys.stderr)
-        code = EXIT_FAILED
+        from emt_cli.batch.options import UsageError
+
+        for line in (f"error: {error.problem}\n{error.hint}").rstrip("\n").split("\n"):
+            print(printable(line), file=sys.stderr)
+        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import typer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from emt_cli.batch.options import (
     Scheduler,
     Settings,
     TransferOptions,
+    UsageError,
     parse_batch_size,
     parse_field,
     parse_seeds,
@@ -140,7 +140,7 @@ def test_pair_zips(tmp_path):
     one, two = clip(tmp_path / "1.mp4"), clip(tmp_path / "2.mp4")
     jobs = listed(one, two, prompt=["x", "y"], pair=True)
     assert [(j.reference.name, j.prompt) for j in jobs] == [("1.mp4", "x"), ("2.mp4", "y")]
-    with pytest.raises(typer.BadParameter, match="here are 2 and 1"):
+    with pytest.raises(UsageError, match="here are 2 and 1"):
         listed(one, two, prompt=["x"], pair=True)
 
 
@@ -221,12 +221,12 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
 
 
 def test_nothing_to_do_is_bad_usage(tmp_path):
-    with pytest.raises(typer.BadParameter):
+    with pytest.raises(UsageError):
         listed(prompt=["x"])
-    with pytest.raises(typer.BadParameter, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         listed(tmp_path, prompts=[tmp_path / "missing.txt"])
     (tmp_path / "p.csv").write_text("prompt,colour\na,red\n")
-    with pytest.raises(typer.BadParameter, match="colour"):
+    with pytest.raises(UsageError, match="colour"):
         listed(tmp_path, prompts=[tmp_path / "p.csv"])
 
 

@@ -14,7 +14,7 @@ from emt.device import Device, is_out_of_memory
 from emt.errors import EmtError
 from emt.model_folder import Model
 from emt_cli.batch.estimates import size_that_fits
-from emt_cli.batch.jobs import ARITHMETIC, Job, digest
+from emt_cli.batch.jobs import NUMERICS_VERSION, Job, digest
 from emt_cli.engine_choice import TORCH, Engine, EngineChoice
 from emt_cli.text import size
 
@@ -225,7 +225,7 @@ class Generator:
         engine = self.engine(job)
         device = self.device
         where = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]
-        return digest("motion", ARITHMETIC, reference_sha256, job.view, self.model_sha256, *where)
+        return digest("motion", NUMERICS_VERSION, reference_sha256, job.view, self.model_sha256, *where)
 
     def encode(self, job: Job, source: Clip | Motion) -> Motion:
         """The motion of a job's clip, on the device; a motion that was read from the cache is moved there."""
@@ -308,7 +308,7 @@ class Generator:
             "kernels": self.device.kernels,
             **ran,
             "batch": batch,
-            "arithmetic": ARITHMETIC,
+            "arithmetic": NUMERICS_VERSION,
             "versions": {"emt": __version__, "torch": str(torch.__version__)},
         }
 

@@ -21,24 +21,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import typer
-
 from emt.errors import EmtError
 from emt.presets import preset_values
 from emt_cli.batch.options import (
     JOB_FIELDS,
     SETTING_NAMES,
     Format,
+    Kernels,
+    Memory,
     Preset,
     Settings,
     TransferOptions,
+    UsageError,
     parse_defaults,
     parse_field,
     parse_seeds,
 )
 
 #: Raised when the same inputs and settings would give other frames than before; part of every identity.
-ARITHMETIC = 2
+NUMERICS_VERSION = 2
 MAX_LINE = 1 << 20  # characters of one line of a job file
 
 
@@ -101,7 +102,7 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
         job: The job.
         reference: SHA-256 of the reference's content.
         model: SHA-256 of the model's files.
-        precision: The arithmetic asked for (`TransferOptions.arithmetic`).
+        precision: The `numerics` of the run.
         method: How it is made if not as usual.
     """
     settings = job.settings.as_dict()
@@ -110,7 +111,23 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
         if settings[name] == 1:
             del settings[name]  # clips made before there was a choice are still these jobs'
     values = [reference, job.prompt, job.seed, settings, model, precision, *([method] if method else [])]
-    return digest("job", ARITHMETIC, *values)
+    return digest("job", NUMERICS_VERSION, *values)
+
+
+def numerics(options: TransferOptions, engine: str = "auto") -> str:
+    """Execution options that can change output bits, as one string for a job's identity.
+
+    The precision, and engine, kernels and memory where they are not auto.
+
+    Args:
+        options: The command line.
+        engine: The id of the engine that it names, or auto or torch.
+    """
+    given = [options.precision.value]
+    given += [engine] if engine != "auto" else []
+    given += [f"kernels {options.kernels.value}"] if options.kernels is not Kernels.AUTO else []
+    given += ["memory low"] if options.memory is Memory.LOW else []
+    return " ".join(given)
 
 
 def slug(text: str, limit: int = 80) -> str:
@@ -183,7 +200,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
         arrive on standard input, if it was asked for, line by line as they do.
 
     Raises:
-        typer.BadParameter: the command line makes no sense (no prompts file, unequal `--pair`, nothing to do).
+        UsageError: the command line makes no sense (no prompts file, unequal `--pair`, nothing to do).
     """
     arguments = list(options.references or [])
     prompts = [_checked({"prompt": text}) for text in options.prompt or []]
@@ -192,7 +209,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
     rejected = [row for row in prompts if isinstance(row, Rejected)]
     loose = [row for row in prompts if isinstance(row, _Row) and "reference" not in row.fields]
     if not arguments and not complete:
-        raise typer.BadParameter("no references: name clips, folders or globs, or - for jobs on standard input")
+        raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
     references = _find([argument for argument in arguments if argument != "-"], options.recursive, options.out)
     base = _Base(parse_defaults(defaults), options.settings)
@@ -202,7 +219,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
     if options.pair:
         if len(references) != len(prompts):
             counts = f"here are {len(references)} and {len(prompts)}"
-            raise typer.BadParameter(f"--pair needs as many prompts as references; {counts}")
+            raise UsageError(f"--pair needs as many prompts as references; {counts}")
         pairs = zip(references, prompts)
     else:
         each: Sequence[_Row | None] = loose or ([] if rejected or streamed else [None])
@@ -280,10 +297,10 @@ def _checked(fields: Any, origin: str = "") -> _Row | Rejected:
 def _read_file(path: Path) -> list[_Row | Rejected]:
     try:
         if not path.is_file():
-            raise typer.BadParameter(f"--prompts {str(path)!r}: no such file")
+            raise UsageError(f"--prompts {str(path)!r}: no such file")
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        raise typer.BadParameter(f"--prompts {str(path)!r}: {error.strerror}") from None
+        raise UsageError(f"--prompts {str(path)!r}: {error.strerror}") from None
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         lines = enumerate(text.split("\n"), 1)
         return [_parse_line(line, f"{path.name} line {number}") for number, line in lines if line.strip()]
@@ -305,7 +322,7 @@ def _read_csv(path: Path, text: str) -> list[_Row | Rejected]:
         unknown = [name for name in reader.fieldnames or [] if name not in JOB_FIELDS]
         if unknown or not reader.fieldnames:
             allowed = f"the first line names the columns, of {', '.join(JOB_FIELDS)}"
-            raise typer.BadParameter(f"--prompts {path.name}: unknown columns {unknown}; {allowed}")
+            raise UsageError(f"--prompts {path.name}: unknown columns {unknown}; {allowed}")
         for cells in reader:
             origin = f"{path.name} line {reader.line_num}"
             if None in cells:

@@ -1,23 +1,59 @@
 """Every option of the batch commands, declared once: type, range, unit and help.
 
-The command line, job files and `emt rerun` all read the same declarations: `takes_options` turns them into a
-command's parameters, `parse_field` checks one value of a JSON Lines or CSV job against them.
+The command line, job files and `emt rerun` all read the same declarations: `emt_cli.commands.arguments.takes_options`
+turns them into a command's parameters, `parse_field` checks one value of a JSON Lines or CSV job against them.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import unicodedata
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-import typer
-
 from emt.errors import EmtError
+
+
+class UsageError(EmtError):
+    """The command line makes no sense: exit code 2."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Context manager: values of the command line are checked here, so an `EmtError` is a `UsageError`."""
+    try:
+        yield
+    except EmtError as error:
+        raise UsageError(error.problem, error.hint) from None
+
+
+@dataclass(frozen=True)
+class Field:
+    """Declaration of one option of the command line.
+
+    Attributes:
+        help: Text of `--help`.
+        panel: Heading under which `--help` lists it; empty for none.
+        min: Smallest number allowed.
+        max: Largest number allowed.
+        metavar: Name of its value in `--help`; empty for its type's.
+        short: Its one-letter name, such as `-o`; empty for none.
+        positional: Takes the arguments that no option claims.
+        show_default: `--help` shows the default.
+    """
+
+    help: str
+    panel: str = ""
+    min: float | None = None
+    max: float | None = None
+    metavar: str = ""
+    short: str = ""
+    positional: bool = False
+    show_default: bool = True
 
 
 class Scheduler(str, Enum):
@@ -82,8 +118,8 @@ class Memory(str, Enum):
 _CLIP, _JOBS, _RUN = "The clip", "Jobs", "Running"
 
 
-def _clip(help: str, **limits: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=_CLIP, show_default=False, **limits)
+def _clip(help: str, **limits: Any) -> Field:
+    return Field(help, _CLIP, show_default=False, **limits)
 
 
 @dataclass(frozen=True)
@@ -155,123 +191,109 @@ class TransferOptions:
 
     references: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Clips, folders of clips, globs, or - for jobs as JSON Lines on standard input.", show_default=False
-        ),
-    ] = None
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What the new clip shows; may be repeated.", rich_help_panel=_JOBS)
-    ] = None
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="File of prompts: a line each (# comments), or .csv/.jsonl with any field of a job: reference, "
-            "prompt, seed and the options under “The clip”. Without any prompts, clip.txt beside clip.mp4 is read.",
-            rich_help_panel=_JOBS,
-        ),
-    ] = None
-    seeds: Annotated[str, typer.Option(help="Seeds, as in 0,7,10-15.", rich_help_panel=_JOBS)] = "0"
-    pair: Annotated[
-        bool,
-        typer.Option("--pair", help="First reference with first prompt, and so on, not all.", rich_help_panel=_JOBS),
-    ] = False
-    recursive: Annotated[
-        bool, typer.Option("--recursive", "-r", help="Search folders of folders.", rich_help_panel=_JOBS)
-    ] = False
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel=_JOBS)] = Path(
-        "out"
-    )
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Make finished clips again.", rich_help_panel=_JOBS)
-    ] = False
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model folder (emt import-weights makes one) or hub id. Default: demo, the small model; "
-            "emt doctor lists the words that it knows.",
-            rich_help_panel=_RUN,
+        Field(
+            "Clips, folders of clips, globs, or - for jobs as JSON Lines on standard input.",
+            positional=True,
             show_default=False,
         ),
     ] = None
-    device: Annotated[
-        str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN, metavar="DEVICE")
-    ] = "auto"
+    prompt: Annotated[list[str] | None, Field("What the new clip shows; may be repeated.", _JOBS)] = None
+    prompts: Annotated[
+        list[Path] | None,
+        Field(
+            "File of prompts: a line each (# comments), or .csv/.jsonl with any field of a job: reference, "
+            "prompt, seed and the options under “The clip”. Without any prompts, clip.txt beside clip.mp4 is read.",
+            _JOBS,
+        ),
+    ] = None
+    seeds: Annotated[str, Field("Seeds, as in 0,7,10-15.", _JOBS)] = "0"
+    pair: Annotated[
+        bool,
+        Field("First reference with first prompt, and so on, not all.", _JOBS),
+    ] = False
+    recursive: Annotated[
+        bool,
+        Field("Search folders of folders.", _JOBS, short="-r"),
+    ] = False
+    out: Annotated[
+        Path,
+        Field("Folder of the results.", _JOBS, short="-o"),
+    ] = Path("out")
+    overwrite: Annotated[bool, Field("Make finished clips again.", _JOBS)] = False
+    model: Annotated[
+        str | None,
+        Field(
+            "Model folder (emt import-weights makes one) or hub id. Default: demo, the small model; "
+            "emt doctor lists the words that it knows.",
+            _RUN,
+            show_default=False,
+        ),
+    ] = None
+    device: Annotated[str, Field("auto, cuda, cuda:N, mps or cpu.", _RUN, metavar="DEVICE")] = "auto"
     precision: Annotated[
         Precision,
-        typer.Option(
-            help="auto is fp16 on a GPU and fp32 on a CPU; fp8 is fp16 with the widest products in float8, an "
+        Field(
+            "auto is fp16 on a GPU and fp32 on a CPU; fp8 is fp16 with the widest products in float8, an "
             "approximation, on GPUs of compute capability 8.9 or newer and without engines.",
-            rich_help_panel=_RUN,
+            _RUN,
         ),
     ] = Precision.AUTO
     engine: Annotated[
         str,
-        typer.Option(
-            help="What executes the network: the folder of an engine (see emt build-engine); torch; or auto, an engine "
+        Field(
+            "What executes the network: the folder of an engine (see emt build-engine); torch; or auto, an engine "
             "of the cache if one matches, else torch.",
-            rich_help_panel=_RUN,
+            _RUN,
             metavar="DIR|auto|torch",
         ),
     ] = "auto"
     kernels: Annotated[
         Kernels,
-        typer.Option(
-            help="triton: fused GPU kernels; reference: PyTorch's own; auto: triton where they run.",
-            rich_help_panel=_RUN,
-        ),
+        Field("triton: fused GPU kernels; reference: PyTorch's own; auto: triton where they run.", _RUN),
     ] = Kernels.AUTO
     memory: Annotated[
         Memory,
-        typer.Option(
-            help="low: as little GPU memory as can be, more slowly; a little over 4 GiB for 16 frames of 512x512 in "
+        Field(
+            "low: as little GPU memory as can be, more slowly; a little over 4 GiB for 16 frames of 512x512 in "
             "fp16. Runs without engines.",
-            rich_help_panel=_RUN,
+            _RUN,
         ),
     ] = Memory.AUTO
     batch_size: Annotated[
         str,
-        typer.Option(
-            help="Clips denoised together, 1 to 64; auto measures what fits (up to 8) on a GPU and is 1 on a CPU.",
-            rich_help_panel=_RUN,
+        Field(
+            "Clips denoised together, 1 to 64; auto measures what fits (up to 8) on a GPU and is 1 on a CPU.",
+            _RUN,
             metavar="N|auto",
         ),
     ] = "auto"
     cache_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder that keeps encoded references. Default: emt in the user's cache folder.",
-            rich_help_panel=_RUN,
-            show_default=False,
+        Field(
+            "Folder that keeps encoded references. Default: emt in the user's cache folder.", _RUN, show_default=False
         ),
     ] = None
-    cache_size: Annotated[
-        float, typer.Option(help="Most it may hold, in GB; 0 keeps none.", rich_help_panel=_RUN, min=0.0)
-    ] = 20.0
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON line a job on standard output.", rich_help_panel=_RUN)
-    ] = False
-    report: Annotated[
-        bool, typer.Option("--report", help="Write OUT/report.html at the end.", rich_help_panel=_RUN)
-    ] = False
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop, as `emt plan`.", rich_help_panel=_RUN)
-    ] = False
+    cache_size: Annotated[float, Field("Most it may hold, in GB; 0 keeps none.", _RUN, min=0.0)] = 20.0
+    json: Annotated[bool, Field("One JSON line a job on standard output.", _RUN)] = False
+    report: Annotated[bool, Field("Write OUT/report.html at the end.", _RUN)] = False
+    dry_run: Annotated[bool, Field("Print the plan and stop, as `emt plan`.", _RUN)] = False
     settings: Mapping[str, Any] = field(default_factory=dict)  # the settings given on the command line, by name
 
-    @property
-    def arithmetic(self) -> str:
-        """What was asked for that decides the last bits of frames: the precision, and all else that is not auto.
-
-        Raises:
-            EmtError: the engine asked for is none.
-        """
-        from emt_cli.engine_choice import AUTO, engine_id
-
-        asked = [self.precision.value]
-        asked += [engine_id(self.engine)] if self.engine != AUTO else []
-        asked += [f"kernels {self.kernels.value}"] if self.kernels is not Kernels.AUTO else []
-        asked += ["memory low"] if self.memory is Memory.LOW else []
-        return " ".join(asked)
+    def check(self) -> None:
+        """Raise `UsageError` unless values and combinations of options are allowed."""
+        with usage_errors():
+            check_device(self.device)
+            parse_batch_size(self.batch_size)
+            parse_seeds(self.seeds)
+        named = self.engine not in ("auto", "torch")
+        fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
+        for both, text in (
+            (fp8 and low, "--precision fp8 and --memory low"),
+            (fp8 and named, "--precision fp8 and --engine"),
+            (low and named, "--memory low and --engine"),
+        ):
+            if both:
+                raise UsageError(f"{text} exclude each other", "Give one of them.")
 
 
 def check_device(device: str) -> str:
@@ -426,45 +448,3 @@ def _text(name: str, value: Any) -> str:
         if category == "Cc" and character not in "\t\n\r":
             raise EmtError(f"the {what} has the control character U+{ord(character):04X}", "Remove it.")
     return value
-
-
-def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., None]:
-    """Give a command one parameter for each option and setting; it is called with the `TransferOptions`.
-
-    Settings left out on the command line are absent from `TransferOptions.settings`, so that a model's own
-    defaults can be told from what the user asked for. A value that is not allowed is bad usage (exit code 2).
-    """
-
-    def run(**given: Any) -> None:
-        try:
-            asked = {name: given.pop(name) for name in SETTING_NAMES}
-            settings = {name: parse_field(name, value) for name, value in asked.items() if value is not None}
-            check_device(given["device"])
-            parse_batch_size(given["batch_size"])
-            parse_seeds(given["seeds"])
-            if given["precision"] is Precision.FP8 and given["memory"] is Memory.LOW:
-                raise EmtError("--precision fp8 and --memory low exclude each other", "Give one of them.")
-            if given["precision"] is Precision.FP8 and given["engine"] not in ("auto", "torch"):
-                raise EmtError("--precision fp8 and --engine exclude each other", "Give one of them.")
-            if given["memory"] is Memory.LOW and given["engine"] not in ("auto", "torch"):
-                raise EmtError("--memory low and --engine exclude each other", "Give one of them.")
-        except EmtError as error:
-            raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
-        command(TransferOptions(**given, settings=settings))
-
-    parameters = []
-    for option in fields(TransferOptions):
-        if option.name != "settings":
-            hint = get_type_hints(TransferOptions, include_extras=True)[option.name]
-            default = None if option.default is MISSING else option.default
-            parameters.append(_parameter(option.name, hint, default))
-    for name, (kind, _, info) in _HINTS.items():
-        parameters.append(_parameter(name, Annotated[kind | None, info], None))
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

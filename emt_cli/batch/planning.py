@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
 from emt.model_folder import Model, find_model
@@ -21,12 +19,12 @@ from emt.storage import check_readable
 from emt_cli.batch import estimates, journal
 from emt_cli.batch.best_of import check_tracking
 from emt_cli.batch.inputs import WordWatch
-from emt_cli.batch.jobs import Item, Job, Rejected, expand, identify, output_name
+from emt_cli.batch.jobs import Item, Job, Rejected, expand, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import state_on_disk
-from emt_cli.text import duration, printable, size
+from emt_cli.engine_choice import engine_id
+from emt_cli.text import printable, size
 
-_TABLE_ROWS = 60
 _CONTAINER_BYTES = 4096  # of a sidecar and a journal line
 
 
@@ -100,7 +98,7 @@ def make_plan(options: TransferOptions) -> Plan:
 
     Raises:
         EmtError: the model or files of it are missing.
-        typer.BadParameter: the command line makes no sense.
+        UsageError: the command line makes no sense.
     """
     model = find_model(options.model, download=False)
     listed, streamed = expand(options, model.defaults)
@@ -149,7 +147,7 @@ def _planned(
     index: ContentIndex,
     lines: list[dict[str, Any]],
 ) -> Iterator[PlannedJob]:
-    arithmetic = options.arithmetic
+    precision = numerics(options, engine_id(options.engine))
     finished = {line.get("output"): line for line in lines if line.get("state") == "done"}
     references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -168,7 +166,7 @@ def _planned(
         if output in seen:
             continue
         seen.add(output)
-        identity = identify(item, reference=sha256, model=model_sha256, precision=arithmetic)
+        identity = identify(item, reference=sha256, model=model_sha256, precision=precision)
         line = PlannedJob(item, "open", output, identity)
         try:
             model.check(item.prompt, item.settings.as_dict())
@@ -220,47 +218,3 @@ def find_gpu() -> tuple[str, float]:
         return name.strip(), float(memory) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return "", 0.0
-
-
-def show(options: TransferOptions) -> None:
-    """Print a plan on standard output; ends with exit code 1 if something in it cannot be done."""
-    plan = make_plan(options)
-    if options.json:
-        for job in plan.jobs:
-            sys.stdout.buffer.write(journal.dumps(job.as_dict()) + b"\n")
-        sys.stdout.buffer.write(journal.dumps(plan.as_dict()) + b"\n")
-        sys.stdout.buffer.flush()
-    else:
-        _print_table(plan)
-    if plan.counts["problem"] or plan.problems:
-        raise typer.Exit(1)
-
-
-def _print_table(plan: Plan) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    table = Table("", "clip", "time", "")
-    order = ("problem", "open", "done")
-    for job in sorted(plan.jobs, key=lambda job: order.index(job.state))[:_TABLE_ROWS]:
-        item = job.item
-        title = job.output or " ".join(part for part in (item.origin, str(item.reference), item.prompt[:60]) if part)
-        style = {"problem": "red", "done": "green"}.get(job.state, "")
-        note = f"{job.error.problem}. {job.error.hint}" if job.error else ""
-        if not note and isinstance(item, Job) and item.settings.best_of > 1:
-            note = f"the best of {item.settings.best_of}"
-        seconds = duration(job.seconds) if job.state == "open" else ""
-        table.add_row(Text(job.state, style), Text(printable(title)), seconds, Text(printable(note)))
-    console.print(table)
-    counts = plan.counts
-    if len(plan.jobs) > _TABLE_ROWS:
-        console.print(f"… and {len(plan.jobs) - _TABLE_ROWS} more (all of them with --json)")
-    told = f"{counts['open']} to do, {counts['done']} done, {counts['problem']} with problems"
-    if counts["open"]:
-        told += f"; about {duration(plan.seconds)}, {size(plan.memory)} of memory and {size(plan.disk)} of disk"
-        told += f" on {plan.device} (by {plan.source})"
-    console.print(Text(printable(told)))
-    for problem in plan.problems:
-        console.print(Text(f"problem: {printable(problem)}", "red"))

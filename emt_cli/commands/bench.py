@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.batch.options import Precision, Settings, check_device, parse_defaults, parse_field
+from emt_cli.batch.options import Precision, Settings, check_device, parse_defaults, parse_field, usage_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,15 +87,13 @@ def bench(
     """
     from emt.device import Device
 
-    try:
+    with usage_errors():
         check_device(device)
         given = {name: parse_field(name, value) for name, value in _given(size, frames, steps).items()}
         if engine and not model:
             raise EmtError("--engine needs --model", "Name the model that it was built of.")
         if engine and precision is Precision.FP8:
             raise EmtError("--precision fp8 and --engine exclude each other", "Give one of them.")
-    except EmtError as error:
-        raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
     place = Device.open(device, precision.value)
     rows = []
     with _found(model, place) as found, _status(json) as say:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
-from emt_cli.batch.options import Precision, TransferOptions, check_device, parse_batch_size, parse_seeds
+from emt_cli.batch.options import (
+    Precision,
+    TransferOptions,
+    UsageError,
+    check_device,
+    parse_batch_size,
+    parse_seeds,
+    usage_errors,
+)
 
 if TYPE_CHECKING:
     from emt.train.data import Rendering
@@ -111,12 +119,13 @@ def make_pairs(
     Writes a folder for each motion, with clips and a metadata.jsonl; prints OUT on stdout if there are pairs. Captions
     never name the motion. An interrupted run goes on when it is started again.
     """
-    check_device(device)
+    with usage_errors():
+        check_device(device)
     folder = out or output
     if folder is None or (out and output):
-        raise typer.BadParameter("name one folder to write, as OUT or with --out (and put globs in quotes)")
+        raise UsageError("name one folder to write, as OUT or with --out (and put globs in quotes)")
     if (motions is None) == (not from_references):
-        raise typer.BadParameter("give either --motions, to render pairs, or --from-references, to make them of clips")
+        raise UsageError("give either --motions, to render pairs, or --from-references, to make them of clips")
     _check_options(context, _RENDERED if from_references else _TAUGHT)
     if motions is not None:
         from emt.train.data import Rendering
@@ -125,14 +134,12 @@ def make_pairs(
         typer.echo(folder)
     else:
         if not prompts:
-            raise typer.BadParameter("--from-references needs --prompts FILE: what the new clips show, a line each")
-        try:
+            raise UsageError("--from-references needs --prompts FILE", "What the new clips show, a line each.")
+        with usage_errors():
             parse_seeds(seeds)
             parse_batch_size(batch_size)
             if precision is Precision.FP8:
                 raise EmtError("--precision is fp8, which has no gradients", "Allowed are auto, fp32, fp16 and bf16.")
-        except EmtError as error:
-            raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
         from emt.train.teacher import Filter, Guidance
 
         given = {"steps": steps, "guidance": guidance}
@@ -158,7 +165,7 @@ def _check_options(context: typer.Context, other: str) -> None:
         if source is not None and source.name == "COMMANDLINE":
             option = "--" + name.replace("_", "-")
             needed = "--motions" if other == _RENDERED else "--from-references"
-            raise typer.BadParameter(f"{option} goes with {needed}")
+            raise UsageError(f"{option} goes with {needed}")
 
 
 def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
@@ -202,7 +209,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
 
     opencv()
     if "-" in (options.references or []):
-        raise typer.BadParameter("--from-references takes clips, not jobs on standard input")
+        raise UsageError("--from-references takes clips, not jobs on standard input")
     model = find_model(options.model, download=True)
     listed = check_motions(expand(options, model.defaults)[0])
     watcher = Watcher(len(listed))

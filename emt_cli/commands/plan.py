@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from emt_cli.batch.options import TransferOptions, takes_options
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from emt_cli.batch.options import TransferOptions
+from emt_cli.commands.arguments import takes_options
+from emt_cli.text import duration, printable, size
+
+if TYPE_CHECKING:
+    from emt_cli.batch.planning import Plan
+
+_TABLE_ROWS = 60
 
 
 @takes_options
@@ -13,6 +25,53 @@ def plan(options: TransferOptions) -> None:
     does not know, clips that are too short, impossible sizes and full disks. Exit code 1 if something in it cannot be
     done.
     """
-    from emt_cli.batch.planning import show
-
     show(options)
+
+
+def show(options: TransferOptions) -> None:
+    """Print a plan on standard output; ends with exit code 1 if something in it cannot be done."""
+    from emt_cli.batch.journal import dumps
+    from emt_cli.batch.planning import make_plan
+
+    made = make_plan(options)
+    if options.json:
+        for job in made.jobs:
+            sys.stdout.buffer.write(dumps(job.as_dict()) + b"\n")
+        sys.stdout.buffer.write(dumps(made.as_dict()) + b"\n")
+        sys.stdout.buffer.flush()
+    else:
+        _print_table(made)
+    if made.counts["problem"] or made.problems:
+        raise typer.Exit(1)
+
+
+def _print_table(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from emt_cli.batch.jobs import Job
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    table = Table("", "clip", "time", "")
+    order = ("problem", "open", "done")
+    for job in sorted(plan.jobs, key=lambda job: order.index(job.state))[:_TABLE_ROWS]:
+        item = job.item
+        title = job.output or " ".join(part for part in (item.origin, str(item.reference), item.prompt[:60]) if part)
+        style = {"problem": "red", "done": "green"}.get(job.state, "")
+        note = f"{job.error.problem}. {job.error.hint}" if job.error else ""
+        if not note and isinstance(item, Job) and item.settings.best_of > 1:
+            note = f"the best of {item.settings.best_of}"
+        seconds = duration(job.seconds) if job.state == "open" else ""
+        table.add_row(Text(job.state, style), Text(printable(title)), seconds, Text(printable(note)))
+    console.print(table)
+    counts = plan.counts
+    if len(plan.jobs) > _TABLE_ROWS:
+        console.print(f"… and {len(plan.jobs) - _TABLE_ROWS} more (all of them with --json)")
+    told = f"{counts['open']} to do, {counts['done']} done, {counts['problem']} with problems"
+    if counts["open"]:
+        told += f"; about {duration(plan.seconds)}, {size(plan.memory)} of memory and {size(plan.disk)} of disk"
+        told += f" on {plan.device} (by {plan.source})"
+    console.print(Text(printable(told)))
+    for problem in plan.problems:
+        console.print(Text(f"problem: {printable(problem)}", "red"))

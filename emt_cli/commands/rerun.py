@@ -53,7 +53,7 @@ def rerun(
     from emt.cache import ContentIndex, default_dir
     from emt.model_folder import find_model
     from emt_cli.batch.generator import Generator, playback_rate, read_reference
-    from emt_cli.batch.jobs import ARITHMETIC, Job
+    from emt_cli.batch.jobs import NUMERICS_VERSION, Job
     from emt_cli.batch.results import write_result
     from emt_cli.batch.teaching import TeachingGenerator, read_guidance
     from emt_cli.engine_choice import EngineChoice
@@ -94,7 +94,7 @@ def rerun(
     generator = Generator(*where, choice, kernels=kernels.value, low_memory=low_memory)
     if taught:
         generator = TeachingGenerator(*where, taught, kernels=kernels.value)
-    if record.get("arithmetic") != ARITHMETIC:
+    if record.get("arithmetic") != NUMERICS_VERSION:
         typer.echo("note: it was made by another version of emt, whose arithmetic differs in the last bits", err=True)
     if generator.device.kernels != made_with.value:
         told = f"made with the kernels {made_with.value}, made again with {generator.device.kernels}"

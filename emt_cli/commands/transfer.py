@@ -7,7 +7,8 @@ from itertools import chain
 
 import typer
 
-from emt_cli.batch.options import Memory, TransferOptions, parse_batch_size, takes_options
+from emt_cli.batch.options import Memory, TransferOptions, parse_batch_size
+from emt_cli.commands.arguments import takes_options
 
 
 @takes_options
@@ -28,10 +29,10 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.batch.best_of import check_tracking
     from emt_cli.batch.generator import Generator
     from emt_cli.batch.inputs import WordWatch
-    from emt_cli.batch.jobs import Job, expand
+    from emt_cli.batch.jobs import Job, expand, numerics
     from emt_cli.batch.journal import Journal
-    from emt_cli.batch.planning import show
-    from emt_cli.engine_choice import EngineChoice, engines_dir
+    from emt_cli.commands.plan import show
+    from emt_cli.engine_choice import EngineChoice, engine_id, engines_dir
     from emt_cli.executors.local import Runner
     from emt_cli.terminal import Watcher
 
@@ -72,7 +73,7 @@ def transfer(options: TransferOptions) -> None:
             index,
             MotionCache(folder / "motion", options.cache_size * 1e9),
             watcher,
-            precision=options.arithmetic,
+            precision=numerics(options, engine_id(options.engine)),
             batch_size=parse_batch_size(options.batch_size) or (1 if low_memory else None),
             overwrite=options.overwrite,
             json=options.json,
