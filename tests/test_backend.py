@@ -19,7 +19,7 @@ from emt.backbones.sd15.motion_module import feed_forward_in_parts
 from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import TorchBackend, prepare_vae
 from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
-from emt_kernels.ahead import Launches, collected
+from emt_kernels.precompile import Launches, record_launches
 from emt_kernels.selection import untraced, wrap_triton
 
 FRAMES, HEIGHT, WIDTH = 4, 24, 40
@@ -339,21 +339,21 @@ class TestCompilingAhead:
     @pytest.mark.usefixtures("hopper")
     def test_what_is_collected_is_compiled_once_and_for_all(self):
         module = importlib.import_module("emt_kernels.geglu")
-        with collected() as launches, torch.no_grad():
+        with record_launches() as launches, torch.no_grad():
             for rows, inner in (
                 (48, 64),
                 (96, 64),
                 (32, 80),
             ):  # the first two differ in no way that Triton compiles for
                 module.geglu(torch.empty(rows, 2 * inner, dtype=torch.float16))
-        kernels = {wanted[0] for wanted in launches._wanted.values()}
+        kernels = {wanted[0] for wanted in launches._recorded.values()}
         assert len(launches) == 2
         assert launches.compile(torch.device("cpu"), threads=2) == []
         (kernel,) = kernels
         cached = kernel.device_caches[0][0]
         assert len(cached) == 2
         assert all(compiled.asm["cubin"] for compiled in cached.values())
-        for _, arguments in launches._wanted.values():  # the launch itself
+        for _, arguments in launches._recorded.values():  # the launch itself
             kernel.warmup(grid=(1,), **arguments)
         assert len(cached) == 2
 
@@ -361,7 +361,7 @@ class TestCompilingAhead:
     def test_what_cannot_be_compiled_is_told_of_by_its_launch(self):
         kernel = importlib.import_module("emt_kernels.geglu")._geglu_kernel
         broken = {"x": torch.empty(32), "out": torch.empty(16), "rows": 1, "inner": 16, "ROWS": 3, "LANES": 16}
-        with collected() as launches:
+        with record_launches() as launches:
             wrap_triton(kernel)[(1,)](**broken)
         (error,) = launches.compile(torch.device("cpu"))
         with pytest.raises(type(error)):
@@ -369,7 +369,7 @@ class TestCompilingAhead:
 
     def test_only_launches_of_its_own_thread_are_collected(self):
         kernel = pytest.importorskip("emt_kernels.geglu")._geglu_kernel
-        with collected() as launches, ThreadPoolExecutor(1) as other:
+        with record_launches() as launches, ThreadPoolExecutor(1) as other:
             assert other.submit(untraced, kernel).result() is kernel
             assert untraced(kernel) is not kernel
         assert untraced(kernel) is kernel
@@ -382,9 +382,9 @@ class TestCompilingAhead:
         prepare_vae(pipe.vae)
         backend = pipe.backend
         images = torch.rand(FRAMES, 3, HEIGHT, WIDTH)
-        with collected() as rehearsed:
+        with record_launches() as rehearsed:
             backend._rehearse_clip(images)
-        with collected() as launched:
+        with record_launches() as launched:
             mean, _ = backend.encode_images(images)
             latents = mean.transpose(0, 1).unsqueeze(0)
             features = backend.encode_reference(latents, torch.tensor([3]), pipe.encode_prompts([""]))
@@ -392,7 +392,7 @@ class TestCompilingAhead:
             motion = backend.prepare_motion(features)
             backend.denoise(torch.cat([latents] * 2), torch.tensor(7), text, motion)
             backend.decode_images(mean)
-        assert set(launched._wanted) == set(rehearsed._wanted)
+        assert set(launched._recorded) == set(rehearsed._recorded)
         assert len(launched) > 10
 
     def test_a_shape_is_rehearsed_once_and_only_for_triton(self, folder, monkeypatch):
@@ -415,7 +415,7 @@ class TestCompilingAhead:
         monkeypatch.setattr(pipe.backend, "_rehearse_clip", fails)
         monkeypatch.setattr("emt.backends.torch.use_triton", lambda x: True)
         assert pipe.extract_motion(clip()).frames == FRAMES
-        assert not importlib.import_module("emt_kernels.selection").stand_in
+        assert not importlib.import_module("emt_kernels.selection").launch_hook
 
 
 @pytest.mark.gpu

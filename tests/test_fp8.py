@@ -14,7 +14,7 @@ from kernel_testing import CAPABILITIES, compiled, kernel_test
 from program import console
 from torch import Tensor
 
-from emt.backbones.sd15.fp8 import Fp8Linear, check_fp8, pays, scaled_product, scaled_product_reference, use_fp8
+from emt.backbones.sd15.fp8 import Fp8Linear, check_fp8, is_faster, scaled_product, scaled_product_reference, use_fp8
 from emt.backbones.sd15.motion_module import MotionFeatures
 from emt.backbones.sd15.random_model import draw_weights
 from emt.backbones.sd15.unet import MotionTransferUNet
@@ -163,9 +163,9 @@ def test_the_gpus_product_is_the_emulated_one(dtype: torch.dtype, biased: bool) 
 
 
 def test_only_products_that_gain_are_in_float8() -> None:
-    assert pays(10240, 1280)  # bound by arithmetic
-    assert pays(320, 1280)  # half the traffic
-    assert not pays(960, 320, exact=True)  # written twice, to be read once
+    assert is_faster(10240, 1280)  # bound by arithmetic
+    assert is_faster(320, 1280)  # half the traffic
+    assert not is_faster(960, 320, exact=True)  # written twice, to be read once
 
 
 # -------------------------------------------------------------------------------------------------------- the network

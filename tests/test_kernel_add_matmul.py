@@ -1,4 +1,4 @@
-"""A product that adds in place: eagerly, as an operator, and in compiled code, where nothing is copied first."""
+"""The matmul that accumulates in place: eagerly, as an operator, and in compiled code without a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emt.backbones.sd15.motion_module import ResidualStream, residuals_in_products
-from emt_kernels.add_product import add_product
+from emt_kernels.add_matmul import add_matmul_
 
 
 def tensors() -> tuple[Tensor, Tensor, Tensor]:
@@ -19,17 +19,17 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, generator=generator) for shape in ((6, 4), (4, 3), (6, 3)))  # type: ignore[return-value]
 
 
-def test_it_adds_where_the_matrix_lies() -> None:
+def test_it_adds_in_place() -> None:
     total, weight, x = tensors()
     expected, at = total + x @ weight.t(), total.data_ptr()
-    add_product(total, weight, x)
+    add_matmul_(total, weight, x)
     torch.testing.assert_close(total, expected)
     assert total.data_ptr() == at
 
 
 def test_the_operator_is_registered_as_compilers_need_it() -> None:
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.emt.add_product.default, tensors(), test_utils=tests)
+    torch.library.opcheck(torch.ops.emt.add_matmul_.default, tensors(), test_utils=tests)
 
 
 class Stream(nn.Module):
@@ -58,14 +58,14 @@ def test_compiled_code_adds_in_place_too(tmp_path: Path, caplog: pytest.LogCaptu
     with residuals_in_products(biases_in_norms=True):
         exported = torch.export.export(module, (x,), strict=False, dynamic_shapes=({0: samples},))
     called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert called.count("emt.add_product.default") == 2
+    assert called.count("emt.add_matmul_.default") == 2
     torch._logging.set_logs(output_code=True)
     try:
         with caplog.at_level(logging.DEBUG, logger="torch._inductor"):
             file = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "stream.pt2"))
     finally:
         torch._logging.set_logs()
-    # A copy would be another buffer: both products add to the one that the first layer wrote.
+    # A copy would be another buffer: both matmuls add to the one that the first layer wrote.
     totals = re.findall(r"call_function\(.*?AtenTensorHandle, 3>\{.*?(buf\d+)", caplog.text)
     assert len(totals) >= 2  # the code is logged once or twice
     assert len(set(totals)) == 1

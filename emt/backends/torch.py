@@ -30,8 +30,8 @@ from emt.backbones.sd15.motion_module import (
 )
 from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
 from emt.errors import EmtError
-from emt_kernels.ahead import collected
 from emt_kernels.group_norm_silu import group_norm_silu
+from emt_kernels.precompile import record_launches
 from emt_kernels.selection import use_triton
 
 if TYPE_CHECKING:
@@ -526,7 +526,7 @@ class TorchBackend(PipelineBackend):
         self._rehearsed.add(key)
         begun = time.perf_counter()
         try:
-            with torch.no_grad(), collected() as launches:
+            with torch.no_grad(), record_launches() as launches:
                 rehearse()
         except torch.OutOfMemoryError:
             return  # if the call itself has no room either, it says so

@@ -38,7 +38,7 @@ from emt_engines.compiling import Phases, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
 from emt_engines.signature import Function, by_reference, features_of, function, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
-from emt_kernels.ahead import processors
+from emt_kernels.precompile import processors
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline

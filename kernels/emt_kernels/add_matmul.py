@@ -1,6 +1,6 @@
-"""A product that adds to a matrix where it lies, as an operator that compilers keep as it is.
+"""In-place matmul-accumulate as an operator that compilers leave alone.
 
-cuBLAS adds to what is there already. A compiler that knows only the sum would copy the matrix first.
+cuBLAS accumulates into its output without a copy (beta = 1). A compiler that sees `x + a @ b` copies `x` first.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 
-def add_product(total: Tensor, weight: Tensor, x: Tensor) -> None:
-    """Add ``x · weightᵀ`` to `total`, in place.
+def add_matmul_(out: Tensor, weight: Tensor, x: Tensor) -> None:
+    """Add the matmul ``x @ weight.T`` to `out`, in place.
 
     Args:
-        total: (rows, features).
+        out: (rows, features).
         weight: (features, channels), as `torch.nn.Linear` has it.
         x: (rows, channels).
     """
     if torch.compiler.is_compiling():
-        torch.ops.emt.add_product(total, weight, x)
+        torch.ops.emt.add_matmul_(out, weight, x)
     else:
-        total.addmm_(x, weight.t())
+        out.addmm_(x, weight.t())
 
 
-# What compiled code calls is not compiling.
-_operator = torch.library.custom_op("emt::add_product", add_product, mutates_args={"total"})
+# Compiled code calls the operator, whose body then runs eagerly: is_compiling() is false there.
+_operator = torch.library.custom_op("emt::add_matmul_", add_matmul_, mutates_args={"out"})
 
 
 @_operator.register_fake
-def _(total: Tensor, weight: Tensor, x: Tensor) -> None:
+def _(out: Tensor, weight: Tensor, x: Tensor) -> None:
     pass

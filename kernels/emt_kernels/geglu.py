@@ -1,4 +1,4 @@
-"""Gated GELU of the feed-forward layers (Shazeer 2020, arXiv 2002.05202), after their first product."""
+"""Gated GELU of the feed-forward layers (Shazeer 2020, arXiv 2002.05202), after their first matmul."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
 
 
 def geglu_reference(x: Tensor) -> Tensor:
-    """What `geglu` computes, in plain PyTorch."""
+    """Plain PyTorch reference of `geglu`."""
     h, gate = x.chunk(2, dim=-1)
     return h * F.gelu(gate)
 

@@ -1,6 +1,6 @@
-"""Gated GELU of a feed-forward layer (Shazeer 2020, arXiv 2002.05202) together with the product that it gates.
+"""Gated GELU of a feed-forward layer (Shazeer 2020, arXiv 2002.05202) fused with the matmul that it gates.
 
-The product is twice as wide as the result. A program computes a tile of the values and the same tile of the gates,
+The matmul is twice as wide as the result. A program computes a tile of the values and the same tile of the gates,
 and writes only what the gate lets through: two thirds of the bytes that the two kernels move are never moved.
 """
 
@@ -48,19 +48,19 @@ PLANS = {
     640: Plan(128, 128, 64, 8, 4, 1, True),
     1280: Plan(128, 128, 64, 8, 3, 1, True),
 }
-#: Channels at which the kernel was measured to be faster than a product and `geglu`.
+#: Channels at which the kernel was measured to be faster than a matmul and `geglu`.
 FASTER_AT = frozenset({320, 640, 1280})
 
 
 def geglu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What `geglu_linear` computes, in plain PyTorch."""
+    """Plain PyTorch reference of `geglu_linear`."""
     return geglu_reference(F.linear(x, weight, bias))
 
 
 def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The product of a feed-forward layer and its gated GELU: half of the features times the GELU of the others.
+    """The first matmul of a feed-forward layer and its gated GELU: half of the features times the GELU of the others.
 
-    Sums, GELU and gating are in float32, whatever the type of the tensors. Gradients take the reference.
+    Accumulation, GELU and gating are in float32, whatever the dtype of the tensors. Gradients take the reference.
 
     Args:
         x: (…, channels), channels next to each other, any other strides.
@@ -81,9 +81,9 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether inference by `geglu_linear` was measured to be faster than a product and `geglu` for such tensors.
+    """Whether inference by `geglu_linear` was measured to be faster than a matmul and `geglu` for such tensors.
 
-    Never under `torch.compile`, whose products are its own.
+    Never under `torch.compile`, which chooses its own matmuls.
     """
     return (
         x.shape[-1] in FASTER_AT
@@ -107,7 +107,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def _describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors fit matrices: real ones of one type of 2 bytes, whose rows begin at 16 bytes."""
+    """Whether tensor descriptors fit matrices: plain tensors of one 16-bit dtype with rows aligned to 16 bytes."""
     return all(
         type(t) in (Tensor, nn.Parameter)
         and t.dtype in (torch.float16, torch.bfloat16)
@@ -142,7 +142,7 @@ if INSTALLED:
         gate += tl.load(bias + inner + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
         # Half of erfc(|gate|/√2) as a power of two, whose exponent is a polynomial: 1.4e-7 off at most once it is
         # multiplied by the gate, as float32 itself is, and half the instructions of `erf`, which are not hidden
-        # behind so short a product.
+        # behind so short a matmul.
         a = tl.abs(gate)
         p = a * -4.038448651044746e-07 + 6.8917092903575394e-06
         p = p * a - 1.2998304555367213e-05
@@ -206,7 +206,7 @@ if INSTALLED:
         """Every `programs`-th tile of the result.
 
         Descriptors of x and `out` have blocks of a tile; that of the weight has blocks of (2, INNER, CHANNELS) of the
-        weight as (2, inner, channels), so that one product makes values and gates. Two products, pipelined, would
+        weight as (2, inner, channels), so that one matmul makes values and gates. Two matmuls, pipelined, would
         wait for each other.
         """
         tiles = tl.cdiv(rows, ROWS) * tl.cdiv(inner, INNER)
@@ -219,7 +219,7 @@ if INSTALLED:
             for done in range(0, channels, CHANNELS):
                 block = weight.load([0, first, done]).reshape(2 * INNER, CHANNELS)
                 both = tl.dot(x.load([row, done]), block.T, both)
-            # A thread of the tensor cores has whole rows of their product: a value's gate is its own.
+            # In the accumulator's layout a thread owns whole rows: a value and its gate are in the same thread.
             value, gate = tl.split(both.reshape(ROWS, 2, INNER).permute(0, 2, 1))
             row, first = _place(written, rows, inner, ROWS, INNER)
             out.store([row, first], _gated(value, gate, bias, first, inner, INNER).to(out.dtype))

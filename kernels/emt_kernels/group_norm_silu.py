@@ -23,7 +23,7 @@ from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
 ) -> Tensor:
-    """What `group_norm_silu` computes, in plain PyTorch."""
+    """Plain PyTorch reference of `group_norm_silu`."""
     if shift is not None:
         x = x + shift[:, :, None, None]
     x = F.group_norm(x, groups, weight, bias, eps)
@@ -362,7 +362,7 @@ if INSTALLED:
         grad += (frame * pixels + first) * channels
         row = tl.arange(0, ROWS)
         gradient_sum = tl.zeros((ROWS, LANES), tl.float32)
-        product_sum = tl.zeros((ROWS, LANES), tl.float32)
+        scaled_sum = tl.zeros((ROWS, LANES), tl.float32)
         normalized_sum = tl.zeros((ROWS, LANES), tl.float32)
         for start in range(0, here, ROWS):
             mask = (start + row < here)[:, None] & exists[None, :]
@@ -373,13 +373,13 @@ if INSTALLED:
                 v += s[None, :]
             normalized, g = _normalized_and_gradient(v, g, mean, rstd, w, b, SILU)
             gradient_sum += g  # 0 where masked, as the gradient is
-            product_sum += g * normalized
+            scaled_sum += g * normalized
             if SHIFT:
                 normalized_sum += tl.where(mask, normalized, 0.0)
         sums += (frame * blocks + block) * channels + channel
         stride = tl.num_programs(2).to(tl.int64) * blocks * channels
         tl.store(sums, tl.sum(gradient_sum, axis=0), mask=exists)
-        tl.store(sums + stride, tl.sum(product_sum, axis=0), mask=exists)
+        tl.store(sums + stride, tl.sum(scaled_sum, axis=0), mask=exists)
         if SHIFT:
             tl.store(sums + 2 * stride, tl.sum(normalized_sum, axis=0), mask=exists)
 
@@ -419,7 +419,7 @@ if INSTALLED:
         mean = tl.load(statistics + frame * 2 * groups + group, mask=exists, other=0.0)
         rstd = tl.load(statistics + (frame * 2 + 1) * groups + group, mask=exists, other=0.0)
         mean_gradient = tl.load(means + frame * groups + group, mask=exists, other=0.0)
-        mean_product = tl.load(means + (frames + frame) * groups + group, mask=exists, other=0.0)
+        mean_scaled = tl.load(means + (frames + frame) * groups + group, mask=exists, other=0.0)
         w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
         b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
         first = block * ROWS
@@ -432,7 +432,7 @@ if INSTALLED:
         if SHIFT:
             v += tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
         normalized, g = _normalized_and_gradient(v, g, mean, rstd, w, b, SILU)
-        dx = rstd[None, :] * (g * w[None, :] - mean_gradient[None, :] - normalized * mean_product[None, :])
+        dx = rstd[None, :] * (g * w[None, :] - mean_gradient[None, :] - normalized * mean_scaled[None, :])
         tl.store(grad_x + base + at, dx.to(grad_x.dtype.element_ty), mask=mask)
 
     # ------------------------------------------------------------------------------------------------- operators
@@ -445,7 +445,7 @@ if INSTALLED:
         return -(-x.shape[1] // _LANES), -(-(x.shape[2] * x.shape[3]) // rows), x.shape[0]
 
     def _arguments(x: Tensor, shift: Tensor | None) -> dict[str, Any]:
-        """What the kernels that go through blocks of pixels all take."""
+        """Arguments shared by the kernels that iterate over blocks of pixels."""
         align = math.gcd(x.shape[1], 8)
         return {
             "x": x,
@@ -585,9 +585,9 @@ if INSTALLED:
         if shift is None:
             grad_shift = x.new_empty(0)
         else:
-            mean_gradient, mean_product = means.repeat_interleave(size, 2)
+            mean_gradient, mean_scaled = means.repeat_interleave(size, 2)
             rstd = statistics[:, 1].repeat_interleave(size, 1)
-            grad_shift = rstd * (weighted[0] - pixels * mean_gradient - sums[2] * mean_product)
+            grad_shift = rstd * (weighted[0] - pixels * mean_gradient - sums[2] * mean_scaled)
             grad_shift = grad_shift.to(shift.dtype)
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_shift
 

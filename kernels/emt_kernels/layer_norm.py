@@ -1,4 +1,4 @@
-"""Layer normalization with the residual sum before it and the position encoding after it.
+"""Layer normalization with the residual add before it and the position encoding after it.
 
 Ba, Kiros and Hinton 2016 (arXiv 1607.06450). A transformer block reads each hidden state once: x + residual is the
 next residual, its norm is what the scaler and the motion features take, the norm with positions added is what
@@ -24,7 +24,7 @@ def layer_norm_reference(
     plain: bool = True,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What `layer_norm` computes, in plain PyTorch."""
+    """Plain PyTorch reference of `layer_norm`."""
     total = x if residual is None else x + residual
     normalized = F.layer_norm(total if shift is None else total + shift, weight.shape, weight, bias, eps)
     positioned = normalized if positions is None else normalized + positions[:, None]
@@ -52,7 +52,7 @@ def layer_norm(
         residual: as `x`.
         plain: whether the norm without positions is wanted, too; it is a third of the memory traffic.
         shift: (channels,), added to the sum that is normalized, but not to the one that is returned: biases of the
-            products that made it.
+            layers that made it.
 
     Returns:
         The sum ``x + residual`` (`x` itself without a residual), its norm (None unless `plain`), and the norm with the

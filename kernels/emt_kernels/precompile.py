@@ -1,9 +1,9 @@
-"""Compiling kernels ahead, in parallel.
+"""Compile Triton kernels before their first launch, in parallel.
 
-Triton compiles each specialisation of a kernel when it is first launched, one after another.
-A network at Stable Diffusion 1.5 size launches some sixty of them, half a second of one core each. So a first pass
-only collects what would be launched; all of it is compiled in threads, which overlap since Triton's passes let go of
-Python's lock and its assembler is a process; and the launches proper then find their kernels compiled.
+Triton compiles each specialization of a kernel when it is first launched, one after another. A network at Stable
+Diffusion 1.5 size launches some sixty of them, half a second of one core each. So a first pass only records the
+launches (`record_launches`); `Launches.compile` compiles all of them in threads, which overlap because Triton's passes
+release the GIL and its assembler is a process of its own; the real launches then find their kernels compiled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from emt_kernels import selection
 
 
 @dataclass(frozen=True)
-class _Like:
-    """What Triton compiles for of a tensor, without its memory."""
+class _TensorLike:
+    """Stand-in for a tensor argument: what Triton specializes on, without the memory."""
 
     dtype: torch.dtype
     offset: int  # of its address from a multiple of 16 bytes
@@ -34,38 +34,38 @@ class _Like:
 
 
 class Launches:
-    """Launches that were asked for, one of each that Triton compiles apart."""
+    """Recorded kernel launches, one for each specialization key."""
 
     def __init__(self) -> None:
-        self._wanted: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
+        self._recorded: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
 
     def __len__(self) -> int:
-        return len(self._wanted)
+        return len(self._recorded)
 
     def add(self, kernel: Any, arguments: dict[str, Any]) -> None:
-        """Remember a launch.
+        """Record a launch.
 
         Args:
-            kernel: a function under `triton.jit`.
-            arguments: of the launch, by name, its options with them.
+            kernel: a `triton.jit` function.
+            arguments: of the launch by name, including launch options such as `num_warps`.
         """
         arguments = {
-            name: _Like(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
+            name: _TensorLike(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
         parameters = {parameter.name: parameter for parameter in kernel.params}
-        kinds = [(name, _kind(value, parameters.get(name))) for name, value in arguments.items()]
-        self._wanted.setdefault((kernel, *kinds), (kernel, arguments))
+        kinds = [(name, _specialization(value, parameters.get(name))) for name, value in arguments.items()]
+        self._recorded.setdefault((kernel, *kinds), (kernel, arguments))
 
     def compile(self, device: torch.device, threads: int | None = None) -> list[Exception]:
-        """Compile all of them for a device, or read them from Triton's cache.
+        """Compile all recorded kernels for a device, or load them from Triton's cache.
 
         Args:
-            device: the GPU that they are to run on.
-            threads: that compile; as many as there are processors for this process unless given.
+            device: the GPU that will run them.
+            threads: number of compiling threads; default: the processors available to this process.
 
         Returns:
-            What failed. Nothing is lost by that: such a kernel is compiled again when it is launched, and raises then.
+            The errors. They may be ignored: such a kernel is compiled again by its launch, which raises then.
         """
 
         def compile_one(kernel: Any, arguments: dict[str, Any]) -> None:
@@ -73,17 +73,17 @@ class Launches:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 kernel.warmup(grid=(1,), **arguments)
 
-        # Those that take longest first: they are the ones with most parameters.
-        ordered = sorted(self._wanted.values(), key=lambda wanted: -len(wanted[0].params))
+        # The slowest first: compile time grows with the number of parameters.
+        ordered = sorted(self._recorded.values(), key=lambda recorded: -len(recorded[0].params))
         with ThreadPoolExecutor(min(threads or processors(), len(ordered)) or 1) as pool:
-            jobs = [pool.submit(compile_one, *wanted) for wanted in ordered]
+            jobs = [pool.submit(compile_one, *recorded) for recorded in ordered]
         errors = []
-        for wanted, job in zip(ordered, jobs, strict=True):
+        for recorded, job in zip(ordered, jobs, strict=True):
             error = job.exception()
             if isinstance(error, SystemError):
-                # Until Python 3.11.8, threads that parse at once can disturb each other (python/cpython#106905).
+                # Before Python 3.11.8, ast.parse is not thread-safe (python/cpython#106905).
                 try:
-                    compile_one(*wanted)
+                    compile_one(*recorded)
                     continue
                 except Exception as again:
                     error = again
@@ -92,9 +92,9 @@ class Launches:
         return errors
 
 
-def _kind(value: Any, parameter: Any) -> Any:
-    """What Triton compiles apart of an argument: of a whole number whether it is 1, a multiple of 16, and long."""
-    if parameter is None or parameter.is_constexpr or isinstance(value, _Like):
+def _specialization(value: Any, parameter: Any) -> Any:
+    """Triton's specialization key of an argument; for an int: equal to 1, divisible by 16, fits in 32 bits."""
+    if parameter is None or parameter.is_constexpr or isinstance(value, _TensorLike):
         return value
     if hasattr(value, "block_shape"):  # a tensor's descriptor
         return value.base.dtype, tuple(value.block_shape)
@@ -103,8 +103,8 @@ def _kind(value: Any, parameter: Any) -> Any:
     return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
 
 
-class _Collector:
-    """Stands in for a kernel: takes its launches down."""
+class _Recorder:
+    """Stand-in for a kernel that records its launches."""
 
     def __init__(self, kernel: Any, launches: Launches) -> None:
         self._kernel, self._launches = kernel, launches
@@ -115,21 +115,21 @@ class _Collector:
 
 
 @contextlib.contextmanager
-def collected() -> Iterator[Launches]:
-    """Within, this thread's launches are collected, and none is done: what they would write is undefined."""
+def record_launches() -> Iterator[Launches]:
+    """Context manager: record this thread's launches instead of doing them; their outputs stay uninitialized."""
     launches, thread = Launches(), threading.get_ident()
-    before = selection.stand_in
+    previous = selection.launch_hook
 
-    def stand_in(kernel: Any) -> Any:
-        return _Collector(kernel, launches) if threading.get_ident() == thread else kernel
+    def hook(kernel: Any) -> Any:
+        return _Recorder(kernel, launches) if threading.get_ident() == thread else kernel
 
-    selection.stand_in = stand_in
+    selection.launch_hook = hook
     try:
         yield launches
     finally:
-        selection.stand_in = before
+        selection.launch_hook = previous
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """Number of processors available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 Each row of activations, the channels of one token, gets a scale of its own, so that its largest value becomes 448
 (Micikevicius et al. 2022, "FP8 formats for deep learning", arXiv 2209.05433). Quantizing by itself reads and writes
-memory once more, which costs what the faster product gains; a kernel that has the whole row at hand quantizes it for
+memory once more, which costs what the faster matmul gains; a kernel that has the whole row at hand quantizes it for
 nothing, and writes half the bytes.
 """
 
@@ -41,7 +41,7 @@ class Quantized(NamedTuple):
 
 
 def quantize_rows_reference(x: Tensor) -> Quantized:
-    """What `quantize_rows` computes, in plain PyTorch."""
+    """Plain PyTorch reference of `quantize_rows`."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST
     return Quantized((x / scale).to(FLOAT8), scale)
@@ -59,7 +59,7 @@ def quantize_rows(x: Tensor) -> Quantized:
 
 
 def geglu_quantized_reference(x: Tensor) -> Quantized:
-    """What `geglu_quantized` computes, in plain PyTorch."""
+    """Plain PyTorch reference of `geglu_quantized`."""
     return quantize_rows_reference(geglu_reference(x.float()))
 
 
@@ -87,7 +87,7 @@ def layer_norm_quantized_reference(
     exact: bool = False,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Quantized]:
-    """What `layer_norm_quantized` computes, in plain PyTorch."""
+    """Plain PyTorch reference of `layer_norm_quantized`."""
     total, _, normalized = layer_norm_reference(x, weight, bias, eps, positions, residual, False, shift)
     return total, quantize_rows_reference(normalized)._replace(exact=normalized if exact else None)
 
@@ -111,7 +111,7 @@ def layer_norm_quantized(
         eps: added to the variance.
         positions: (frames, channels).
         residual: as `x`.
-        exact: whether the norm is wanted as it was, too.
+        exact: whether to return the norm before quantization, too.
         shift: (channels,), added to what is normalized alone.
 
     Returns:

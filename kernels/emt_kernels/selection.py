@@ -17,11 +17,11 @@ Kernels = Literal["auto", "triton", "reference"]
 # torch.compile follows neither.
 #: Whether Triton is there; kernels are defined only then.
 INSTALLED = importlib.util.find_spec("triton") is not None
-_asked: Kernels = "auto"
+_requested: Kernels = "auto"
 _problem: str | None = None
 _substitutes: dict[str, Callable[..., Any]] = {}
-#: Gives what is launched in place of a kernel (`emt_kernels.ahead`).
-stand_in: Callable[[Any], Any] | None = None
+#: Maps a kernel to what is launched in its place (`emt_kernels.precompile.record_launches`).
+launch_hook: Callable[[Any], Any] | None = None
 
 
 def unavailable() -> str:
@@ -53,21 +53,21 @@ def select(kernels: Kernels) -> tuple[str, str]:
         What was chosen, "triton" or "reference", and why.
 
     Raises:
-        RuntimeError: if Triton's kernels are asked for by name and cannot run here.
+        RuntimeError: "triton" was given and its kernels cannot run here.
     """
-    global _asked
+    global _requested
     problem = unavailable()
     if kernels == "triton" and problem:
         raise RuntimeError(f"Triton's kernels cannot run here: {problem}")
-    _asked = kernels
+    _requested = kernels
     if kernels == "reference":
-        return "reference", "asked for"
-    return ("reference", problem) if problem else ("triton", "asked for" if kernels == "triton" else "they run here")
+        return "reference", "requested"
+    return ("reference", problem) if problem else ("triton", "requested" if kernels == "triton" else "they run here")
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a kernel's function runs its Triton kernel for `x`; none does while some have substitutes."""
-    return not _substitutes and x.is_cuda and _asked != "reference" and not unavailable()
+    """Whether a public kernel function launches its Triton kernel for `x`; none does inside `substitutes`."""
+    return not _substitutes and x.is_cuda and _requested != "reference" and not unavailable()
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def substitutes(**functions: Callable[..., Any]) -> Iterator[None]:
 
 
 def substitute(name: str) -> Callable[..., Any] | None:
-    """What a kernel's function calls in place of its kernel or reference; None outside of `substitutes`."""
+    """The function that replaces a kernel and its reference; None outside of `substitutes`."""
     return _substitutes.get(name)
 
 
@@ -101,4 +101,4 @@ def wrap_triton(kernel: Any) -> Any:
 
 def untraced(kernel: Any) -> Any:
     """A kernel for a launch that is never traced: itself, or what stands in for it."""
-    return kernel if stand_in is None else stand_in(kernel)
+    return kernel if launch_hook is None else launch_hook(kernel)

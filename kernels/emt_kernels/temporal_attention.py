@@ -3,7 +3,7 @@
 EfficientMT (arXiv 2503.19369), section 3.3: the queries of a pixel are its F own frames, its keys and values are
 the F own frames followed by the F reference frames, scaled by the scale map.
 
-The kernels are bound by memory: they read every tensor once, where it lies, and write the results. The reference's
+The kernels are bound by memory: they read every tensor once, in place, and write the results. The reference's
 keys ``s·k + p`` are never formed: a query's score is ``s·(q·k) + q·p``, and its output the sum of ``(P·s) v`` and
 ``P p``. So everything goes from memory to the tensor cores as it is, and no sum can overflow in float16.
 """
@@ -91,11 +91,11 @@ def temporal_attention(
     """Attend over time at every pixel, to the clip's own frames and, if given, to the reference's.
 
     The reference's keys are ``scale · reference_key + position_key`` (values alike). Scores, softmax and sums are in
-    float32 whatever the type of the tensors. Differentiable in every tensor; gradients repeat bit for bit.
+    float32 whatever the dtype of the tensors. Differentiable in every tensor; gradients repeat bit for bit.
 
     Args:
         query: (batch, frames, tokens, channels), tokens being height·width; `key` and `value` alike. Slices of one
-            fused product are read where they lie: channels next to each other, any other strides.
+            fused matmul are read in place: channels next to each other, any other strides.
         key: see `query`.
         value: see `query`.
         heads: attention heads; divides channels.
@@ -106,7 +106,7 @@ def temporal_attention(
         scale: (batch, reference frames, tokens).
 
     Returns:
-        (batch, frames, tokens, channels), contiguous where the kernel runs, of the query's type.
+        (batch, frames, tokens, channels), contiguous where the kernel runs, in the query's dtype.
 
     Raises:
         ValueError: for shapes that do not fit each other, which it names, and for a reference of which a part
@@ -349,8 +349,8 @@ if INSTALLED:
     # Products of float32 are made of three of TensorFloat-32: as exact. Types of 16 bits are taken as they are.
 
     @triton.jit
-    def _add_products(total, x, y):
-        """Add the products of all rows: (heads, rows of x, columns) and (heads, rows of y, columns)."""
+    def _add_matmuls(total, x, y):
+        """Accumulate the matmuls of all rows: (heads, rows of x, columns) and (heads, rows of y, columns)."""
         return tl.dot(x, tl.permute(y, (0, 2, 1)), total, input_precision="tf32x3")
 
     @triton.jit
@@ -368,11 +368,11 @@ if INSTALLED:
         return a, b
 
     @triton.jit
-    def _products(x_a, x_b, y_a, y_b, REST: tl.constexpr):
-        """Products of all rows of two pairs of tiles."""
+    def _matmuls(x_a, x_b, y_a, y_b, REST: tl.constexpr):
+        """Matmul of all rows of two pairs of tiles."""
         s = tl.dot(x_a, tl.permute(y_a, (0, 2, 1)), input_precision="tf32x3")
         if REST > 0:
-            s = _add_products(s, x_b, y_b)
+            s = _add_matmuls(s, x_b, y_b)
         return s
 
     @triton.jit
@@ -498,7 +498,7 @@ if INSTALLED:
             t = first + i
             q_a, q_b = _load(query + t * query_token, head, exists, query_rows, COLUMNS, REST, HEAD_SIZE)
             k_a, k_b = _load(key + t * key_token, head, exists, key_rows, COLUMNS, REST, HEAD_SIZE)
-            own = _products(q_a, q_b, k_a, k_b, REST)
+            own = _matmuls(q_a, q_b, k_a, k_b, REST)
             reference = own
             if REFERENCE_FRAMES > 0:
                 s = tl.load(scale + t * scale_token, mask=reference_frame < REFERENCE_FRAMES, other=0.0)
@@ -512,7 +512,7 @@ if INSTALLED:
                     REST,
                     HEAD_SIZE,
                 )
-                reference = s * _products(q_a, q_b, rk_a, rk_b, REST) + _products(q_a, q_b, pk_a, pk_b, REST)
+                reference = s * _matmuls(q_a, q_b, rk_a, rk_b, REST) + _matmuls(q_a, q_b, pk_a, pk_b, REST)
             own, reference, norm = _probabilities(
                 own, reference, frame < FRAMES, reference_frame < REFERENCE_FRAMES, REFERENCE_FRAMES > 0, SOFTENING
             )
@@ -612,7 +612,7 @@ if INSTALLED:
 
         The gradients of reference keys and values are those of a sample, before the scale: (batch, reference frames,
         tokens, channels). The gradient of the scale is the sum over the program's heads, (batch, groups of heads,
-        tokens, reference frames). Heads are gone through twice in tiles of COLUMNS, for the products of all rows and
+        tokens, reference frames). Heads are gone through twice in tiles of COLUMNS, for the matmuls of all rows and
         for the gradients: the second time they come from the cache, and few registers are needed.
         """
         sample, group, token = _place(batch, tokens, 1, HEADS, HEADS_TOGETHER, SHARED)
@@ -651,17 +651,17 @@ if INSTALLED:
             k = _load_tile(key, head, exists, key_rows, first, COLUMNS, HEAD_SIZE)
             v = _load_tile(value, head, exists, value_rows, first, COLUMNS, HEAD_SIZE)
             g = _load_tile(gradient, head, exists, gradient_rows, first, COLUMNS, HEAD_SIZE)
-            own = _add_products(own, q, k)
-            d_own = _add_products(d_own, g, v)
+            own = _add_matmuls(own, q, k)
+            d_own = _add_matmuls(d_own, g, v)
             if REFERENCE_FRAMES > 0:
                 rk = _load_tile(reference_key, head, reference_exists, rk_rows, first, COLUMNS, HEAD_SIZE)
                 rv = _load_tile(reference_value, head, reference_exists, rv_rows, first, COLUMNS, HEAD_SIZE)
                 pk = _load_tile(position_key, head, reference_exists, pk_rows, first, COLUMNS, HEAD_SIZE)
                 pv = _load_tile(position_value, head, reference_exists, pv_rows, first, COLUMNS, HEAD_SIZE)
-                unscaled = _add_products(unscaled, q, rk)
-                positions = _add_products(positions, q, pk)
-                d_unscaled = _add_products(d_unscaled, g, rv)
-                d_positions = _add_products(d_positions, g, pv)
+                unscaled = _add_matmuls(unscaled, q, rk)
+                positions = _add_matmuls(positions, q, pk)
+                d_unscaled = _add_matmuls(d_unscaled, g, rv)
+                d_positions = _add_matmuls(d_positions, g, pv)
 
         reference = own
         if REFERENCE_FRAMES > 0:

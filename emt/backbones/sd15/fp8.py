@@ -46,7 +46,7 @@ def check_fp8(device: torch.device | str) -> None:
     raise EmtError(f"{problem} (the device is {device})", "Allowed here are --precision auto, fp32, fp16 and bf16.")
 
 
-def pays(outputs: int, inputs: int, exact: bool = False) -> bool:
+def is_faster(outputs: int, inputs: int, exact: bool = False) -> bool:
     """Whether a product of many tokens is faster in float8, if the kernel before it quantizes.
 
     A product takes as long as its arithmetic or its traffic, whichever is longer. In bytes of traffic for each token:
@@ -159,7 +159,7 @@ def _abilities(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
 
 @torch.no_grad()
 def use_fp8(
-    unet: MotionTransferUNet, *, attention: bool = True, choice: Callable[[int, int, bool], bool] = pays
+    unet: MotionTransferUNet, *, attention: bool = True, choice: Callable[[int, int, bool], bool] = is_faster
 ) -> int:
     """Let the network have its widest linear layers in float8; it cannot be trained afterwards, nor saved.
 

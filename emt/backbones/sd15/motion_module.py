@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emt_kernels.add_product import add_product
+from emt_kernels.add_matmul import add_matmul_
 from emt_kernels.geglu import geglu
 from emt_kernels.geglu_linear import fuses, geglu_linear
 from emt_kernels.group_norm_silu import group_norm_silu
@@ -231,7 +231,7 @@ class ImageStream:
 
 def _add_product_of(total: Tensor, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
     """Add to `total`, in the product itself, what a linear layer or 1×1 convolution makes of `x`, but for its bias."""
-    add_product(total, layer.weight.flatten(1), x)
+    add_matmul_(total, layer.weight.flatten(1), x)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
