@@ -17,8 +17,6 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import torch
-from emt_engines.compiling import Phases, remembered_writes
-from emt_engines.signature import feature_tensors, features_of, function, text_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from program import EMT, clip, console, environment
@@ -37,6 +35,7 @@ from emt_cli.batch.options import Settings
 from emt_cli.commands.build_engine import insistent_interrupts
 from emt_cli.engine_choice import EngineChoice
 from emt_engines.build import build_engine, builder, open_engine
+from emt_engines.compiler_hooks import Phases, remembered_writes
 from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once
 from emt_engines.manifest import (
     FILE,
@@ -51,6 +50,7 @@ from emt_engines.manifest import (
     sha256_of,
     weights_of,
 )
+from emt_engines.parts import feature_tensors, features_of, function, text_tensors
 from emt_engines.toolchain import links_statically, toolchain
 
 FRAMES, SIDE = 4, 32

@@ -92,9 +92,8 @@ def test_a_build_measures_each_part_to_a_hundred_thousandth(engine):
 
 
 def test_files_hold_for_sizes_and_samples_that_nobody_asked_for(engine, pipe):
-    from emt_engines.signature import function
-
     from emt_engines.onnx_export import as_file_takes
+    from emt_engines.parts import function
 
     folder, _ = engine
     session = onnxruntime.InferenceSession(str(folder / "denoise.onnx"), providers=["CPUExecutionProvider"])

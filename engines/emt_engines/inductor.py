@@ -34,9 +34,9 @@ from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
 from emt.backends.torch import Recorder, TorchBackend
 from emt.errors import EmtError
 from emt.storage import sha256_of
-from emt_engines.compiling import Phases, remembered_writes
+from emt_engines.compiler_hooks import Phases, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
-from emt_engines.signature import Function, by_reference, features_of, function, times_of
+from emt_engines.parts import Function, by_reference, features_of, function, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
 from emt_kernels.precompile import processors
 

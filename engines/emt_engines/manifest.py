@@ -263,7 +263,7 @@ def code_sha256(*modules: str) -> str:
     """Hash of the source that decides what is compiled: of the network, of all kernels, of the parts, and `modules`."""
     import emt_kernels
 
-    names = ["emt.backbones.sd15.unet", "emt.backbones.sd15.motion_module", "emt_engines.signature", *modules]
+    names = ["emt.backbones.sd15.unet", "emt.backbones.sd15.motion_module", "emt_engines.parts", *modules]
     files = [Path(_origin(name)) for name in names]
     files += sorted(Path(emt_kernels.__file__ or "").parent.glob("*.py"))
     listing = [(file.name, sha256_of(file)) for file in files]

@@ -29,7 +29,7 @@ from emt.storage import sha256_of
 from emt_engines.build import CannotRun
 from emt_engines.inductor import images_at_once
 from emt_engines.manifest import PIXELS, Manifest, Part, Request, TensorSpec
-from emt_engines.signature import by_reference, features_of, function, times_of
+from emt_engines.parts import by_reference, features_of, function, times_of
 from emt_kernels.selection import substitutes
 
 if TYPE_CHECKING:
