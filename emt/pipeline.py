@@ -34,6 +34,7 @@ from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
 from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
 from emt.backends.torch import Backend, TorchBackend
 from emt.errors import EmtError
+from emt.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from emt.video import Clip
@@ -335,19 +336,9 @@ class MotionTransferPipeline(DiffusionPipeline):
 
     def check_words(self, prompt: str) -> None:
         """Raise an `EmtError` if the vocabulary is one of whole words and lacks some of the prompt."""
-        # CLIP's own tokenizer spells any word out, and its "unknown" is its end of text.
-        tokenizer = self.tokenizer
-        special = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
-        if tokenizer.unk_token_id is None or tokenizer.unk_token_id in special:
-            return
-        words = [w.strip(".,;:!?\"'()") for w in prompt.lower().split()]
-        unknown = [w for w in words if w and tokenizer.unk_token_id in tokenizer(w).input_ids]
-        if unknown:
-            known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-            raise EmtError(
-                f"the prompt {prompt[:200]!r} has words that this model does not know: {', '.join(unknown[:20])}",
-                f"It knows: {' '.join(known)}",
-            )
+        if vocabulary := Vocabulary.of(self.tokenizer.backend_tokenizer):
+            known = ", ".join(phrase for group in vocabulary.groups.values() for phrase in group)
+            vocabulary.check(prompt, f"It knows: {known}")
 
     def encode_frames(self, frames: NDArray[np.uint8], generator: torch.Generator) -> Tensor:
         """Sampled latents of RGB frames (frames, height, width, 3): (1, channels, frames, height/8, width/8)."""

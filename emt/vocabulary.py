@@ -1,6 +1,6 @@
 """The words of a model that reads a list of words and no others; Stable Diffusion spells any word, and has no list.
 
-Nothing here imports torch: a plan warns of unknown words, too.
+Nothing here imports torch: `emt plan` checks prompts too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,16 +53,28 @@ class Vocabulary:
                 return None
             from tokenizers import Tokenizer
 
-            tokenizer, groups = Tokenizer.from_file(str(path)), {}
+            tokenizer, groups = Tokenizer.from_file(str(path)), None
             path = folder / GROUPS
             if path.is_file():
-                groups = {name: tuple(words) for name, words in json.loads(path.read_bytes()).items()}
-            else:
-                special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-                groups = {"words": tuple(sorted(set(kind["vocab"]) - special))}
+                groups = {name: tuple(map(_phrase, words)) for name, words in json.loads(path.read_bytes()).items()}
         except Exception as error:  # tokenizers raises nothing narrower
-            raise EmtError(f"{path} is damaged", str(error)) from None
-        return cls(tokenizer, kind["unk_token"], groups)
+            raise EmtError(f"{path} is damaged", first_line(error)) from None
+        return cls.of(tokenizer, groups)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, groups: Mapping[str, tuple[str, ...]] | None = None) -> Vocabulary | None:
+        """The vocabulary of a tokenizer; None if it spells words that it does not know.
+
+        Args:
+            tokenizer: Of the library `tokenizers`; `backend_tokenizer` of one of transformers.
+            groups: Words and phrases by kind; by default all words of the tokenizer are one kind.
+        """
+        if type(tokenizer.model).__name__ != "WordLevel":
+            return None
+        if groups is None:
+            special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+            groups = {"words": tuple(sorted(set(tokenizer.get_vocab()) - special))}
+        return cls(tokenizer, tokenizer.model.unk_token, groups)
 
     @cached_property
     def words(self) -> tuple[str, ...]:
@@ -76,17 +88,13 @@ class Vocabulary:
         words = zip(read.tokens, read.offsets)
         return [prompt[first:last] for token, (first, last) in words if token == self.unknown_word]
 
-    def check(self, prompt: str) -> None:
-        """Say whether the model can read a prompt.
-
-        Raises:
-            EmtError: it does not know some of its words.
-        """
+    def check(self, prompt: str, hint: str = "emt doctor lists those that it knows.") -> None:
+        """Raise EmtError with `hint` unless the model knows all words of a prompt."""
         if unknown := self.unknown(prompt):
             asked, named = shorten(prompt, 200, placeholder=" …"), ", ".join(dict.fromkeys(unknown))
             raise EmtError(
                 f"the prompt {asked!r} has words that the model does not know: {named}",
-                "emt doctor lists those that it knows.",
+                hint,
             )
 
     def nearest(self, word: str) -> list[str]:
@@ -100,3 +108,9 @@ class Vocabulary:
     def lines(self) -> list[str]:
         """A line for each kind of words, with all of them."""
         return [f"{len(words)} {kind}: {', '.join(words)}" for kind, words in self.groups.items()]
+
+
+def _phrase(words: object) -> str:
+    if not isinstance(words, str):
+        raise ValueError(f"{words!r:.100} is not a text")
+    return words
