@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from emt import EmtError, __version__
+from emt import __version__
+from emt.errors import EmtError
 from emt_cli.text import printable
 
 EXIT_FAILED = 1

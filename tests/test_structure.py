@@ -1,12 +1,17 @@
-"""The four layers, and how the program starts."""
+"""The layers and rooms of the project, and how the program starts."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,30 +25,240 @@ LAYERS = {
     "emt": ROOT / "emt",
     "emt_engines": ROOT / "engines" / "emt_engines",
     "emt_cli": ROOT / "emt_cli",
+    "recipes": ROOT / "recipes",
 }
 EMT = Path(sys.executable).with_name("emt")
 
+#: The rooms of the project, from the bottom up: a module imports from its own row and from those above it in this table
+#: alone. Rooms of one row that are separated by `|` know nothing of each other.
+ROOMS = """
+emt_kernels
+emt emt.backbones emt.errors emt.presets emt.demo
+emt.storage emt.vocabulary
+emt.video emt.contact_sheet | emt.checkpoints | emt.synthetic
+emt.features | emt.evaluate
+emt.cache emt.model_folder | emt.device
+emt.backbone
+emt.backends | emt.sampling
+emt.pipeline
+emt.backbones.sd15 | emt.backbones.wan21
+emt.unet
+emt.train
+emt_engines emt_cli.engine_choice
+emt_cli emt_cli.text
+emt_cli.batch
+emt_cli.executors | emt_cli.report | emt_cli.terminal
+emt_cli.commands
+emt_cli.app
+recipes
+"""
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of all modules that a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
-    return names
+#: Imports against the table, from a module to another, that are yet to be turned round.
+STILL_TO_MOVE: set[tuple[str, str]] = {
+    ("emt.backends.torch", "emt.backbones.sd15.motion_module"),
+    ("emt.backends.torch", "emt.backbones.sd15.unet"),
+    ("emt.pipeline", "emt.backbones.sd15.motion_module"),
+    ("emt.pipeline", "emt.backbones.sd15.unet"),
+    ("emt.pipeline", "emt.unet"),
+    ("emt.cache", "emt.pipeline"),
+    ("emt.device", "emt.backbones.sd15.fp8"),
+    ("emt_cli.engine_choice", "emt_cli.batch.options"),
+    ("emt_cli.batch.options", "emt_cli.engine_choice"),
+    ("emt_engines.manifest", "emt_engines.build"),
+    ("emt.evaluate.judge", "emt.evaluate.truth"),
+    ("emt_cli.executors.local", "emt_cli.terminal"),
+}
+
+#: Files that may name a backbone's network or modules: the tables from which it is chosen.
+BACKBONE_TABLES = {"emt/__init__.py", "emt/backbone.py", "emt/unet.py"}
+#: Files outside emt/backbones that name one and are yet to ask the protocol.
+STILL_KNOWS_A_BACKBONE = {
+    "emt/backends/torch.py",
+    "emt/device.py",
+    "emt/pipeline.py",
+    "emt/train/objective.py",
+    "emt/train/teacher.py",
+    "emt/train/trainer.py",
+    "emt_cli/batch/generator.py",
+    "emt_cli/commands/bench.py",
+    "emt_cli/commands/build_engine.py",
+    "emt_cli/commands/import_weights.py",
+    "engines/emt_engines/inductor.py",
+    "engines/emt_engines/manifest.py",
+    "engines/emt_engines/onnx_export.py",
+    "engines/emt_engines/signature.py",
+    "engines/emt_engines/tensorrt.py",
+}
+
+#: Modules that answer at once, before anything is computed: they and all that they import leave torch alone.
+WITHOUT_TORCH = """
+emt emt.errors emt.presets emt.demo emt.storage emt.vocabulary emt.cache emt.model_folder emt.device
+emt_kernels emt_engines emt_engines.registry emt_engines.choice
+emt_cli.app emt_cli.text emt_cli.terminal emt_cli.batch.options emt_cli.batch.jobs emt_cli.batch.inputs
+emt_cli.batch.journal emt_cli.batch.results emt_cli.batch.estimates emt_cli.batch.planning emt_cli.batch.session
+emt_cli.commands.arguments
+"""
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_nothing_imports_against_the_arrow(layer):
-    """emt_kernels → emt → emt_engines → emt_cli: each layer uses only those before it."""
-    order = list(LAYERS)
-    above = set(order[order.index(layer) + 1 :])
-    files = list(LAYERS[layer].rglob("*.py"))
-    assert files
-    for path in files:
-        assert not imported(path) & above, path
+@dataclass(frozen=True)
+class Import:
+    """An import of one module of the project by another, anywhere in its file but under `if TYPE_CHECKING:`."""
+
+    source: str
+    target: str
+    where: str  # file:line
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by its name."""
+    found = {}
+    for layer, folder in LAYERS.items():
+        for path in folder.rglob("*.py"):
+            parts = [layer, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """A syntax tree without what only type checkers read."""
+    yield node
+    checked = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    for child in node.orelse if checked else ast.iter_child_nodes(node):
+        yield from run_time_nodes(child)
+
+
+@functools.cache
+def imports() -> list[Import]:
+    """All imports between the project's modules, those in function bodies too."""
+    known, found = modules(), set()
+    for source, path in known.items():
+        for node in run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                package = (source if path.name == "__init__.py" else source.rpartition(".")[0]).split(".")
+                base = [*package[: len(package) + 1 - node.level]] if node.level else []
+                base = ".".join([*base, *([node.module] if node.module else [])])
+                names = [f"{base}.{alias.name}" for alias in node.names]
+            for name in names:
+                while name and name not in known:  # a name in a module, or another project's
+                    name = name.rpartition(".")[0]
+                if name and name != source:
+                    found.add(Import(source, name, f"{path.relative_to(ROOT)}:{node.lineno}"))
+    return sorted(found, key=lambda found: found.where)
+
+
+def rooms() -> list[list[list[str]]]:
+    """The rows of the table; a row's rooms, which know nothing of each other; a room's packages and modules."""
+    return [[room.split() for room in row.split("|")] for row in ROOMS.strip().splitlines()]
+
+
+def place(module: str) -> tuple[int, int]:
+    """The row and the room of a module: those of the longest name in the table that it begins with."""
+    names = {name: (r, i) for r, row in enumerate(rooms()) for i, room in enumerate(row) for name in room}
+    # A package that the table divides stands for its own __init__.py alone: a new module in it needs a room.
+    divided = {name for name in names if any(other.startswith(f"{name}.") for other in names)}
+    fits = [n for n in names if module == n or (module.startswith(f"{n}.") and n not in divided)]
+    assert fits, f"{module} is in no room: add it to ROOMS"
+    return names[max(fits, key=len)]
+
+
+def allowed(module: str) -> str:
+    """Where a module may import from, for a message."""
+    row, room = place(module)
+    names = [name for above in rooms()[:row] for room in above for name in room] + rooms()[row][room]
+    layer = module.partition(".")[0]
+    here = [name for name in names if name.partition(".")[0] == layer]
+    below = dict.fromkeys(name.partition(".")[0] for name in names if name not in here)
+    return f"{', '.join(here)}{' and all of ' if below else ''}{', '.join(below)}"
+
+
+def test_every_module_is_in_a_room():
+    for module in modules():
+        place(module)
+
+
+def test_the_project_uses_modules_not_the_names_that_the_package_lends():
+    """`from emt import MotionTransferPipeline` is for users: inside, it would hide which room is entered."""
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "emt" and not node.level:
+                lent = {alias.name for alias in node.names if f"emt.{alias.name}" not in modules()} - {"__version__"}
+                assert not lent, f"{path.relative_to(ROOT)}:{node.lineno} imports {lent} of emt: name their module"
+
+
+def test_nothing_imports_against_the_arrows():
+    wrong = []
+    for found in imports():
+        source, target = place(found.source), place(found.target)
+        if (target[0] > source[0] or (target[0] == source[0] and target != source)) and (
+            (found.source, found.target) not in STILL_TO_MOVE
+        ):
+            wrong.append(f"{found.where} imports {found.target}; {found.source} may import: {allowed(found.source)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def circles(edges: Iterable[tuple[str, str]]) -> list[set[str]]:
+    """Sets of modules that import each other, directly or by way of others."""
+    after: dict[str, set[str]] = {}
+    for source, target in edges:
+        after.setdefault(source, set()).add(target)
+    reached: dict[str, set[str]] = {}
+    for module in after:
+        waiting = [module]
+        reached[module] = set()
+        while waiting:
+            new = after.get(waiting.pop(), set()) - reached[module]
+            reached[module] |= new
+            waiting += new
+    found = {frozenset(other for other in reached[m] if m in reached.get(other, ())) for m in after if m in reached[m]}
+    return [set(circle) for circle in found]
+
+
+def test_no_modules_import_each_other():
+    """Not by way of others either, nor in function bodies, where a circle does no harm until somebody moves a line."""
+    edges = [(i.source, i.target) for i in imports() if (i.source, i.target) not in STILL_TO_MOVE]
+    for circle in circles(edges):
+        lines = [f"{i.where} imports {i.target}" for i in imports() if {i.source, i.target} <= circle]
+        pytest.fail("a circle of imports:\n" + "\n".join(lines))
+
+
+def test_a_circle_is_found_wherever_it_hides():
+    assert circles([("a", "b"), ("b", "c"), ("d", "a")]) == []
+    assert circles([("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")]) == [{"a", "b", "c"}]
+    code = "if TYPE_CHECKING:\n    import a\nelse:\n    import b\ndef f():\n    from c import d\n"
+    found = [node for node in run_time_nodes(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [ast.unparse(node) for node in found] == ["import b", "from c import d"]
+
+
+def test_a_backbone_is_chosen_from_a_table_and_known_nowhere_else():
+    """Of the libraries and the program; a recipe trains one network and may name it."""
+    networks = r"\bMotionTransferUNet\b|\bemt\.backbones\.\w+|\bfrom emt\.backbones import"
+    inside = ROOT / "emt" / "backbones"
+    for module, path in modules().items():
+        name = path.relative_to(ROOT).as_posix()
+        if inside in path.parents or name in BACKBONE_TABLES | STILL_KNOWS_A_BACKBONE or module.startswith("recipes"):
+            continue
+        found = re.search(networks, path.read_text(encoding="utf-8"))
+        assert not found, f"{name} names {found[0]}: ask emt.backbone, which {BACKBONE_TABLES} fill"
+
+
+@pytest.mark.parametrize("module", [name for name in WITHOUT_TORCH.split() if name in modules()])
+def test_what_needs_no_torch_imports_none(module):
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["plan", "disc.mp4", "--prompt", "x", "--model", "model"], ["report", "out"]])
+def test_a_plan_and_a_report_need_no_torch(tmp_path, arguments):
+    written = Path(__file__).parent / "data" / "version_0_1"
+    folder = shutil.copytree(written, tmp_path / "folder")
+    code = "import sys; sys.modules['torch'] = None; from emt_cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_help_imports_nothing_heavy():
