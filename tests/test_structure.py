@@ -86,6 +86,7 @@ STILL_KNOWS_A_BACKBONE = {
     "engines/emt_engines/inductor.py",
     "engines/emt_engines/manifest.py",
     "engines/emt_engines/onnx_export.py",
+    "engines/emt_engines/parts.py",
     "engines/emt_engines/signature.py",
     "engines/emt_engines/tensorrt.py",
 }
