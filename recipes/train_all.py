@@ -97,7 +97,7 @@ def start_judge(out: Path, device: str, minutes: float) -> subprocess.Popen[byte
     result = out / "judge.safetensors"
     if result.exists():
         return None
-    command = [sys.executable, "-m", "emt.evaluate.judge", "train", str(result), "--minutes", str(minutes)]
+    command = [sys.executable, "-m", "emt.evaluate.train_judge", "train", str(result), "--minutes", str(minutes)]
     with (out / "judge.log").open("wb") as log:
         return subprocess.Popen([*command, "--device", device, "--vae", str(out / "vae")], stdout=log, stderr=log)
 

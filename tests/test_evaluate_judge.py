@@ -23,13 +23,11 @@ from emt.evaluate.judge import (
     Vocabulary,
     compose,
     decompose,
-    degrade,
-    judge_loss,
     prompt_alignment,
     prompt_alignments,
     read_prompt,
-    train_judge,
 )
+from emt.evaluate.train_judge import degrade, judge_loss, train_judge
 from emt.evaluate.truth import (
     MEASURES,
     TARGETS,
@@ -231,7 +229,7 @@ def test_degraded_frames_stay_like_what_they_were():
 
 def test_the_program_prints_a_judges_own_errors(judge, tmp_path):
     path = judge.save(tmp_path / "judge.safetensors")
-    command = [sys.executable, "-m", "emt.evaluate.judge", "check", str(path), "--clips", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "emt.evaluate.train_judge", "check", str(path), "--clips", "2", "--device", "cpu"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     assert all(description in printed for description in MEASURES.values())
 

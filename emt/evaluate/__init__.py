@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
+_EXPORTS = {
     "Tracklets": "emt.evaluate.tracks",
     "motion_fidelity": "emt.evaluate.motion",
     "CameraMotion": "emt.evaluate.camera",
@@ -18,15 +18,14 @@ _HOMES = {
     "ImageTextModel": "emt.evaluate.text",
     "appearance_leakage": "emt.evaluate.leakage",
     "Judge": "emt.evaluate.judge",
-    "train_judge": "emt.evaluate.judge",
     "evaluate_truth": "emt.evaluate.truth",
     "judge_floor": "emt.evaluate.truth",
 }
 
-__all__ = list(_HOMES)
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'emt.evaluate' has no attribute {name!r}")

@@ -100,7 +100,7 @@ def evaluate_truth(
     if judge.vocabulary != Vocabulary.of_world():
         raise EmtError(
             "The judge was trained on another vocabulary than this world's.",
-            "Train it again: python -m emt.evaluate.judge train --minutes 2 --device cuda judge.safetensors",
+            "Train it again: python -m emt.evaluate.train_judge train --minutes 2 --device cuda judge.safetensors",
         )
     if clips.shape[:2] != motions.position.shape[:2] or len(appearances) != len(clips):
         raise EmtError(
