@@ -16,7 +16,8 @@ from emt.model_folder import find_model
 from emt.pipeline import NonFiniteError
 from emt_cli.batch.estimates import memory, size_that_fits
 from emt_cli.batch.generator import Generator
-from emt_cli.batch.jobs import Job, expand
+from emt_cli.batch.inputs import expand
+from emt_cli.batch.jobs import Job
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import Settings, TransferOptions
 from emt_cli.executors.local import Runner

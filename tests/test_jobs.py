@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from emt.errors import EmtError
 from emt.storage import check_readable
-from emt_cli.batch.jobs import Job, Rejected, expand, identify, output_name, slug
+from emt_cli.batch.inputs import expand
+from emt_cli.batch.jobs import Job, Rejected, identify, output_name, slug
 from emt_cli.batch.options import (
     SETTING_NAMES,
     Format,

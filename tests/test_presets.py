@@ -18,7 +18,8 @@ from emt.errors import EmtError
 from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, load_pipeline
 from emt.presets import PRESETS, preset_values
 from emt_cli.batch.estimates import work
-from emt_cli.batch.jobs import Job, expand, identify
+from emt_cli.batch.inputs import expand
+from emt_cli.batch.jobs import Job, identify
 from emt_cli.batch.options import Preset, Settings, TransferOptions, parse_field
 
 STEPS = 6

@@ -65,7 +65,6 @@ STILL_TO_MOVE: set[tuple[str, str]] = {
     ("emt_cli.engine_choice", "emt_cli.batch.options"),
     ("emt_cli.batch.options", "emt_cli.engine_choice"),
     ("emt_engines.manifest", "emt_engines.build"),
-    ("emt.evaluate.judge", "emt.evaluate.truth"),
     ("emt_cli.executors.local", "emt_cli.terminal"),
 }
 

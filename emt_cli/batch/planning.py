@@ -18,8 +18,8 @@ from emt.model_folder import Model, find_model
 from emt.storage import check_readable
 from emt_cli.batch import estimates, journal
 from emt_cli.batch.best_of import check_tracking
-from emt_cli.batch.inputs import WordWatch
-from emt_cli.batch.jobs import Item, Job, Rejected, expand, identify, numerics, output_name
+from emt_cli.batch.inputs import UnknownWords, expand
+from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import state_on_disk
 from emt_cli.engine_choice import engine_id
@@ -103,7 +103,7 @@ def make_plan(options: TransferOptions) -> Plan:
     model = find_model(options.model, download=False)
     listed, streamed = expand(options, model.defaults)
     items = _both(listed, streamed)
-    WordWatch(model.name, model.vocabulary, lambda text: print(printable(text), file=sys.stderr)).look(items)
+    UnknownWords(model.name, model.vocabulary, lambda text: print(printable(text), file=sys.stderr)).look(items)
     index = ContentIndex(options.cache_dir or default_dir())
     lines = journal.read(options.out)
     model_sha256 = model.sha256(index)

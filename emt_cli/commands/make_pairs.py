@@ -200,8 +200,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
     from emt.cache import ContentIndex, MotionCache, default_dir
     from emt.evaluate.tracks import opencv
     from emt.model_folder import find_model
-    from emt_cli.batch.inputs import WordWatch
-    from emt_cli.batch.jobs import expand
+    from emt_cli.batch.inputs import UnknownWords, expand
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.teaching import TeachingGenerator, check_motions, complete, method, print_summary
     from emt_cli.executors.local import Runner
@@ -215,7 +214,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
     watcher = Watcher(len(listed))
     if options.model is None:
         watcher.say(model.introduction())
-    WordWatch(model.name, model.vocabulary, watcher.say).look(listed)
+    UnknownWords(model.name, model.vocabulary, watcher.say).look(listed)
     index = ContentIndex(default_dir())
     journal = Journal(options.out)
     try:

@@ -28,8 +28,8 @@ def transfer(options: TransferOptions) -> None:
     from emt.model_folder import find_model
     from emt_cli.batch.best_of import check_tracking
     from emt_cli.batch.generator import Generator
-    from emt_cli.batch.inputs import WordWatch
-    from emt_cli.batch.jobs import Job, expand, numerics
+    from emt_cli.batch.inputs import UnknownWords, expand
+    from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
     from emt_cli.commands.plan import show
     from emt_cli.engine_choice import EngineChoice, engine_id, engines_dir
@@ -49,7 +49,7 @@ def transfer(options: TransferOptions) -> None:
     watcher = Watcher(None if "-" in (options.references or []) else len(listed))
     if options.model is None:
         watcher.say(model.introduction())
-    words = WordWatch(model.name, model.vocabulary, watcher.say)
+    words = UnknownWords(model.name, model.vocabulary, watcher.say)
     words.look(listed)
     low_memory = options.memory is Memory.LOW
     engines = None
