@@ -19,14 +19,14 @@ class Device:
     """An opened device.
 
     Attributes:
-        place: For torch: `cuda:0`, `mps` or `cpu`.
+        torch_device: For torch: `cuda:0`, `mps` or `cpu`.
         name: What it is, as recorded in results: a GPU's name, or `cpu`.
         precision: fp32, fp16, bf16 or fp8.
         kernels: triton or reference (`emt_kernels.selection`).
         why: Why these kernels.
     """
 
-    place: str
+    torch_device: str
     name: str
     precision: str
     kernels: str = "reference"
@@ -72,7 +72,7 @@ class Device:
     @property
     def is_gpu(self) -> bool:
         """Whether it has memory of its own that CUDA measures."""
-        return self.place.startswith("cuda")
+        return self.torch_device.startswith("cuda")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,14 +87,14 @@ class Device:
         if self.is_gpu:
             import torch
 
-            torch.cuda.reset_peak_memory_stats(self.place)
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def synchronize(self) -> None:
         """Wait until all that was asked of the device is done, so that the clock tells the truth."""
         if self.is_gpu:
             import torch
 
-            torch.cuda.synchronize(self.place)
+            torch.cuda.synchronize(self.torch_device)
 
     def mark(self) -> Callable[[], None]:
         """What waits until all is done that the device has been asked for so far."""
@@ -103,7 +103,7 @@ class Device:
         import torch
 
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.place))
+        event.record(torch.cuda.current_stream(self.torch_device))
         return event.synchronize
 
     def memory(self) -> tuple[int, int, int]:
@@ -111,9 +111,12 @@ class Device:
         if self.is_gpu:
             import torch
 
-            free, _ = torch.cuda.mem_get_info(self.place)
-            used, reserved = torch.cuda.memory_allocated(self.place), torch.cuda.memory_reserved(self.place)
-            return used, torch.cuda.max_memory_allocated(self.place), free + reserved
+            free, _ = torch.cuda.mem_get_info(self.torch_device)
+            used, reserved = (
+                torch.cuda.memory_allocated(self.torch_device),
+                torch.cuda.memory_reserved(self.torch_device),
+            )
+            return used, torch.cuda.max_memory_allocated(self.torch_device), free + reserved
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return peak, peak, _system_memory()
 

@@ -171,7 +171,7 @@ class EngineChoice:
         fitting, reasons = [], []
         for engine in candidates:
             own = engine.manifest
-            request = self._request(device.precision, device.place, None, (), 0)
+            request = self._request(device.precision, device.torch_device, None, (), 0)
             ok, reason = own.match(request)
             if ok and not self.named:
                 reason = _unfit_for_auto(own)
@@ -181,7 +181,7 @@ class EngineChoice:
                 continue
             reasons.append(f"{engine.folder.name}: {reason}")
             if self.named:
-                right = self._request(device.precision, device.place, own, own.sizes, own.frames)
+                right = self._request(device.precision, device.torch_device, own, own.sizes, own.frames)
                 raise EmtError(
                     f"the engine {engine.folder} does not match: {reason}", f"Build the right one with: {right.command}"
                 )

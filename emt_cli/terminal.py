@@ -22,7 +22,7 @@ MARKS = {"done": "done", "skipped": "have", "failed": "FAILED", "dropped": "drop
 _TABLE_ROWS = 40
 
 
-class Watcher:
+class ProgressReporter:
     """Tells of the progress of a run. Threads may share it.
 
     Args:

@@ -19,7 +19,7 @@ from emt.errors import EmtError
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import track
 from emt.video import read_clip
-from emt_cli.batch.best_of import Candidate, Contest
+from emt_cli.batch.best_of import BestOf, Candidate
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.options import MAX_SEED, Settings
 
@@ -140,11 +140,11 @@ def test_a_plan_tells_the_time_of_all_candidates(tmp_path):
     assert seconds("--best-of", "5") == pytest.approx(5 * seconds(), rel=0.05)
 
 
-# ---- the contest --------------------------------------------------------------------------------------------------
+# ---- candidates ---------------------------------------------------------------------------------------------------
 
 
-def contest(seed: int, count: int) -> Contest:
-    return Contest(Job(Path("/a.mp4"), "x", seed, Settings(best_of=count)))
+def best_of(seed: int, count: int) -> BestOf:
+    return BestOf(Job(Path("/a.mp4"), "x", seed, Settings(best_of=count)))
 
 
 def candidate(seed: int, fidelity: float, frames: np.ndarray | None = None) -> Candidate:
@@ -158,8 +158,8 @@ def candidate(seed: int, fidelity: float, frames: np.ndarray | None = None) -> C
 def test_the_highest_score_wins_and_ties_go_to_the_first_seed(scores, kept):
     """Whatever the order in which candidates are ready: writers measure side by side."""
     for order in permutations(range(3)):
-        c = contest(10, 3)
-        ended = [c.enter(candidate(10 + i, scores[i]), {"steps": 1.0}, i) for i in order]
+        c = best_of(10, 3)
+        ended = [c.add(candidate(10 + i, scores[i]), {"steps": 1.0}, i) for i in order]
         assert ended == [False, False, True]
         assert c.best is not None
         assert c.best.seed == kept
@@ -168,9 +168,9 @@ def test_the_highest_score_wins_and_ties_go_to_the_first_seed(scores, kept):
 
 
 def test_a_candidate_that_fails_leaves_the_others():
-    c = contest(0, 3)
+    c = best_of(0, 3)
     assert not c.fail(0, EmtError("NaN"))
-    assert not c.enter(candidate(1, -0.8), {}, 0)
+    assert not c.add(candidate(1, -0.8), {}, 0)
     assert c.fail(2, EmtError("out of memory"))
     assert c.best is not None
     assert c.best.seed == 1
@@ -178,7 +178,7 @@ def test_a_candidate_that_fails_leaves_the_others():
 
 
 def test_seeds_go_on_from_0_after_the_largest():
-    assert [job.seed for job in contest(MAX_SEED, 3).jobs] == [MAX_SEED, 0, 1]
+    assert [job.seed for job in best_of(MAX_SEED, 3).jobs] == [MAX_SEED, 0, 1]
 
 
 def test_a_reference_at_rest_keeps_the_candidate_at_rest():
@@ -190,8 +190,8 @@ def test_a_reference_at_rest_keeps_the_candidate_at_rest():
     at_rest, moved = track(still), track(moving)
     scores = [tracklet_fidelity(at_rest, result) for result in (moved, at_rest, at_rest)]
     assert scores[1] == scores[2] == 1 > scores[0]
-    c = contest(0, 3)
+    c = best_of(0, 3)
     for seed, score in enumerate(scores):
-        c.enter(candidate(seed, score), {}, 0)
+        c.add(candidate(seed, score), {}, 0)
     assert c.best is not None
     assert c.best.seed == 1

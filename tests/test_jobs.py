@@ -77,7 +77,7 @@ def test_different_prompts_never_share_a_name(one, other, seed, format):
 
 @given(PROMPTS, st.text(min_size=1).filter(lambda s: "/" not in s and "\0" not in s), st.integers(0, 2**63 - 1))
 def test_names_are_safe_on_every_file_system(prompt, stem, seed):
-    output = output_name(Job(Path(f"/clips/{stem}.mp4"), prompt, seed, Settings(), own=("steps",)), "ab" * 32)
+    output = output_name(Job(Path(f"/clips/{stem}.mp4"), prompt, seed, Settings(), overrides=("steps",)), "ab" * 32)
     assert len(output.parts) == 2
     for part in output.parts:
         assert len((part + ".json").encode()) <= 255
@@ -95,7 +95,7 @@ def test_references_of_one_name_in_two_folders_stay_apart():
 def test_settings_of_a_jobs_own_line_are_part_of_its_name_and_those_of_the_run_are_not():
     quick = replace(JOB, settings=Settings(steps=5))
     assert output_name(quick, "a" * 64) == output_name(JOB, "a" * 64)
-    assert output_name(replace(quick, own=("steps",)), "a" * 64) != output_name(JOB, "a" * 64)
+    assert output_name(replace(quick, overrides=("steps",)), "a" * 64) != output_name(JOB, "a" * 64)
 
 
 def test_slugs_are_cut_between_words():
@@ -120,7 +120,7 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
     identities = {identity(), identity(reference="q"), identity(model="n"), identity(precision="fp32")}
     identities |= {identity(job) for job in others}
     assert len(identities) == 4 + len(others)
-    moved = replace(JOB, reference=Path("/elsewhere/other name.mp4"), origin="line 3", own=("steps",))
+    moved = replace(JOB, reference=Path("/elsewhere/other name.mp4"), origin="line 3", overrides=("steps",))
     assert identity(moved) == identity(), "where a file lies and where a job was read is no part of it"
 
 
@@ -179,7 +179,7 @@ def test_csv_and_jsonl_rows_set_any_field(tmp_path):
     here = clip(tmp_path / "a.mp4")
     (tmp_path / "p.csv").write_text('prompt,steps,seed\n"x, y",3,\nz,,9\n')
     jobs = listed(here, prompts=[tmp_path / "p.csv"], seeds="1-2", settings={"steps": 7})
-    assert [(j.prompt, j.settings.steps, j.seed, j.own) for j in jobs] == [
+    assert [(j.prompt, j.settings.steps, j.seed, j.overrides) for j in jobs] == [
         ("x, y", 3, 1, ("steps",)), ("x, y", 3, 2, ("steps",)), ("z", 7, 9, ()),
     ]  # fmt: skip
     rows = [{"reference": str(here), "prompt": "x", "width": 64}, {"prompt": "y"}]

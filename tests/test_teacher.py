@@ -313,8 +313,8 @@ def test_what_does_not_fit_together_is_bad_usage(tmp_path, options, said):
 
 def test_a_prompt_may_not_read_its_reference_otherwise():
     """Clips of a folder share one motion: another start would be another one."""
-    other = Job(Path("/a.mp4"), "a fox", 0, Settings(start=0.1), own=("start",), origin="line 1")
-    same = Job(Path("/a.mp4"), "a car", 0, Settings(steps=1), own=("steps",))
+    other = Job(Path("/a.mp4"), "a fox", 0, Settings(start=0.1), overrides=("start",), origin="line 1")
+    same = Job(Path("/a.mp4"), "a car", 0, Settings(steps=1), overrides=("steps",))
     rejected, kept = check_motions([other, same])
     assert kept is same
     assert isinstance(rejected, Rejected)

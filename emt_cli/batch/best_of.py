@@ -33,7 +33,7 @@ class Candidate:
     fidelity: float
 
 
-class Contest:
+class BestOf:
     """The candidates of one job. Threads may share it; the frames of the best so far alone are held.
 
     Args:
@@ -50,7 +50,7 @@ class Contest:
         self._told: dict[int, dict[str, Any]] = {}
         self._guard = threading.Lock()
 
-    def enter(self, candidate: Candidate, timings: Mapping[str, float], peak: int) -> bool:
+    def add(self, candidate: Candidate, timings: Mapping[str, float], peak: int) -> bool:
         """A candidate was made and measured; returns whether it was the last that was missing."""
         candidate = replace(candidate, fidelity=round(candidate.fidelity, 4))
         with self._guard:

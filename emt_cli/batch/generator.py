@@ -45,9 +45,9 @@ def read_reference(job: Job, path: Path | None = None) -> Clip:
     """
     from emt.video import read_clip
 
-    view = job.view
-    shape = {"frames": view.pop("frames"), "size": (view.pop("width"), view.pop("height"))}
-    return read_clip(path or job.reference, **shape, **view)
+    sampling = job.sampling
+    shape = {"frames": sampling.pop("frames"), "size": (sampling.pop("width"), sampling.pop("height"))}
+    return read_clip(path or job.reference, **shape, **sampling)
 
 
 def playback_rate(job: Job, reference_fps: float) -> float:
@@ -94,13 +94,13 @@ def open_pipeline(
         pipe = load_pipeline(model.folder, "cpu", device.dtype)
         prepare(pipe)
         if not low_memory:
-            pipe = pipe.to(device.place)
+            pipe = pipe.to(device.torch_device)
             if device.precision == "fp8":
                 from emt.backbones.sd15.fp8 import use_fp8
 
                 use_fp8(pipe.unet)
             return pipe
-        pipe.save_memory(device.place)
+        pipe.save_memory(device.torch_device)
         return pipe
     except Exception as error:
         if not is_out_of_memory(error):
@@ -162,7 +162,7 @@ class Generator:
 
                 device = Device.open(*self._asked)
                 if self.low_memory and not device.is_gpu:
-                    problem = f"--memory low spares the memory of CUDA GPUs, the device is {device.place}"
+                    problem = f"--memory low spares the memory of CUDA GPUs, the device is {device.torch_device}"
                     raise EmtError(problem, "Leave it out.")
                 if device.is_gpu:
                     self._say(f"kernels: {device.kernels} ({device.why})")
@@ -225,7 +225,7 @@ class Generator:
         engine = self.engine(job)
         device = self.device
         where = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]
-        return digest("motion", NUMERICS_VERSION, reference_sha256, job.view, self.model_sha256, *where)
+        return digest("motion", NUMERICS_VERSION, reference_sha256, job.sampling, self.model_sha256, *where)
 
     def encode(self, job: Job, source: Clip | Motion) -> Motion:
         """The motion of a job's clip, on the device; a motion that was read from the cache is moved there."""
@@ -237,7 +237,7 @@ class Generator:
             pipe = self.load()
             self._switch(pipe, self.engine(job))
             motion = pipe.extract_motion(source)
-        motion = motion.to(self.device.place)
+        motion = motion.to(self.device.torch_device)
         self.device.synchronize()
         return motion
 

@@ -147,12 +147,12 @@ def _together(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
     for item in listed:
         if isinstance(item, Job):
             order.setdefault(item.shape, len(order))
-            order.setdefault((item.reference, str(item.view)), len(order))
+            order.setdefault((item.reference, str(item.sampling)), len(order))
 
     def place(item: Job | Rejected) -> tuple[int, int]:
         if isinstance(item, Rejected):
             return (-1, -1)
-        return order[item.shape], order[item.reference, str(item.view)]
+        return order[item.shape], order[item.reference, str(item.sampling)]
 
     return sorted(listed, key=place)
 

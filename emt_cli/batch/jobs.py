@@ -36,7 +36,7 @@ class Job:
         prompt: What the new clip shows.
         seed: Seed of its noise.
         settings: Everything else that decides its frames.
-        own: Names of the settings that the job's own line sets; they are part of its name.
+        overrides: Names of the settings that the job's own line sets; they are part of its name.
         origin: Where it was read, such as `jobs.jsonl line 3`; empty for the command line.
     """
 
@@ -44,7 +44,7 @@ class Job:
     prompt: str
     seed: int
     settings: Settings
-    own: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     origin: str = ""
 
     @property
@@ -54,7 +54,7 @@ class Job:
         return s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
 
     @property
-    def view(self) -> dict[str, Any]:
+    def sampling(self) -> dict[str, Any]:
         """How the reference is read: the settings on which its motion features depend."""
         settings = self.settings.as_dict()
         return {name: settings[name] for name in ("frames", "height", "width", "fit", "start", "duration", "stride")}
@@ -140,7 +140,7 @@ def output_name(job: Job, reference: str) -> PurePosixPath:
     name = slug(job.prompt)
     if name.replace("-", " ") != job.prompt:
         name = f"{name or 'prompt'}_{digest(job.prompt)[:10]}"
-    own = {key: value for key, value in job.settings.as_dict().items() if key in job.own and key != "format"}
+    own = {key: value for key, value in job.settings.as_dict().items() if key in job.overrides and key != "format"}
     suffix = f"_{digest(own)[:10]}" if own else ""
     extension = "" if job.settings.format is Format.PNG else f".{job.settings.format.value}"
     return PurePosixPath(folder) / f"{name}-{job.seed}{suffix}{extension}"

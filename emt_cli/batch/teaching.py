@@ -116,7 +116,7 @@ def check_motions(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
     """Turn away jobs whose own line reads the reference otherwise: clips of a folder share one motion."""
     checked: list[Job | Rejected] = []
     for item in items:
-        others = sorted(set(item.own) - set(_OWN)) if isinstance(item, Job) else []
+        others = sorted(set(item.overrides) - set(_OWN)) if isinstance(item, Job) else []
         if isinstance(item, Job) and others:
             hint = f"A line of prompts for pairs may set {', '.join(_OWN)}."
             error = EmtError(f"pairs cannot be made with a {others[0]} of their own", hint)
@@ -185,7 +185,7 @@ def _write_reference(path: Path, line: dict[str, Any]) -> None:
 
     settings = Settings(**{name: parse_field(name, value) for name, value in line["settings"].items()})
     job = Job(Path(line["reference"]), line["prompt"], line["seed"], settings)
-    identity = digest("reference", line["reference_sha256"], job.view)
+    identity = digest("reference", line["reference_sha256"], job.sampling)
     if path.is_file() and read_record(path).get("id") == identity:
         return
     clip = read_reference(job)

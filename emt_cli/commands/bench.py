@@ -223,9 +223,9 @@ def _parts(
     samples, height, width = 1 if settings.guidance == 1 else 2, settings.height, settings.width
     generator = torch.Generator().manual_seed(0)
     shape = (samples, pipe.unet.config.in_channels, settings.frames, height // scale, width // scale)
-    sample = torch.randn(shape, generator=generator).to(device.place, dtype)
-    images = torch.rand(settings.frames, 3, height, width, generator=generator).to(device.place, pipe.vae.dtype)
-    unscaled, timestep = sample[0].transpose(0, 1).to(pipe.vae.dtype), torch.tensor(601, device=device.place)
+    sample = torch.randn(shape, generator=generator).to(device.torch_device, dtype)
+    images = torch.rand(settings.frames, 3, height, width, generator=generator).to(device.torch_device, pipe.vae.dtype)
+    unscaled, timestep = sample[0].transpose(0, 1).to(pipe.vae.dtype), torch.tensor(601, device=device.torch_device)
     with torch.no_grad():
         prompts = pipe.encode_prompts([""] * samples)
         text = pipe.unet.encode_text(prompts)

@@ -118,7 +118,7 @@ def build_engine(
     request = Request(
         backend=backend.value,
         precision=place.precision,
-        device=place.place,
+        device=place.torch_device,
         sizes=sizes or (Size((width, height), (width, height)),),
         frames=frames or defaults["frames"],
         batch=clips,

@@ -261,7 +261,7 @@ def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel
         known = [pair.prompt for pair in pairs if pair.prompt is not None]
         if not known or any(judge.read_prompt(text, shipped.vocabulary) is None for text in known):
             return None
-    place = Device.open(device, "fp32").place
+    place = Device.open(device, "fp32").torch_device
     if name in ("auto", "judge"):
         return judge.Judge.load(judge.SHIPPED, place)
     if name.endswith(".safetensors"):

@@ -176,7 +176,7 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
     from emt.synthetic.renderer import World
     from emt.train.data import write_pairs
 
-    place = Device.open(device, "fp32").place
+    place = Device.open(device, "fp32").torch_device
     console = Console(stderr=True)
     columns = (TextColumn("motions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     made, told = 0, time.monotonic()
@@ -204,17 +204,17 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.teaching import TeachingGenerator, check_motions, complete, method, print_summary
     from emt_cli.executors.local import Runner
-    from emt_cli.terminal import Watcher
+    from emt_cli.terminal import ProgressReporter
 
     opencv()
     if "-" in (options.references or []):
         raise UsageError("--from-references takes clips, not jobs on standard input")
     model = find_model(options.model, download=True)
     listed = check_motions(expand(options, model.defaults)[0])
-    watcher = Watcher(len(listed))
+    listener = ProgressReporter(len(listed))
     if options.model is None:
-        watcher.say(model.introduction())
-    UnknownWords(model.name, model.vocabulary, watcher.say).look(listed)
+        listener.say(model.introduction())
+    UnknownWords(model.name, model.vocabulary, listener.say).look(listed)
     index = ContentIndex(default_dir())
     journal = Journal(options.out)
     try:
@@ -223,7 +223,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
             TeachingGenerator(model, model.sha256(index), options.device, options.precision.value, guidance),
             index,
             MotionCache(default_dir() / "motion", options.cache_size * 1e9),
-            watcher,
+            listener,
             precision=options.precision.value,
             batch_size=parse_batch_size(options.batch_size),
             filter=wanted,

@@ -34,7 +34,7 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.commands.plan import show
     from emt_cli.engine_choice import EngineChoice, engine_id, engines_dir
     from emt_cli.executors.local import Runner
-    from emt_cli.terminal import Watcher
+    from emt_cli.terminal import ProgressReporter
 
     if options.dry_run:
         show(options)
@@ -46,15 +46,15 @@ def transfer(options: TransferOptions) -> None:
             check_tracking(job)
     folder = options.cache_dir or default_dir()
     index = ContentIndex(folder)
-    watcher = Watcher(None if "-" in (options.references or []) else len(listed))
+    listener = ProgressReporter(None if "-" in (options.references or []) else len(listed))
     if options.model is None:
-        watcher.say(model.introduction())
-    words = UnknownWords(model.name, model.vocabulary, watcher.say)
+        listener.say(model.introduction())
+    words = UnknownWords(model.name, model.vocabulary, listener.say)
     words.look(listed)
     low_memory = options.memory is Memory.LOW
     engines = None
     if not low_memory:
-        engines = EngineChoice(options.engine, model, index, engines_dir(options.cache_dir), watcher.say)
+        engines = EngineChoice(options.engine, model, index, engines_dir(options.cache_dir), listener.say)
     generator = Generator(
         model,
         model.sha256(index),
@@ -63,7 +63,7 @@ def transfer(options: TransferOptions) -> None:
         engines,
         kernels=options.kernels.value,
         low_memory=low_memory,
-        say=watcher.say,
+        say=listener.say,
     )
     journal = Journal(options.out)
     try:
@@ -72,7 +72,7 @@ def transfer(options: TransferOptions) -> None:
             generator,
             index,
             MotionCache(folder / "motion", options.cache_size * 1e9),
-            watcher,
+            listener,
             precision=numerics(options, engine_id(options.engine)),
             batch_size=parse_batch_size(options.batch_size) or (1 if low_memory else None),
             overwrite=options.overwrite,

@@ -32,13 +32,13 @@ from emt.cache import ContentIndex, MotionCache
 from emt.device import is_out_of_memory
 from emt.errors import EmtError
 from emt.storage import write_atomically
-from emt_cli.batch.best_of import Candidate, Contest, check_tracking
+from emt_cli.batch.best_of import BestOf, Candidate, check_tracking
 from emt_cli.batch.estimates import clip_bytes
 from emt_cli.batch.generator import Generator, describe, playback_rate, read_reference
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
 from emt_cli.batch.journal import Journal, dumps
 from emt_cli.batch.results import read_record, sidecar, state_on_disk, write_result
-from emt_cli.terminal import Watcher
+from emt_cli.terminal import ProgressReporter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,13 +99,13 @@ class _Reference:
 
 @dataclass
 class _Task:
-    """A job that is to be done, or a candidate in the contest of one."""
+    """A job that is to be done, or one of its candidates."""
 
     job: Job
     identity: str
     output: PurePosixPath
     reference: _Reference
-    contest: Contest | None = None
+    candidates: BestOf | None = None
 
     @property
     def line(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Runner:
         generator: The model on its device.
         index: Content hashes.
         motions: Motion features of earlier runs.
-        watcher: Is told of the progress.
+        listener: Is told of the progress.
         precision: The arithmetic asked for, part of each job's identity.
         batch_size: Clips in a batch; None to measure what fits.
         overwrite: Do finished jobs again.
@@ -146,7 +146,7 @@ class Runner:
         generator: Generator,
         index: ContentIndex,
         motions: MotionCache,
-        watcher: Watcher,
+        listener: ProgressReporter,
         *,
         precision: str = "auto",
         batch_size: int | None = None,
@@ -158,7 +158,7 @@ class Runner:
     ) -> None:
         self.filter, self.method, self.quiet = filter, method, quiet
         self.journal, self.generator, self.index = journal, generator, index
-        self.motions, self.watcher = motions, watcher
+        self.motions, self.listener = motions, listener
         self.precision, self.batch_size, self.overwrite, self.json = precision, batch_size, overwrite, json
         self.summary = Summary()
         self._stopping = False
@@ -196,7 +196,7 @@ class Runner:
                 self._to_write.join()
             self._end(time.monotonic() - begun)
         finally:
-            self.watcher.close()
+            self.listener.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return self.summary
@@ -212,18 +212,18 @@ class Runner:
         with suppress(OSError):  # a full disk, of which each job has told
             self.journal.append(line)
         if not self.summary.pipe_closed:
-            self.watcher.summary(line)
+            self.listener.summary(line)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.summary.interrupted:
-            self.watcher.close()
+            self.listener.close()
             self.journal.close()  # after a line that is being written
             os._exit(130)
         self.summary.interrupted = self._stopping = True
         if not self._busy and not self._to_write.unfinished_tasks:
             raise KeyboardInterrupt  # nothing to finish
         with suppress(RuntimeError):  # the interrupt came amidst another line on standard error
-            self.watcher.say("finishing the running batch; interrupt again to stop at once")
+            self.listener.say("finishing the running batch; interrupt again to stop at once")
 
     # ---- feeder: which jobs are to be done ---------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Runner:
                     known = {"reference": item.reference, "prompt": item.prompt, "origin": item.origin}
                     self._fail({"event": "job", **{key: value for key, value in known.items() if value}}, item.error)
                 elif task := self._task(item):
-                    key = (item.reference, task.reference.sha256, *item.view.values())
+                    key = (item.reference, task.reference.sha256, *item.sampling.values())
                     if reference is None or key != group:
                         while not self._ahead.acquire(timeout=_POLL):
                             if self._stopping:
@@ -421,7 +421,7 @@ class Runner:
         resident = device.memory()[0]
 
         def on_step(done: int, steps: int) -> None:
-            self.watcher.step([job.prompt for job in jobs], done, steps, device.memory()[0])
+            self.listener.step([job.prompt for job in jobs], done, steps, device.memory()[0])
 
         self._first_batch = self._first_batch or time.monotonic()
         try:
@@ -438,14 +438,14 @@ class Runner:
                 tasks = []
             elif is_out_of_memory(error):
                 self._limits[jobs[0].shape] = size
-                self.watcher.say(f"{len(tasks)} clips at once do not fit in memory; going on with {size}")
+                self.listener.say(f"{len(tasks)} clips at once do not fit in memory; going on with {size}")
         else:
             self._learn(jobs[0], len(jobs), peak - resident, resident)
             shared = all(motion is motions[0] for motion in motions)
             for place, (task, frames) in enumerate(zip(tasks, clips)):
                 batch = {"size": len(tasks), "index": place, "shared_reference": shared}
                 once = {name: task.reference.seconds.pop(name, 0.0) for name in ("decode", "reference")}
-                work = self._enter if task.contest else self._save
+                work = self._enter if task.candidates else self._save
                 self._hand_over(partial(work, task, frames, batch, {**once, **timings}, peak))
             return [], 1
         finally:
@@ -489,11 +489,11 @@ class Runner:
     def _enter(
         self, task: _Task, frames: np.ndarray, batch: dict[str, Any], timings: dict[str, float], peak: int
     ) -> None:
-        """Measure a candidate; the last one of its contest settles it."""
+        """Measure a candidate; the last one settles its job."""
         from emt.evaluate.motion import tracklet_fidelity
         from emt.evaluate.tracks import track
 
-        assert task.contest is not None
+        assert task.candidates is not None
         begun = time.monotonic()
         try:
             fidelity = tracklet_fidelity(task.reference.tracklets(self.index), track(frames))
@@ -501,20 +501,20 @@ class Runner:
             self._fail_task(task, self.generator.explain(error, task.job))
             return
         timings["measure"] = time.monotonic() - begun
-        if task.contest.enter(Candidate(task.job.seed, frames, batch, fidelity), timings, peak):
+        if task.candidates.add(Candidate(task.job.seed, frames, batch, fidelity), timings, peak):
             self._settle(task)
 
     def _settle(self, task: _Task) -> None:
         """All candidates of a job have ended: save the best, or fail with the last one's error."""
-        contest = task.contest
-        assert contest is not None
-        if contest.best is None:
-            assert contest.error is not None
-            self._fail(replace(task, job=contest.job).line, contest.error)
+        candidates = task.candidates
+        assert candidates is not None
+        if candidates.best is None:
+            assert candidates.error is not None
+            self._fail(replace(task, job=candidates.job).line, candidates.error)
             return
-        best = contest.best
+        best = candidates.best
         winner = replace(task, job=replace(task.job, seed=best.seed))
-        self._save(winner, best.frames, dict(best.batch), dict(contest.timings), contest.peak)
+        self._save(winner, best.frames, dict(best.batch), dict(candidates.timings), candidates.peak)
 
     def _save(
         self, task: _Task, frames: np.ndarray, batch: dict[str, Any], timings: dict[str, float], peak: int
@@ -522,7 +522,7 @@ class Runner:
         """Write a clip, its sidecar and its line, in this order (see `emt_cli.batch.journal`); unless it is dropped."""
         clip = self.journal.out / task.output
         record = self.generator.record(task.job, task.identity, task.reference.sha256, batch)
-        record |= task.contest.record() if task.contest else {}
+        record |= task.candidates.record() if task.candidates else {}
         reason = ""
         try:
             if self.filter:
@@ -561,13 +561,13 @@ class Runner:
             self.motions.save(key, reference.motion, reference.fps)  # type: ignore[arg-type]
         except Exception as error:
             self.motions.limit = 0  # once is enough: the run goes on without
-            self.watcher.say(f"encoded references are not kept: {self.generator.explain(error, reference.job)}")
+            self.listener.say(f"encoded references are not kept: {self.generator.explain(error, reference.job)}")
 
     def _fail_task(self, task: _Task, error: EmtError) -> None:
-        """A job has failed, or a candidate, which leaves the others of its contest."""
-        if task.contest is None:
+        """A job has failed, or a candidate, which leaves the others."""
+        if task.candidates is None:
             self._fail(task.line, error)
-        elif task.contest.fail(task.job.seed, error):
+        elif task.candidates.fail(task.job.seed, error):
             self._settle(task)
 
     def _fail(self, line: dict[str, Any], error: EmtError) -> None:
@@ -596,7 +596,7 @@ class Runner:
     def _tell(self, line: dict[str, Any]) -> None:
         path = self.journal.out / line["output"] if line["state"] in ("done", "skipped") else None
         self.summary.counts[line["state"]] += 1
-        self.watcher.job(line)
+        self.listener.job(line)
         if self.summary.pipe_closed or self.quiet:
             return
         if self.json:
@@ -606,7 +606,7 @@ class Runner:
         else:
             return
         try:
-            self.watcher.result(text)
+            self.listener.result(text)
         except BrokenPipeError:
             self.summary.pipe_closed = self._stopping = True
 
@@ -619,11 +619,11 @@ def _twin(line: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def _candidates(task: _Task) -> list[_Task]:
-    """What is to be made for a task: itself, or the candidates of its contest."""
+    """What is to be made for a task: itself, or its candidates."""
     if task.job.settings.best_of == 1:
         return [task]
-    contest = Contest(task.job)
-    return [replace(task, job=job, contest=contest) for job in contest.jobs]
+    candidates = BestOf(task.job)
+    return [replace(task, job=job, candidates=candidates) for job in candidates.jobs]
 
 
 def _remove_result(clip: Path) -> None:
