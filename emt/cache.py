@@ -1,22 +1,25 @@
 """What is kept between runs in the user's cache folder: content hashes of files, and motion features.
 
 Both are only ever a saving of time: a hash is keyed by everything that changes when a file's content does, and a
-motion entry by the content it was made from, so deleting the folder at any moment is harmless.
+motion entry by the content it was made from, so deleting the folder at any moment is harmless. A cache that cannot be
+read or written costs time and one message, never a job.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 from emt.storage import check_readable, partial_beside, sha256_of, sync, write_atomically
 
 if TYPE_CHECKING:
@@ -25,28 +28,36 @@ if TYPE_CHECKING:
 # A file changed within the clock tick in which it was hashed looks unchanged; so young ones are not remembered.
 _SETTLED_NS = 2_000_000_000
 
+T = TypeVar("T")
+
 
 def default_dir() -> Path:
-    """`emt` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emt"
+    """`emt` in the user's cache folder; for a user who has no home, a path that cannot be written to."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "emt"
+    except RuntimeError:
+        return Path(os.devnull) / "emt"
 
 
 class ContentIndex:
     """Facts that follow from a file's content (its hash, its length), remembered by its path and status.
 
     Args:
-        folder: Where to keep them; if it cannot be written, they are kept for this process only.
+        folder: Where to keep them; if it cannot be read or written, they are kept for this process only.
+        say: Called with a line that says so.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
         self._guard = threading.Lock()
         self._recent: dict[str, str] = {}
-        self._database = None
+        self._folder, self._say = folder, say
+        self._database: sqlite3.Connection | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._database = self._open(folder / "index.sqlite")
-        except (OSError, sqlite3.Error):
-            return
+        except (OSError, ValueError, sqlite3.Error) as error:
+            self._go_without(error)
 
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:
@@ -72,81 +83,138 @@ class ContentIndex:
         """
         status = check_readable(path)
         try:
-            if os.path.isdir(path):
-                names = sorted(e.name for e in os.scandir(path) if not e.name.startswith(".") and e.is_file())
-                listing = [(name, self.sha256(path / name)) for name in names]
+            if not os.path.isdir(path):
+                return self.remember("sha256", path, status, lambda: sha256_of(path), str)
+            with os.scandir(path) as entries:
+                found = sorted((e.name, e.stat()) for e in entries if not e.name.startswith(".") and e.is_file())
+
+            def of_all() -> str:
+                listing = [(name, self.sha256(path / name)) for name, _ in found]
                 return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-            return self.remember("sha256", path, status, lambda: sha256_of(path))
+
+            # One look-up for all files: one for each takes ten times as long as listing them.
+            stamps = json.dumps([(name, *_stamp(own)) for name, own in found])
+            key = ["folder", str(path), hashlib.sha256(stamps.encode()).hexdigest()]
+            return self._remembered(key, max((_changed(own) for _, own in found), default=0), of_all, str)
         except OSError as error:
             raise EmtError(f"cannot read {path.name}: {error.strerror}", f"The whole path is {path}.") from None
 
-    def remember(self, fact: str, path: Path, status: os.stat_result, find: Callable[[], Any]) -> Any:
-        """A JSON value that follows from a file's content; `find` is asked only if the file is not known as it is.
+    def remember(self, fact: str, path: Path, status: os.stat_result, find: Callable[[], T], kind: type = object) -> T:
+        """A JSON value that follows from a file's content; `find` is called only if the file is not known as it is.
 
         The key has the time of the last change of the status too, which no program can set back.
+
+        Args:
+            fact: Name of the value.
+            path: The file.
+            status: Its status.
+            find: Finds the value.
+            kind: Type of the value; a remembered one of another type is found anew.
         """
-        stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
-        key = json.dumps([fact, str(path), *stamp])
+        return self._remembered([fact, str(path), *_stamp(status)], _changed(status), find, kind)
+
+    def _remembered(self, key: list[Any], changed: int, find: Callable[[], T], kind: type) -> T:
+        name = json.dumps(key)
         with self._guard:
-            known = self._recent.get(key) or self._read(key)
-        if known is not None:
-            return json.loads(known)
-        value = json.dumps(find())
-        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS:
+            known = self._recent.get(name) or self._read(name)
+        with suppress(ValueError, RecursionError, TypeError):  # damaged: it can be found again
+            if known is not None and isinstance(value := json.loads(known), kind):
+                return value  # type: ignore[return-value]
+        text = json.dumps(find())
+        if time.time_ns() - changed > _SETTLED_NS:
             with self._guard:
-                self._recent[key] = value
-                self._write(key, value)
-        return json.loads(value)
+                self._recent[name] = text
+                self._write(name, text)
+        return json.loads(text)
 
     def _read(self, key: str) -> str | None:
-        try:
-            row = self._database and self._database.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error:
+        if self._database is None:
             return None
-        return row[0] if row else None
+        try:
+            row = self._database.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
+            return row[0] if row else None
+        except sqlite3.Error as error:
+            self._go_without(error)
+            return None
 
     def _write(self, key: str, value: str) -> None:
+        if self._database is None:
+            return
         try:
-            if self._database:
-                self._database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
-        except sqlite3.Error:
-            self._database = None  # full or read-only: this process goes on without
+            self._database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+        except sqlite3.Error as error:
+            self._go_without(error)
+
+    def _go_without(self, error: Exception) -> None:
+        self._database = None
+        self._say(f"hashes of files are not kept in {self._folder}: {first_line(error)}")
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes in a file's status whenever its content does."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
+
+
+def _changed(status: os.stat_result) -> int:
+    """When a file was last changed, in nanoseconds."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 class MotionCache:
     """Motion features on disk, by the hash of what they were made from, the least recently used dropped first.
 
-    An entry is `<key>.safetensors` and, written after it, `<key>.json` with its hash; without both, or where the
-    hash does not match, there is no entry.
+    An entry is `<key>.safetensors` and, written after it, `<key>.json` with its hash and its key; without both, or
+    where either does not match, there is no entry.
 
     Args:
         folder: Where the entries are.
         limit: Most bytes that all entries together may hold; 0 turns the cache off.
+        say: Called with a line if the folder cannot be read.
     """
 
-    def __init__(self, folder: Path, limit: float) -> None:
+    def __init__(self, folder: Path, limit: float, say: Callable[[str], None] = lambda text: None) -> None:
         self.folder = folder
         self.limit = limit
+        self._say = say
         self._guard = threading.Lock()
 
-    def load(self, key: str) -> tuple[Motion, float] | None:
-        """The motion of a key and the frame rate of its reference, or None. A damaged entry is deleted."""
+    def load(self, key: str, shape: tuple[int, int, int]) -> tuple[Motion, float] | None:
+        """The motion of a key and the frame rate of its reference, or None. A damaged entry is deleted.
+
+        Args:
+            key: What it was saved under.
+            shape: Frames, height and width of the clip that it must be of.
+        """
         from emt.pipeline import Motion
 
         tensors, facts = self._paths(key)
-        if not self.limit or not facts.exists():
+        try:
+            if not self.limit or not facts.exists():
+                return None
+        except OSError as error:
+            self._say(f"encoded references in {self.folder} cannot be read: {first_line(error)}")
+            self.limit = 0
             return None
         try:
             known = json.loads(facts.read_bytes())
             if sha256_of(tensors) != known["sha256"]:
                 raise ValueError("content and hash differ")
-            motion = Motion.load(tensors)
-            os.utime(facts)  # its time of use; access times are not kept on many file systems
-            return motion, float(known["fps"])
+            motion, fps = Motion.load(tensors), float(known["fps"])
+            if known.get("key", key) != key or (motion.frames, motion.height, motion.width) != shape:
+                raise ValueError("it is the motion of another reference")
+            if not (math.isfinite(fps) and fps > 0):
+                raise ValueError("it has no frame rate")
         except Exception:  # whatever is wrong with it, the entry can be made again
-            tensors.unlink(missing_ok=True)
-            facts.unlink(missing_ok=True)
+            with suppress(OSError):
+                tensors.unlink(missing_ok=True)
+                facts.unlink(missing_ok=True)
             return None
+        with suppress(OSError):
+            if "key" in known:
+                os.utime(facts)  # its time of use; access times are not kept on many file systems
+            else:  # version 0.1.0 wrote none
+                write_atomically(facts, json.dumps({**known, "key": key}).encode())
+        return motion, fps
 
     def save(self, key: str, motion: Motion, fps: float) -> None:
         """Keep a motion, and drop old ones beyond the limit.
@@ -165,7 +233,7 @@ class MotionCache:
             if size > self.limit:
                 return
             sync(temporary)
-            known = {"sha256": sha256_of(temporary), "fps": fps, "bytes": size}
+            known = {"sha256": sha256_of(temporary), "key": key, "fps": fps, "bytes": size}
             facts.unlink(missing_ok=True)
             os.replace(temporary, tensors)
             write_atomically(facts, json.dumps(known).encode())

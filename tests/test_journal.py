@@ -1,4 +1,4 @@
-"""What a crash, a full disk or a second run can do to an output folder and to the caches: nothing."""
+"""What a crash, a full disk or a second run can do to an output folder: nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from emt import cache
-from emt.backbones.sd15.motion_module import MotionFeatures
-from emt.cache import ContentIndex, MotionCache
 from emt.errors import EmtError
-from emt.pipeline import Motion
 from emt.video import write_clip
 from emt_cli.batch import journal
 from emt_cli.batch.jobs import Job
@@ -138,101 +133,3 @@ def test_a_clip_cut_short_afterwards_is_made_again(result):
     content = clip.read_bytes()
     clip.write_bytes(content[: len(content) * 3 // 4])
     assert state_on_disk(line, clip, job, "one") == "open"
-
-
-# ---- content hashes -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_settling(monkeypatch):
-    monkeypatch.setattr(cache, "_SETTLED_NS", 0)
-
-
-def test_a_hash_follows_the_content_even_if_size_and_time_are_the_same(tmp_path, no_settling):
-    file = tmp_path / "a.mp4"
-    file.write_bytes(b"one")
-    index = ContentIndex(tmp_path / "cache")
-    first, times = index.sha256(file), file.stat()
-    file.write_bytes(b"two")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert index.sha256(file) != first
-    file.write_bytes(b"one")
-    assert index.sha256(file) == first
-
-
-def test_a_known_file_is_not_read_again_not_even_by_the_next_process(tmp_path, no_settling, monkeypatch):
-    file = tmp_path / "a.mp4"
-    file.write_bytes(b"one")
-    first = ContentIndex(tmp_path / "cache").sha256(file)
-    monkeypatch.setattr(cache, "sha256_of", lambda path: pytest.fail("read again"))
-    assert ContentIndex(tmp_path / "cache").sha256(file) == first
-
-
-def test_a_folder_of_images_is_its_names_and_contents(tmp_path):
-    folder = tmp_path / "frames"
-    folder.mkdir()
-    (folder / "1.png").write_bytes(b"x")
-    index = ContentIndex(tmp_path / "cache")
-    first = index.sha256(folder)
-    (folder / "1.png").rename(folder / "2.png")
-    assert index.sha256(folder) != first
-
-
-@pytest.mark.parametrize("content", [b"not a database, but long enough to be taken for one" * 100, b""])
-def test_a_damaged_index_is_made_again(tmp_path, content):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "index.sqlite").write_bytes(content)
-    file = tmp_path / "a.mp4"
-    file.write_bytes(b"one")
-    assert ContentIndex(tmp_path / "cache").sha256(file) == ContentIndex(tmp_path / "a.mp4").sha256(file)
-
-
-# ---- motion features ----------------------------------------------------------------------------------------------
-
-
-def motion(value: float) -> Motion:
-    layers = {"layer": (torch.full((1, 4, 8, 8), value), torch.full((1, 4, 8, 8), -value))}
-    return Motion(MotionFeatures(layers), frames=4, height=32, width=32, seed=0)
-
-
-def test_motion_is_kept(tmp_path):
-    kept = MotionCache(tmp_path, 1e6)
-    assert kept.load("a") is None
-    kept.save("a", motion(3.0), 7.5)
-    loaded, fps = MotionCache(tmp_path, 1e6).load("a")
-    assert fps == 7.5
-    assert torch.equal(loaded.features.layers["layer"][0], motion(3.0).features.layers["layer"][0])
-
-
-@pytest.mark.parametrize("where", [0.5, 0.99])
-@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_a_damaged_entry_is_dropped(tmp_path, suffix, where):
-    kept = MotionCache(tmp_path, 1e6)
-    kept.save("a", motion(1.0), 8)
-    file = tmp_path / f"a{suffix}"
-    content = bytearray(file.read_bytes())
-    content[int(len(content) * where)] ^= 0x55
-    file.write_bytes(content)
-    assert kept.load("a") is None or suffix == ".json"
-    kept.save("a", motion(2.0), 8)
-    assert kept.load("a")[0].features.layers["layer"][0].max() == 2.0
-
-
-def test_the_least_recently_used_go_first(tmp_path):
-    kept = MotionCache(tmp_path, 1e6)
-    kept.save("size", motion(0.0), 8)
-    kept = MotionCache(tmp_path / "limited", 2.5 * kept.size())
-    for key in "ab":
-        kept.save(key, motion(1.0), 8)
-    os.utime(tmp_path / "limited" / "b.json", (1, 1))
-    assert kept.load("a")
-    kept.save("c", motion(1.0), 8)
-    assert [bool(kept.load(key)) for key in "abc"] == [True, False, True]
-    assert kept.size() <= kept.limit
-
-
-def test_no_cache_if_not_wanted(tmp_path):
-    kept = MotionCache(tmp_path / "none", 0)
-    kept.save("a", motion(1.0), 8)
-    assert kept.load("a") is None
-    assert not (tmp_path / "none").exists()

@@ -191,7 +191,7 @@ def _look(path: Path, index: ContentIndex) -> tuple[str, int] | EmtError:
         status = check_readable(path)
         if path.is_dir():
             return index.sha256(path), probe(path).frames
-        return index.sha256(path), index.remember("frames", path, status, lambda: probe(path).frames)
+        return index.sha256(path), index.remember("frames", path, status, lambda: probe(path).frames, int)
     except EmtError as error:
         return error
 

@@ -215,14 +215,14 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
     if options.model is None:
         listener.say(model.introduction())
     UnknownWords(model.name, model.vocabulary, listener.say).look(listed)
-    index = ContentIndex(default_dir())
+    index = ContentIndex(default_dir(), listener.say)
     journal = Journal(options.out)
     try:
         runner = Runner(
             journal,
             TeachingGenerator(model, model.sha256(index), options.device, options.precision.value, guidance),
             index,
-            MotionCache(default_dir() / "motion", options.cache_size * 1e9),
+            MotionCache(default_dir() / "motion", options.cache_size * 1e9, listener.say),
             listener,
             precision=options.precision.value,
             batch_size=parse_batch_size(options.batch_size),

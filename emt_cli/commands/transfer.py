@@ -45,8 +45,8 @@ def transfer(options: TransferOptions) -> None:
         if isinstance(job, Job):
             check_tracking(job)
     folder = options.cache_dir or default_dir()
-    index = ContentIndex(folder)
     listener = ProgressReporter(None if "-" in (options.references or []) else len(listed))
+    index = ContentIndex(folder, listener.say)
     if options.model is None:
         listener.say(model.introduction())
     words = UnknownWords(model.name, model.vocabulary, listener.say)
@@ -71,7 +71,7 @@ def transfer(options: TransferOptions) -> None:
             journal,
             generator,
             index,
-            MotionCache(folder / "motion", options.cache_size * 1e9),
+            MotionCache(folder / "motion", options.cache_size * 1e9, listener.say),
             listener,
             precision=numerics(options, engine_id(options.engine)),
             batch_size=parse_batch_size(options.batch_size) or (1 if low_memory else None),

@@ -313,7 +313,9 @@ class Runner:
             reference = self._to_read.get()
             begun = time.monotonic()
             try:
-                kept = self.motions.load(self.generator.motion_key(reference.job, reference.sha256))
+                settings = reference.job.settings
+                shape = settings.frames, settings.height, settings.width
+                kept = self.motions.load(self.generator.motion_key(reference.job, reference.sha256), shape)
                 if kept:
                     source: tuple[Clip | Motion, float, bool] = (*kept, True)
                 else:
