@@ -153,7 +153,7 @@ def report_engine(folder: Path) -> None:
         return
     total = sum(path.stat().st_size for path in folder.iterdir())
     made = f"{manifest.precision}, {manifest.sizes[0]} pixels, {'..'.join(map(str, manifest.batch))} clips"
-    print(f"engine for {manifest.place.device}: {made}, built in {manifest.seconds:.0f} s, {total / 2**20:.1f} MiB")
+    print(f"engine for {manifest.host.device}: {made}, built in {manifest.seconds:.0f} s, {total / 2**20:.1f} MiB")
     for part in manifest.parts:
         size = (folder / part.file).stat().st_size / 2**20
         print(f"  {part.name:<14} {size:6.1f} MiB  parity {part.parity or 0:.1e}", flush=True)
@@ -166,7 +166,8 @@ def build(options: argparse.Namespace) -> None:
     from emt.backbones.sd15.random_model import random_model
     from emt.pipeline import load_pipeline
     from emt_engines.build import build_engine
-    from emt_engines.manifest import FILE, Manifest, Request, Size, weights_of
+    from emt_engines.fingerprint import weights_of
+    from emt_engines.manifest import FILE, Manifest, Request, Size
 
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -31,26 +32,16 @@ from emt.device import Device
 from emt.errors import EmtError
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
-from emt_cli.batch.options import Settings
+from emt.storage import sha256_of
 from emt_cli.commands.build_engine import insistent_interrupts
-from emt_cli.engine_choice import EngineChoice
-from emt_engines.build import build_engine, builder, open_engine
+from emt_engines.build import build_engine, open_engine
+from emt_engines.choice import EngineChoice, list_engines
 from emt_engines.compiler_hooks import Phases, remembered_writes
+from emt_engines.fingerprint import Host, Weights, code_sha256, weights_of
 from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once
-from emt_engines.manifest import (
-    FILE,
-    Manifest,
-    Part,
-    Place,
-    Request,
-    Size,
-    TensorSpec,
-    Weights,
-    code_sha256,
-    sha256_of,
-    weights_of,
-)
+from emt_engines.manifest import FILE, FORMAT, Manifest, Part, Request, Size, TensorSpec
 from emt_engines.parts import feature_tensors, features_of, function, text_tensors
+from emt_engines.registry import builder_modules, load_builder
 from emt_engines.toolchain import links_statically, toolchain
 
 FRAMES, SIDE = 4, 32
@@ -92,8 +83,8 @@ def request_for(model: Path, **changes: object) -> Request:
 
 def manifest_for(request: Request, parts: tuple[Part, ...] = (), **changes: object) -> Manifest:
     """A manifest of an engine as it would be built here for a request."""
-    place = Place.here("cpu")
-    versions = {name: place.versions[name] for name in ("torch", "diffusers")}
+    host = Host.here("cpu")
+    versions = {name: host.versions[name] for name in ("torch", "diffusers")}
     own = Manifest(
         backend="inductor",
         model=request.model,
@@ -103,8 +94,8 @@ def manifest_for(request: Request, parts: tuple[Part, ...] = (), **changes: obje
         batch=request.batch,
         weights=request.weights,
         refits=False,
-        code=code_sha256("emt_engines.inductor"),
-        place=replace(place, versions=versions),
+        code=code_sha256(*builder_modules("inductor")),
+        host=replace(host, versions=versions),
         bound=True,
         opset=None,
         parts=parts,
@@ -173,7 +164,7 @@ def test_a_manifest_is_read_as_it_was_written_and_matches_itself(tmp_path_factor
     assert found.parity == parity
 
 
-PLACE = Place("H100", "9.0", (), {"torch": "2.11.0", "cuda": "13.0"})
+HOST = Host("H100", "9.0", (), {"torch": "2.11.0", "cuda": "13.0"})
 CHANGES = {
     "backend": ({"backend": "tensorrt"}, {}, "of the backend tensorrt, not inductor"),
     "precision": ({"precision": "bf16"}, {}, "computes in bf16, not fp16"),
@@ -184,14 +175,24 @@ CHANGES = {
     "lora": (
         {"weights": Weights({"unet": "u", "adapter": "a", "vae": "v"}, (("f" * 64, 0.8),))},
         {},
-        "LoRAs ['ffffffff…:0.8'], not none",
+        "LoRAs ['ffffffff…:0.8'], not ['eeeeeeee…:1']",
+    ),
+    "lora scale": (
+        {"weights": Weights({"unet": "u", "adapter": "a", "vae": "v"}, (("e" * 64, 0.5),))},
+        {},
+        "LoRAs ['eeeeeeee…:0.5'], not ['eeeeeeee…:1']",
+    ),
+    "lora order": (
+        {"weights": Weights({"unet": "u", "adapter": "a", "vae": "v"}, (("e" * 64, 1.0), ("f" * 64, 1.0)))},
+        {},
+        "LoRAs ['eeeeeeee…:1', 'ffffffff…:1'], not ['eeeeeeee…:1']",
     ),
     "code": ({"code": "other"}, {}, "code of the network has changed"),
     "gpu": ({}, {"device": "A100"}, "built for H100, here is A100"),
     "capability": ({}, {"capability": "8.0"}, "compute capability 9.0, here is 8.0"),
     "torch": ({}, {"versions": {"torch": "2.12.0", "cuda": "13.0"}}, "built with torch 2.11.0, here is 2.12.0"),
     "cuda": ({}, {"versions": {"torch": "2.11.0"}}, "built with cuda 13.0, here is none"),
-    "instructions": ({"place": replace(PLACE, instructions=("avx512f",))}, {}, "processor with avx512f"),
+    "instructions": ({"host": replace(HOST, instructions=("avx512f",))}, {}, "processor with avx512f"),
     "frames": ({"frames": 8}, {}, "clips of 8 frames, not 16"),
     "size": ({"sizes": (Size((256, 256), (256, 256)),)}, {}, "256x256 pixels, not 512x512"),
     "batch": ({"batch": (1, 2)}, {}, "1..2 clips at once, not 1..4"),
@@ -203,20 +204,20 @@ def test_what_differs_is_said(what):
     """One thing is not as when it was built: the engine may not run, and the reason names it."""
     engine, here, reason = CHANGES[what]
     wanted = Size((512, 512), (512, 512))
-    weights = Weights({"unet": "u", "adapter": "a", "vae": "v"})
+    weights = Weights({"unet": "u", "adapter": "a", "vae": "v"}, (("e" * 64, 1.0),))
     request = Request("inductor", "fp16", "cuda:0", (wanted,), 16, (1, 4), weights)
-    own = manifest_for(request, code="code", place=PLACE)
-    assert own.match(request, PLACE, "code") == (True, "")
-    ok, told = replace(own, **engine).match(request, replace(PLACE, **here), "code")
+    own = manifest_for(request, code="code", host=HOST)
+    assert own.match(request, HOST, "code") == (True, "")
+    ok, told = replace(own, **engine).match(request, replace(HOST, **here), "code")
     assert not ok
     assert reason in told
 
 
 def test_an_engine_that_takes_the_models_weights_takes_any_of_its_sizes():
     request = Request("inductor", "fp16", "cuda:0", (), 0, (0, 0), Weights({"unet": "u", "config": "c"}))
-    own = manifest_for(replace(request, frames=16), code="code", place=PLACE, refits=True)
+    own = manifest_for(replace(request, frames=16), code="code", host=HOST, refits=True)
     other = Weights({"unet": "other", "config": "c"}, (("f" * 64, 1.0),))
-    assert own.match(replace(request, weights=other), PLACE, "code") == (True, "")
+    assert own.match(replace(request, weights=other), HOST, "code") == (True, "")
 
 
 @given(st.data())
@@ -232,6 +233,57 @@ def test_damage_to_a_manifest_is_found(tmp_path_factory, data):
     except EmtError:
         return
     assert found == own
+
+
+#: Text of a manifest, or a change to a field of one whose hash is right all the same.
+HOSTILE = {
+    "deep": "[" * 100_000,
+    "deep object": '{"a":' * 100_000,
+    "no object": "[1, 2]",
+    "empty": "",
+    "not a number": {"seconds": float("nan")},
+    "infinite": {"seconds": float("inf")},
+    "unknown backend": {"backend": "../evil"},
+    "unknown precision": {"precision": "fp64"},
+    "a number for a name": {"model": 3},
+    "a name for a number": {"frames": "16"},
+    "a truth for a number": {"frames": True},
+    "no frames": {"frames": 0},
+    "a size of nothing": {"sizes": [{"least": [0, 0], "most": [0, 0]}]},
+    "half a size": {"sizes": [{"least": [8], "most": [8, 8]}]},
+    "batch that falls": {"batch": [4, 1]},
+    "no date": {"built": "yesterday"},
+    "no time zone": {"built": "2026-01-01T00:00:00"},
+    "nested": {"parts": [[[[]]]]},
+    "null": {"host": None},
+    "a part without a hash": {"parts": [{"name": "denoise", "file": "denoise.pt2"}]},
+    "versions of no libraries": {"host": {"device": "cpu", "capability": "", "instructions": [], "versions": [1]}},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_k5_hostile_manifests_are_damaged_ones(tmp_path, case):
+    """Also where the hash of the content is right: whoever wrote it could compute one."""
+    content = HOSTILE[case]
+    if isinstance(content, dict):
+        own = manifest_for(Request("inductor", "fp16", "cpu", (SIZE,), FRAMES, (1, 2), Weights({"unet": "u"})))
+        body = {**json.loads(json.dumps(asdict(own))), **content}
+        identity = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
+        content = json.dumps({"format": FORMAT, "id": identity, **body})
+    folder = tmp_path / "engines" / "hostile"
+    folder.mkdir(parents=True)
+    (folder / FILE).write_text(content)
+    with pytest.raises(EmtError, match=r"damaged|another version"):
+        Manifest.read(folder)
+    found, damaged = list_engines(folder.parent)
+    assert not found
+    assert [path for path, _ in damaged] == [folder]
+
+
+def test_k5_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(EmtError, match="is not a file"):
+        Manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize("harm", ["changed", "cut", "missing", "elsewhere"])
@@ -289,13 +341,13 @@ def test_the_command_of_a_request_is_one_that_build_engine_takes(tmp_path):
 
 def test_inductor_takes_no_range_of_sizes(model):
     with pytest.raises(EmtError, match=r"256x256\.\.512x512"):
-        builder("inductor").check(request_for(model, sizes=(Size.parse("256x256..512x512"),)))
+        load_builder("inductor")().check(request_for(model, sizes=(Size.parse("256x256..512x512"),)))
 
 
 def test_a_missing_compiler_is_said(model, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EmtError, match="no C\\+\\+ compiler"):
-        builder("inductor").check(request_for(model))
+        load_builder("inductor")().check(request_for(model))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libraries of a process are read from /proc")
@@ -482,7 +534,7 @@ def test_a_named_engine_runs_or_says_what_to_build(model, tmp_path):
         named.find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES)
     assert f"emt build-engine --model {model} --backend inductor --size 32x32" in caught.value.hint
     with pytest.raises(EmtError, match="not 4 frames of 64x32") as caught:
-        named.check(Settings(frames=FRAMES, width=64, height=32))
+        named.check(width=64, height=32, frames=FRAMES, cache_interval=1)
     assert "--size 32x32,64x32" in caught.value.hint
     with pytest.raises(EmtError, match="is no engine"):
         choice(str(tmp_path / "nothing"), model, tmp_path, [])

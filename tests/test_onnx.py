@@ -11,7 +11,8 @@ from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.pipeline import load_pipeline
 from emt_engines.build import build_engine, open_engine
-from emt_engines.manifest import Manifest, Request, Size, Weights
+from emt_engines.fingerprint import Weights
+from emt_engines.manifest import Manifest, Request, Size
 from emt_engines.onnx_export import PARTS, export
 from emt_engines.parity import difference
 from emt_kernels.temporal_attention import temporal_attention_reference

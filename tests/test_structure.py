@@ -44,7 +44,7 @@ emt.pipeline
 emt.backbones.sd15 | emt.backbones.wan21
 emt.unet
 emt.train
-emt_engines emt_cli.engine_choice
+emt_engines
 emt_cli emt_cli.text
 emt_cli.batch
 emt_cli.executors | emt_cli.report | emt_cli.terminal
@@ -62,9 +62,6 @@ STILL_TO_MOVE: set[tuple[str, str]] = {
     ("emt.pipeline", "emt.unet"),
     ("emt.cache", "emt.pipeline"),
     ("emt.device", "emt.backbones.sd15.fp8"),
-    ("emt_cli.engine_choice", "emt_cli.batch.options"),
-    ("emt_cli.batch.options", "emt_cli.engine_choice"),
-    ("emt_engines.manifest", "emt_engines.build"),
     ("emt_cli.executors.local", "emt_cli.terminal"),
 }
 
@@ -83,10 +80,8 @@ STILL_KNOWS_A_BACKBONE = {
     "emt_cli/commands/build_engine.py",
     "emt_cli/commands/import_weights.py",
     "engines/emt_engines/inductor.py",
-    "engines/emt_engines/manifest.py",
     "engines/emt_engines/onnx_export.py",
     "engines/emt_engines/parts.py",
-    "engines/emt_engines/signature.py",
     "engines/emt_engines/tensorrt.py",
 }
 

@@ -25,9 +25,11 @@ from tensorrt_stub import Creation, Expression, Expressions, Setter, stub
 from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.pipeline import load_pipeline
+from emt.storage import sha256_of
 from emt_engines import plugin, tensorrt
-from emt_engines.build import CannotRun
-from emt_engines.manifest import Manifest, Part, Place, Request, Size, TensorSpec, Weights, sha256_of
+from emt_engines.base import CannotRun
+from emt_engines.fingerprint import Host, Weights
+from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec
 from emt_engines.onnx_export import export, ranges
 from emt_engines.parity import difference
 from emt_engines.tensorrt import RTX, TENSORRT, profile
@@ -242,7 +244,7 @@ def backend(pipe, denoise, profiles, tmp_path):
         weights=Weights({}),
         refits=False,
         code="",
-        place=Place.here("cpu"),
+        host=Host.here("cpu"),
         bound=False,
         opset=23,
         parts=(part,),

@@ -15,8 +15,8 @@ from emt.errors import EmtError
 from emt.model_folder import Model
 from emt_cli.batch.estimates import size_that_fits
 from emt_cli.batch.jobs import NUMERICS_VERSION, Job, digest
-from emt_cli.engine_choice import TORCH, Engine, EngineChoice
 from emt_cli.text import size
+from emt_engines.choice import TORCH, Engine, EngineChoice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,7 +191,8 @@ class Generator:
         """
         self.model.check(job.prompt, job.settings.as_dict())
         if self._engines:
-            self._engines.check(job.settings)
+            s = job.settings
+            self._engines.check(s.width, s.height, s.frames, s.cache_interval)
 
     def engine(self, job: Job) -> Engine | None:
         """The engine that makes a job's clip; None for PyTorch.
@@ -200,7 +201,7 @@ class Generator:
             EmtError: there is no such device, or the engine that the user named may not run on it.
         """
         s = job.settings
-        if self._engines is None or not self._engines.wanted(s):
+        if self._engines is None or not self._engines.applies(s.cache_interval):
             return None
         return self._engines.find(self.device, s.width, s.height, s.frames)
 

@@ -22,8 +22,8 @@ from emt_cli.batch.inputs import UnknownWords, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import state_on_disk
-from emt_cli.engine_choice import engine_id
 from emt_cli.text import printable, size
+from emt_engines.choice import engine_id
 
 _CONTAINER_BYTES = 4096  # of a sidecar and a journal line
 

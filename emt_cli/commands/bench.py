@@ -181,11 +181,11 @@ def _rows(
     yield _measure("torch", pipe, device, settings, truth)[0]
     if engine:
         from emt.cache import ContentIndex, default_dir
-        from emt_cli.engine_choice import EngineChoice
         from emt_engines.build import open_engine
+        from emt_engines.choice import EngineChoice
 
         choice = EngineChoice(str(engine), model, ContentIndex(default_dir()))
-        choice.check(settings)
+        choice.check(settings.width, settings.height, settings.frames, settings.cache_interval)
         found = choice.find(device, settings.width, settings.height, settings.frames)
         assert found is not None  # one that is named is found, or it raises
         say(f"timing the engine {engine}")

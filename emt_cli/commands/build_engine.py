@@ -94,7 +94,7 @@ def build_engine(
     from emt.model_folder import find_model
     from emt_cli.batch.generator import open_pipeline
     from emt_cli.batch.jobs import digest
-    from emt_cli.engine_choice import engines_dir, model_weights
+    from emt_engines.choice import engines_dir, model_weights
     from emt_engines.manifest import Request, Size
 
     try:
@@ -112,7 +112,9 @@ def build_engine(
 
     from emt.backbones.sd15.import_weights import parse_lora
     from emt.backbones.sd15.lora import merge_loras
-    from emt_engines import build
+    from emt_engines.build import build_engine as build
+    from emt_engines.build import check_target
+    from emt_engines.registry import load_builder
 
     loras = [parse_lora(value) for value in lora or []]
     request = Request(
@@ -127,11 +129,10 @@ def build_engine(
         loras=tuple(lora or ()),
         plugin=plugin,
     )
-    maker = build.builder(backend.value)
-    maker.check(request)
+    load_builder(backend.value)().check(request)
     name = f"{found.folder.absolute().name}-{backend.value}-{place.precision}-{digest(request.command, place.name)[:8]}"
     folder = output or engines_dir() / name
-    build.check_target(folder)
+    check_target(folder)
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -144,7 +145,7 @@ def build_engine(
 
         pipe = open_pipeline(found, place, prepare=lambda pipe: merge_loras(pipe, loras))
         with insistent_interrupts():
-            manifest = build.build_engine(pipe, request, folder, progress)
+            manifest = build(pipe, request, folder, progress)
     told = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"
     print(f"built in {manifest.seconds:.0f} s; {told}", file=sys.stderr)
     typer.echo(folder)

@@ -148,7 +148,7 @@ def _torch() -> Finding:
 
 
 def _version(name: str) -> str | None:
-    from emt_engines.manifest import installed_versions
+    from emt_engines.fingerprint import installed_versions
 
     version = installed_versions().get(name)
     return f"{name} {version}" if version else None

@@ -13,7 +13,7 @@ from emt.errors import EmtError
 from emt.storage import write_atomically
 
 if TYPE_CHECKING:
-    from emt_cli.engine_choice import Engine
+    from emt_engines.choice import Engine
 
 engines = typer.Typer(
     help="List, show, verify and prune the engines in the cache.",
@@ -61,7 +61,7 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
         clips = "..".join(map(str, own.batch))
         made_for = (
             f"{own.model}, {own.backend}, {own.precision}: {own.frames} frames of {', '.join(told['sizes'])}, "
-            f"{clips} clips, {own.place.device}"
+            f"{clips} clips, {own.host.device}"
         )
         table.add_row(*(Text(printable(c)) for c in [engine.folder.name, made_for, parity, size(told["bytes"])]))
     for folder, _ in damaged:
@@ -83,7 +83,7 @@ def show(
         return
     from emt_cli.text import printable
 
-    told, place = _told(found), found.manifest.place.capability
+    told, own = _told(found), found.manifest
     lines = {
         "folder": told["folder"],
         "backend": told["backend"],
@@ -92,15 +92,15 @@ def show(
         "sizes": ", ".join(told["sizes"]),
         "frames": told["frames"],
         "clips at once": "..".join(map(str, told["batch"])),
-        "built": f"{told['built']} in {found.manifest.seconds:.0f} s",
-        "for" if found.manifest.bound else "built on": f"{found.manifest.place.device} ({place})",
-        "with": ", ".join(f"{name} {version}" for name, version in found.manifest.place.versions.items()) or "anything",
-        "weights": "the model's when it is loaded" if found.manifest.refits else "its own, from the model's",
+        "built": f"{told['built']} in {own.seconds:.0f} s",
+        "for" if own.bound else "built on": f"{own.host.device} ({own.host.capability})",
+        "with": ", ".join(f"{name} {version}" for name, version in own.host.versions.items()) or "anything",
+        "weights": "the model's when it is loaded" if own.refits else "its own, from the model's",
         "here": _fits_here(found) or "its code and its libraries are these",
     }
     for name, value in lines.items():
         print(f"{name:<14} {printable(str(value))}")
-    for part in found.manifest.parts:
+    for part in own.parts:
         parity = "not verified" if part.parity is None else f"parity {part.parity:.1e}"
         print(f"{'part':<14} {part.name} {parity}  {part.file}  {part.sha256[:12]}…")
 
@@ -122,7 +122,7 @@ def verify(
     An engine that had not been compared yet is from then on one that has. Exit code 1 if one is damaged or differs too
     much.
     """
-    from emt_cli.engine_choice import Engine
+    from emt_engines.choice import Engine
 
     failed = False
     listed: list[Engine | tuple[Path, EmtError]]
@@ -191,13 +191,13 @@ def prune(
 
 
 def _kept(cache_dir: Path | None) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
-    from emt_cli.engine_choice import engines_dir, kept_engines
+    from emt_engines.choice import engines_dir, list_engines
 
-    return kept_engines(engines_dir(cache_dir))
+    return list_engines(engines_dir(cache_dir))
 
 
 def _find(name: str, cache_dir: Path | None) -> Engine:
-    from emt_cli.engine_choice import Engine, engines_dir
+    from emt_engines.choice import Engine, engines_dir
     from emt_engines.manifest import Manifest
 
     kept = engines_dir(cache_dir) / name
@@ -218,7 +218,7 @@ def _told(engine: Engine) -> dict[str, Any]:
         "sizes": [str(size) for size in own.sizes],
         "frames": own.frames,
         "batch": own.batch,
-        "device": own.place.device,
+        "device": own.host.device,
         "parity": own.parity,
         "bytes": sum(path.stat().st_size for path in engine.folder.iterdir() if path.is_file()),
         "built": own.built,
@@ -232,7 +232,7 @@ def _fits_here(engine: Engine) -> str:
     from emt_engines.manifest import Request
 
     own = engine.manifest
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if own.place.device != "cpu" else []
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if own.host.device != "cpu" else []
     reason = ""
     for device in [*gpus, "cpu"]:
         request = Request("", own.precision, device, (), 0, (0, 0), own.weights)
@@ -264,15 +264,16 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
     from emt.device import Device
     from emt.model_folder import find_model
     from emt_cli.batch.generator import open_pipeline
-    from emt_cli.engine_choice import EngineChoice
-    from emt_engines.build import CannotRun, verified
+    from emt_engines.base import CannotRun
+    from emt_engines.build import verified
+    from emt_engines.choice import EngineChoice
     from emt_engines.manifest import FILE
 
     try:
         found = find_model(model or own.model, download=False)
     except EmtError as error:
         return {"state": "whole", "reason": f"not compared: {error.problem}"}
-    device = Device.open("cpu" if own.place.device == "cpu" else "cuda", own.precision)
+    device = Device.open("cpu" if own.host.device == "cpu" else "cuda", own.precision)
     EngineChoice(str(engine.folder), found, ContentIndex(default_dir())).check_match(device)
     try:
         parts = verified(engine.folder, own, open_pipeline(found, device))

@@ -56,7 +56,7 @@ def rerun(
     from emt_cli.batch.jobs import NUMERICS_VERSION, Job
     from emt_cli.batch.results import write_result
     from emt_cli.batch.teaching import TeachingGenerator, read_guidance
-    from emt_cli.engine_choice import EngineChoice
+    from emt_engines.choice import EngineChoice
 
     record = _find_record(result)
     clip = result.with_suffix("") if result.suffix == ".json" else result
@@ -88,7 +88,7 @@ def rerun(
     choice = None
     if not low_memory:
         choice = EngineChoice(engine or _recorded_engine(record), found, contents)
-        choice.check(settings)
+        choice.check(settings.width, settings.height, settings.frames, settings.cache_interval)
     kernels = kernels or (Kernels.AUTO if made_with is Kernels.TRITON else made_with)
     where = found, model_sha256, check_device(device), precision.value
     generator = Generator(*where, choice, kernels=kernels.value, low_memory=low_memory)
@@ -155,7 +155,7 @@ def _recorded_model(record: dict[str, Any]) -> str:
 
 def _recorded_engine(record: dict[str, Any]) -> str:
     """What executed the network for a clip: torch, or the folder of an engine where it was or in the cache."""
-    from emt_cli.engine_choice import TORCH, Engine, engines_dir, kept_engines
+    from emt_engines.choice import TORCH, Engine, engines_dir, list_engines
     from emt_engines.manifest import Manifest
 
     wanted = record.get("engine_id")
@@ -165,7 +165,7 @@ def _recorded_engine(record: dict[str, Any]) -> str:
         folder = Path(record["engine_folder"])
         if Manifest.read(folder).id == wanted:
             return str(folder)
-    known: list[Engine] = [engine for engine in kept_engines(engines_dir())[0] if engine.manifest.id == wanted]
+    known: list[Engine] = [engine for engine in list_engines(engines_dir())[0] if engine.manifest.id == wanted]
     if known:
         return str(known[0].folder)
     text = f"the engine that made it ({record.get('engine')}, {record.get('engine_folder')}) is gone"

@@ -32,9 +32,9 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
     from emt_cli.commands.plan import show
-    from emt_cli.engine_choice import EngineChoice, engine_id, engines_dir
     from emt_cli.executors.local import Runner
     from emt_cli.terminal import ProgressReporter
+    from emt_engines.choice import EngineChoice, engine_id, engines_dir
 
     if options.dry_run:
         show(options)

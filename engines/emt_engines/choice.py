@@ -1,4 +1,4 @@
-"""Which engine runs which clips: the one that `--engine` names, or one of the cache that matches, or PyTorch."""
+"""Choice of the engine for a clip: the one that `--engine` names, a matching one of the cache, or PyTorch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
 from emt.model_folder import Model
-from emt_cli.batch.options import Settings
-from emt_engines.manifest import FILE, Manifest, Request, Size, Weights, weights_of
+from emt_engines.fingerprint import Weights, weights_of
+from emt_engines.manifest import FILE, Manifest, Request, Size
 
 if TYPE_CHECKING:
     from emt.device import Device
@@ -29,11 +29,11 @@ class Engine:
 
 
 def engines_dir(cache: Path | None = None) -> Path:
-    """Where engines are kept unless the user says otherwise."""
+    """The folder of engines in a cache folder; None: in the user's."""
     return (cache or default_dir()) / "engines"
 
 
-def kept_engines(folder: Path) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
+def list_engines(folder: Path) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
     """The engines in a folder of engines, the newest first, and those that are damaged."""
     engines, damaged = [], []
     for path in sorted(folder.glob(f"*/{FILE}")):
@@ -45,7 +45,7 @@ def kept_engines(folder: Path) -> tuple[list[Engine], list[tuple[Path, EmtError]
 
 
 def model_weights(model: Model, index: ContentIndex, loras: Sequence[tuple[Path, float]] = ()) -> Weights:
-    """Hashes of a model's weights, remembered."""
+    """Hashes of a model's weights, memoized in `index`."""
 
     def remember(fact: str, path: Path, find: Callable[[], Any]) -> Any:
         return index.remember(fact, path, path.stat(), find)
@@ -53,72 +53,80 @@ def model_weights(model: Model, index: ContentIndex, loras: Sequence[tuple[Path,
     return weights_of(model.folder, loras, remember)
 
 
-def engine_id(asked: str) -> str:
-    """The engine of `--engine` as part of a job's identity: the same wherever its folder lies.
+def engine_id(requested: str) -> str:
+    """The value of `--engine` as part of a job's identity: independent of where the engine's folder is.
 
     Raises:
         EmtError: it is no engine.
     """
-    return asked if asked in (AUTO, TORCH) else Manifest.read(Path(asked)).id
+    return requested if requested in (AUTO, TORCH) else Manifest.read(Path(requested)).id
 
 
 class EngineChoice:
     """Chooses the engine for clips of a shape, once for each. Threads may share it.
 
     Args:
-        asked: auto, torch, or the folder of an engine.
+        requested: auto, torch, or the folder of an engine.
         model: The model that makes the clips.
         index: Content hashes.
-        kept: The folder of engines that auto looks into.
-        say: Is told what auto chose and why.
+        folder: The folder of engines that auto searches; None: the user's.
+        say: Called with a line on what auto chose and why.
 
     Raises:
-        EmtError: `asked` is no engine.
+        EmtError: `requested` is no engine.
     """
 
     def __init__(
         self,
-        asked: str,
+        requested: str,
         model: Model,
         index: ContentIndex,
-        kept: Path | None = None,
+        folder: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.model, self.index, self.say = model, index, say
-        self.kept = kept or engines_dir()
-        self.asked = asked
-        self.named = None if asked in (AUTO, TORCH) else Engine(Path(asked), Manifest.read(Path(asked)))
+        self.folder = folder or engines_dir()
+        self.requested = requested
+        self.named = None if requested in (AUTO, TORCH) else Engine(Path(requested), Manifest.read(Path(requested)))
         self._guard = threading.Lock()
         self._passed = False
         self._chosen: dict[tuple[int, int, int], Engine | None] = {}
         self._fitting: list[Engine] | None = None
 
-    def check(self, settings: Settings) -> None:
-        """See that the engine that the user named makes clips of this shape; needs no torch.
+    def check(self, width: int, height: int, frames: int, cache_interval: int) -> None:
+        """Raise EmtError unless the named engine, if there is one, makes clips of this shape; needs no torch.
+
+        Args:
+            width: Pixels.
+            height: Pixels.
+            frames: Of a clip.
+            cache_interval: Steps between computations of the deep levels.
 
         Raises:
-            EmtError: it does not; says what to build.
+            EmtError: it does not; the hint has the command that builds one that does.
         """
-        if self.named and settings.cache_interval > 1:
+        if not self.named:
+            return
+        if cache_interval > 1:
             raise EmtError(
                 f"the engine {self.named.folder} computes the whole network in every step, cache_interval is "
-                f"{settings.cache_interval}",
+                f"{cache_interval}",
                 "Use --cache-interval 1, or --engine torch.",
             )
-        if self.named and not self.named.manifest.covers(settings.width, settings.height, settings.frames):
-            own = self.named.manifest
+        own = self.named.manifest
+        if not own.covers(width, height, frames):
             sizes = ", ".join(map(str, own.sizes))
-            wanted = Size((settings.width, settings.height), (settings.width, settings.height))
-            request = self._request(own.precision, "", own, (*own.sizes, wanted), settings.frames)
+            wanted = Size((width, height), (width, height))
+            request = self._request(own.precision, "", own, (*own.sizes, wanted), frames)
             raise EmtError(
                 f"the engine {self.named.folder} makes clips of {own.frames} frames of {sizes} pixels, not "
-                f"{settings.frames} frames of {wanted}",
+                f"{frames} frames of {wanted}",
                 f"Build one with: {request.command}",
             )
 
-    def wanted(self, settings: Settings) -> bool:
-        """Whether an engine could make a clip; says so, once, if it is the settings that it could not."""
-        if settings.cache_interval == 1 or self.asked == TORCH:
+    def applies(self, cache_interval: int) -> bool:
+        """Whether an engine may make a clip; reports, once, that cache_interval rules it out."""
+        if cache_interval == 1 or self.requested == TORCH:
             return True
         with self._guard:
             if not self._passed:
@@ -127,7 +135,7 @@ class EngineChoice:
         return False
 
     def check_match(self, device: Device) -> None:
-        """See that the engine that the user named may run on a device.
+        """Raise EmtError unless the named engine, if there is one, may run on a device.
 
         Raises:
             EmtError: it may not; says why, and what to build.
@@ -149,12 +157,12 @@ class EngineChoice:
             return self._chosen[shape]
 
     def _choose(self, device: Device, width: int, height: int, frames: int) -> Engine | None:
-        if self.asked == TORCH:
+        if self.requested == TORCH:
             return None
         if self._fitting is None:
             self._fitting = self._fits(device)
         fitting = [engine for engine in self._fitting if engine.manifest.covers(width, height, frames)]
-        if self.asked != AUTO:
+        if self.requested != AUTO:
             return fitting[0] if fitting else None
         if fitting:
             engine = fitting[0]
@@ -164,8 +172,8 @@ class EngineChoice:
         return fitting[0] if fitting else None
 
     def _fits(self, device: Device) -> list[Engine]:
-        """The engine that the user named, or those of the cache that may run."""
-        candidates = [self.named] if self.named else kept_engines(self.kept)[0]
+        """The named engine, or the engines of the cache that may run."""
+        candidates = [self.named] if self.named else list_engines(self.folder)[0]
         if not candidates:
             return []
         fitting, reasons = [], []
@@ -190,12 +198,12 @@ class EngineChoice:
         return fitting
 
     def _request(
-        self, precision: str, place: str, like: Manifest | None, sizes: tuple[Size, ...], frames: int
+        self, precision: str, device: str, like: Manifest | None, sizes: tuple[Size, ...], frames: int
     ) -> Request:
         return Request(
             backend=like.backend if like else "",
             precision=precision,
-            device=place or "cuda:0",
+            device=device or "cuda:0",
             sizes=sizes,
             frames=frames,
             batch=like.batch if like else (0, 0),
@@ -205,7 +213,7 @@ class EngineChoice:
 
 
 def _unfit_for_auto(manifest: Manifest) -> str:
-    """Why auto leaves an engine alone that may run; empty if it does not."""
+    """Why auto does not use an engine that could run; empty if it does."""
     if manifest.backend == "onnx":
         return "it is for other programs to run"
     if manifest.parity is None:

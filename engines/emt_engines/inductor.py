@@ -95,7 +95,7 @@ class InductorBuilder:
     def build(
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
-        """Compile every part for every size into `folder`; see `emt_engines.build.Builder`."""
+        """Compile every part for every size into `folder`; see `emt_engines.base.Builder`."""
         networks = _Networks.of(pipe)
         jobs = [_Job(networks, request, name, size, folder) for size in request.sizes for name in PARTS]
         workers = _workers(pipe, len(jobs))

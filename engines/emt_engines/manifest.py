@@ -1,41 +1,39 @@
-"""What an engine is made from and for: the record that lies beside its files, and that decides whether it may run.
+"""Manifest of an engine: what it was built from and for, and whether it may run here.
 
 An engine is a folder of compiled files and `manifest.json`. It runs only where everything that it depends on is as it
-was when it was built: weights, code, shapes, type, GPU and library versions. `Manifest.match` says what is not.
+was when it was built: weights, code, shapes, dtype, GPU and library versions. `Manifest.match` names what differs.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import json
-import platform
 import re
 import shlex
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from emt import __version__
 from emt.errors import EmtError
 from emt.storage import sha256_of
+from emt_engines.decode import decode, loads
+from emt_engines.fingerprint import Host, Weights, code_sha256
+from emt_engines.registry import BACKENDS, builder_modules
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+PRECISIONS = ("fp32", "fp16", "bf16")
 PIXELS = 8
 """Width and height are multiples of this."""
 
 _SIZE = re.compile(r"(\d+)x(\d+)(?:\.\.(\d+)x(\d+))?")
-#: Names of processor features that compilers make use of, among those that the system lists.
-_INSTRUCTIONS = re.compile(r"avx\w*|sse\w*|ssse3|amx\w*|fma|f16c|bmi\d|asimd\w*|neon|sve\w*|bf16|i8mm")
 
 
 @dataclass(frozen=True)
 class Size:
-    """A range of clip sizes in pixels, (width, height) from `least` to `most`; usually one size, and both the same."""
+    """A range of clip sizes in pixels, (width, height) from `least` to `most`, both inclusive; usually one size."""
 
     least: tuple[int, int]
     most: tuple[int, int]
@@ -84,7 +82,7 @@ class Size:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that goes into or comes out of a part: `shape` has numbers, and names of the dimensions that vary."""
+    """An input or output of a part; `shape` has numbers, and names for the dimensions that vary."""
 
     name: str
     dtype: str
@@ -104,7 +102,7 @@ class Part:
         outputs: In the order in which it returns them.
         parity: Greatest difference from eager PyTorch over its greatest value; None: not verified.
         files: SHA-256 of other files that it needs, by name (external data).
-        facts: What else the backend that loads it wants to know.
+        facts: Values that only the engine's backend reads.
     """
 
     name: str
@@ -119,169 +117,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What an engine's numbers come from, as SHA-256 of contents.
-
-    Attributes:
-        parts: Of `unet` (without the adapter), `adapter`, `vae`, and `config`, the sizes of the networks.
-        loras: Of each LoRA merged into them, with its scale, in order.
-    """
-
-    parts: Mapping[str, str]
-    loras: tuple[tuple[str, float], ...] = ()
-
-
-#: Finds a fact that follows from a file's content, or remembers it: (name of the fact, file, how to find it).
-Remember = Callable[[str, Path, Callable[[], Any]], Any]
-
-
-def weights_of(
-    folder: Path, loras: Sequence[tuple[Path, float]] = (), remember: Remember = lambda fact, path, find: find()
-) -> Weights:
-    """The hashes of a model folder's weights.
-
-    Args:
-        folder: The model.
-        loras: Files to merge into them, and their scales.
-        remember: Keeps the hashes of files that have not changed.
-
-    Raises:
-        EmtError: a file is missing or damaged.
-    """
-    try:
-        unet, adapter = _gathered(
-            remember("engine-weights", file, lambda file=file: _tensor_digests(file))  # type: ignore[misc]
-            for file in sorted((folder / "unet").glob("*.safetensors"))
-        )
-        (vae,) = _gathered(
-            [remember("sha256", file, lambda file=file: sha256_of(file))]  # type: ignore[misc]
-            for file in sorted((folder / "vae").glob("*.safetensors"))
-        )
-        sizes = [json.loads((folder / part / "config.json").read_bytes()) for part in ("unet", "vae")]
-        own = [{name: value for name, value in c.items() if not name.startswith("_")} for c in sizes]
-        config = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-        merged = tuple((remember("sha256", f, lambda f=f: sha256_of(f)), scale) for f, scale in loras)  # type: ignore[misc]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise EmtError(f"the weights of {folder} cannot be read: {error}", "Make the model folder again.") from None
-    return Weights({"unet": unet, "adapter": adapter, "vae": vae, "config": config}, merged)
-
-
-def _gathered(files: Iterable[Sequence[str]]) -> list[str]:
-    """One hash for each column of hashes, a row a file."""
-    return [hashlib.sha256(json.dumps(column).encode()).hexdigest() for column in zip(*files)]
-
-
-def _tensor_digests(file: Path) -> tuple[str, str]:
-    """Hashes of the tensors of a safetensors file: of the backbone, and of the adapter."""
-    hashers = hashlib.sha256(), hashlib.sha256()
-    with open(file, "rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-        header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        for name in sorted(header):
-            tensor = header[name]
-            begin, end = tensor["data_offsets"]
-            hasher = hashers[".adapter." in name or ".scaler." in name]
-            hasher.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
-            stream.seek(8 + length + begin)
-            while begin < end:
-                block = stream.read(min(1 << 20, end - begin))
-                if not block:
-                    raise ValueError(f"{file.name} ends too early")
-                hasher.update(block)
-                begin += len(block)
-    return hashers[0].hexdigest(), hashers[1].hexdigest()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an engine runs, and with which libraries.
-
-    Attributes:
-        device: A GPU's name, or `cpu`.
-        capability: Compute capability such as `9.0`, or the processor's architecture such as `x86_64`.
-        instructions: Features of the processor; empty for a GPU.
-        versions: Of libraries, by name: torch, cuda, triton, tensorrt, …; those that are not installed are absent.
-    """
-
-    device: str
-    capability: str
-    instructions: tuple[str, ...]
-    versions: Mapping[str, str]
-
-    @classmethod
-    def here(cls, device: str) -> Place:
-        """This machine, seen from a torch device such as `cuda:0` or `cpu`."""
-        import torch
-
-        versions = installed_versions()
-        if not device.startswith("cuda"):
-            return cls("cpu", platform.machine(), _instructions(), versions)
-        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        return cls(name, ".".join(map(str, capability)), (), versions)
-
-
-@functools.cache
-def installed_versions() -> Mapping[str, str]:
-    """Versions of what engines are built and run with, as far as it is installed."""
-    found = {"emt": __version__}
-    candidates = {
-        "diffusers": ("diffusers",),
-        "triton": ("triton",),
-        "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-        "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-        "onnx": ("onnx",),
-        "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    }
-    for name, packages in candidates.items():
-        for package in packages:
-            try:
-                found[name] = importlib.metadata.version(package)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    import torch
-
-    found["torch"] = str(torch.__version__)
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-@functools.cache
-def _instructions() -> tuple[str, ...]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    words = match[1].split() if match else []
-    return tuple(sorted({word for word in words if _INSTRUCTIONS.fullmatch(word)}))
-
-
-def code_sha256(*modules: str) -> str:
-    """Hash of the source that decides what is compiled: of the network, of all kernels, of the parts, and `modules`."""
-    import emt_kernels
-
-    names = ["emt.backbones.sd15.unet", "emt.backbones.sd15.motion_module", "emt_engines.parts", *modules]
-    files = [Path(_origin(name)) for name in names]
-    files += sorted(Path(emt_kernels.__file__ or "").parent.glob("*.py"))
-    listing = [(file.name, sha256_of(file)) for file in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def _origin(module: str) -> str:
-    import importlib.util
-
-    spec = importlib.util.find_spec(module)
-    assert spec is not None, module
-    assert spec.origin is not None, module
-    return spec.origin
-
-
-@dataclass(frozen=True)
 class Request:
-    """What an engine is wanted for.
+    """Requirements on an engine: of a clip to make, or of a build.
 
     Attributes:
         backend: inductor, tensorrt, tensorrt-rtx or onnx; empty for any.
@@ -290,7 +127,7 @@ class Request:
         sizes: Of clips; none: whichever the engine has.
         frames: Of a clip; 0: as many as the engine has.
         batch: Least and most clips at once; guidance doubles them. Any number fits (0, 0).
-        weights: What the network's numbers come from.
+        weights: Hashes of the model's weights.
         model: What the user calls the model; for messages.
         loras: As the user named them; for messages.
         plugin: Whether TensorRT computes temporal integration with the kernel, as a plugin.
@@ -309,7 +146,7 @@ class Request:
 
     @property
     def command(self) -> str:
-        """What to type to have such an engine built."""
+        """The command that builds such an engine."""
         words = ["emt", "build-engine", "--model", self.model]
         words += ["--backend", self.backend or "inductor", "--size", ",".join(map(str, self.sizes))]
         words += ["--frames", str(self.frames), "--batch", "..".join(map(str, self.batch))]
@@ -325,21 +162,21 @@ class Manifest:
     """The record of an engine.
 
     Attributes:
-        backend: What runs it: inductor, tensorrt, tensorrt-rtx or onnx.
+        backend: inductor, tensorrt, tensorrt-rtx or onnx.
         model: What the model was called.
         precision: fp32, fp16 or bf16.
         sizes: Of clips.
         frames: Of a clip.
         batch: Least and most clips at once; guidance doubles them.
-        weights: What its numbers come from.
-        refits: Whether it takes the model's weights when it is loaded, so that other ones of the same shapes do too.
+        weights: Hashes of the weights that it was built from.
+        refits: Whether it reads the model's weights when it is loaded; then any of the same shapes will do.
         code: `code_sha256` of the network and of the module that built it.
-        place: Where it was built and with which libraries; of the versions, those that it depends on.
-        bound: Whether it runs on the device that it was built on alone.
+        host: The device and the libraries that it was built with; of the versions, those that it depends on.
+        bound: Whether it runs only on the kind of device that it was built on.
         opset: Of ONNX; None without.
         parts: Its compiled functions.
         built: When, in ISO 8601.
-        seconds: What building took.
+        seconds: Duration of the build.
     """
 
     backend: str
@@ -351,7 +188,7 @@ class Manifest:
     weights: Weights
     refits: bool
     code: str
-    place: Place
+    host: Host
     bound: bool
     opset: int | None
     parts: tuple[Part, ...]
@@ -360,34 +197,32 @@ class Manifest:
 
     @property
     def id(self) -> str:
-        """A hash over all of it, 32 hexadecimal digits."""
+        """A hash over the whole manifest, 32 hexadecimal digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def parity(self) -> float | None:
-        """The worst of its parts; None if one was not verified."""
+        """The largest parity error of its parts; None if one was not verified."""
         found = [part.parity for part in self.parts]
         return None if None in found or not found else max(p for p in found if p is not None)
 
     # ---------------------------------------------------------------------------------------------------- may it run
 
-    def match(self, request: Request, place: Place | None = None, code: str | None = None) -> tuple[bool, str]:
-        """Whether it may run for a request, and if not, why not, in words.
+    def match(self, request: Request, host: Host | None = None, code: str | None = None) -> tuple[bool, str]:
+        """Whether it may run for a request, and if not, the reason.
 
         Args:
-            request: What is wanted.
-            place: Where; None for this machine.
+            request: The requirements.
+            host: Device and libraries to run with; None for this machine's.
             code: `code_sha256` there; None for this program's.
         """
-        from emt_engines.build import builder_modules  # it imports this module
-
-        place = place or Place.here(request.device)
+        host = host or Host.here(request.device)
         code = code or code_sha256(*builder_modules(self.backend))
         for reason in (
             self._other_kind(request),
             self._other_weights(request.weights),
             "the code of the network has changed since it was built" if code != self.code else "",
-            self._other_place(place),
+            self._other_host(host),
             self._other_shapes(request),
         ):
             if reason:
@@ -420,17 +255,17 @@ class Manifest:
             return f"it was built with the LoRAs {own or 'none'}, not {other or 'none'}"
         return ""
 
-    def _other_place(self, place: Place) -> str:
-        if self.bound and place.device != self.place.device:
-            return f"it was built for {self.place.device}, here is {place.device}"
-        if self.bound and place.capability != self.place.capability:
-            return f"it was built for the compute capability {self.place.capability}, here is {place.capability}"
-        missing = set(self.place.instructions) - set(place.instructions) if self.bound else set()
+    def _other_host(self, host: Host) -> str:
+        if self.bound and host.device != self.host.device:
+            return f"it was built for {self.host.device}, here is {host.device}"
+        if self.bound and host.capability != self.host.capability:
+            return f"it was built for the compute capability {self.host.capability}, here is {host.capability}"
+        missing = set(self.host.instructions) - set(host.instructions) if self.bound else set()
         if missing:
             return f"it was built for a processor with {', '.join(sorted(missing))}, which this one lacks"
-        for name, version in self.place.versions.items():
-            if place.versions.get(name) != version:
-                return f"it was built with {name} {version}, here is {place.versions.get(name, 'none')}"
+        for name, version in self.host.versions.items():
+            if host.versions.get(name) != version:
+                return f"it was built with {name} {version}, here is {host.versions.get(name, 'none')}"
         return ""
 
     def _other_shapes(self, request: Request) -> str:
@@ -461,36 +296,41 @@ class Manifest:
         path = folder / FILE
         hint = "Build the engine again with emt build-engine, or name another folder."
         try:
-            body = json.loads(path.read_bytes())
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise EmtError(f"{folder} is no engine: {FILE} is not a file", hint)
+            body = loads(path.read_bytes())
         except OSError as error:
             raise EmtError(f"{folder} is no engine: {FILE}: {error.strerror}", hint) from None
-        except ValueError:
-            raise EmtError(f"{path} is damaged: it is not JSON", hint) from None
+        except ValueError as error:
+            raise EmtError(f"{path} is damaged: it is not JSON ({error})", hint) from None
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise EmtError(f"{path} is of another version of emt", hint)
+        stored = body.pop("id", None)
         try:
-            stored = body.pop("id")
-            manifest = cls(
-                **{
-                    **body,
-                    "sizes": tuple(Size(tuple(s["least"]), tuple(s["most"])) for s in body["sizes"]),
-                    "batch": tuple(body["batch"]),
-                    "weights": Weights(
-                        body["weights"]["parts"], tuple((s, float(x)) for s, x in body["weights"]["loras"])
-                    ),
-                    "place": Place(**body["place"] | {"instructions": tuple(body["place"]["instructions"])}),
-                    "parts": tuple(_read_part(part) for part in body["parts"]),
-                }
-            )
-            found = manifest.id
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EmtError(f"{path} is damaged: {error!r}", hint) from None
-        if found != stored:
+            manifest = decode(cls, body)
+            manifest._check_values()
+        except ValueError as error:
+            raise EmtError(f"{path} is damaged: {error}", hint) from None
+        if manifest.id != stored:
             raise EmtError(f"{path} is damaged or was changed: its content does not have its hash", hint)
         return manifest
 
+    def _check_values(self) -> None:
+        """Raise ValueError if a value is of the right type, and yet none that a build writes."""
+        if self.backend not in BACKENDS or self.precision not in PRECISIONS:
+            raise ValueError(f"it is of the backend {self.backend!r} in {self.precision!r}")
+        if datetime.fromisoformat(self.built).tzinfo is None:
+            raise ValueError(f"built is {self.built!r}, without a time zone")
+        if not 1 <= self.batch[0] <= self.batch[1] or self.frames < 1:
+            raise ValueError(f"batch is {self.batch}, frames is {self.frames}")
+        for size in self.sizes:
+            try:
+                Size.parse(str(size))
+            except EmtError as error:
+                raise ValueError(error.problem) from None
+
     def check_files(self, folder: Path) -> None:
-        """See that every file of the engine is there as it was built.
+        """Check that every file of the engine is there with the content that was built.
 
         Raises:
             EmtError: naming the first that is not.
@@ -511,12 +351,3 @@ class Manifest:
     def files(self) -> Sequence[str]:
         """Names of all of its files, without the manifest."""
         return [name for part in self.parts for name in (part.file, *part.files)]
-
-
-def _read_part(body: dict[str, Any]) -> Part:
-    tensors = {
-        side: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body[side])
-        for side in ("inputs", "outputs")
-    }
-    shapes = {name: (int(low), int(high)) for name, (low, high) in body["shapes"].items()}
-    return Part(**{**body, **tensors, "shapes": shapes})

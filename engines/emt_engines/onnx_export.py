@@ -26,7 +26,7 @@ from emt.backbones.sd15.unet import TextFeatures
 from emt.backends.torch import PipelineBackend
 from emt.errors import EmtError
 from emt.storage import sha256_of
-from emt_engines.build import CannotRun
+from emt_engines.base import CannotRun
 from emt_engines.inductor import images_at_once
 from emt_engines.manifest import PIXELS, Manifest, Part, Request, TensorSpec
 from emt_engines.parts import by_reference, features_of, function, times_of
@@ -305,7 +305,7 @@ class OnnxBuilder:
     def build(
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
-        """Write a file for each part into `folder`; see `emt_engines.build.Builder`."""
+        """Write a file for each part into `folder`; see `emt_engines.base.Builder`."""
         check_sizes(pipe, request)
         parts = []
         for i, name in enumerate(PARTS):

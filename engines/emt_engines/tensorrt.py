@@ -30,7 +30,7 @@ from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
 from emt.errors import EmtError
 from emt.storage import sha256_of
 from emt_engines import onnx_export
-from emt_engines.build import CannotRun
+from emt_engines.base import CannotRun
 from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec
 from emt_engines.onnx_export import OPSET, PARTS, FileBackend, OnnxBuilder, check_sizes, coarsest, ranges
 
@@ -110,7 +110,7 @@ class _Builder:
     def build(
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
-        """Build an engine of each part into `folder`; see `emt_engines.build.Builder`."""
+        """Build an engine of each part into `folder`; see `emt_engines.base.Builder`."""
         check_sizes(pipe, request)
         trt = self.kind.load()
         plugin = self.plugs and request.plugin
