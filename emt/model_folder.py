@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -53,7 +54,7 @@ class Model:
 
     def sha256(self, index: ContentIndex) -> str:
         """Hash over the names and contents of its weights, configurations and vocabulary."""
-        files = sorted(path for path in self.folder.rglob("*") if path.suffix in _CONTENT and path.is_file())
+        files = sorted(path for path in _files(self.folder) if path.suffix in _CONTENT)
         listing = [(path.relative_to(self.folder).as_posix(), index.sha256(path)) for path in files]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
@@ -67,9 +68,26 @@ class Model:
         }
 
     @cached_property
-    def unet(self) -> dict[str, Any]:
-        """The configuration of the network."""
+    def max_frames(self) -> int:
+        """Frames of the longest clip."""
+        return self._count("motion_max_frames", [32])[0]
+
+    @cached_property
+    def channels(self) -> int:
+        """Channels of the network's first level."""
+        return self._count("block_out_channels", [320])[0]
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
         return _read_json(self.folder / "unet" / "config.json")
+
+    def _count(self, name: str, default: list[int]) -> list[int]:
+        """Positive numbers of the network's configuration, one or a list of them."""
+        value = self._config.get(name, default)
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(type(number) is int and number > 0 for number in values):
+            raise EmtError(f"{name} is {value!r:.100} in {self.folder / 'unet' / 'config.json'}", _HOW_TO_GET)
+        return values
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -95,9 +113,11 @@ class Model:
         if self.vocabulary is not None:
             for text in (prompt, settings["negative_prompt"]):
                 self.vocabulary.check(text)
-        frames, steps, most = settings["frames"], settings["steps"], self.unet.get("motion_max_frames", 32)
-        if frames > most:
-            raise EmtError(f"frames is {frames}", f"The model {self.name} makes clips of 2 to {most} frames.")
+        frames, steps = settings["frames"], settings["steps"]
+        if frames > self.max_frames:
+            raise EmtError(
+                f"frames is {frames}", f"The model {self.name} makes clips of 2 to {self.max_frames} frames."
+            )
         if settings["scheduler"] == "lcm" and steps > _LCM_STEPS:
             raise EmtError(f"steps is {steps}", f"The scheduler lcm takes at most {_LCM_STEPS}; 4 to 8 are usual.")
 
@@ -122,6 +142,7 @@ def find_model(name: str | None, *, download: bool) -> Model:
         weights = part in ("unet", "vae", "text_encoder")
         if not (folder / part).is_dir() or (weights and not any((folder / part).glob("*.safetensors"))):
             missing.append(f"{part}/*.safetensors" if weights else f"{part}/")
+        missing += _missing_shards(folder / part)
     if missing or "unet" not in listed:
         raise EmtError(f"the model {name} lacks {', '.join(missing) or 'a unet'} (in {folder})", _HOW_TO_GET)
     return Model(name, folder, {name: listed.get(name, value) for name, value in DEFAULTS.items()})
@@ -141,7 +162,7 @@ def _locate(name: str, download: bool) -> Path:
         patterns = [f"*{suffix}" for suffix in _CONTENT]
         return Path(huggingface_hub.snapshot_download(name, local_files_only=not download, allow_patterns=patterns))
     except Exception as error:  # network, authentication and cache errors have no common base
-        reason = str(error).splitlines()[0] if download else "it is not on this machine yet"
+        reason = first_line(error) if download else "it is not on this machine yet"
         raise EmtError(f"there is no folder {name}, and no such model from the hub: {reason}", _HOW_TO_GET) from None
 
 
@@ -150,25 +171,53 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise EmtError(f"cannot read {path}: {error.strerror}", _HOW_TO_GET) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise EmtError(f"{path} is not JSON", _HOW_TO_GET) from None
     if not isinstance(value, dict):
         raise EmtError(f"{path} is not a JSON object", _HOW_TO_GET)
     return value
 
 
+def _files(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """All files in a folder and its folders; links to files and folders are followed, as opening a model does."""
+    status = folder.stat()
+    above |= {(status.st_dev, status.st_ino)}
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            own = path.stat()
+            if (own.st_dev, own.st_ino) not in above:  # a link to a folder that it is in leads nowhere else
+                yield from _files(path, above)
+
+
+def _missing_shards(part: Path) -> list[str]:
+    """Files that the indices of a part's weights name and that are not beside them."""
+    missing = []
+    for index in part.glob("*.safetensors.index.json"):
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise EmtError(f"{index} names no weights", _HOW_TO_GET)
+        for name in sorted({str(shard) for shard in shards.values()}):
+            if Path(name).name != name or not (part / name).is_file():
+                missing.append(f"{part.name}/{name}")
+    return missing
+
+
 def _parameters(path: Path) -> int:
     """Parameters in a safetensors file, from its header."""
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        total = 0
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                total += (end - begin) // {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(tensor["dtype"], 8)
+            length, most = struct.unpack("<Q", file.read(8))[0], os.fstat(file.fileno()).st_size
+            if length > most:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
+        total = sum(math.prod(shape) for shape in shapes)
+        if type(total) is not int or total < 0:
+            raise ValueError("a shape is no list of numbers")
         return total
-    except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error, MemoryError):
         raise EmtError(f"{path} is damaged", _HOW_TO_GET) from None
 
 

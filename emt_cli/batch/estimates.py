@@ -31,10 +31,9 @@ _CLIP_BYTES = 0.25
 
 def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) -> float:
     """Estimated peak memory in bytes for denoising clips together; a model, not a measurement."""
-    channels = model.unet.get("block_out_channels", [320])[0]
     pixels = settings.frames * settings.height * settings.width
     weights = 2 * sum(model.parameters.values())
-    return (1 if half else 2) * (weights + clips * _ACTIVATION * channels * pixels)
+    return (1 if half else 2) * (weights + clips * _ACTIVATION * model.channels * pixels)
 
 
 def seconds(model: Model, settings: Settings, gpu: bool) -> float:

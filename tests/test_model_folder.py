@@ -1,0 +1,139 @@
+"""A model folder from outside: its hash is of exactly what is opened, and damaged files are one error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from program import model
+
+from emt.cache import ContentIndex
+from emt.errors import EmtError
+from emt.model_folder import Model, find_model
+from emt_cli.batch.estimates import memory
+from emt_cli.batch.options import Settings
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(model(), tmp_path / "model")
+
+
+def open_model(folder: Path) -> Model:
+    return find_model(str(folder), download=False)
+
+
+def plan_with(found: Model) -> None:
+    """Ask all that a plan does."""
+    found.check("a star", Settings(frames=4).as_dict())
+    memory(found, Settings())
+
+
+def hash_of(folder: Path) -> str:
+    return open_model(folder).sha256(ContentIndex(folder.parent / "index"))
+
+
+def test_the_hash_is_of_names_and_contents_wherever_the_folder_is(folder, tmp_path):
+    assert hash_of(folder) == hash_of(model()) == hash_of(folder.rename(tmp_path / "moved"))
+
+
+def link(folder: Path, part: str) -> Path:
+    """Put a part of a model folder elsewhere, and a link in its place."""
+    elsewhere = (folder / part).rename(folder.parent / "elsewhere")
+    (folder / part).symlink_to(elsewhere, target_is_directory=elsewhere.is_dir())
+    return elsewhere
+
+
+def test_k2_a_part_that_is_a_link_to_a_folder_is_in_the_hash(folder):
+    whole = hash_of(folder)
+    elsewhere = link(folder, "unet")
+    assert hash_of(folder) == whole, "the same files are opened"
+    with open(elsewhere / Path(UNET).name, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x77")
+    assert hash_of(folder) != whole
+
+
+def test_k2_a_link_to_a_weight_file_is_in_the_hash(folder):
+    whole = hash_of(folder)
+    elsewhere = link(folder, UNET)
+    elsewhere.write_bytes(elsewhere.read_bytes()[:-1] + b"\x77")
+    assert hash_of(folder) != whole
+
+
+def test_a_link_to_a_folder_around_it_ends(folder):
+    whole = hash_of(folder)
+    (folder / "unet" / "back").symlink_to(folder, target_is_directory=True)
+    assert hash_of(folder) == whole
+
+
+@pytest.mark.parametrize("shard", ["gone.safetensors", "../elsewhere.safetensors", "/elsewhere.safetensors", 7])
+def test_k2_weights_that_are_not_in_the_folder_are_missing(folder, shard):
+    shutil.copy(folder / UNET, folder / "elsewhere.safetensors")
+    (folder / f"{UNET}.index.json").write_text(json.dumps({"weight_map": {"a": Path(UNET).name, "b": shard}}))
+    with pytest.raises(EmtError, match="lacks unet/"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "vae/x.safetensors.index.json", UNET])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", DEEP])
+def test_k5_a_damaged_file_is_one_error(folder, name, content):
+    if name.endswith(".safetensors"):
+        content = struct.pack("<Q", len(content)) + content
+    (folder / name).write_bytes(content)
+    with pytest.raises(EmtError, match=Path(name).name):
+        plan_with(open_model(folder))
+
+
+@pytest.mark.parametrize("length", [0, 2**40, 2**63, 2**64 - 1])
+def test_k5_a_header_of_another_length_is_damaged(folder, length):
+    content = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(struct.pack("<Q", length) + content[8:])
+    with pytest.raises(EmtError, match="is damaged"):
+        _ = open_model(folder).parameters
+
+
+@pytest.mark.parametrize("shape", [None, "ab", [[2]], [-2], [0.5], {"a": 1}])
+def test_k5_a_shape_that_is_none_is_damaged(folder, shape):
+    header = json.dumps({"weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (folder / UNET).write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(EmtError, match="is damaged"):
+        _ = open_model(folder).parameters
+
+
+@pytest.mark.parametrize("name", ["motion_max_frames", "block_out_channels"])
+@pytest.mark.parametrize("value", ["16", None, [], ["a"], -1, True, 1.5, {}])
+def test_k5_a_configuration_with_values_of_other_types_is_one_error(folder, name, value):
+    config = json.loads((folder / "unet" / "config.json").read_bytes())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, name: value}))
+    found = open_model(folder)
+    with pytest.raises(EmtError, match=name):
+        plan_with(found)
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [b"{", b"[]", DEEP, b'{"words": 7}', b'{"words": [7]}', b'{"words": [["a"]]}', b"\xff"]
+)
+def test_k5_a_damaged_vocabulary_is_one_error(tmp_path, vocabulary):
+    from emt import demo
+
+    folder = shutil.copytree(demo.path(), tmp_path / "demo", ignore=shutil.ignore_patterns("*.safetensors"))
+    for part in ("unet", "vae", "text_encoder"):
+        for weights in (demo.path() / part).glob("*.safetensors"):
+            (folder / part / weights.name).symlink_to(weights)
+    (folder / "vocabulary.json").write_bytes(vocabulary)
+    with pytest.raises(EmtError, match=r"vocabulary\.json is damaged"):
+        _ = open_model(folder).vocabulary
+
+
+@pytest.mark.parametrize("tokenizer", [b"{", b"[]", DEEP, b'{"model": 7}', b'{"model": {"type": "WordLevel"}}'])
+def test_k5_a_damaged_tokenizer_is_one_error(folder, tokenizer):
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
+    with pytest.raises(EmtError, match=r"tokenizer\.json is damaged"):
+        _ = open_model(folder).vocabulary
