@@ -170,8 +170,8 @@ def test_a_job_file_is_run_to_the_same_clips(folder):
 
 
 def test_a_clip_is_made_again_from_its_record(folder):
-    clip = folder / "out" / "disc_c46c5596" / "a-red-ball-7"
-    where = ["--reference", "disc.mp4", "--model", "model", "--device", "cpu"]
+    clip = folder / "out" / "disc_8cfe9afa" / "a-red-ball-7"
+    where = ["--reference", "disc", "--model", "model", "--device", "cpu"]
     ended = emt("rerun", str(clip), "-o", "again", *where, folder=folder, environment=environment(folder))
     assert ended.code == 0, ended.err
     assert "note:" not in ended.err, "neither the arithmetic nor the device is another"
@@ -184,23 +184,25 @@ def test_a_clip_is_made_again_from_its_record(folder):
 
 
 def test_a_motion_of_the_cache_is_used(folder):
-    [entry] = (folder / "cache" / "motion").glob("*.safetensors")
-    facts, content = entry.with_suffix(".json"), entry.read_bytes()
-    for path in (entry, facts):
+    kept = sorted((folder / "cache" / "motion").iterdir())
+    before = contents(folder / "cache" / "motion")
+    for path in kept:
         os.utime(path, (1e9, 1e9))
-    [line] = lines(transfer(folder, "disc.mp4", "--prompt", "a green box"))
+    [line] = lines(transfer(folder, "disc", "--prompt", "a green box"))
     assert line["state"] == "done"
-    assert sorted((folder / "cache" / "motion").iterdir()) == [facts, entry], "no second entry"
-    assert entry.read_bytes() == content
-    assert entry.stat().st_mtime == 1e9, "not written again"
-    assert facts.stat().st_mtime > 1e9, "the time of its use"
+    assert contents(folder / "cache" / "motion") == before, "no entry more, and none is another"
+    touched = [path for path in kept if path.stat().st_mtime != 1e9]
+    assert [path.suffix for path in touched] == [".json"], "the time of its use; its tensors are not written again"
 
 
 def test_a_motion_of_the_cache_is_the_one_that_is_read_today(pipe):
-    [entry] = (WRITTEN / "cache" / "motion").glob("*.safetensors")
-    motion = pipe.extract_motion(read_clip(WRITTEN / "disc.mp4", frames=4, size=(32, 32)))
-    kept = type(motion).load(entry)
-    assert kept.features.layers.keys() == motion.features.layers.keys()
-    for layer, features in motion.features.layers.items():
-        for old, new in zip(kept.features.layers[layer], features):
-            torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)
+    """Of images: versions of ffmpeg decode a film's colours differently."""
+    motion = pipe.extract_motion(read_clip(WRITTEN / "disc", frames=4, size=(32, 32)))
+    entries = (WRITTEN / "cache" / "motion").glob("*.safetensors")
+    found = motion.features.layers
+    same = []
+    for kept in (type(motion).load(entry).features.layers for entry in entries):
+        assert kept.keys() == found.keys()
+        pairs = [pair for layer in kept for pair in zip(kept[layer], found[layer])]
+        same.append(all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs))
+    assert sorted(same) == [False, True], "one entry is the images', the other the film's"
