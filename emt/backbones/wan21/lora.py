@@ -1,0 +1,185 @@
+"""LoRA files of Wan in every public dialect, added to the weights that they were trained on.
+
+Modules are named by diffusers or PEFT (``transformer.blocks.0.attn1.to_q.lora_A.weight``), originally
+(``diffusion_model.blocks.0.self_attn.q.lora_A.weight``, DiffSynth without the prefix, with ``.default``) or by kohya
+(``lora_unet_blocks_0_self_attn_q.lora_down.weight``, Wan Fun with two underscores). lightx2v's have whole differences
+beside low-rank ones: ``.diff`` of a weight, ``.diff_b`` of a bias, ``.diff_m`` of a modulation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emt.backbones.wan21.names import original_module, transformer_module
+from emt.backbones.wan21.published import at_most
+from emt.checkpoints import Origin, locate, read_checkpoint, read_config
+from emt.errors import EmtError
+
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.\w+)?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
+)
+_PREFIXES = (
+    "base_model.model.",
+    "module.",
+    "pipe.",
+    "dit.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+)
+
+
+@dataclass
+class _Layer:
+    down: Tensor | None = None
+    up: Tensor | None = None
+    alpha: float | None = None
+
+
+@dataclass
+class _Addition:
+    """Addition to the weight `name`: factor · up · down, or factor · up if there is no other half."""
+
+    name: str
+    up: Tensor
+    down: Tensor | None
+    factor: float
+
+
+class LoraMerge:
+    """Additions of LoRA files by the weight that they change.
+
+    Args:
+        shapes: of the transformer's weights, by diffusers' names.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self._shapes = shapes
+        self._additions: dict[str, list[_Addition]] = {}
+        modules = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+        # kohya writes underscores for dots, which cannot be undone without the names.
+        self._flat = {name.replace(".", "_"): name for name in modules}
+        self._flat |= {original_module(name).replace(".", "_"): name for name in modules}
+
+    def read(self, lora: str | Path, scale: float) -> Origin:
+        """Take the additions of a file, times `scale`.
+
+        Raises:
+            EmtError: naming keys that are of no weight here, lack their other half or do not fit.
+        """
+        path = locate(lora, "LoRA")
+        checkpoint = read_checkpoint(path)
+        metadata, files = json.loads(checkpoint.metadata.get("lora_adapter_metadata", "{}")), [path]
+        peft_config = path.parent / "adapter_config.json"
+        if path.name.startswith("adapter_model.") and peft_config.is_file():
+            metadata, _ = read_config(peft_config)
+            files.append(peft_config)
+
+        layers: dict[str, _Layer] = {}
+        found: list[_Addition | str] = []
+        for key, tensor in checkpoint.state.items():
+            match = _KEY.fullmatch(key)
+            if match is None:
+                found.append(f"unexpected: {key} {tuple(tensor.shape)}")
+            elif match["whole"]:
+                found.append(self._whole(match["module"], match["whole"], tensor, scale))
+            else:
+                layer = layers.setdefault(match["module"], _Layer())
+                if match["alpha"]:
+                    layer.alpha = tensor.item()
+                elif match["half"] in ("down", "A"):
+                    layer.down = tensor
+                else:
+                    layer.up = tensor
+        found += [self._low_rank(module, layer, metadata, scale) for module, layer in layers.items()]
+        problems = [problem for problem in found if isinstance(problem, str)]
+        if problems:
+            raise EmtError(
+                f"the LoRA {path} does not fit this model{self._guess(checkpoint.state)}, {len(problems)} keys differ:"
+                f"\n  {at_most(problems)}",
+                "Give a LoRA of Wan 2.1 text to video of the same size; LoHa, LoKr and DoRA are not read.",
+            )
+        additions = [addition for addition in found if isinstance(addition, _Addition)]
+        for addition in additions:
+            self._additions.setdefault(addition.name, []).append(addition)
+        whole = len(additions) - len(layers)
+        note = f"scale {scale:g}; {len(layers)} layers of low rank" + (f", {whole} whole differences" if whole else "")
+        return Origin("LoRA", str(lora), files, note)
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        """A weight with all that was added to it, summed in float32; itself if that is nothing."""
+        for addition in self._additions.get(name, []):
+            change = addition.up.float()
+            if addition.down is not None:
+                change = change.flatten(1) @ addition.down.float().flatten(1)
+            weight = weight.float() + addition.factor * change.view(weight.shape)
+        return weight
+
+    def _low_rank(self, module: str, layer: _Layer, metadata: Mapping[str, Any], scale: float) -> _Addition | str:
+        """What a pair of halves adds, or why it cannot."""
+        name = f"{self._module(module)}.weight"
+        if name not in self._shapes:
+            return f"no such weight in the model: {module}"
+        down, up = layer.down, layer.up
+        if down is None or up is None:
+            return f"missing: the {'down' if down is None else 'up'} half of {module}"
+        rows, columns = self._shapes[name][0], math.prod(self._shapes[name][1:])
+        if up.flatten(1).shape != (rows, len(down)) or down.flatten(1).shape[1] != columns:
+            return f"wrong shape: {module} is {tuple(up.shape)} × {tuple(down.shape)}, the weight ({rows}, {columns})"
+        alpha = layer.alpha if layer.alpha is not None else _alpha(metadata, module, len(down))
+        return _Addition(name, up, down, scale * alpha / len(down))
+
+    def _whole(self, module: str, kind: str, difference: Tensor, scale: float) -> _Addition | str:
+        """What a whole difference adds, or why it cannot."""
+        if kind == "diff_m":
+            name = transformer_module(f"{_bare(module)}.modulation")
+        elif kind == "diff_b":
+            name = f"{self._module(module)}.bias"
+        else:
+            name = self._module(module)
+            name = name if name in self._shapes else f"{name}.weight"
+        if name not in self._shapes:
+            return f"no such weight in the model: {module}.{kind}"
+        if difference.numel() != math.prod(self._shapes[name]):
+            return f"wrong shape: {module}.{kind} is {tuple(difference.shape)}, the weight {tuple(self._shapes[name])}"
+        return _Addition(name, difference, None, scale)
+
+    def _module(self, module: str) -> str:
+        """A module as a LoRA names it, by diffusers' name."""
+        if module.startswith("lora_unet_"):
+            return self._flat.get(module.removeprefix("lora_unet_").removeprefix("_"), module)
+        return transformer_module(_bare(module))
+
+    def _guess(self, state: Mapping[str, Tensor]) -> str:
+        """What the file is of, where names or shapes tell."""
+        if any("_img" in name or "img_emb" in name or "add_k_proj" in name for name in state):
+            return ": it is of image to video"
+        own = self._shapes["patch_embedding.weight"][0]
+        found = re.compile(r".*blocks[._]0[._](?:self_attn|attn1)[._](?:to_)?q\.lora_(?:down|A)\b.*")
+        widths = {tensor.shape[-1] for name, tensor in state.items() if found.fullmatch(name)} - {own}
+        return f": it is of a width of {widths.pop()}, the model's is {own}" if widths else ""
+
+
+def _bare(module: str) -> str:
+    for prefix in _PREFIXES:
+        module = module.removeprefix(prefix)
+    return module
+
+
+def _alpha(metadata: Mapping[str, Any], module: str, rank: int) -> float:
+    """Alpha of a layer in the terms of PEFT's configuration; a file without one has its scale in the weights."""
+    settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    alpha = settings.get("lora_alpha", rank)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha

@@ -1,0 +1,288 @@
+"""Reading of the published files of Wan 2.1: transformer, text encoder, VAE and tokenizer, in every layout."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from emt.backbones.wan21.names import check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
+from emt.checkpoints import State, locate, read_checkpoint, read_config, weights_file
+from emt.errors import EmtError, first_line
+
+#: Channels of a head in every published Wan, for files without a configuration.
+HEAD_CHANNELS = 128
+
+_HUB_FILES = [
+    "*.json",
+    "transformer/*",
+    "vae/*",
+    "text_encoder/*",
+    "tokenizer/*",
+    "scheduler/*",
+    "diffusion_pytorch_model*.safetensors",
+    "models_t5_umt5-xxl-enc-*.pth",
+    "Wan2.1_VAE.pth",
+    "google/*",
+]
+_TOKENIZER_FILES = ["tokenizer*.json", "spiece.model", "special_tokens_map.json"]
+
+
+@dataclass
+class Part:
+    """The weights of a network by diffusers' or transformers' names, its configuration, and the files read."""
+
+    state: State
+    config: dict[str, Any]
+    where: str
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class Base:
+    """What was given as base: a folder in diffusers' layout, one of the original files, or the transformer alone."""
+
+    path: Path
+    layout: str  # "diffusers", "original" or "transformer"
+
+    def part(self, name: str, given: str | Path | None) -> Path:
+        """Where a part is: as given, or in the base.
+
+        Raises:
+            EmtError: if the base has no such part and none was given.
+        """
+        option = f"--{name.replace(' ', '-').lower()}"
+        if given is not None:
+            return locate(str(given).removeprefix("hf://"), name, snapshot_download)
+        places = {
+            "diffusers": {"text encoder": "text_encoder", "VAE": "vae", "tokenizer": "tokenizer"},
+            "original": {
+                "text encoder": "models_t5_umt5-xxl-enc-*.pth",
+                "VAE": "Wan2.1_VAE.pth",
+                "tokenizer": "google/umt5-xxl",
+            },
+        }
+        pattern = places.get(self.layout, {}).get(name)
+        found = sorted(self.path.glob(pattern)) if pattern else []
+        if not found:
+            problem = f"{self.path} has no {name}" + (f": no {pattern}" if pattern else "; it is the transformer alone")
+            raise EmtError(problem, f"Give {option} FILE_OR_FOLDER, or a folder of all of Wan 2.1 as --base.")
+        return found[0]
+
+
+def read_base(base: str | Path) -> tuple[Base, Part]:
+    """Find out what the base is, and read its transformer.
+
+    Raises:
+        EmtError: if there is no such base, or it is of another network of the family, which it names.
+    """
+    hint = "Give Wan-AI/Wan2.1-T2V-1.3B-Diffusers, a folder that `hf download` made of it, or a file."
+    path = locate(str(base).removeprefix("hf://"), "base", snapshot_download, hint, allow_patterns=_HUB_FILES)
+    if (path / "model_index.json").is_file():
+        index, _ = read_config(path / "model_index.json")
+        if index.get("transformer_2", [None])[0] is not None or index.get("boundary_ratio") is not None:
+            raise EmtError(
+                f"{base} is Wan 2.2, which has two transformers", "Give Wan 2.1 text to video: T2V-1.3B or T2V-14B."
+            )
+        if not (path / "transformer").is_dir():
+            raise EmtError(f"{base} has no transformer: it is a {index.get('_class_name')}", hint)
+        found, folder = Base(path, "diffusers"), path / "transformer"
+    elif path.is_dir():
+        whole = any(path.glob("models_t5_umt5-xxl-enc-*.pth")) or (path / "Wan2.1_VAE.pth").is_file()
+        found, folder = Base(path, "original" if whole else "transformer"), path
+    else:
+        found, folder = Base(path, "transformer"), path
+    files = weights_files(folder)
+    state = renamed(read_state(files), _bare_transformer_name, str(folder))
+    check_is_text_to_video(state, str(folder))
+    settings = _settings((folder if folder.is_dir() else folder.parent) / "config.json")
+    return found, Part(state, transformer_config(state, settings, str(folder)), str(folder), files)
+
+
+def _bare_transformer_name(name: str) -> str:
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "model."):
+        name = name.removeprefix(prefix)
+    return transformer_name(name)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return read_config(path)[0] if path.is_file() else {}
+
+
+def transformer_config(state: State, settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of the transformer, from the shapes of its weights.
+
+    Args:
+        state: by diffusers' names.
+        settings: configuration beside the weights, diffusers' or original, which knows the heads; empty for none.
+        where: the weights are, for errors.
+
+    Raises:
+        EmtError: if a weight that the shapes are told from is missing, or heads are not known.
+    """
+    try:
+        channels, in_channels, *patch = state["patch_embedding.weight"].shape
+        config: dict[str, Any] = {
+            "patch_size": tuple(patch),
+            "in_channels": in_channels,
+            "out_channels": state["proj_out.weight"].shape[0] // math.prod(patch),
+            "text_dim": state["condition_embedder.text_embedder.linear_1.weight"].shape[1],
+            "freq_dim": state["condition_embedder.time_embedder.linear_1.weight"].shape[1],
+            "ffn_dim": state["blocks.0.ffn.net.0.proj.weight"].shape[0],
+        }
+    except KeyError as error:
+        raise EmtError(f"{where} has no {error.args[0]}", "Download it again: weights are missing.") from error
+    config["num_layers"] = 1 + max(int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name)))
+    heads = settings.get("num_attention_heads", settings.get("num_heads", channels // HEAD_CHANNELS))
+    if not heads or channels % heads:
+        raise EmtError(
+            f"{where} has {channels} channels, which {heads} heads do not divide", "Give the config.json beside it."
+        )
+    config |= {"num_attention_heads": heads, "attention_head_dim": channels // heads}
+    return config | {"eps": settings.get("eps", 1e-6)}
+
+
+def read_text_encoder(base: Base, given: str | Path | None) -> Part:
+    """UMT5 by transformers' names; its configuration is told from the shapes.
+
+    Raises:
+        EmtError: if it is no UMT5.
+    """
+    path = base.part("text encoder", given)
+    files = weights_files(path)
+    state = renamed(read_state(files), umt5_name, str(path))
+    state.pop("spiece_model", None)  # the tokenizer's, which some single files carry
+    first = "encoder.block.0.layer"
+    try:
+        bias = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
+        vocabulary, width = state["shared.weight"].shape
+        config: dict[str, Any] = {
+            "vocab_size": vocabulary,
+            "d_model": width,
+            "d_kv": state[f"{first}.0.SelfAttention.q.weight"].shape[0] // bias.shape[1],
+            "d_ff": state[f"{first}.1.DenseReluDense.wi_0.weight"].shape[0],
+            "num_layers": 1 + max(int(m[1]) for n in state if (m := re.match(r"encoder\.block\.(\d+)\.", n))),
+            "num_heads": bias.shape[1],
+            "relative_attention_num_buckets": bias.shape[0],
+            "feed_forward_proj": "gated-gelu",
+        }
+    except KeyError as error:
+        raise EmtError(f"{path} is not the text encoder UMT5: it has no {error.args[0]}", "Give Wan's UMT5.") from error
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config(**config))
+    check_part(f"text encoder {path}", state, {n: p for n, p in model.state_dict().items() if "embed_tokens" not in n})
+    return Part(state, config, str(path), files)
+
+
+def read_vae(base: Base, given: str | Path | None, channels: int) -> Part:
+    """Wan 2.1's VAE by diffusers' names; `channels` are the latent channels that the transformer takes.
+
+    Raises:
+        EmtError: if it is another one.
+    """
+    path = base.part("VAE", given)
+    files = weights_files(path)
+    state = read_state(files)
+    names = vae_names(state)
+    state = renamed(state, names.__getitem__, str(path))
+    config = {k: v for k, v in _settings(path / "config.json").items() if not k.startswith("_")}
+    if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
+        raise EmtError(f"{path} is not the VAE of Wan: it has no encoder.conv_in.weight", "Give Wan2.1_VAE.pth.")
+    resnets = {int(m[1]) for name in state if (m := re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", name))}
+    config |= {
+        "base_dim": state["encoder.conv_in.weight"].shape[0],
+        "z_dim": state["post_quant_conv.weight"].shape[0],
+        "num_res_blocks": max(len(resnets) - 1, 1),
+    }
+    if config["z_dim"] != channels or config.get("is_residual"):
+        raise EmtError(
+            f"the VAE {path} has {config['z_dim']} latent channels, the transformer takes {channels}",
+            "Give the VAE of Wan 2.1, which has 16; that of Wan 2.2 TI2V-5B has 48.",
+        )
+    with torch.device("meta"):
+        model = AutoencoderKLWan(**config)
+    check_part(f"VAE {path}", state, model.state_dict())
+    return Part(state, config, str(path), files)
+
+
+def read_tokenizer(base: Base, given: str | Path | None, most: int) -> tuple[PreTrainedTokenizerBase, list[Path]]:
+    """The tokenizer, of at most `most` tokens, and its files.
+
+    Raises:
+        EmtError: if it cannot be opened, or has more tokens than the text encoder knows.
+    """
+    folder = base.part("tokenizer", given)
+    folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    hint = "Give --tokenizer FOLDER: the folder `tokenizer` of Wan 2.1 in diffusers layout, or google/umt5-xxl of it."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EmtError(f"the tokenizer {folder} cannot be loaded: {first_line(error)}", hint) from error
+    if len(tokenizer) > most:
+        raise EmtError(f"the tokenizer {folder} has {len(tokenizer)} tokens, the text encoder knows {most}", hint)
+    return tokenizer, [p for p in sorted(folder.iterdir()) if any(p.match(pattern) for pattern in _TOKENIZER_FILES)]
+
+
+def weights_files(path: Path) -> list[Path]:
+    """A file of weights, or the files of a folder: all shards where there is an index of them.
+
+    Raises:
+        EmtError: if there are none, or a shard is missing.
+    """
+    if not path.is_dir():
+        return [path]
+    index = sorted(path.glob("*.safetensors.index.json"))
+    if not index:
+        return [weights_file(path)]
+    listed = read_config(index[0])[0].get("weight_map")
+    if not isinstance(listed, dict):
+        raise EmtError(f"{index[0]} is not an index of weights: it has no weight_map", "Download it again.")
+    files = [path / name for name in sorted(set(listed.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise EmtError(f"{path} lacks {at_most(missing)}, which {index[0].name} lists", "Download the folder again.")
+    return files
+
+
+def read_state(files: list[Path]) -> State:
+    """The weights of files together, mapped from disk.
+
+    Raises:
+        EmtError: if a file is damaged, or a weight is in two.
+    """
+    state: State = {}
+    for file in files:
+        part = read_checkpoint(file).state
+        if twice := sorted(state.keys() & part.keys()):
+            raise EmtError(f"{file} has weights that another shard has: {at_most(twice)}", "Download it again.")
+        state |= part
+    return state
+
+
+def check_part(part: str, given: State, wanted: State) -> None:
+    """Raise an `EmtError` that names the first missing, unexpected and mis-shaped keys of a part, if there are any."""
+    problems = [f"missing: {name} {tuple(wanted[name].shape)}" for name in sorted(wanted.keys() - given.keys())]
+    problems += [f"unexpected: {name} {tuple(given[name].shape)}" for name in sorted(given.keys() - wanted.keys())]
+    problems += [
+        f"wrong shape: {name} is {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & given.keys())
+        if given[name].shape != wanted[name].shape
+    ]
+    if problems:
+        raise EmtError(
+            f"the {part} does not fit this network, {len(problems)} keys differ:\n  {at_most(problems)}",
+            "Give the weights of Wan 2.1 text to video.",
+        )
+
+
+def at_most(lines: list[str], most: int = 8) -> str:
+    """Lines, the first few and how many more there are."""
+    shown = lines if len(lines) <= most else [*lines[: most - 1], f"… and {len(lines) - most + 1} more"]
+    return "\n  ".join(shown)

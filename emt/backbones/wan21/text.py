@@ -1,0 +1,146 @@
+"""Encodings of prompts, kept on disk: the text encoder is larger than the network, and runs once a prompt.
+
+Where all prompts are known, the encoder is not opened at all. Where it is, it is gone before the network comes.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import html
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from emt.errors import EmtError, first_line
+from emt.storage import write_atomically
+
+logger = logging.getLogger(__name__)
+
+#: Tokens that the network reads; those after a prompt's own are zero.
+TOKENS = 512
+
+
+def cleaned(prompt: str) -> str:
+    """A prompt as the captions were that Wan was trained on: repaired text, no markup, single spaces."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, tokens: int = TOKENS
+) -> list[Tensor]:
+    """Encodings of prompts, each of its own tokens: (tokens of the prompt, width), on the CPU.
+
+    Args:
+        prompts: as given; they are cleaned here.
+        tokenizer: of the encoder.
+        encoder: on the device to compute on.
+        tokens: most of a prompt; what is longer is cut, with a warning.
+    """
+    encodings = []
+    for prompt in prompts:
+        ids = tokenizer(cleaned(prompt), verbose=False).input_ids
+        if len(ids) > tokens:
+            logger.warning("the prompt has %d tokens, the model reads the first %d: %s…", len(ids), tokens, prompt[:60])
+        given = tokenizer(cleaned(prompt), max_length=tokens, truncation=True, return_tensors="pt")
+        hidden = encoder(given.input_ids.to(encoder.device), given.attention_mask.to(encoder.device)).last_hidden_state
+        encodings.append(hidden[0].cpu())
+    return encodings
+
+
+def padded(encodings: Sequence[Tensor], tokens: int = TOKENS) -> Tensor:
+    """Encodings side by side, followed by zeros: (prompts, tokens, width)."""
+    batch = encodings[0].new_zeros(len(encodings), tokens, encodings[0].shape[1])
+    for row, encoding in zip(batch, encodings, strict=True):
+        row[: len(encoding)] = encoding
+    return batch
+
+
+class PromptEncoder:
+    """Encodes prompts with the text encoder of a model folder, or takes them from disk.
+
+    Args:
+        model: model folder, with `text_encoder` and `tokenizer`.
+        cache: folder for encodings; None keeps them for this process only.
+        digest: of the text encoder and the tokenizer; encodings of another are not taken.
+        device: for the encoder.
+        tokens: that the network reads.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        cache: Path | None,
+        digest: str,
+        device: torch.device | str = "cpu",
+        tokens: int = TOKENS,
+    ) -> None:
+        self.model, self.cache, self.digest, self.device, self.tokens = model, cache, digest, device, tokens
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Encodings of prompts, padded: (prompts, tokens, width), on the CPU.
+
+        Raises:
+            EmtError: if the text encoder cannot be opened.
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if self._find(prompt) is None]
+        if missing:
+            self._encode(missing)
+        return padded([self._known[self._key(prompt)] for prompt in prompts], self.tokens)
+
+    def _key(self, prompt: str) -> str:
+        told = json.dumps([1, self.digest, self.tokens, cleaned(prompt)])
+        return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
+
+    def _find(self, prompt: str) -> Tensor | None:
+        key = self._key(prompt)
+        if key not in self._known and self.cache is not None:
+            path = self.cache / f"{key}.safetensors"
+            try:
+                self._known[key] = load_file(path)["encoding"]
+            except FileNotFoundError:
+                pass
+            except (OSError, SafetensorError, KeyError):
+                path.unlink(missing_ok=True)  # whatever is wrong with it, it can be made again
+        return self._known.get(key)
+
+    def _encode(self, prompts: Sequence[str]) -> None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self.model / "tokenizer"), local_files_only=True)
+            encoder = UMT5EncoderModel.from_pretrained(
+                str(self.model / "text_encoder"), local_files_only=True, dtype="auto"
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise EmtError(
+                f"the text encoder of {self.model} cannot be opened: {first_line(error)}", "Import the model again."
+            ) from error
+        encoder.to(device=torch.device(self.device)).eval()
+        for prompt in prompts:  # one by one, so that what is done when something happens stays done
+            encoding = encode_prompts([prompt], tokenizer, encoder, self.tokens)[0]
+            self._known[self._key(prompt)] = encoding
+            self._keep(self._key(prompt), encoding)
+        del encoder
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _keep(self, key: str, encoding: Tensor) -> None:
+        if self.cache is None:
+            return
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.cache / f"{key}.safetensors", save({"encoding": encoding.contiguous()}))
+        except OSError as error:
+            logger.warning("the encoding of a prompt is not kept in %s: %s", self.cache, error.strerror)

@@ -1,0 +1,347 @@
+"""`import_weights` on files of Wan 2.1 in every published layout, and on files that are something else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
+from wan21_published import (
+    original_transformer,
+    original_umt5,
+    original_vae,
+    small_parts,
+    write_diffusers_folder,
+    write_original_folder,
+)
+from wan21_testing import inputs, motion_of, small_transformer
+
+from emt.backbones.wan21.adapter_file import read_adapter, save_adapter
+from emt.backbones.wan21.import_weights import import_weights, write_weights
+from emt.backbones.wan21.published import transformer_config
+from emt.backbones.wan21.transformer import WanMotionTransferTransformer
+from emt.errors import EmtError
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return small_parts()
+
+
+@pytest.fixture(scope="module")
+def diffusers_folder(tmp_path_factory) -> Path:
+    return write_diffusers_folder(tmp_path_factory.mktemp("published") / "diffusers")
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All weights in a folder of a network."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def refused(tmp_path: Path, base: str | Path, **options) -> str:
+    """The message of an import that fails; nothing is left behind."""
+    with pytest.raises(EmtError) as error:
+        import_weights(tmp_path / "out", base=base, **options)
+    assert not list(tmp_path.glob("*out*"))
+    return str(error.value)
+
+
+class TestLayouts:
+    """Whatever the layout, the same networks come out."""
+
+    @pytest.fixture(params=["diffusers", "shards", "original", "single files", "ComfyUI's files"])
+    def given(self, request, tmp_path, parts) -> dict:
+        kind = request.param
+        if kind in ("diffusers", "shards"):
+            return {"base": write_diffusers_folder(tmp_path / "base", shards=kind == "shards")}
+        if kind == "original":
+            return {"base": write_original_folder(tmp_path / "base")}
+        transformer, vae, text_encoder = parts
+        base = original_transformer(transformer)
+        if kind == "ComfyUI's files":
+            base = {f"model.diffusion_model.{name}": tensor for name, tensor in base.items()}
+            text = {n: t.clone() for n, t in text_encoder.state_dict().items() if "embed_tokens" not in n}
+            text["spiece_model"] = torch.zeros(5, dtype=torch.uint8)
+        else:
+            text = original_umt5(text_encoder)
+        for name, state in (("base", base), ("text", text), ("vae", original_vae(vae))):
+            save_file(state, tmp_path / f"{name}.safetensors")
+        tokenizer = write_diffusers_folder(tmp_path / "other") / "tokenizer"
+        files = {"text_encoder": "text.safetensors", "vae": "vae.safetensors"}
+        return {"base": tmp_path / "base.safetensors", "tokenizer": tokenizer} | {
+            name: tmp_path / file for name, file in files.items()
+        }
+
+    @torch.no_grad()
+    def test_the_networks_are_the_published_ones(self, tmp_path, parts, given):
+        report = import_weights(tmp_path / "model", **given, dtype="fp32")
+        theirs, vae, text_encoder = parts
+        ours = WanMotionTransferTransformer.from_pretrained(report.folder / "transformer")
+        sample, timestep, text = inputs(channels=16)
+        text = torch.nn.functional.pad(text, (0, 20))
+        assert torch.equal(ours(sample, timestep, text), theirs.eval()(sample, timestep, text, return_dict=False)[0])
+        opened = AutoencoderKLWan.from_pretrained(report.folder / "vae")
+        assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), vae.parameters(), strict=True))
+        encoder = UMT5EncoderModel.from_pretrained(report.folder / "text_encoder")
+        tokens = AutoTokenizer.from_pretrained(report.folder / "tokenizer")("a cat", return_tensors="pt").input_ids
+        assert torch.equal(encoder(tokens).last_hidden_state, text_encoder.eval()(tokens).last_hidden_state)
+
+    def test_the_card_names_every_file_with_its_hash(self, tmp_path, given):
+        report = import_weights(tmp_path / "model", **given)
+        card = (report.folder / "README.md").read_text()
+        for source in report.sources:
+            for file, digest in source.files:
+                assert f"`{file}` sha256 `{digest}`" in card
+        assert {source.kind for source in report.sources} == {"base", "text encoder", "VAE", "tokenizer", "adapter"}
+
+
+class TestStored:
+    @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+    def test_what_diffusers_keeps_in_float32_stays_so(self, tmp_path, diffusers_folder, name, dtype):
+        import_weights(tmp_path / "model", base=diffusers_folder, dtype=name)
+        weights = stored(tmp_path / "model" / "transformer")
+        kept = {n for n in weights if any(part in n for part in WanTransformer3DModel._keep_in_fp32_modules)}
+        assert {weights[n].dtype for n in kept} == {torch.float32}
+        assert {weights[n].dtype for n in weights.keys() - kept} == {dtype}
+        assert {t.dtype for t in stored(tmp_path / "model" / "vae").values()} == {torch.float32}
+        assert {t.dtype for t in stored(tmp_path / "model" / "text_encoder").values()} == {dtype}
+
+    def test_an_import_is_repeatable(self, tmp_path, diffusers_folder):
+        for name in ("a", "b"):
+            import_weights(tmp_path / name, base=diffusers_folder)
+        a, b = (stored(tmp_path / name / "transformer") for name in "ab")
+        assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+
+    def test_shards_are_written_one_by_one(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("emt.backbones.wan21.import_weights._SHARD_BYTES", 1000)
+        state = {f"w{i}": torch.full((100,), float(i)) for i in range(5)}
+        held, most = set(), 0
+
+        def change(name, weight):
+            nonlocal most
+            held.add(name)
+            most = max(most, len(held))
+            return weight
+
+        def dtype_of(name):
+            return torch.float32
+
+        original = save_file
+
+        def save(tensors, *args):
+            original(tensors, *args)
+            held.difference_update(tensors)
+
+        monkeypatch.setattr("emt.backbones.wan21.import_weights.save_file", save)
+        write_weights(tmp_path / "model", state, dtype_of, change)
+        assert most <= 2
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+        assert index.keys() == state.keys()
+        assert stored(tmp_path).keys() == state.keys()
+
+    def test_weights_that_are_not_finite_are_named(self, tmp_path, parts, diffusers_folder):
+        folder = tmp_path / "base"
+        write_diffusers_folder(folder)
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        state = load_file(file)
+        state["blocks.1.ffn.net.2.bias"][3] = 1e6
+        save_file(state, file, {"format": "pt"})
+        message = refused(tmp_path, folder, dtype="fp16")
+        assert "1 weights are not finite in torch.float16" in message
+        assert "blocks.1.ffn.net.2.bias" in message
+        assert "--dtype bf16" in message
+
+
+class TestSizes:
+    """The configurations of both published sizes, from nothing but shapes."""
+
+    @pytest.mark.parametrize(("width", "layers", "inner", "heads"), [(1536, 30, 8960, 12), (5120, 40, 13824, 40)])
+    @pytest.mark.parametrize("settings", [{}, {"num_heads": 0}, {"num_attention_heads": 0}])
+    def test_of_wan(self, width, layers, inner, heads, settings):
+        with torch.device("meta"):
+            state = WanTransformer3DModel(
+                num_attention_heads=heads, attention_head_dim=128, ffn_dim=inner, num_layers=layers
+            ).state_dict()
+        config = transformer_config(state, dict.fromkeys(settings, heads), "file")
+        with torch.device("meta"):
+            model = WanMotionTransferTransformer(**config)
+        own = {n: t.shape for n, t in model.state_dict().items() if ".adapter." not in n}
+        assert own == {name: tensor.shape for name, tensor in state.items()}
+        assert model.config.num_attention_heads == heads
+
+
+class TestRefused:
+    def write(self, tmp_path: Path, change) -> Path:
+        transformer, *_ = small_parts()
+        state = original_transformer(transformer)
+        state = {name: tensor.clone() for name, tensor in (change(state) or state).items()}
+        path = tmp_path / "file.safetensors"
+        save_file(state, path)
+        return path
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            (lambda s: s.update({"img_emb.proj.0.weight": torch.zeros(1)}), "Wan image to video"),
+            (lambda s: s.update({"blocks.0.cross_attn.k_img.weight": torch.zeros(1)}), "Wan image to video"),
+            (lambda s: s.update({"vace_blocks.0.after_proj.bias": torch.zeros(1)}), "Wan 2.1 VACE"),
+            (lambda s: s.update({"face_adapter.fuser_blocks.0.k_norm.weight": torch.zeros(1)}), "Wan 2.2 Animate"),
+            (lambda s: s.update({"audio_injector.x": torch.zeros(1)}), "Wan 2.2 S2V"),
+            (lambda s: s.update({"control_adapter.conv.weight": torch.zeros(1)}), "Wan Fun Camera"),
+            (lambda s: s.update({"patch_embedding.weight": torch.zeros(128, 36, 1, 2, 2)}), "takes 36 latent channels"),
+            (lambda s: s.update({"patch_embedding.weight": torch.zeros(3072, 48, 1, 2, 2)}), "Wan 2.2 TI2V-5B"),
+            (lambda s: {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(1)}, "is a LoRA"),
+            (lambda s: {"model.diffusion_model.out.0.weight": torch.zeros(1), "first_stage_model.x": torch.zeros(1)},
+             "is a Stable Diffusion"),
+            (lambda s: {"encoder.conv1.weight": torch.zeros(1), "decoder.x": torch.zeros(1)}, "is a VAE"),
+            (lambda s: {"something.weight": torch.zeros(1)}, "it has no patch_embedding.weight"),
+        ],
+    )  # fmt: skip
+    def test_another_network_by_its_name(self, tmp_path, change, named):
+        message = refused(tmp_path, self.write(tmp_path, change))
+        assert named in message
+        assert "T2V-1.3B" in message
+
+    def test_wan_2_2_has_two_transformers(self, tmp_path):
+        folder = write_diffusers_folder(tmp_path / "base", transformer_2=["diffusers", "WanTransformer3DModel"])
+        assert "is Wan 2.2, which has two transformers" in refused(tmp_path, folder)
+
+    def test_every_key_that_differs(self, tmp_path, diffusers_folder):
+        def change(state):
+            del state["blocks.1.cross_attn.norm_q.weight"]
+            state["blocks.0.extra.weight"] = torch.zeros(3)
+            state["blocks.0.ffn.2.bias"] = torch.zeros(7)
+
+        message = refused(tmp_path, self.write(tmp_path, change))
+        assert "3 keys differ" in message
+        assert "missing: blocks.1.attn2.norm_q.weight (128,)" in message
+        assert "unexpected: blocks.0.extra.weight (3,)" in message
+        assert "wrong shape: blocks.0.ffn.net.2.bias is (7,), expected (128,)" in message
+
+    def test_of_many_keys_eight_lines(self, tmp_path):
+        def change(state):
+            state |= {f"blocks.0.extra.{i}": torch.zeros(1) for i in range(40)}
+
+        lines = refused(tmp_path, self.write(tmp_path, change)).splitlines()
+        assert "40 keys differ" in lines[0]
+        assert len([line for line in lines if line.startswith("  ")]) == 8
+        assert "  … and 33 more" in lines
+
+    def test_a_weight_that_is_missing_from_the_start(self, tmp_path):
+        message = refused(tmp_path, self.write(tmp_path, lambda s: s.__delitem__("text_embedding.0.weight")))
+        assert "has no condition_embedder.text_embedder.linear_1.weight" in message
+
+    def test_a_transformer_alone_says_what_else_is_needed(self, tmp_path):
+        message = refused(tmp_path, self.write(tmp_path, lambda s: None))
+        assert "has no text encoder; it is the transformer alone" in message
+        assert "--text-encoder" in message
+
+    def test_a_shard_that_is_missing(self, tmp_path):
+        folder = write_diffusers_folder(tmp_path / "base", shards=True)
+        shard = sorted((folder / "transformer").glob("*-of-*.safetensors"))[1]
+        shard.unlink()
+        assert f"lacks {shard.name}" in refused(tmp_path, folder)
+
+    @pytest.mark.parametrize("damage", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+    def test_a_damaged_file(self, tmp_path, damage):
+        folder = write_diffusers_folder(tmp_path / "base")
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(damage)
+        message = refused(tmp_path, folder)
+        assert str(file) in message
+        assert "Download it again" in message
+
+    def test_a_vae_of_wan_2_2(self, tmp_path, diffusers_folder):
+        other = AutoencoderKLWan(base_dim=8, num_res_blocks=1, z_dim=48, latents_mean=[0] * 48, latents_std=[1] * 48)
+        other.save_pretrained(tmp_path / "vae")
+        message = refused(tmp_path, diffusers_folder, vae=tmp_path / "vae")
+        assert "has 48 latent channels, the transformer takes 16" in message
+
+    def test_a_text_encoder_that_is_none(self, tmp_path, diffusers_folder):
+        message = refused(tmp_path, diffusers_folder, text_encoder=diffusers_folder / "vae")
+        assert "is not the text encoder UMT5" in message
+
+    def test_a_tokenizer_that_knows_more_than_the_encoder(self, tmp_path, diffusers_folder):
+        folder = tmp_path / "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(diffusers_folder / "tokenizer")
+        tokenizer.add_tokens([f"word{i}" for i in range(9)])
+        tokenizer.save_pretrained(folder)
+        assert "tokens, the text encoder knows" in refused(tmp_path, diffusers_folder, tokenizer=folder)
+
+    def test_a_base_that_is_not_there(self, tmp_path):
+        assert "does not exist" in refused(tmp_path, tmp_path / "nothing.safetensors")
+
+    def test_a_dtype(self, tmp_path, diffusers_folder):
+        assert "Allowed: bf16, fp16, fp32" in refused(tmp_path, diffusers_folder, dtype="fp8")
+
+
+class TestAdapter:
+    @torch.no_grad()
+    def test_without_one_it_starts_untrained(self, tmp_path, diffusers_folder):
+        import_weights(tmp_path / "model", base=diffusers_folder, dtype="fp32")
+        model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "transformer")
+        sample, timestep, text = inputs(channels=16)
+        text = torch.nn.functional.pad(text, (0, 20))
+        motion = model.encode_reference(sample, timestep, text)
+        torch.testing.assert_close(model(sample, timestep, text, motion), model(sample, timestep, text))
+
+    @pytest.mark.parametrize("as_folder", [False, True])
+    def test_a_trained_one_is_taken_with_its_options(self, tmp_path, diffusers_folder, as_folder):
+        sizes = {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 2}
+        trained = small_transformer(reference_blocks=[1], reference_neighbours=1, adapter_rank=3, **sizes)
+        if as_folder:
+            trained.save_pretrained(tmp_path / "run" / "transformer")
+            given = tmp_path / "run"
+        else:
+            given = tmp_path / "adapter.safetensors"
+            save_adapter(trained, given)
+        import_weights(tmp_path / "model", base=diffusers_folder, adapter=given, dtype="fp32")
+        model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "transformer")
+        assert model.config.reference_blocks == [1]
+        assert model.config.reference_neighbours == 1
+        own = dict(model.adapter_parameters())
+        for name, p in trained.adapter_parameters():
+            assert torch.equal(own.pop(name), p)
+        assert not own
+
+    def test_of_another_width_it_does_not_fit(self, tmp_path, diffusers_folder):
+        save_adapter(small_transformer(reference_blocks=[1]), tmp_path / "adapter.safetensors")
+        message = refused(tmp_path, diffusers_folder, adapter=tmp_path / "adapter.safetensors")
+        assert "wrong shape: blocks.1.adapter.key.down.weight is (4, 32), expected (4, 128)" in message
+
+    def test_a_file_without_one(self, tmp_path, diffusers_folder):
+        given = diffusers_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        assert "has no adapter of Wan" in refused(tmp_path, diffusers_folder, adapter=given)
+
+    @torch.no_grad()
+    def test_saved_and_read_it_moves_a_clip_as_before(self, tmp_path):
+        model = small_transformer(reference_neighbours=0)
+        save_adapter(model, tmp_path / "a.safetensors")
+        trained = read_adapter(tmp_path / "a.safetensors")
+        other = small_transformer(seed=0, **trained.options)
+        other.initialize_adapter()
+        other.load_state_dict(trained.state, strict=False)
+        sample, timestep, text = inputs()
+        assert torch.equal(*(m(sample, timestep, text, motion_of(m)) for m in (model, other)))
+
+
+def test_names_are_those_that_diffusers_gives(parts):
+    """The conversion to diffusers' names is its own one, for every weight of transformer and VAE."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+
+    from emt.backbones.wan21.names import original_module, transformer_module, transformer_name, vae_names
+
+    transformer, vae, _ = parts
+    names = list(original_transformer(transformer))
+    expected = convert_wan_transformer_to_diffusers({name: name for name in names})
+    assert {transformer_name(name): name for name in names} == expected
+    modules = {re.sub(r"\.(weight|bias)$", "", name) for name in names}
+    assert {original_module(transformer_module(name)) for name in modules} == modules
+    names = list(original_vae(vae))
+    assert {new: name for name, new in vae_names(names).items()} == convert_wan_vae_to_diffusers({n: n for n in names})
