@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import torch
@@ -119,14 +120,14 @@ class PromptEncoder:
     def _encode(self, prompts: Sequence[str]) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.model / "tokenizer"), local_files_only=True)
-            encoder = UMT5EncoderModel.from_pretrained(
+            encoder: Any = UMT5EncoderModel.from_pretrained(
                 str(self.model / "text_encoder"), local_files_only=True, dtype="auto"
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise EmtError(
                 f"the text encoder of {self.model} cannot be opened: {first_line(error)}", "Import the model again."
             ) from error
-        encoder.to(device=torch.device(self.device)).eval()
+        encoder.to(self.device).eval()
         for prompt in prompts:  # one by one, so that what is done when something happens stays done
             encoding = encode_prompts([prompt], tokenizer, encoder, self.tokens)[0]
             self._known[self._key(prompt)] = encoding
