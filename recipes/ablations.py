@@ -41,8 +41,9 @@ from emt.evaluate.truth import Truth, evaluate_truth
 from emt.pipeline import MotionTransferPipeline
 from emt_kernels import selection
 from recipes import assemble, train_adapter
-from recipes.common import SMALL, TINY, make_world, save_on_signals, stop_requested
 from recipes.evaluate_small import Cases, play
+from recipes.networks import SMALL, TINY, make_world
+from recipes.stage import save_on_signals, stop_requested
 
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "full": ("full method", []),

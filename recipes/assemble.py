@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from emt.pipeline import MotionTransferPipeline
-from recipes.common import SMALL, TINY, Sizes, load_vae, load_weights, make_base, make_scheduler, make_unet
+from recipes.networks import SMALL, TINY, Sizes, load_vae, load_weights, make_base, make_scheduler, make_unet
 from recipes.text import make_tokenizer, name_portably, write_vocabulary
 
 LIMIT = 22.5 * 2**20

@@ -23,7 +23,7 @@ from emt.evaluate.judge import Judge
 from emt.evaluate.truth import Truth, draw_cases, evaluate_truth, format_truth
 from emt.pipeline import Motion, MotionTransferPipeline
 from emt.synthetic.renderer import Appearances, Motions, World
-from recipes.common import SMALL, TINY, make_world
+from recipes.networks import SMALL, TINY, make_world
 
 SHOWN = 32
 """Pairs in the contact sheet."""

@@ -10,22 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recipes.common import (
-    MINUTES,
-    Stage,
-    average_over_ranks,
-    cover,
-    latents_path,
-    leave,
-    load_vae,
-    rank,
-    ranks,
-    save_on_signals,
-    save_weights,
-    stage_parser,
-    tokenize,
-    wait_for_ranks,
-)
+from recipes.distributed import average_over_ranks, leave, rank, ranks, wait_for_ranks
+from recipes.latents import cover, latents_path, tokenize
+from recipes.networks import load_vae, save_weights
+from recipes.stage import MINUTES, Stage, save_on_signals, stage_parser
 from recipes.text import make_tokenizer
 
 

@@ -16,29 +16,19 @@ from torch import Tensor
 
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.train.objective import Objective, adapter_loss
-from recipes.common import (
-    MINUTES,
+from recipes.distributed import leave, rank, wait_for_ranks
+from recipes.latents import Clips, tokenize, with_noise
+from recipes.networks import (
     REFERENCE_TIMESTEP,
-    Clips,
-    Stage,
-    Trainer,
     add_adapter,
-    compiled,
-    kernel_attention,
-    leave,
     load_weights,
     make_base,
     make_scheduler,
-    rank,
-    save_on_signals,
     save_weights,
     set_scalers,
-    stage_parser,
-    tokenize,
-    train,
-    wait_for_ranks,
-    with_noise,
 )
+from recipes.optimizer import GraphTrainer
+from recipes.stage import MINUTES, Stage, compiled, kernel_attention, save_on_signals, stage_parser, train
 from recipes.text import make_tokenizer
 
 
@@ -61,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     stage = Stage(options.name, options)
 
-    clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
+    clips = Clips.random(stage.sizes, stage.device) if options.compile_only else Clips.load(stage.out, stage.device)
     before = None if options.compile_only else stage.out / "video.safetensors"
     base, text = make_base(stage.sizes, before)
     unet = add_adapter(base, stage.sizes, options.fusion_blocks)
@@ -98,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     groups = [(projections, options.rate)] + ([(scalers, options.scaler_rate)] if scalers else [])
     with kernel_attention(stage), compiled(stage, unet, "forward", "encode_reference"):
-        trainer = Trainer(loss, groups, average=0.998, graph=stage.graph)
+        trainer = GraphTrainer(loss, groups, average=0.998, graph=stage.graph)
         train(stage, trainer, draw)
     if options.compile_only:
         return

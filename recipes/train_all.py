@@ -22,18 +22,8 @@ from pathlib import Path
 import torch
 
 from recipes import assemble, evaluate_small, render_latents, train_adapter, train_base, train_vae
-from recipes.common import (
-    MINUTES,
-    all_agree,
-    from_rank_0,
-    join,
-    leave,
-    rank,
-    save_on_signals,
-    say,
-    stop_requested,
-    wait_for_ranks,
-)
+from recipes.distributed import all_agree, from_rank_0, join, leave, rank, say, wait_for_ranks
+from recipes.stage import MINUTES, save_on_signals, stop_requested
 
 STAGES: dict[str, tuple[float, str, Callable[[Sequence[str]], None]]] = {
     "vae": (MINUTES["vae"], "vae/diffusion_pytorch_model.safetensors", train_vae.main),

@@ -20,28 +20,11 @@ from transformers import CLIPTextModel
 from emt.backbones.sd15.motion_module import MotionFeatures, MotionModule
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.train.objective import Objective
-from recipes.common import (
-    MINUTES,
-    REFERENCE_TIMESTEP,
-    Clips,
-    Stage,
-    Trainer,
-    add_adapter,
-    compiled,
-    kernel_attention,
-    leave,
-    make_base,
-    make_scheduler,
-    network_weights,
-    rank,
-    save_on_signals,
-    save_weights,
-    stage_parser,
-    tokenize,
-    train,
-    wait_for_ranks,
-    with_noise,
-)
+from recipes.distributed import leave, rank, wait_for_ranks
+from recipes.latents import Clips, tokenize, with_noise
+from recipes.networks import REFERENCE_TIMESTEP, add_adapter, make_base, make_scheduler, network_weights, save_weights
+from recipes.optimizer import GraphTrainer
+from recipes.stage import MINUTES, Stage, compiled, kernel_attention, save_on_signals, stage_parser, train
 from recipes.text import make_tokenizer
 
 
@@ -275,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             setattr(options, key, value)
     stage = Stage(name, options)
 
-    clips = Clips.random(stage) if options.compile_only else Clips.load(stage.out, stage.device)
+    clips = Clips.random(stage.sizes, stage.device) if options.compile_only else Clips.load(stage.out, stage.device)
     before = {"motion": "frames", "video": "motion"}.get(name)
     start = stage.out / f"{before}.safetensors" if before is not None and not options.compile_only else None
     unet, text = make_base(stage.sizes, options.start_from or start)
@@ -360,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     draw = {"frames": draw_frames, "motion": draw_motions, "video": draw_videos}[name]
     with without_motion_modules(unet) if frames else kernel_attention(stage), compiled(stage, unet, *passes[name]):
-        trainer = Trainer(loss, groups, graph=stage.graph)
+        trainer = GraphTrainer(loss, groups, graph=stage.graph)
         # Without motion modules there is no whole network to save.
         train(stage, trainer, draw, warmup=200, measure=measure, save=None if frames else lambda: save(so_far))
     if options.compile_only:

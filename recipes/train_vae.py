@@ -13,20 +13,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from recipes.common import (
-    MINUTES,
-    SUBJECT_WEIGHT,
-    Stage,
-    Trainer,
-    cover,
-    leave,
-    make_vae,
-    rank,
-    save_on_signals,
-    stage_parser,
-    train,
-    wait_for_ranks,
-)
+from recipes.distributed import leave, rank, wait_for_ranks
+from recipes.latents import SUBJECT_WEIGHT, cover
+from recipes.networks import make_vae
+from recipes.optimizer import GraphTrainer
+from recipes.stage import MINUTES, Stage, save_on_signals, stage_parser, train
 
 POOL = 6000
 """Clips rendered before training, of which a third look like real footage."""
@@ -93,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     vae = make_vae(stage.sizes).to(stage.device, stage.dtype, memory_format=torch.channels_last)
     rate = 1.2e-3
-    trainer = Trainer(
+    trainer = GraphTrainer(
         functools.partial(torch.compile(vae_loss) if stage.options.compile else vae_loss, vae),
         [(list(vae.parameters()), rate)],
         graph=stage.graph,

@@ -29,28 +29,21 @@ from emt.synthetic.renderer import words
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.video import write_clip
 from recipes import ablations, assemble, real_clips, render_latents, train_adapter, train_all, train_base, train_vae
-from recipes.common import (
+from recipes.evaluate_small import evaluate, read_motions
+from recipes.latents import SUBJECT_WEIGHT, Clips, cover, with_noise
+from recipes.networks import (
     SMALL,
-    SUBJECT_WEIGHT,
     TINY,
-    Clips,
-    NonFiniteLoss,
-    Stage,
-    Trainer,
-    cover,
     load_weights,
     make_base,
     make_scheduler,
     make_unet,
     make_vae,
     make_world,
-    schedule,
     set_scalers,
-    stage_parser,
-    train,
-    with_noise,
 )
-from recipes.evaluate_small import evaluate, read_motions
+from recipes.optimizer import GraphTrainer, NonFiniteLoss, schedule
+from recipes.stage import Stage, stage_parser, train
 from recipes.text import make_text_encoder, make_tokenizer
 from recipes.train_base import MotionReader, base_loss, motion_loss, video_loss, without_motion_modules
 from recipes.train_vae import vae_loss
@@ -158,7 +151,7 @@ def test_trainer_is_adamw_with_clipping() -> None:
     ours = nn.Linear(5, 3)
     theirs = copy.deepcopy(ours)
     batches = [{"x": torch.randn(7, 5)} for _ in range(6)]
-    trainer = Trainer(lambda x: ours(x).square().sum(), [([ours.weight], 1e-2), ([ours.bias], 1e-3)])
+    trainer = GraphTrainer(lambda x: ours(x).square().sum(), [([ours.weight], 1e-2), ([ours.bias], 1e-3)])
     groups = [{"params": [theirs.weight], "lr": 1e-2}, {"params": [theirs.bias], "lr": 1e-3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     for batch in batches:
@@ -178,7 +171,7 @@ def test_training_goes_on_from_its_own_weights_after_the_average_was_saved() -> 
     def trained(look: bool) -> tuple[nn.Linear, list[torch.Tensor]]:
         torch.manual_seed(0)
         model, seen = nn.Linear(5, 3), []
-        trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
+        trainer = GraphTrainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
         for _ in range(4):
             trainer.step({"x": torch.ones(2, 5)}, 1.0)
             if look:
@@ -200,7 +193,7 @@ def test_a_stage_keeps_what_there_is_so_far(tmp_path: Path) -> None:
     options = stage_parser(None, 1.0, 2).parse_args(["--out", str(tmp_path), "--device", "cpu", "--steps", "3"])
     options.save_minutes = 0.0
     stage = Stage("try", options)
-    trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
+    trainer = GraphTrainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
     train(stage, trainer, lambda: {"x": torch.ones(2, 2)}, save=lambda: kept.append(model.weight.detach().clone()))
     assert len(kept) == 3
     assert torch.equal(kept[-1], model.weight)
@@ -208,7 +201,7 @@ def test_a_stage_keeps_what_there_is_so_far(tmp_path: Path) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped_and_many_stop_the_training() -> None:
     model = nn.Linear(2, 2)
-    trainer = Trainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
+    trainer = GraphTrainer(lambda x: model(x).square().sum(), [(list(model.parameters()), 1e-2)])
     trainer.step({"x": torch.full((1, 2), float("nan"))}, 1.0)
     assert all(p.isfinite().all() for p in model.parameters())
     with pytest.raises(NonFiniteLoss):
@@ -235,7 +228,7 @@ def test_base_learns_a_batch_by_heart(out: Path) -> None:
     drawn = clips.draw(4, generator, drop=0.1, realistic=0.1)
     batch = {key: drawn[key] for key in ("latents", "tokens", "subject")}
     batch = with_noise(batch, objective, generator, torch.float32, shift=2.0)
-    trainer = Trainer(
+    trainer = GraphTrainer(
         lambda **b: base_loss(unet, text, objective, **b), [([*unet.parameters(), *text.parameters()], 3e-3)]
     )
     losses = []
@@ -262,7 +255,7 @@ def test_adapter_learns_a_batch_by_heart_and_nothing_else_changes() -> None:
     shape = (2, 4, TINY.frames, 4, 4)
     reference, target, noise, reference_noise = torch.randn(4, *shape)
     text, empty = torch.randn(2, 16, TINY.text_width), torch.randn(1, 16, TINY.text_width)
-    trainer = Trainer(
+    trainer = GraphTrainer(
         lambda reference, target, timestep: adapter_loss(
             unet, objective, reference, target, text, empty, timestep, noise, reference_noise
         ),
@@ -422,7 +415,7 @@ def test_the_motion_stage_learns_to_see_what_moves() -> None:
     unet, text = make_unet(TINY, ()), make_text_encoder(TINY.text_width, TINY.text_layers)
     reader = MotionReader(unet.motion_modules().values())
     objective = Objective.from_scheduler(make_scheduler())
-    trainer = Trainer(
+    trainer = GraphTrainer(
         lambda **batch: motion_loss(unet, text, objective, reader, 5.0, **batch)[0],
         [([*unet.parameters(), *text.parameters()], 3e-3), (list(reader.parameters()), 9e-3)],
     )
@@ -580,10 +573,10 @@ def test_a_model_is_trained_further(out: Path, tmp_path: Path, monkeypatch: pyte
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def trained(model: nn.Linear, part: slice) -> tuple[Trainer, float]:
+def trained(model: nn.Linear, part: slice) -> tuple[GraphTrainer, float]:
     """A trainer after six steps on `part` of each of six batches, and the mean loss of the last."""
     generator = torch.Generator().manual_seed(1)
-    trainer = Trainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
+    trainer = GraphTrainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
     for _ in range(6):
         trainer.step({"x": torch.randn(8, 5, generator=generator)[part]}, 1.0)
         loss = trainer.read()["loss"]
@@ -622,7 +615,7 @@ def train_half(rank: int, folder: Path) -> None:
     # The first has the clock. The other one's own, which never ends, does not count.
     minutes = "1e9" if rank else "0.01"
     stage = Stage("clock", stage_parser(None, 0, 4).parse_args(["--out", str(folder), "--minutes", minutes]))
-    trainer = Trainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
+    trainer = GraphTrainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
     train(stage, trainer, lambda: {"x": torch.randn(4, 5, generator=stage.generator)})
     torch.save((trainer.step_count, trainer.master, stage.generator.initial_seed()), folder / f"clock-{rank}.pt")
 
@@ -710,7 +703,7 @@ def test_graph_trains_as_eager_does() -> None:
     losses = []
     for graph in (False, True):
         parts = copy.deepcopy((unet, text))
-        trainer = Trainer(
+        trainer = GraphTrainer(
             lambda parts=parts, **b: base_loss(*parts, objective, **b),
             [([p for part in parts for p in part.parameters()], 1e-3)],
             graph=graph,
