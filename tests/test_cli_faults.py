@@ -20,7 +20,8 @@ from emt_cli.batch.inputs import expand
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import Settings, TransferOptions
-from emt_cli.executors.local import Runner
+from emt_cli.batch.session import RunOptions, Session
+from emt_cli.executors.local import LocalExecutor
 from emt_cli.terminal import ProgressReporter
 
 
@@ -53,7 +54,9 @@ def run(tmp_path, capfd):
         jobs, _ = expand(TransferOptions([str(tmp_path / "a.mp4")], prompt=list(prompts)), found.defaults)
         log = Journal(tmp_path / "out")
         cache = MotionCache(tmp_path / "cache", 1e9)
-        summary = Runner(log, generator, index, cache, ProgressReporter(len(jobs)), batch_size=batch_size).run(jobs)
+        with ProgressReporter() as reporter:
+            session = Session(found, index, cache, generator)
+            summary = LocalExecutor(session, log, reporter, RunOptions(batch_size=batch_size)).run(jobs)
         log.close()
         return summary, {line["prompt"]: line for line in journal(tmp_path / "out")}, capfd.readouterr().err
 

@@ -45,7 +45,7 @@ emt.backbones.sd15 | emt.backbones.wan21
 emt.unet
 emt.train
 emt_engines
-emt_cli emt_cli.text
+emt_cli emt_cli.text emt_cli.streams
 emt_cli.batch
 emt_cli.executors | emt_cli.report | emt_cli.terminal
 emt_cli.commands
@@ -62,7 +62,6 @@ STILL_TO_MOVE: set[tuple[str, str]] = {
     ("emt.pipeline", "emt.unet"),
     ("emt.cache", "emt.pipeline"),
     ("emt.device", "emt.backbones.sd15.fp8"),
-    ("emt_cli.executors.local", "emt_cli.terminal"),
 }
 
 #: Files that may name a backbone's network or modules: the tables from which it is chosen.

@@ -8,7 +8,6 @@ top follows from the journal at any time: the sampled reference and `metadata.js
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 REPORT = "pairs.jsonl"
 REFERENCE = "reference.mp4"
-_MEASURES = ("motion_fidelity", "temporal_consistency")
+MEASURES = ("motion_fidelity", "temporal_consistency")
 _OWN = ("steps", "guidance", "negative_prompt")  # settings that a line of prompts may have: others change the motion
 
 
@@ -125,11 +124,12 @@ def check_motions(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
     return checked
 
 
-def complete(out: Path) -> list[dict[str, Any]]:
+def complete(out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Write what follows from a folder's journal: references, metadata and the report.
 
     Args:
         out: A folder of pairs, which no other process is writing.
+        say: Called with what could not be written.
 
     Returns:
         The lines of the report, by reference, prompt and seed.
@@ -147,13 +147,13 @@ def complete(out: Path) -> list[dict[str, Any]]:
                 state = "kept" if (out / output).exists() else "gone"
             if state == "kept":
                 clips.append(line)
-        told = {key: line.get(key) for key in ("reference", "prompt", "seed", *_MEASURES)}
+        told = {key: line.get(key) for key in ("reference", "prompt", "seed", *MEASURES)}
         report.append({"file": output, "state": state, "reason": line.get("error", ""), **told})
     report.sort(key=lambda row: (row["reference"] or "", row["prompt"] or "", row["seed"] or 0))
     try:
         for folder, lines in kept.items():
             if lines:
-                _complete_motion(out / folder, sorted(lines, key=lambda line: line["output"]))
+                _complete_motion(out / folder, sorted(lines, key=lambda line: line["output"]), say)
             else:
                 _clear_motion(out / folder)
         write_atomically(out / REPORT, b"".join(dumps(row) + b"\n" for row in report))
@@ -162,7 +162,7 @@ def complete(out: Path) -> list[dict[str, Any]]:
     return report
 
 
-def _complete_motion(folder: Path, lines: list[dict[str, Any]]) -> None:
+def _complete_motion(folder: Path, lines: list[dict[str, Any]], say: Callable[[str], None]) -> None:
     """Write the reference of a motion as its clips saw it, and what its clips are."""
     from emt.train.data import METADATA
 
@@ -171,10 +171,10 @@ def _complete_motion(folder: Path, lines: list[dict[str, Any]]) -> None:
         _write_reference(folder / REFERENCE, lines[0])
         records.append({"file": REFERENCE, "caption": "", "role": "reference"})
     except EmtError as error:
-        print(f"{folder.name}: without its reference, {error.problem}", file=sys.stderr)
+        say(f"{folder.name}: without its reference, {error.problem}")
     for line in lines:
         name = PurePosixPath(line["output"]).name
-        known = {key: line[key] for key in ("seed", *_MEASURES) if key in line}
+        known = {key: line[key] for key in ("seed", *MEASURES) if key in line}
         records.append({"file": name, "caption": line["prompt"], "role": "target", **known})
     write_atomically(folder / METADATA, b"".join(dumps(record) + b"\n" for record in records))
 
@@ -200,23 +200,3 @@ def _clear_motion(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def print_summary(report: Sequence[dict[str, Any]]) -> None:
-    """A table on standard error: what was kept of each reference."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from emt_cli.text import printable
-
-    table = Table("reference", "kept", "dropped", "failed", "fidelity", "consistency")
-    for reference in dict.fromkeys(row["reference"] or "" for row in report):
-        rows = [row for row in report if (row["reference"] or "") == reference]
-        count = [str(sum(row["state"] == state for row in rows)) for state in ("kept", "dropped", "failed")]
-        means = []
-        for name in _MEASURES:
-            values = [row[name] for row in rows if row[name] is not None]
-            means.append(f"{sum(values) / len(values):.3f}" if values else "")
-        table.add_row(Text(printable(Path(reference).name)), *count, *means)
-    Console(stderr=True).print(table)

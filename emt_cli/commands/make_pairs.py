@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from emt_cli.batch.options import (
     parse_seeds,
     usage_errors,
 )
+from emt_cli.text import printable
 
 if TYPE_CHECKING:
     from emt.train.data import Rendering
@@ -197,47 +200,57 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
 
 
 def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None:
-    from emt.cache import ContentIndex, MotionCache, default_dir
     from emt.evaluate.tracks import opencv
     from emt.model_folder import find_model
     from emt_cli.batch.inputs import UnknownWords, expand
+    from emt_cli.batch.jobs import numerics
     from emt_cli.batch.journal import Journal
-    from emt_cli.batch.teaching import TeachingGenerator, check_motions, complete, method, print_summary
-    from emt_cli.executors.local import Runner
+    from emt_cli.batch.session import RunOptions, SessionOptions, open_session
+    from emt_cli.batch.teaching import check_motions, complete, method
+    from emt_cli.executors.local import LocalExecutor
     from emt_cli.terminal import ProgressReporter
 
     opencv()
     if "-" in (options.references or []):
         raise UsageError("--from-references takes clips, not jobs on standard input")
-    model = find_model(options.model, download=True)
-    listed = check_motions(expand(options, model.defaults)[0])
-    listener = ProgressReporter(len(listed))
-    if options.model is None:
-        listener.say(model.introduction())
-    UnknownWords(model.name, model.vocabulary, listener.say).look(listed)
-    index = ContentIndex(default_dir(), listener.say)
-    journal = Journal(options.out)
-    try:
-        runner = Runner(
-            journal,
-            TeachingGenerator(model, model.sha256(index), options.device, options.precision.value, guidance),
-            index,
-            MotionCache(default_dir() / "motion", options.cache_size * 1e9, listener.say),
-            listener,
-            precision=options.precision.value,
-            batch_size=parse_batch_size(options.batch_size),
-            filter=wanted,
-            method=method(guidance),
-            quiet=True,
-        )
-        summary = runner.run(listed)
-        report = complete(options.out)
-    finally:
-        journal.close()
-    print_summary(report)
+    with ProgressReporter() as reporter:
+        reporter.phase("looking for the model and clips")
+        model = find_model(options.model, download=True)
+        listed = check_motions(expand(options, model.defaults)[0])
+        reporter.total = len(listed)
+        if options.model is None:
+            reporter.say(model.introduction())
+        UnknownWords(model.name, model.vocabulary, reporter.say).look(listed)
+        session = open_session(SessionOptions.of(options, guidance), options.device, reporter.say, model)
+        how = replace(RunOptions.of(options, numerics(options)), method=method(guidance), filter=wanted)
+        journal = Journal(options.out)
+        try:
+            summary = LocalExecutor(session, journal, reporter, how).run(listed)
+            report = complete(options.out, reporter.say)
+        finally:
+            journal.close()
+    _print_summary(report)
     if any(row["state"] == "kept" for row in report):
         typer.echo(options.out)
-    if summary.interrupted:
-        raise typer.Exit(130)
-    if summary.counts["failed"]:
-        raise typer.Exit(1)
+    if code := summary.exit_code():
+        raise typer.Exit(code)
+
+
+def _print_summary(report: Sequence[dict[str, Any]]) -> None:
+    """A table on standard error: what was kept of each reference."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from emt_cli.batch.teaching import MEASURES
+
+    table = Table("reference", "kept", "dropped", "failed", "fidelity", "consistency")
+    for reference in dict.fromkeys(row["reference"] or "" for row in report):
+        rows = [row for row in report if (row["reference"] or "") == reference]
+        count = [str(sum(row["state"] == state for row in rows)) for state in ("kept", "dropped", "failed")]
+        means = []
+        for name in MEASURES:
+            values = [row[name] for row in rows if row[name] is not None]
+            means.append(f"{sum(values) / len(values):.3f}" if values else "")
+        table.add_row(Text(printable(Path(reference).name)), *count, *means)
+    Console(stderr=True).print(table)

@@ -1,0 +1,116 @@
+"""Which jobs are to be done: those that are not done, cannot be done or come twice are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from emt.errors import EmtError
+from emt.storage import write_atomically
+from emt_cli.batch.best_of import check_tracking
+from emt_cli.batch.generator import describe
+from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
+from emt_cli.batch.journal import dumps
+from emt_cli.batch.outcomes import Outcomes
+from emt_cli.batch.results import read_record, sidecar, state_on_disk
+from emt_cli.batch.session import RunOptions, Session
+from emt_cli.batch.tasks import Reference, Task
+
+
+class Feeder:
+    """Turns items into tasks, in order; needs no torch.
+
+    Args:
+        session: Knows what the model can make, and the content of references.
+        outcomes: Takes what ends here.
+        options: Of the run.
+    """
+
+    def __init__(self, session: Session, outcomes: Outcomes, options: RunOptions) -> None:
+        self.generator, self.index = session.generator, session.index
+        self.outcomes, self.options = outcomes, options
+        self._seen: dict[PurePosixPath, str] = {}  # identity by output
+
+    def tasks(self, items: Iterable[Item]) -> Iterator[Task | None]:
+        """The tasks of items; consecutive ones with the same sampling of the same content share a reference.
+
+        Yields:
+            A task; or None where the next item is yet to come.
+        """
+        group: tuple[Any, ...] = ()
+        reference: Reference | None = None
+        for item in items:
+            if item is None:
+                yield None
+            elif isinstance(item, Rejected):
+                known = {"reference": item.reference, "prompt": item.prompt, "origin": item.origin}
+                self.outcomes.failed(
+                    {"event": "job", **{key: value for key, value in known.items() if value}}, item.error
+                )
+            elif task := self._task(item):
+                key = (item.reference, task.reference.sha256, *item.sampling.values())
+                if reference is None or key != group:
+                    group, reference = key, task.reference
+                task.reference = reference
+                yield task
+
+    def _task(self, job: Job) -> Task | None:
+        """The task of a job, or None if it is already done, a duplicate, or invalid (then reported)."""
+        line = {"event": "job", **describe(job)}
+        try:
+            self.generator.check(job)
+            sha256 = self.index.sha256(job.reference)
+            how = {"precision": self.options.numerics, "method": self.options.method}
+            identity = identify(job, reference=sha256, model=self.generator.model_sha256, **how)
+            output = output_name(job, sha256)
+            first = self._seen.get(output)
+            if first not in (None, identity):
+                raise EmtError(f"another job of this run makes {output} too", "Give one of them another seed.")
+            line |= {"id": identity, "output": str(output)}
+            if first:
+                self.outcomes.duplicate(line)
+                return None
+            self._seen[output] = identity
+            check_tracking(job)
+            if self._ended_before(job, line):
+                return None
+            return Task(job, identity, output, Reference(job, sha256))
+        except (EmtError, OSError) as error:
+            self.outcomes.failed(line, self.generator.explain(error, job))
+        return None
+
+    def _ended_before(self, job: Job, line: dict[str, Any]) -> bool:
+        """Whether earlier runs leave nothing to do for a job, which is reported then."""
+        if self.options.overwrite:
+            return False
+        journal, clip = self.outcomes.journal, self.outcomes.out / line["output"]
+        state = state_on_disk(journal.finished.get(line["output"]), clip, job, line["id"])
+        if state == "made":
+            self._adopt(line, clip)
+        if self.options.filter and (reason := self._fails_filter(line, state)):
+            if state == "open":
+                self.outcomes.unchanged(line, "dropped", reason)
+            else:
+                self.outcomes.dropped({**line, **journal.finished[line["output"]]}, reason)
+            return True
+        if state != "open":
+            known = journal.finished[line["output"]]
+            chosen = {key: known[key] for key in ("seed", "best_of") if "best_of" in known}
+            self.outcomes.unchanged({**line, **chosen}, "skipped")
+        return state != "open"
+
+    def _adopt(self, line: dict[str, Any], clip: Path) -> None:
+        """Write down what an earlier run had made when it was killed."""
+        record = read_record(clip)
+        write_atomically(sidecar(clip), dumps(record) + b"\n")
+        self.outcomes.done({**line, **record, "adopted": True}, report=False)
+
+    def _fails_filter(self, line: dict[str, Any], state: str) -> str:
+        """Why a job of an earlier run does not pass this run's filter, by what was measured then; empty if it may."""
+        assert self.options.filter is not None
+        journal = self.outcomes.journal
+        known = (journal.dropped if state == "open" else journal.finished).get(line["output"], {})
+        if known.get("id") != line["id"] or "motion_fidelity" not in known:
+            return ""
+        return self.options.filter.reason(known["motion_fidelity"], known["temporal_consistency"])

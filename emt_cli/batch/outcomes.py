@@ -1,0 +1,158 @@
+"""How jobs end: what the journal keeps of it, and who is told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from emt.errors import EmtError
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.results import sidecar
+
+
+class Listener(Protocol):
+    """Follows a run: on a terminal, in a file, or at the other end of a queue. Threads share it; no call may raise."""
+
+    @property
+    def gone(self) -> bool:
+        """Nobody takes results any more: the run ends."""
+
+    def phase(self, text: str) -> None:
+        """The run has come to something that takes a while."""
+
+    def step(self, prompts: list[str], done: int, steps: int, memory: int) -> None:
+        """The running batch has done so many of its steps; `memory` in bytes."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+    def job(self, line: dict[str, Any]) -> None:
+        """A job has ended: `line` is the journal's, its state done, skipped, dropped or failed."""
+
+    def result(self, line: dict[str, Any]) -> None:
+        """The same for programs, after `job`; with the `path` of a clip that is there."""
+
+    def ended(self, line: dict[str, Any]) -> None:
+        """The run has ended: its journal line. Returns when all results are delivered."""
+
+    def hurry(self) -> None:
+        """The run is being stopped: wait for no reader from here on."""
+
+    def abandon(self) -> None:
+        """The process ends at once."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Outcomes:
+    """Writes down how jobs end, and tells a listener. Threads may share it.
+
+    A line is in the journal before anybody hears of it.
+
+    Args:
+        journal: Of the output folder.
+        listener: Is told.
+
+    Attributes:
+        counts: Jobs by state: done, skipped, dropped, failed.
+    """
+
+    def __init__(self, journal: Journal, listener: Listener) -> None:
+        self.journal, self.listener = journal, listener
+        self.out = journal.out
+        self.counts: Counter[str] = Counter()
+        self._stop = threading.Event()
+        self._guard = threading.Lock()
+        self._ended: dict[str, dict[str, Any]] = {}  # how it ended, by output
+        self._duplicates: dict[str, list[dict[str, Any]]] = {}  # the same jobs again, waiting for that
+
+    @property
+    def stopping(self) -> bool:
+        """The running batch is the last: the run was stopped, or nobody takes results any more."""
+        return self._stop.is_set() or self.listener.gone
+
+    def stop(self) -> None:
+        """End the run after the running batch."""
+        self._stop.set()
+
+    def done(self, line: dict[str, Any], *, report: bool = True) -> None:
+        """A clip is finished.
+
+        Args:
+            line: All of its record.
+            report: Tell the listener.
+
+        Raises:
+            OSError: it could not be written down.
+        """
+        status = os.stat(self.out / line["output"])
+        line = {**line, "state": "done", "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        self.journal.append(line)
+        if report:
+            self._report(line)
+
+    def dropped(self, line: dict[str, Any], reason: str) -> None:
+        """A clip has not passed a filter; one of that name from an earlier run goes, too.
+
+        Raises:
+            OSError: it could not be written down.
+        """
+        line = {**line, "state": "dropped", "error": reason}
+        self.journal.append(line)
+        _remove_result(self.out / line["output"])
+        self._report(line)
+
+    def failed(self, line: dict[str, Any], error: EmtError) -> None:
+        """A job has failed."""
+        line = {**line, "state": "failed", "error": error.problem, "hint": error.hint}
+        with suppress(OSError):  # a full disk: the listener and the exit code say so all the same
+            self.journal.append(line)
+        self._report(line)
+
+    def unchanged(self, line: dict[str, Any], state: str, reason: str = "") -> None:
+        """A job has ended in an earlier run: the journal has it as `skipped` or `dropped`."""
+        self._report({**line, "state": state, **({"error": reason} if reason else {})})
+
+    def duplicate(self, line: dict[str, Any]) -> None:
+        """A job that this run has already: it ends as the first one does."""
+        with self._guard:
+            if line["output"] in self._ended:
+                self._tell(_like(line, self._ended[line["output"]]))
+            else:
+                self._duplicates.setdefault(line["output"], []).append(line)
+
+    def _report(self, line: dict[str, Any]) -> None:
+        with self._guard:
+            self._tell(line)
+            if "output" in line:
+                self._ended[line["output"]] = {key: line[key] for key in ("state", "error", "hint") if key in line}
+                for other in self._duplicates.pop(line["output"], []):
+                    self._tell(_like(other, line))
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        self.counts[line["state"]] += 1
+        self.listener.job(line)
+        there = line["state"] in ("done", "skipped")
+        self.listener.result({**line, "path": os.fspath(self.out / line["output"])} if there else line)
+
+
+def _like(line: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """How a job ends that is the same as another one."""
+    if first["state"] in ("failed", "dropped"):
+        return {**line, **{key: first[key] for key in ("state", "error", "hint") if key in first}}
+    return {**line, "state": "skipped", "duplicate": True}
+
+
+def _remove_result(clip: Path) -> None:
+    """Remove a clip and its sidecar, if they are there."""
+    sidecar(clip).unlink(missing_ok=True)
+    if clip.is_dir():
+        shutil.rmtree(clip)
+    else:
+        clip.unlink(missing_ok=True)

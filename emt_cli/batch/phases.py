@@ -1,0 +1,56 @@
+"""Where the time of a run goes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_IMPORTED = time.monotonic()
+
+
+class Phases:
+    """Wall-clock time of one thread by phase: each second belongs to exactly one, so they add up to the whole.
+
+    Args:
+        say: Called with the name of a phase that begins.
+
+    Attributes:
+        seconds: Of each phase so far, in the order in which they began.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda phase: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._say = say
+        self._inner: list[float] = [0.0]  # of each open phase, the time of those in it
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Context manager: the time in here is this phase's, but for that of phases in it."""
+        self.seconds.setdefault(phase, 0.0)
+        self._say(phase)
+        begun = time.monotonic()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - begun
+            self.seconds[phase] += spent - self._inner.pop()
+            self._inner[-1] += spent
+
+    def total(self, *phases: str) -> float:
+        """Seconds of some phases together."""
+        return sum(self.seconds.get(phase, 0.0) for phase in phases)
+
+
+def process_age() -> float:
+    """Seconds since this process was started, imports included; without /proc, since this module was imported."""
+    try:
+        stat = Path("/proc/self/stat").read_bytes()
+        ticks = int(stat.rpartition(b")")[2].split()[19])  # starttime: the 22nd field; the 2nd may have spaces
+        uptime = float(Path("/proc/uptime").read_bytes().split()[0])
+        return uptime - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.monotonic() - _IMPORTED

@@ -1,0 +1,88 @@
+"""Jobs on their way through a run: a task each, and the reference that tasks share."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from emt.cache import ContentIndex
+from emt.errors import EmtError
+from emt_cli.batch.best_of import BestOf
+from emt_cli.batch.generator import describe, read_reference
+from emt_cli.batch.jobs import Job
+
+if TYPE_CHECKING:
+    from emt.evaluate.tracks import Tracklets
+    from emt.pipeline import Motion
+    from emt.video import Clip
+
+
+class Reference:
+    """The reference of consecutive tasks: read by a reader, encoded by the device's thread, once.
+
+    Args:
+        job: The first of the jobs, whose settings say how it is sampled.
+        sha256: Hash of its content.
+
+    Attributes:
+        source: Its frames or its motion, its frame rate, and whether the motion came from the cache.
+        motion: Its motion on the device, or why there is none; None before.
+        fps: Its frame rate.
+        seconds: Times that no job's record has yet.
+    """
+
+    def __init__(self, job: Job, sha256: str) -> None:
+        self.job = job
+        self.sha256 = sha256
+        self.source: concurrent.futures.Future[tuple[Clip | Motion, float, bool]] = concurrent.futures.Future()
+        self.motion: Motion | EmtError | None = None
+        self.fps = 0.0
+        self.seconds: dict[str, float] = {}
+        self._tracklets: Tracklets | None = None
+        self._guard = threading.Lock()
+
+    def read(self, index: ContentIndex) -> Clip:
+        """Decode its frames.
+
+        Raises:
+            EmtError: they cannot be read, or are no longer those that its hash was taken of.
+        """
+        clip = read_reference(self.job)
+        if index.sha256(self.job.reference) != self.sha256:
+            raise EmtError(f"{self.job.reference.name} changed while it was read", "Run again.")
+        return clip
+
+    def tracklets(self, index: ContentIndex) -> Tracklets:
+        """Track its points on first use; threads may share it."""
+        from emt.evaluate.tracks import track
+
+        with self._guard:
+            if self._tracklets is None:
+                self._tracklets = track(self.read(index).frames)
+            return self._tracklets
+
+
+@dataclass
+class Task:
+    """A job that is to be done, or one of its candidates (`candidates`)."""
+
+    job: Job
+    identity: str
+    output: PurePosixPath
+    reference: Reference
+    candidates: BestOf | None = None
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """The job as journal lines describe it."""
+        return {"event": "job", "id": self.identity, "output": str(self.output), **describe(self.job)}
+
+    def split(self) -> list[Task]:
+        """The clips to make for it: itself, or its candidates."""
+        if self.job.settings.best_of == 1:
+            return [self]
+        candidates = BestOf(self.job)
+        return [replace(self, job=job, candidates=candidates) for job in candidates.jobs]

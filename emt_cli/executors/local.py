@@ -1,0 +1,92 @@
+"""Runs jobs in this process, on one device: its threads, its signals, and the end of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from emt_cli.batch.jobs import Item
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.outcomes import Listener
+from emt_cli.batch.phases import process_age
+from emt_cli.batch.session import RunOptions, Session
+from emt_cli.executors.base import Pieces, Summary
+from emt_cli.executors.interrupts import Interrupts
+
+
+class LocalExecutor:
+    """One run over an output folder in this process, whose main thread uses the device.
+
+    Args:
+        session: The model on its device.
+        journal: The folder's journal, locked for this process.
+        listener: Is told of the progress.
+        options: Of the run.
+    """
+
+    def __init__(self, session: Session, journal: Journal, listener: Listener, options: RunOptions) -> None:
+        self.generator, self.filters = session.generator, options.filter is not None
+        self.journal, self.listener = journal, listener
+        self.pieces = Pieces.assemble(session, journal, listener, options)
+        self._working = False
+
+    def run(self, items: Iterable[Item]) -> Summary:
+        """Do all jobs. SIGINT and SIGTERM finish the running batch; a second one ends the process at once.
+
+        Raises:
+            EmtError: nothing can be done at all (no such device, the model cannot be opened).
+        """
+        outcomes, worker, finisher = self.pieces.outcomes, self.pieces.worker, self.pieces.finisher
+        summary = Summary(outcomes.counts)
+        _remove_leftovers(self.journal.out)
+        with Interrupts(lambda: self._working and worker.idle, self._stop, self._abandon) as interrupts:
+            finisher.start()
+            try:
+                self._working = True
+                worker.run(self.pieces.feeder.tasks(items))
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self._working = False
+                outcomes.stop()
+                with worker.phases("finishing"):
+                    finisher.join()
+            summary.interrupted = interrupts.came
+            self._end(summary)
+        return summary
+
+    def _end(self, summary: Summary) -> None:
+        counts, worker = summary.counts, self.pieces.worker
+        line: dict[str, Any] = {"event": "run", **{state: counts[state] for state in ("done", "skipped", "failed")}}
+        line |= {"dropped": counts["dropped"]} if self.filters else {}
+        seconds = process_age()
+        known = {phase: round(spent, 3) for phase, spent in worker.phases.seconds.items()}
+        line |= {"seconds": round(seconds, 3), "interrupted": summary.interrupted}
+        line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
+        if worker.device_wait is not None:
+            line |= {"device": self.generator.device.name, "device_wait": round(worker.device_wait, 4)}
+        with suppress(OSError):  # a full disk, of which each job has told
+            self.journal.append(line)
+        if not self.listener.gone:
+            self.listener.ended(line)
+
+    def _stop(self) -> None:
+        self.pieces.outcomes.stop()
+        self.listener.hurry()
+        if not self.pieces.worker.idle:
+            self.listener.say("finishing the running batch; interrupt again to stop at once")
+
+    def _abandon(self) -> None:
+        self.listener.abandon()
+        self.journal.close()  # after a line that is being written
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed runs left half-written; the folder is locked, so nobody is writing there."""
+    from emt.video import remove_partials
+
+    for folder in [out, *(Path(entry.path) for entry in os.scandir(out) if entry.is_dir(follow_symlinks=False))]:
+        remove_partials(folder, older_than=0)

@@ -1,0 +1,175 @@
+"""Standard streams that may close, fill or stop being read at any time: who writes to them neither waits nor fails."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from typing import IO
+
+_CHUNK = 4096  # PIPE_BUF of Linux: a pipe that can be written to takes so many bytes without waiting
+_POLL = 0.2  # seconds between looks at whether to give up
+_LAST_WORDS = 2.0  # seconds that a line at the end of the program waits for its reader
+
+
+class Stream:
+    """Bytes on their way to a file descriptor, written by a thread of its own.
+
+    Args:
+        file: Standard output or standard error; None, as where it was closed before the start, takes all.
+        backlog: Bytes that may wait for the reader; writing waits beyond, or drops what it is given.
+        lossy: Drop, do not wait.
+
+    Attributes:
+        error: Why it takes nothing more; None while it does.
+    """
+
+    def __init__(self, file: IO[str] | None, *, backlog: int, lossy: bool = False) -> None:
+        self.error: OSError | None = None
+        self._backlog, self._lossy = backlog, lossy
+        self._hurried = False
+        self._waiting: deque[bytes] = deque()
+        self._size = 0
+        self._changed = threading.Condition()
+        self._descriptor = _descriptor(file)
+        if self._descriptor is not None:
+            threading.Thread(target=self._work, args=(self._descriptor,), daemon=True).start()
+
+    def write(self, content: bytes) -> None:
+        """Have bytes written; they are dropped once the stream has failed."""
+        with self._changed:
+            while self._size > self._backlog and not self._lossy and not self._hurried and self.error is None:
+                self._changed.wait(_POLL)
+            if self._descriptor is None or self.error is not None or (self._lossy and self._size > self._backlog):
+                return
+            self._waiting.append(content)
+            self._size += len(content)
+            self._changed.notify_all()
+
+    def hurry(self) -> None:
+        """Let nobody wait from here on."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Wait until all is written or the stream has failed.
+
+        Args:
+            seconds: At most; None for as long as it takes, but for `_LAST_WORDS` seconds once it is hurried.
+
+        Returns:
+            Whether nothing is left to write.
+        """
+        begun = time.monotonic()
+        with self._changed:
+            while self._size and self.error is None:
+                limit = _LAST_WORDS if seconds is None and self._hurried else seconds
+                if limit is not None and time.monotonic() - begun >= limit:
+                    return False
+                self._changed.wait(_POLL)
+        return True
+
+    def _work(self, descriptor: int) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    self._changed.wait()
+                content = self._waiting.popleft()
+                while self._waiting and len(content) < _CHUNK:
+                    content += self._waiting.popleft()
+            try:
+                _write(descriptor, content)
+            except OSError as error:
+                with self._changed:
+                    self.error = error
+                    self._waiting.clear()
+                    self._size = 0
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._size -= len(content)
+                self._changed.notify_all()
+
+
+class TextOf(io.TextIOBase):
+    """A stream as a text file for libraries that draw on a terminal."""
+
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Have a text written."""
+        self._stream.write(text.encode("utf-8", "backslashreplace"))
+        return len(text)
+
+    def isatty(self) -> bool:
+        """It stands for a terminal."""
+        return True
+
+
+def print_last(text: str) -> None:
+    """A line on standard error where one can still be written, and nothing where not."""
+    descriptor = _descriptor(sys.stderr)
+    if descriptor is None:
+        return
+    try:
+        sys.stderr.flush()
+        _write(descriptor, text.encode("utf-8", "backslashreplace") + b"\n", time.monotonic() + _LAST_WORDS)
+    except (OSError, ValueError):
+        pass
+
+
+def open_standard_streams() -> None:
+    """Fill the places of standard streams that were closed before the start, lest other files take them."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)  # takes the lowest free number: this
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def flush_standard_output() -> OSError | None:
+    """Write what Python still holds of standard output; if that fails, why, and the interpreter does not try again."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return error
+    return None
+
+
+def _descriptor(file: IO[str] | None) -> int | None:
+    try:
+        return None if file is None else file.fileno()
+    except (OSError, ValueError):
+        return None
+
+
+def _write(descriptor: int, content: bytes, end: float = float("inf")) -> None:
+    """Write all of some bytes, waiting only where that can be given up.
+
+    Raises:
+        OSError: the stream has failed, or nobody has read until `end`.
+    """
+    ready = select.poll()
+    ready.register(descriptor, select.POLLOUT)
+    while content:
+        if not ready.poll(1000 * _POLL):
+            if time.monotonic() > end:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            continue
+        try:
+            content = content[os.write(descriptor, content[:_CHUNK]) :]
+        except BlockingIOError:  # somebody else made it non-blocking, and filled it first
+            time.sleep(0.01)
