@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from emt.errors import EmtError
 
 PARTIAL = ".emt-partial-"
 """How the names of files begin that are being written; what a killed process left has such a name."""
+
+_SET_ASIDE = ".was."  # in the name of a folder that another one is to replace, before the folder's own name
 
 
 def partial_beside(path: Path) -> Path:
@@ -45,18 +52,139 @@ def sha256_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """See that a file, or the list of a folder's files, is on disk."""
+    """fsync a file or a directory entry.
+
+    File systems that cannot sync a folder (CIFS, vboxsf, some FUSE) say so, and are taken at their word: there the
+    entry is as durable as the mount makes it.
+
+    Raises:
+        OSError: It cannot be synced.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        cannot = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+        if not (cannot and stat.S_ISDIR(os.fstat(descriptor).st_mode)):
+            raise
     finally:
         os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
-    """See that a folder and all that is in it are on disk."""
+    """fsync a folder and all that is in it."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+@contextmanager
+def partial_file(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Context manager: an empty partial file beside `path` that belongs to this process, to write and to rename.
+
+    The file is locked until the end of the block, so that `remove_partials`, in whatever process, leaves it alone;
+    the lock ends with the process, however it ends. What is still there at the end of the block is removed.
+
+    Args:
+        path: What will be written; its folder exists.
+        folder: Make a folder instead of a file.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    while True:
+        partial = partial_beside(path)
+        partial.mkdir() if folder else partial.touch(exist_ok=False)
+        descriptor = os.open(partial, os.O_RDONLY)
+        if _lock(descriptor) and not partial.exists():  # taken for a dead process's before it was locked
+            os.close(descriptor)
+            continue
+        break
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock a file for as long as its descriptor is open: False if another process has, None if nothing can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOLCK, ENOSYS: a network mount without locks
+        return None
+    return True
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Rename a folder to a name that another one has, which is removed; or leave that one, if it cannot be.
+
+    It takes two renames, and between them there is no folder of the name. After a crash there, `remove_partials` puts
+    the old one back.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    old = partial_beside(folder)
+    if len(os.fsencode(old.name)) + len(os.fsencode(_SET_ASIDE + folder.name)) <= 255:
+        old = old.with_name(old.name + _SET_ASIDE + folder.name)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        _remove(old)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partials(folder: str | os.PathLike[str], *, older_than: float = 3600.0) -> list[Path]:
+    """Remove partial files that dead processes left in a folder; those of living ones stay.
+
+    Args:
+        folder: Its subfolders are not searched.
+        older_than: Seconds since last written, where the file system has no locks: younger ones may belong to a
+            process that is still at work.
+
+    Returns:
+        Paths that were removed.
+    """
+    removed = []
+    for path in sorted(Path(folder).glob(f"{PARTIAL}*")):
+        with suppress(OSError):
+            _, set_aside, name = path.name.partition(_SET_ASIDE)
+            if set_aside and not os.path.lexists(path.with_name(name)):
+                path.rename(path.with_name(name))  # its process died before the new one was in its place
+                continue
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                continue
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            try:
+                is_free = _lock(descriptor)
+                if is_free or (is_free is None and time.time() - status.st_mtime >= older_than):
+                    _remove(path)
+                    removed.append(path)
+            finally:
+                os.close(descriptor)
+    return removed
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -65,12 +193,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    partial = partial_beside(path)
-    try:
+    with partial_file(path) as partial:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emt.errors import EmtError
-from emt.storage import write_atomically
+from emt.storage import remove_partials, write_atomically
 from emt.synthetic.renderer import World
-from emt.video import is_clip, read_clip, remove_partials, write_clip
+from emt.video import is_clip, read_clip, write_clip
 
 METADATA = "metadata.jsonl"
 SETTINGS = "pairs.json"

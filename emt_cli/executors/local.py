@@ -86,7 +86,7 @@ class LocalExecutor:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what killed runs left half-written; the folder is locked, so nobody is writing there."""
-    from emt.video import remove_partials
+    from emt.storage import remove_partials
 
     for folder in [out, *(Path(entry.path) for entry in os.scandir(out) if entry.is_dir(follow_symlinks=False))]:
         remove_partials(folder, older_than=0)

@@ -1,0 +1,125 @@
+"""Signs that a file is cut short or damaged: in its structure, and in what ffmpeg says of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+from emt.video.names import show
+
+_SAID = re.compile(r"^((?:\[[^\]\n]*\] )*)\[(error|fatal|panic|warning)\] (.+)$", re.MULTILINE)
+_CUT = re.compile(r"partial file|ended prematurely|no index at the end")
+_LOST = re.compile(r"Packet corrupt|corrupt input packet|PES packet size mismatch|Truncat|truncated")
+_BAD_PICTURE = re.compile(r"corrupt decoded frame|Error submitting packet|Decoding error|Error while decoding stream")
+# Said of good streams too.
+_HARMLESS = re.compile(r"mmco: unref short failure|co located POCs unavailable|missing picture in access unit")
+_NO_DECODER = re.compile(r"Parsed_|swscaler|\[(?:vf|af|vost|aost|out|graph|in)#|framecrc|rawvideo @|auto_")
+
+
+def ends_early(path: Path, size: int) -> bool:
+    """Whether a file ends before its own structure says: MP4 and MOV, AVI, ASF (WMV), Ogg, GIF, MPEG-TS.
+
+    Args:
+        path: The file.
+        size: Its size in bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(1024)
+            if re.match(rb"....(?:ftyp|moov|mdat|free|wide|skip|styp)", head, re.DOTALL):
+                return _boxes_end(file, size) > size
+            if re.match(rb"RIFF....AVI ", head, re.DOTALL):
+                return _chunks_end(file, size) > size
+            if head.startswith(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"):
+                return _asf_size(file) > size
+            file.seek(max(0, size - (1 << 16)))
+            tail = file.read()
+    except OSError:
+        return False
+    if head.startswith(b"GIF8"):
+        return not tail.rstrip(b"\0\r\n ").endswith(b"\0;")
+    if head.startswith(b"OggS"):
+        last = tail.rfind(b"OggS")
+        return last < 0 or not (tail[last + 5 : last + 6] or b"\0")[0] & 4  # no mark of the stream's end
+    for packet, offset in ((188, 0), (192, 4)):
+        if len(head) > 4 * packet and all(head[offset + k * packet] == 0x47 for k in range(4)):
+            return size % packet != 0
+    return False
+
+
+def _boxes_end(file: BinaryIO, size: int) -> int:
+    """Where the last box of an MP4 or MOV file ends, by its header."""
+    end = 0
+    while end + 8 <= size:
+        file.seek(end)
+        header = file.read(16)
+        length = int.from_bytes(header[:4], "big")
+        if length == 1:
+            length = int.from_bytes(header[8:16], "big")
+        if length == 0 or not header[4:8].isalnum():  # up to the end; or something else that was appended
+            break
+        end += max(length, 8)
+    return end
+
+
+def _chunks_end(file: BinaryIO, size: int) -> int:
+    """Where the last RIFF chunk of an AVI file ends, by its header; 0 if the file was not finished."""
+    end = 0
+    while end + 12 <= size:
+        file.seek(end)
+        header = file.read(12)
+        length = int.from_bytes(header[4:8], "little")
+        if header[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
+            break
+        end += 8 + length
+    return end
+
+
+def _asf_size(file: BinaryIO) -> int:
+    """Size that the header of an ASF file gives; 0 if it was broadcast."""
+    file.seek(0)
+    header = file.read(1 << 14)
+    at = header.find(b"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\x00\xc0\x0c\x20\x53\x65")
+    if at < 0 or len(header) < at + 92 or header[at + 88] & 1:
+        return 0
+    return int.from_bytes(header[at + 40 : at + 48], "little")
+
+
+def said(log: str) -> list[tuple[str, str, str]]:
+    """Messages of ffmpeg: for each who said it, at which level, and the text. Only warnings and worse."""
+    return [(match[1], match[2], match[3].strip()) for match in _SAID.finditer(log)]
+
+
+def signs_of_a_cut(log: str) -> bool:
+    """Whether a demuxer says that the file ends too early."""
+    return any(_CUT.search(text) for _, _, text in said(log))
+
+
+def lost_packets(log: str) -> str:
+    """The first message of a demuxer about packets that are lost or damaged; "" if there is none."""
+    return next((text.rstrip(".") for _, _, text in said(log) if _LOST.search(text)), "")
+
+
+def describe_decoding(path: Path, log: str, from_the_start: bool, cut_short: bool) -> str:
+    """A line about pictures that could not be decoded whole; "" if all could.
+
+    Args:
+        path: The file.
+        log: Messages of ffmpeg while it decoded.
+        from_the_start: Whether it decoded from the first frame on. After a seek, decoders complain of references that
+            they have not seen, of pictures which nobody sees; only pictures that came out damaged count then.
+        cut_short: Whether it is known to be cut short: that alone damages its last pictures.
+    """
+    messages = [(who, level, text) for who, level, text in said(log) if not _HARMLESS.search(text)]
+    bad = sum(bool(_BAD_PICTURE.search(text)) for _, _, text in messages)
+    errors = [text for who, level, text in messages if level == "error" and not _NO_DECODER.search(who)]
+    errors = [text for text in errors if not _CUT.search(text) and not _BAD_PICTURE.search(text)]
+    if bad <= 2 if cut_short else not (bad or (errors and from_the_start)):
+        return ""
+    reason = f" ({errors[0].rstrip('.')})" if errors else ""
+    pictures = f"{bad:,} of its pictures" if bad > 1 else "a picture of it" if bad else "a part of it"
+    return (
+        f"{show(path)} is damaged: {pictures} cannot be decoded whole{reason}; what moves in it may be read wrong."
+        " Copy or download it again."
+    )
