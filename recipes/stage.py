@@ -76,7 +76,7 @@ class Stage:
         return make_world(self.device, self.sizes)
 
     def share(self, step: int) -> float:
-        """How much of the stage is done, by steps if they are given and by the clock otherwise; 1 once a stop is requested."""
+        """The share of the stage that is done, by steps if given, else by the clock; 1 once a stop is requested."""
         if stop_requested():
             return 1.0
         if self.options.steps is not None:
@@ -140,8 +140,8 @@ def train(
     What `measure` finds since its last call goes into the log with the losses. `save` is called every
     `save_minutes`, an option of the stage, with the averaged weights in place.
 
-    Of several processes the first has the clock and gets the signals: it sends the others its state every 20 steps, since each
-    time they wait for each other, and all keep to the last one.
+    Of several processes the first has the clock and gets the signals: it sends the others its state every 20 steps,
+    since each time they wait for each other, and all keep to the last one.
     """
     if stage.options.compile_only:
         trainer.try_once(batches())
