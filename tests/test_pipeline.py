@@ -36,6 +36,27 @@ def motion(pipe) -> Motion:
     return pipe.extract_motion(reference())
 
 
+def test_k9_a_reference_is_read_at_the_models_noise_level(tmp_path, monkeypatch):
+    pipe = load_pipeline(random_model(tmp_path / "model", frames=FRAMES, height=24, width=40, reference_timestep=250))
+    read, original = [], pipe.backend.encode_reference
+
+    def spy(latents, timestep, text):
+        read.append((latents.clone(), timestep, text))
+        return original(latents, timestep, text)
+
+    monkeypatch.setattr(pipe.backend, "encode_reference", spy)
+    pipe.extract_motion(reference(), seed=3)
+    [(found, timestep, text)] = read
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        latents = pipe.encode_frames(reference(), generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        variance = pipe.scheduler.alphas_cumprod[250]
+        torch.testing.assert_close(found, variance.sqrt() * latents + (1 - variance).sqrt() * noise)
+        assert timestep.tolist() == [250]
+        torch.testing.assert_close(text, pipe.encode_prompts([""]))
+
+
 class TestGeneration:
     def test_one_prompt_gives_one_clip(self, pipe, motion):
         (clip,) = pipe("a cat", motion, steps=2)

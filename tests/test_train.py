@@ -16,13 +16,15 @@ import torch
 from program import FRAMES, SIDE, Run, console, emt, environment, model
 from safetensors.torch import load_file
 
+from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.pipeline import MotionTransferPipeline
 from emt.synthetic.renderer import COLOURS, SUBJECTS, World, words
 from emt.train import trainer as trainer_module
 from emt.train.data import PairDataset, Rendering, find_pairs, write_pairs
 from emt.train.objective import adapter_loss
-from emt.train.trainer import Settings, Trainer, find_checkpoints, published
+from emt.train.run_folder import find_checkpoints
+from emt.train.trainer import Settings, Trainer, published
 from emt.video import read_clip, write_clip
 from emt_cli.commands.train import _stop_on_signals
 
@@ -323,20 +325,41 @@ def test_a_tenth_of_the_captions_is_dropped(pairs, tmp_path):
     assert abs(seen.count("") / 2000 - 0.1) < 0.02
 
 
-def test_references_are_read_at_the_models_timestep_with_the_empty_prompt(pairs, tmp_path):
-    trainer = start(pairs, tmp_path, steps=1)
-    unet, read = trainer.pipe.unet, []
-    original = unet.encode_reference
+def test_k9_references_and_targets_are_noised_to_their_own_timesteps(pairs, tmp_path):
+    """The reference to the model's, with noise of its own and the empty prompt; the target to the drawn one."""
+    folder = random_model(tmp_path / "model", frames=FRAMES, height=SIDE, width=SIDE, reference_timestep=250)
+    trainer = Trainer(folder, pairs, tmp_path / "run", settings(steps=1, drop_text=0.0), say=lambda text: None)
+    unet, batches, read, denoised = trainer.pipe.unet, [], [], []
+    prepare, encode_reference, forward = trainer.prepare, unet.encode_reference, unet.forward
 
-    def spy(latents, timestep, text):
-        read.append((timestep, text))
-        return original(latents, timestep, text)
+    def spy_batch(samples, step, part):
+        batches.append(prepare(samples, step, part))
+        return batches[-1]
 
-    unet.encode_reference = spy
+    def spy_reference(latents, timestep, text):
+        read.append((latents.clone(), timestep, text))
+        return encode_reference(latents, timestep, text)
+
+    def spy_forward(sample, timestep, text, motion=None, **options):
+        if motion is not None:
+            denoised.append((sample.clone(), timestep, text))
+        return forward(sample, timestep, text, motion, **options)
+
+    trainer.prepare, unet.encode_reference, unet.forward = spy_batch, spy_reference, spy_forward
     trainer.train()
-    [(timestep, text)] = read
-    assert timestep.tolist() == [400]
-    torch.testing.assert_close(text, trainer.pipe.encode_prompts([""]))
+    [batch], [(reference, level, empty)], [(target, timestep, text)] = batches, read, denoised
+
+    def noised(latents: torch.Tensor, noise: torch.Tensor, at: int) -> torch.Tensor:
+        variance = trainer.pipe.scheduler.alphas_cumprod[at]
+        return variance.sqrt() * latents + (1 - variance).sqrt() * noise
+
+    assert level.tolist() == [250]
+    torch.testing.assert_close(reference, noised(batch["reference"], batch["reference_noise"], 250))
+    torch.testing.assert_close(empty, trainer.pipe.encode_prompts([""]))
+    assert timestep.tolist() == batch["timestep"].tolist() != [250]
+    torch.testing.assert_close(target, noised(batch["target"], batch["noise"], batch["timestep"].item()))
+    torch.testing.assert_close(text, trainer.pipe.encode_prompts([trainer.dataset.pair(0).caption]))
+    assert not torch.equal(batch["noise"], batch["reference_noise"])
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(pairs, tmp_path):
@@ -435,8 +458,17 @@ def test_the_latest_checkpoints_are_kept(pairs, tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000004", "step-00000005"]
 
 
-def test_without_tensorboard_it_says_what_to_install(pairs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`emt train` where torch cannot be imported: what is said before anything is loaded."""
+    code = "import sys; sys.modules['torch'] = sys.modules['tensorboard'] = None; from emt_cli.app import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_k7_what_a_run_lacks_is_said_before_anything_is_loaded(pairs, tmp_path, monkeypatch):
+    words = ["train", "--model", "demo", "--pairs", pairs, "-o", tmp_path / "run"]
+    assert "pip install 'emt-cli[train]'" in without_torch(*words).stderr
+    assert "there is no checkpoint nowhere" in without_torch(*words, "--resume", "nowhere").stderr
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(EmtError, match=r"pip install 'emt-cli\[train\]'"):
         start(pairs, tmp_path)
 

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from emt.errors import EmtError
 from emt.storage import remove_partials, write_atomically
 from emt.synthetic.renderer import World
+from emt.train.run_folder import PAIRS_LAYOUT
 from emt.video import is_clip, read_clip, write_clip
 
 METADATA = "metadata.jsonl"
@@ -81,9 +82,8 @@ def find_pairs(
     Raises:
         EmtError: If `root` is no folder, or no pair is left.
     """
-    layout = "It holds a folder for each motion, with clips named <caption>.mp4: `emt make-pairs` writes such a one."
     if not root.is_dir():
-        raise EmtError(f"{root} is not a folder of pairs", layout)
+        raise EmtError(f"{root} is not a folder of pairs", PAIRS_LAYOUT)
     told = _read_metadata(root, say)
     pairs = []
     for motion in _listed(root):
@@ -115,7 +115,7 @@ def find_pairs(
                 continue
             pairs += [Pair(reference, target, caption) for reference in clips if reference != target]
     if not pairs:
-        raise EmtError(f"{root} has no usable pair", layout)
+        raise EmtError(f"{root} has no usable pair", PAIRS_LAYOUT)
     return pairs
 
 

@@ -36,8 +36,8 @@ from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.storage import sync, sync_tree
 from emt.train.data import Pair, PairDataset, Sample, find_pairs, seeded, write_text
 from emt.train.objective import Objective, adapter_loss
+from emt.train.run_folder import CHECKPOINTS, check_run, find_checkpoints
 
-CHECKPOINTS = "checkpoints"
 MAX_SKIPPED = 20
 """Steps in a row whose loss is not finite, after which a run fails."""
 MAX_GRADIENT = 1.0
@@ -107,13 +107,8 @@ class _Loss(nn.Module):
 
 
 def published(name: str) -> str:
-    """The name under which EfficientMT publishes a weight of the adapter."""
+    """The name of an adapter weight in EfficientMT's published files."""
     return name.replace(".adapter.", ".")
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if (path / "state.json").is_file())
 
 
 class Trainer:
@@ -141,18 +136,15 @@ class Trainer:
         resume: Path | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise EmtError("TensorBoard is not installed", "Type: pip install 'emt-cli[train]'") from None
+        check_run(pairs, run, resume)
+        from torch.utils.tensorboard import SummaryWriter
+
         self.model, self.run, self.settings = model, run, settings
         # Autocast is our own: accelerate allows one precision in the life of a process.
         self.accelerator = Accelerator(mixed_precision="no")
         main = self.accelerator.is_main_process
         self._say_here = say
         self.say: Callable[[str], None] = say if main else lambda text: None
-        _check_run(run, resume)
-
         self.pipe: MotionTransferPipeline = load_pipeline(model, self.accelerator.device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
             part.requires_grad_(False)
@@ -495,20 +487,6 @@ class Trainer:
             f"By `emt train`: {self.step} steps of {batch} of {len(self.dataset.pairs)} pairs, AdamW at "
             f"{s.learning_rate:g}, {s.drop_text:.0%} of the captions dropped, {s.precision}, weights averaged "
             f"(decay {s.ema_decay:g}), seed {s.seed}; {self.skipped} steps skipped because their loss was not finite.\n"
-        )
-
-
-def _check_run(run: Path, resume: Path | None) -> None:
-    found = find_checkpoints(run)
-    if resume is None and found:
-        raise EmtError(
-            f"{run} holds a run, its latest checkpoint is {found[-1].name}",
-            "Go on with --resume latest, or give another -o RUN.",
-        )
-    if resume is not None and any(path.name > resume.name for path in found):
-        raise EmtError(
-            f"{run} holds a later checkpoint than {resume.name}: {found[-1].name}",
-            "Give another -o RUN, or --resume latest.",
         )
 
 

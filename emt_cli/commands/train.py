@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -106,24 +107,22 @@ def train(
     # The model's warning about long prompts would come at every step.
     logging.getLogger("emt.pipeline").setLevel(logging.ERROR)
     from emt.model_folder import find_model
+    from emt.train.run_folder import check_run, find_start
 
+    start = find_start(output, resume)
+    check_run(pairs, output, start)
     folder = find_model(model, download=True).folder
+    if os.environ.get("RANK", "0") == "0":  # the only process, or the first of several
+        _say("loading the model")
     stop = _stop_on_signals()
     import diffusers.utils.logging
     import transformers.utils.logging
 
     from emt.device import is_out_of_memory
-    from emt.train.trainer import Settings, Trainer, find_checkpoints
+    from emt.train.trainer import Settings, Trainer
 
     for library in (diffusers, transformers):  # bars for files that load in a second
         library.utils.logging.disable_progress_bar()
-    start: Path | None = None
-    if resume == "latest":
-        start = next(reversed(find_checkpoints(output)), None)
-    elif resume is not None:
-        start = Path(resume)
-        if not start.is_dir():
-            raise EmtError(f"there is no checkpoint {resume}", "Give a folder RUN/checkpoints/step-… or latest.")
     settings = Settings(
         steps=steps,
         batch_size=batch_size,
@@ -177,7 +176,6 @@ def _stop_on_signals() -> Callable[[], bool]:
 
     Not under a launcher: it passes the terminal's signal on, which may come twice, and ends the process itself.
     """
-    import os
     import signal
 
     launched = "LOCAL_RANK" in os.environ
