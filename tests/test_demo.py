@@ -15,7 +15,7 @@ from emt.evaluate import judge
 from emt.evaluate.pairs import Pair
 from emt.video import read_clip
 from emt.vocabulary import GROUPS, Vocabulary
-from emt_cli.batch.inputs import UnknownWords
+from emt_cli.batch.inputs import PromptWarnings
 from emt_cli.commands import evaluate
 from recipes.text import make_tokenizer, write_vocabulary
 
@@ -124,14 +124,14 @@ def test_words_of_a_stream_are_told_once(reader):
     from emt_cli.batch.options import Settings
 
     told: list[str] = []
-    watch = UnknownWords("small", Vocabulary.read(reader), told.append)
+    watch = PromptWarnings("small", Vocabulary.read(reader), told.append)
     words = ["robot", "robot", "wizard", *(f"word{n}" for n in range(12))]
     jobs = [Job(Path("a.mp4"), f"a {word} in the snow", 0, Settings()) for word in words]
     assert list(watch.watch([*jobs[:3], None])) == [*jobs[:3], None]
     assert [line.count("robot") for line in told] == [1, 0, 0, 0, 0], "the warning, what is known, another warning"
     watch.look(jobs)
     assert "and 4 more words" in told[5]
-    UnknownWords("large", None, told.append).look(jobs)
+    PromptWarnings("large", None, told.append).look(jobs)
     assert len(told) == 6
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import io
 import json
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -32,7 +35,18 @@ from emt_cli.batch.options import (
 )
 
 MAX_LINE = 1 << 20  # characters of one line of a job file
-_NAMED = 8  # unknown words that a warning names
+_MAX_PROMPTS = 1 << 28  # bytes of a prompts file; /dev/zero has no end
+_LINES, _JOB_LINES, _CELLS = ("", ".txt", ".text"), (".jsonl", ".ndjson"), (".csv",)
+_PROMPT_FILES = "A prompts file is .txt (a prompt a line), .csv or .jsonl (a job a line)."
+#: The first bytes of a text file say how it is written; PowerShell writes UTF-16.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_NAMED = 8  # unknown words that a warning names, and folders of which notes tell
 _LONGEST = 700  # characters of a line of known ones
 
 
@@ -46,25 +60,45 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Base:
-    """The settings that jobs start from: the model's own, and what the command line sets."""
+    """What jobs start from: the model's own settings, and those that the command line sets."""
 
     defaults: Mapping[str, Any]
     given: Mapping[str, Any]
+    _made: dict[tuple[Any, ...], Settings] = field(default_factory=dict)
+    _paths: dict[str, Path] = field(default_factory=dict)
+
+    def path(self, reference: str) -> Path:
+        """The absolute path of a reference; jobs with the same share one object."""
+        if reference not in self._paths:
+            self._paths[reference] = Path(os.path.abspath(reference))
+        return self._paths[reference]
 
     def settings(self, own: Mapping[str, Any]) -> Settings:
-        """The settings of a job whose own line sets some: it wins over the command line, and both over presets."""
+        """The settings of a job whose own line sets some: it wins over the command line, and both over presets.
+
+        Jobs with the same share one object.
+        """
+        key = tuple(own.items())
+        if key not in self._made:
+            self._made[key] = self._make(own)
+        return self._made[key]
+
+    def _make(self, own: Mapping[str, Any]) -> Settings:
         given = {**self.given, **own}
         preset = preset_values(given.get("preset", Preset.EXACT).value, self.defaults.get("steps", Settings.steps))
         preset = {name: parse_field(name, value) for name, value in preset.items()}
         return Settings(**{**self.defaults, **preset, **given})
 
 
-def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[Job | Rejected], Iterator[Item]]:
+def expand(
+    options: TransferOptions, defaults: Mapping[str, Any], say: Callable[[str], None] = lambda text: None
+) -> tuple[list[Job | Rejected], Iterator[Item]]:
     """All jobs of a command line.
 
     Args:
         options: The command line.
         defaults: The model's own defaults, by setting.
+        say: Called with a line for each folder of which files are not read.
 
     Returns:
         The jobs that are named, those of one shape and one reference next to each other; and those that
@@ -79,10 +113,10 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
     complete = [row for row in prompts if isinstance(row, _Line) and "reference" in row.fields]
     rejected = [row for row in prompts if isinstance(row, Rejected)]
     loose = [row for row in prompts if isinstance(row, _Line) and "reference" not in row.fields]
-    if not arguments and not complete:
+    if not arguments and not complete and not rejected:
         raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
-    references = _find([argument for argument in arguments if argument != "-"], options.recursive, options.out)
+    references = _Finder(options.recursive, options.out, say).find(arguments)
     base = _Base(parse_defaults(defaults), options.settings)
     seeds = parse_seeds(options.seeds)
 
@@ -91,6 +125,7 @@ def expand(options: TransferOptions, defaults: Mapping[str, Any]) -> tuple[list[
         if len(references) != len(prompts):
             counts = f"here are {len(references)} and {len(prompts)}"
             raise UsageError(f"--pair needs as many prompts as references; {counts}")
+        _check_order([argument for argument in arguments if argument != "-"], say)
         pairs = zip(references, prompts)
     else:
         each: Sequence[_Line | None] = loose or ([] if rejected or streamed else [None])
@@ -123,7 +158,7 @@ def _jobs(
             return
     fields = row.fields if isinstance(row, _Line) else {}
     origin = row.origin if isinstance(row, _Line) else ""
-    path = Path(os.path.abspath(fields["reference"])) if "reference" in fields else reference
+    path = base.path(fields["reference"]) if "reference" in fields else reference
     if not isinstance(path, Path):
         yield Rejected(EmtError("the job has no reference", 'Give "reference", or name clips before it.'), origin)
         return
@@ -144,15 +179,16 @@ def _together(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
     """Jobs of one shape, and in it of one reference, next to each other; otherwise in the order given."""
     listed = list(items)
     order: dict[Any, int] = {}
-    for item in listed:
-        if isinstance(item, Job):
-            order.setdefault(item.shape, len(order))
-            order.setdefault((item.reference, str(item.sampling)), len(order))
+    places: dict[tuple[int, Path], tuple[int, int]] = {}  # by the identity of the settings, which jobs share
 
     def place(item: Job | Rejected) -> tuple[int, int]:
         if isinstance(item, Rejected):
             return (-1, -1)
-        return order[item.shape], order[item.reference, str(item.sampling)]
+        key = id(item.settings), item.reference
+        if key not in places:
+            shape = order.setdefault(item.shape, len(order))
+            places[key] = shape, order.setdefault((item.reference, str(item.sampling)), len(order))
+        return places[key]
 
     return sorted(listed, key=place)
 
@@ -168,18 +204,67 @@ def _checked(fields: Any, origin: str = "") -> _Line | Rejected:
 
 
 def _read_file(path: Path) -> list[_Line | Rejected]:
+    """The lines of a prompts file, or of a pipe."""
+    kind, named = path.suffix.lower(), f"--prompts {str(path)!r}"
+    if kind not in (*_LINES, *_JOB_LINES, *_CELLS):
+        raise UsageError(f"{named} is a {kind} file, which is not read", _PROMPT_FILES)
     try:
-        if not path.is_file():
-            raise UsageError(f"--prompts {str(path)!r}: no such file")
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = _read_text(path)
     except OSError as error:
-        raise UsageError(f"--prompts {str(path)!r}: {error.strerror}") from None
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        raise UsageError(f"{named}: {(error.strerror or str(error)).lower()}") from None
+    except EmtError as error:
+        raise UsageError(f"{named} {error.problem}", error.hint) from None
+    rows: list[_Line | Rejected]
+    if kind in _JOB_LINES:
         lines = enumerate(text.split("\n"), 1)
-        return [_parse_line(line, f"{path.name} line {number}") for number, line in lines if line.strip()]
-    if path.suffix.lower() == ".csv":
-        return _read_csv(path, text)
-    return _read_lines(path.name, text)
+        rows = [_parse_line(line, f"{path.name} line {number}") for number, line in lines if line.strip()]
+    elif kind in _CELLS:
+        rows = _read_csv(path, text)
+    else:
+        if _is_json(text):
+            raise UsageError(f"{named} holds JSON, not a prompt a line", _PROMPT_FILES)
+        rows = _read_lines(path.name, text)
+    if not rows:
+        raise UsageError(f"{named} has no prompts", _PROMPT_FILES)
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file or a pipe, its lines ended by `\\n`; bytes that are not UTF-8 become surrogates.
+
+    Raises:
+        OSError: it cannot be read.
+        EmtError: it is no text, or has no end.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_MAX_PROMPTS + 1)
+    if len(data) > _MAX_PROMPTS:
+        raise EmtError(f"is larger than {_MAX_PROMPTS >> 20} MiB", "Split it.")
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
+    start = data[:4096]
+    try:
+        if encoding == "utf-8" and start.count(0) > len(start) / 8:
+            raise ValueError
+        text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
+    except ValueError:
+        raise EmtError("is no text in UTF-8", "Save it as text in UTF-8.") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list, or its first line is an object."""
+    text = text.strip()
+    if text[:1] not in ("{", "["):
+        return False
+    for part in (text, text.split("\n", 1)[0]):
+        try:
+            value = json.loads(part)
+        except RecursionError:
+            return True
+        except ValueError:
+            continue
+        return isinstance(value, dict) or part is text
+    return False
 
 
 def _read_lines(name: str, text: str) -> list[_Line | Rejected]:
@@ -216,23 +301,31 @@ def _parse_line(line: str, origin: str) -> _Line | Rejected:
 
 def _read_stream() -> Iterator[_Line | Rejected | None]:
     """Lines of standard input as they arrive, and None whenever the next one is yet to come."""
+    if sys.stdin is None:
+        raise UsageError("- reads jobs from standard input, which is closed")
     descriptor = sys.stdin.fileno()
-    pending, number, ended = b"", 0, False
+    pending, number, ended, skipping = b"", 0, False, False
     while not ended or pending:
         line, newline, rest = pending.partition(b"\n")
+        if len(line) > MAX_LINE and not skipping:
+            skipping = True
+            yield Rejected(EmtError("the line is too long", f"At most {MAX_LINE:,} bytes."), f"line {number + 1}")
         if not newline and not ended:
-            if len(pending) > MAX_LINE:
-                yield Rejected(EmtError("the line is too long", f"At most {MAX_LINE:,} bytes."), f"line {number + 1}")
-                raise EmtError(f"standard input is no JSON Lines after line {number}", "Write one JSON object a line.")
             if not select.select([descriptor], [], [], 0)[0]:
                 yield None
-            chunk = os.read(descriptor, 1 << 16)
+            try:
+                chunk = os.read(descriptor, 1 << 16)
+            except OSError as error:
+                yield Rejected(EmtError(f"standard input cannot be read: {error.strerror}"), f"line {number + 1}")
+                return
             ended = not chunk
-            pending += chunk
+            pending = chunk if skipping else pending + chunk
             continue
         pending, number = rest, number + 1
-        if line.strip():
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip() and not skipping:
             yield _parse_line(line.decode(errors="surrogateescape"), f"line {number}")
+        skipping = False
 
 
 def _beside(reference: Path) -> list[_Line | Rejected]:
@@ -241,70 +334,143 @@ def _beside(reference: Path) -> list[_Line | Rejected]:
     rows: list[_Line | Rejected] = []
     if companion != reference and companion.is_file():
         try:
-            text = companion.read_text(encoding="utf-8-sig", errors="surrogateescape")
+            rows = _read_lines(companion.name, _read_text(companion))
         except OSError as error:
             return [Rejected(EmtError(f"cannot read {companion.name}: {error.strerror}"), "", str(reference))]
-        rows = _read_lines(companion.name, text)
+        except EmtError as error:
+            return [Rejected(EmtError(f"{companion.name} {error.problem}", error.hint), "", str(reference))]
     problem = EmtError("no prompt", f"Give --prompt or --prompts, or write {companion.name} beside the clip.")
     return rows or [Rejected(problem, "", str(reference))]
 
 
-def _find(arguments: Iterable[str], recursive: bool, out: Path) -> list[Path | Rejected]:
-    """The clips that arguments name, each once, in order; results in `out` are no references unless named."""
-    found: list[Path | Rejected] = []
-    for argument in arguments:
-        try:
-            found.extend(Path(os.path.abspath(path)) for path in _find_one(argument, recursive, out))
-        except EmtError as error:
-            found.append(Rejected(error, "", argument))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            found.append(Rejected(EmtError(f"cannot read it: {reason}"), "", argument))
-    return list(dict.fromkeys(found))
+# ---- references ----------------------------------------------------------------------------------------------------
 
 
-def _find_one(argument: str, recursive: bool, out: Path) -> list[Path]:
-    from emt.video import is_clip
+def _by_name(path: Path) -> list[Any]:
+    """Natural order of paths, folder by folder: `clip2` before `clip10`."""
+    from emt.video import natural_key
 
-    path = Path(argument)
-    if not os.path.lexists(argument):
-        matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
-        clips = [match for match in matches if is_clip(match)] or matches
-        if not clips:
-            raise EmtError("no such file", "Name a clip, a folder of clips or a glob that matches some.")
-        return clips
-    if path.is_dir() and not is_clip(path):
-        clips = _clips_in(path, recursive, os.path.abspath(out))
-        if not clips:
-            hint = "Name another one" + ("." if recursive else ", or search its folders with --recursive.")
-            raise EmtError("no clips in this folder", hint)
-        return clips
-    if path.suffix == ".txt" and any(is_clip(other) for other in path.parent.glob(glob.escape(path.stem) + ".*")):
-        return []  # the prompts of the clip beside it, as a shell's `clips/*` names them too
-    return [path]
+    return [natural_key(part) for part in path.parts]
 
 
-def _clips_in(folder: Path, recursive: bool, without: str) -> list[Path]:
-    from emt.video import is_clip
+def _check_order(arguments: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say so where a shell has put clips in another order than their numbers'."""
+    if len(arguments) > 2 and arguments == sorted(arguments):
+        natural = sorted(arguments, key=lambda argument: _by_name(Path(argument)))
+        if natural != arguments:
+            names = ", ".join(Path(argument).name for argument in arguments[:3])
+            say(f"note: --pair takes references in the order given: {names}, …; put a glob in quotes for natural order")
 
-    clips = []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
+
+class _Finder:
+    """Finds the clips that arguments name.
+
+    Args:
+        recursive: Search folders of folders.
+        out: Folder of the results, which are no references unless named.
+        say: Called with a line for each folder of which something is not read, the first few.
+    """
+
+    def __init__(self, recursive: bool, out: Path, say: Callable[[str], None]) -> None:
+        self.recursive, self._out, self._say = recursive, os.path.abspath(out), say
+        self._stems: dict[Path, set[str]] = {}  # names of clips without their suffixes, by folder
+        self._said = 0
+
+    def find(self, arguments: Iterable[str]) -> list[Path | Rejected]:
+        """Absolute paths of the clips, each once, in the order of the arguments and in natural order of names."""
+        found: list[Path | Rejected] = []
+        for argument in arguments:
+            if argument == "-":
+                continue
+            try:
+                found.extend(Path(os.path.abspath(path)) for path in self._named(argument))
+            except EmtError as error:
+                found.append(Rejected(error, "", argument))
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                found.append(Rejected(EmtError(f"cannot read it: {reason}"), "", argument))
+        return list(dict.fromkeys(found))
+
+    def _named(self, argument: str) -> list[Path]:
+        from emt.video import is_clip
+
+        path = Path(argument)
+        if not os.path.lexists(argument):
+            matches = sorted((Path(match) for match in glob.glob(argument, recursive=True)), key=_by_name)
+            clips = [match for match in matches if is_clip(match)] or matches
+            if not clips:
+                raise EmtError("no such file", "Name a clip, a folder of clips or a glob that matches some.")
+            return clips
+        if path.is_dir() and not is_clip(path):
+            clips = self._inside(path)
+            if not clips:
+                hint = "Name another one" + ("." if self.recursive else ", or search its folders with --recursive.")
+                raise EmtError("no clips in this folder", hint)
+            return clips
+        if path.is_dir():
+            self._look_for_unread(path)
+        if path.suffix == ".txt" and path.stem in self._clips_of(path.parent):
+            return []  # the prompts of the clip beside it, as a shell's `clips/*` names them too
+        return [path]
+
+    def _inside(self, folder: Path) -> list[Path]:
+        """The clips in a folder, with --recursive in its folders too."""
+        from emt.video import is_clip, natural_key
+        from emt.video.names import count
+
+        self._look_for_unread(folder)
+        clips, passed = [], 0
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: natural_key(entry.name))
+        for entry in listed:
             path = Path(entry.path)
-            if entry.name.startswith(".") or os.path.abspath(path) == without:
+            if entry.name.startswith(".") or os.path.abspath(path) == self._out:
                 continue
             if is_clip(path):
                 clips.append(path)
-            elif recursive and entry.is_dir(follow_symlinks=False):
-                clips.extend(_clips_in(path, recursive, without))
-    return clips
+            elif entry.is_dir(follow_symlinks=False):
+                if not self.recursive:
+                    passed += 1
+                    continue
+                try:
+                    clips.extend(self._inside(path))
+                except OSError as error:
+                    self._note(f"ignored the folder {path}: {error.strerror}")
+        if passed and clips:
+            self._note(f"not searched: {count(passed, 'folder')} in {folder} (--recursive does)")
+        return clips
+
+    def _look_for_unread(self, folder: Path) -> None:
+        from emt.video import describe_unread
+
+        with suppress(EmtError):  # said where the folder is read
+            if unread := describe_unread(folder):
+                self._note(unread)
+
+    def _note(self, text: str) -> None:
+        self._said += 1
+        if self._said <= _NAMED:
+            self._say(f"note: {text}")
+        elif self._said == _NAMED + 1:
+            self._say("note: … and so in other folders")
+
+    def _clips_of(self, folder: Path) -> set[str]:
+        from emt.video import is_clip
+
+        if folder not in self._stems:
+            with os.scandir(folder) as entries:
+                clips = (Path(entry.path) for entry in entries if not entry.name.endswith(".txt"))
+                self._stems[folder] = {path.stem for path in clips if is_clip(path)}
+        return self._stems[folder]
 
 
-# ---- words -----------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------------------------
 
 
-class UnknownWords:
-    """Warnings of words of prompts that a model does not know, one for each word.
+class PromptWarnings:
+    """Warnings about prompts: words that a model does not know, and syntax of other programs that it reads as text.
+
+    Each word, and each kind of syntax, is named once.
 
     Args:
         model: Name of the model in warnings.
@@ -315,6 +481,7 @@ class UnknownWords:
     def __init__(self, model: str, vocabulary: Vocabulary | None, say: Callable[[str], None]) -> None:
         self.model, self.vocabulary, self._say = model, vocabulary, say
         self._seen: set[str] = set()
+        self._syntax: set[str] = set()
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """Pass items on as they come, after a look at each job."""
@@ -323,23 +490,55 @@ class UnknownWords:
             yield item
 
     def look(self, items: Iterable[Item]) -> None:
-        """Warn of all new words of the prompts in one line, and the first time list the known ones."""
-        if self.vocabulary is None:
-            return
+        """Warn of all that is new in the prompts, in one line each."""
         jobs = (item for item in items if isinstance(item, Job))
         prompts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
-        found = {word.lower(): None for prompt in prompts for word in self.vocabulary.unknown(prompt)}
+        self._look_at_syntax(prompts)
+        if self.vocabulary is not None:
+            self._look_at_words(prompts, self.vocabulary)
+
+    def _look_at_syntax(self, prompts: Iterable[str]) -> None:
+        found: dict[str, None] = {}
+        for prompt in prompts:
+            found |= {match[0]: None for kind, match in unread_syntax(prompt) if kind not in self._syntax}
+        if found:
+            self._syntax |= {kind for text in found for kind, _ in unread_syntax(text)}
+            more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            named = ", ".join(shorten(text, 60, placeholder=" …") for text in list(found)[:_NAMED])
+            self._say(f"warning: read as plain text, not as weights, LoRAs, breaks or choices: {named}{more}")
+
+    def _look_at_words(self, prompts: Iterable[str], vocabulary: Vocabulary) -> None:
+        """Warn of unknown words; the first time with the known ones."""
+        found = {word.lower(): None for prompt in prompts for word in vocabulary.unknown(prompt)}
         new = [word for word in found if word not in self._seen]
         if not new:
             return
-        known = [] if self._seen else [shorten(line, _LONGEST, placeholder=" …") for line in self.vocabulary.lines()]
+        known = [] if self._seen else [shorten(line, _LONGEST, placeholder=" …") for line in vocabulary.lines()]
         self._seen.update(new)
         named = []
         for word in new[:_NAMED]:
-            near = self.vocabulary.nearest(word)
+            near = vocabulary.nearest(word)
             named.append(f"“{word}”" + (f" ({' or '.join(near)}?)" if near else ""))
         more = f" and {len(new) - _NAMED} more words of the prompts" if len(new) > _NAMED else ""
         warning = f"warning: the model {self.model} does not know {', '.join(named)}{more}"
         self._say(f"{warning}. It knows, as emt doctor tells, too:" if known else warning)
         for line in known:
             self._say(f"  {line}")
+
+
+#: Syntax that other programs read in prompts, by what it means there.
+_SYNTAX = {
+    "weight": re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|\(\([^()]+\)\)"),
+    "network": re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>", re.IGNORECASE),
+    "break": re.compile(r"\bBREAK\b"),
+    "bracket": re.compile(r"\[[^\[\]]+\]"),
+    "choice": re.compile(r"\{[^{}]*\|[^{}]*\}"),
+    "embedding": re.compile(r"\bembedding:\S+"),
+}
+
+
+def unread_syntax(prompt: str) -> Iterator[tuple[str, re.Match[str]]]:
+    """Parts of a prompt that mean something else in other programs, each with the kind of its syntax."""
+    for kind, pattern in _SYNTAX.items():
+        for match in pattern.finditer(prompt):
+            yield kind, match

@@ -410,9 +410,8 @@ def parse_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> Any:
-    allowed = f"{'a whole number' if kind is int else 'a number'}" + (
-        f" from {low:g} to {high:g}" if low is not None and high is not None and high < MAX_SEED else f" from {low:g}"
-    )
+    allowed = f"{'a whole number' if kind is int else 'a number'} from {low if kind is int else f'{low:g}'}"
+    allowed += f" to {high if kind is int else f'{high:g}'}" if high is not None else ""
     try:
         if isinstance(value, bool):
             raise ValueError

@@ -18,7 +18,7 @@ from emt.model_folder import Model, find_model
 from emt.storage import check_readable
 from emt_cli.batch import estimates, journal
 from emt_cli.batch.best_of import check_tracking
-from emt_cli.batch.inputs import UnknownWords, expand
+from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import state_on_disk
@@ -101,9 +101,9 @@ def make_plan(options: TransferOptions) -> Plan:
         UsageError: the command line makes no sense.
     """
     model = find_model(options.model, download=False)
-    listed, streamed = expand(options, model.defaults)
+    listed, streamed = expand(options, model.defaults, _say)
     items = _both(listed, streamed)
-    UnknownWords(model.name, model.vocabulary, lambda text: print(printable(text), file=sys.stderr)).look(items)
+    PromptWarnings(model.name, model.vocabulary, _say).look(items)
     index = ContentIndex(options.cache_dir or default_dir())
     lines = journal.read(options.out)
     model_sha256 = model.sha256(index)
@@ -133,6 +133,10 @@ def make_plan(options: TransferOptions) -> Plan:
         plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")
     plan.problems += _disk_problems(options.out, plan.disk)
     return plan
+
+
+def _say(text: str) -> None:
+    print(printable(text), file=sys.stderr)
 
 
 def _both(listed: list[Job | Rejected], streamed: Iterator[Item]) -> list[Job | Rejected]:

@@ -202,7 +202,7 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
 def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None:
     from emt.evaluate.tracks import opencv
     from emt.model_folder import find_model
-    from emt_cli.batch.inputs import UnknownWords, expand
+    from emt_cli.batch.inputs import PromptWarnings, expand
     from emt_cli.batch.jobs import numerics
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.session import RunOptions, SessionOptions, open_session
@@ -216,11 +216,11 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
     with ProgressReporter() as reporter:
         reporter.phase("looking for the model and clips")
         model = find_model(options.model, download=True)
-        listed = check_motions(expand(options, model.defaults)[0])
+        listed = check_motions(expand(options, model.defaults, reporter.say)[0])
         reporter.total = len(listed)
         if options.model is None:
             reporter.say(model.introduction())
-        UnknownWords(model.name, model.vocabulary, reporter.say).look(listed)
+        PromptWarnings(model.name, model.vocabulary, reporter.say).look(listed)
         session = open_session(SessionOptions.of(options, guidance), options.device, reporter.say, model)
         how = replace(RunOptions.of(options, numerics(options)), method=method(guidance), filter=wanted)
         journal = Journal(options.out)

@@ -25,7 +25,7 @@ def transfer(options: TransferOptions) -> None:
     """
     from emt.model_folder import find_model
     from emt_cli.batch.best_of import check_tracking
-    from emt_cli.batch.inputs import UnknownWords, expand
+    from emt_cli.batch.inputs import PromptWarnings, expand
     from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.session import RunOptions, SessionOptions, open_session
@@ -40,14 +40,14 @@ def transfer(options: TransferOptions) -> None:
     with ProgressReporter(Results.JSON if options.json else Results.PATHS) as reporter:
         reporter.phase("looking for the model and clips")
         model = find_model(options.model, download=True)
-        listed, streamed = expand(options, model.defaults)
+        listed, streamed = expand(options, model.defaults, reporter.say)
         for job in listed:
             if isinstance(job, Job):
                 check_tracking(job)
         reporter.total = None if "-" in (options.references or []) else len(listed)
         if options.model is None:
             reporter.say(model.introduction())
-        words = UnknownWords(model.name, model.vocabulary, reporter.say)
+        words = PromptWarnings(model.name, model.vocabulary, reporter.say)
         words.look(listed)
         session = open_session(SessionOptions.of(options), options.device, reporter.say, model)
         how = RunOptions.of(options, numerics(options, engine_id(options.engine)))

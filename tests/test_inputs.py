@@ -1,0 +1,422 @@
+"""What the user gave: references, prompt files and standard input, read into jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from emt.errors import EmtError
+from emt.storage import check_readable
+from emt_cli.batch import inputs
+from emt_cli.batch.inputs import PromptWarnings, expand
+from emt_cli.batch.jobs import Job, Rejected
+from emt_cli.batch.options import Settings, TransferOptions, UsageError
+
+
+def listed(*references: object, **options: object) -> list[Job | Rejected]:
+    return expand(TransferOptions([str(r) for r in references], **options), {})[0]  # type: ignore[arg-type]
+
+
+def clip(path: Path, content: bytes = b"clip") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+# ---- which jobs ---------------------------------------------------------------------------------------------------
+
+
+def test_references_times_prompts_times_seeds_grouped_by_reference(tmp_path):
+    clip(tmp_path / "b.mp4")
+    clip(tmp_path / "a.webm")
+    (tmp_path / "notes.md").write_text("no clip")
+    jobs = listed(tmp_path, prompt=["x", "y"], seeds="0,5-6")
+    assert [(j.reference.name, j.prompt, j.seed) for j in jobs] == [
+        (r, p, s) for r in ("a.webm", "b.mp4") for p in "xy" for s in (0, 5, 6)
+    ]
+
+
+def test_pair_zips(tmp_path):
+    one, two = clip(tmp_path / "1.mp4"), clip(tmp_path / "2.mp4")
+    jobs = listed(one, two, prompt=["x", "y"], pair=True)
+    assert [(j.reference.name, j.prompt) for j in jobs] == [("1.mp4", "x"), ("2.mp4", "y")]
+    with pytest.raises(UsageError, match="here are 2 and 1"):
+        listed(one, two, prompt=["x"], pair=True)
+
+
+def test_globs_folders_and_recursion(tmp_path):
+    clip(tmp_path / "deep" / "er" / "c.mp4")
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "[x].mp4")
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
+
+    def names(*arguments, **options):
+        return [j.reference.name for j in listed(*arguments, prompt=["x"], **options)]
+
+    assert names(tmp_path) == ["[x].mp4", "a.mp4"]
+    assert names(tmp_path, recursive=True) == ["[x].mp4", "a.mp4", "c.mp4"]
+    assert names(tmp_path, recursive=True, out=tmp_path / "deep") == ["[x].mp4", "a.mp4"], "results are no references"
+    assert names(tmp_path / "*.mp4") == ["[x].mp4", "a.mp4"]
+    assert names(tmp_path / "[x].mp4") == ["[x].mp4"], "a file of that name comes before the glob"
+    assert names(tmp_path / "a.mp4", tmp_path) == ["a.mp4", "[x].mp4"], "each once"
+
+
+def test_prompts_beside_the_clip(tmp_path):
+    clip(tmp_path / "walk.mp4")
+    (tmp_path / "walk.txt").write_text("# comment\na cat\n\n a dog \n")
+    clip(tmp_path / "run.mp4")
+    jobs = listed(tmp_path)
+    assert [j.prompt for j in jobs if isinstance(j, Job)] == ["a cat", "a dog"]
+    [rejected] = [j for j in jobs if isinstance(j, Rejected)]
+    assert rejected.reference.endswith("run.mp4")
+    assert "run.txt" in rejected.error.hint
+    assert [j.prompt for j in listed(tmp_path / "walk.mp4", prompt=["x"])] == ["x"]
+    assert len(listed(tmp_path / "walk.mp4", tmp_path / "walk.txt")) == 2, "a shell's walk.* names the prompts too"
+
+
+def test_csv_and_jsonl_rows_set_any_field(tmp_path):
+    here = clip(tmp_path / "a.mp4")
+    (tmp_path / "p.csv").write_text('prompt,steps,seed\n"x, y",3,\nz,,9\n')
+    jobs = listed(here, prompts=[tmp_path / "p.csv"], seeds="1-2", settings={"steps": 7})
+    assert [(j.prompt, j.settings.steps, j.seed, j.overrides) for j in jobs] == [
+        ("x, y", 3, 1, ("steps",)), ("x, y", 3, 2, ("steps",)), ("z", 7, 9, ()),
+    ]  # fmt: skip
+    rows = [{"reference": str(here), "prompt": "x", "width": 64}, {"prompt": "y"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    jobs = listed(prompts=[tmp_path / "p.jsonl"])
+    assert [(j.prompt, j.settings.width) for j in jobs] == [("x", 64)], "a row without reference goes with those named"
+
+
+def test_a_malformed_line_fails_alone_and_is_named(tmp_path):
+    here = clip(tmp_path / "a.mp4")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n\n{"prompt": "y", "steps": 0}\n')
+    rejected = [j for j in listed(here, prompts=[tmp_path / "p.jsonl"]) if isinstance(j, Rejected)]
+    assert [(r.origin, r.error.problem) for r in rejected] == [
+        ("p.jsonl line 2", "the line is not JSON"), ("p.jsonl line 4", "steps is 0"),
+    ]  # fmt: skip
+
+
+def test_jobs_of_a_stream_arrive_one_by_one(tmp_path, monkeypatch):
+    here = clip(tmp_path / "a.mp4")
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+    _, stream = expand(TransferOptions(["-", str(here)], prompt=["p"]), {})
+    assert next(stream) is None, "nothing yet: the batch at hand need not wait"
+    os.write(writer, b'{"prompt": "x", "seed": 3}\nnonsense\n{"steps": 9}')
+    job, rejected = next(stream), next(stream)
+    assert (job.prompt, job.seed, job.reference) == ("x", 3, here)
+    assert rejected.origin == "line 2"
+    assert next(stream) is None
+    os.close(writer)
+    last = next(stream)
+    assert (last.prompt, last.settings.steps, last.origin) == ("p", 9, "line 3")
+    assert list(stream) == []
+
+
+def test_nothing_to_do_is_bad_usage(tmp_path):
+    with pytest.raises(UsageError):
+        listed(prompt=["x"])
+    with pytest.raises(UsageError, match="no such file"):
+        listed(tmp_path, prompts=[tmp_path / "missing.txt"])
+    (tmp_path / "p.csv").write_text("prompt,colour\na,red\n")
+    with pytest.raises(UsageError, match="colour"):
+        listed(tmp_path, prompts=[tmp_path / "p.csv"])
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", Path("/dev/zero"), tmp_path / "missing.mp4", tmp_path / ("x" * 300)):
+        with pytest.raises(EmtError):
+            check_readable(path)
+
+
+# ---- prompt files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path):
+    return clip(tmp_path / "a.mp4")
+
+
+def prompts_of(here: Path, name: str, content: bytes) -> list[str]:
+    path = here.with_name(name)
+    path.write_bytes(content)
+    return [j.prompt if isinstance(j, Job) else j.error.problem for j in listed(here, prompts=[path])]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p", "p.TXT", "p.text"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a_text_has_a_prompt_a_line(here, name, end):
+    assert prompts_of(here, name, end.join([b"# two", b"a fox", b" a wolf "])) == ["a fox", "a wolf"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_k7_prompts_are_read_in_the_encodings_that_shells_write(here, encoding):
+    text = "ein Löwe\r\n一只狗\r\n"
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    assert prompts_of(here, "p.txt", mark + text.encode(encoding)) == ["ein Löwe", "一只狗"]
+    here.with_suffix(".txt").write_bytes(mark + text.encode(encoding))
+    assert [j.prompt for j in listed(here)] == ["ein Löwe", "一只狗"]
+    rows = "\r\n".join(json.dumps({"prompt": line}, ensure_ascii=False) for line in text.split())
+    assert prompts_of(here, "p.jsonl", mark + rows.encode(encoding)) == text.split()
+    assert prompts_of(here, "p.csv", mark + f"prompt\r\n{text}".encode(encoding)) == ["ein Löwe", "一只狗"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfea\0 \0f\0o\0x\0\n",
+        "ein Löwe".encode("utf-16-le"),
+        bytes(100),
+        b"\xff\xfe\0\xd8",
+        b"PK\3\4" + bytes(99),
+    ],
+)
+def test_k7_what_is_no_text_is_one_line(here, content):
+    with pytest.raises(UsageError, match=r"p.txt' is no text in UTF-8"):
+        prompts_of(here, "p.txt", content)
+    here.with_suffix(".txt").write_bytes(content)
+    [rejected] = listed(here)
+    assert rejected.error.problem == "a.txt is no text in UTF-8"
+
+
+def test_a_line_in_another_encoding_fails_alone(here, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"a fox\nein L\xf6we\n")
+    rejected, job = listed(here, prompts=[tmp_path / "p.txt"])
+    assert job.prompt == "a fox"
+    assert rejected.origin == "p.txt line 2"
+    assert "UTF-8" in rejected.error.hint
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.tsv", "p.xlsx", "p.yaml", "p.docx"])
+def test_k2_a_prompts_file_of_a_kind_that_is_not_read_is_refused(here, name):
+    with pytest.raises(UsageError, match="is not read") as error:
+        prompts_of(here, name, b'[\n"a cat",\n"a dog"\n]\n')
+    assert all(kind in error.value.hint for kind in (".txt", ".csv", ".jsonl"))
+
+
+@pytest.mark.parametrize(
+    "content", [b'[\n"a cat",\n"a dog"\n]', b'{"prompt": "a"}\n{"prompt": "b"}', b"[" * 100_000 + b"]" * 100_000]
+)
+def test_k2_json_under_the_name_of_a_text_is_refused(here, content):
+    with pytest.raises(UsageError, match="holds JSON"):
+        prompts_of(here, "p.txt", content)
+    assert prompts_of(here, "p.txt", b"[a fox] in snow\n{a|b}\n") == ["[a fox] in snow", "{a|b}"]
+
+
+def test_prompts_come_through_a_pipe(here):
+    reader, writer = os.pipe()
+    os.write(writer, b"a fox\na wolf\n")
+    os.close(writer)
+    try:
+        assert [j.prompt for j in listed(here, prompts=[Path(f"/dev/fd/{reader}")])] == ["a fox", "a wolf"]
+    finally:
+        os.close(reader)
+
+
+def test_a_file_without_an_end_is_refused(here, monkeypatch):
+    monkeypatch.setattr(inputs, "_MAX_PROMPTS", 1 << 20)
+    with pytest.raises(UsageError, match="larger than 1 MiB"):
+        listed(here, prompts=[Path("/dev/zero")])
+
+
+def test_k7_bad_lines_are_named_even_if_there_are_no_others(here, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt"\n{"steps": 0}\n')
+    found = listed(prompts=[tmp_path / "p.jsonl"])
+    assert [item.origin for item in found] == ["p.jsonl line 1", "p.jsonl line 2"]
+    with pytest.raises(UsageError, match="has no prompts"):
+        prompts_of(here, "p.txt", b"\n# nothing\n")
+
+
+# ---- standard input ------------------------------------------------------------------------------------------------
+
+
+def streamed(monkeypatch, content: bytes, *references: object, **options: object) -> list[Job | Rejected]:
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+    thread = threading.Thread(target=lambda: (os.write(writer, content), os.close(writer)))
+    thread.start()
+    _, stream = expand(TransferOptions(["-", *map(str, references)], **options), {})  # type: ignore[arg-type]
+    found = [item for item in stream if item is not None]
+    thread.join()
+    return found
+
+
+@pytest.mark.parametrize("length", [inputs.MAX_LINE + 1, 3 * inputs.MAX_LINE])
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_k3_a_line_that_is_too_long_fails_alone(here, monkeypatch, length, end):
+    long = b'{"prompt": "' + b"x" * (length - 12)
+    before, after = b'{"prompt": "a"}\n{"prompt": "b"}\n', b'{"prompt": "c"}' if end else b""
+    found = streamed(monkeypatch, before + long + end + after, here)
+    assert [item.prompt for item in found if isinstance(item, Job)] == ["a", "b", "c"][: 3 if end else 2]
+    [rejected] = [item for item in found if isinstance(item, Rejected)]
+    assert (rejected.error.problem, rejected.origin) == ("the line is too long", "line 3")
+
+
+def test_a_stream_may_begin_with_a_byte_order_mark(here, monkeypatch):
+    [job] = streamed(monkeypatch, b'\xef\xbb\xbf{"prompt": "a"}\r\n', here)
+    assert job.prompt == "a"
+
+
+def test_standard_input_that_cannot_be_read_is_one_failure(here, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", os.fdopen(os.open(os.devnull, os.O_WRONLY)))
+    _, stream = expand(TransferOptions(["-", str(here)]), {})
+    [rejected] = [item for item in stream if item is not None]
+    assert "Bad file descriptor" in rejected.error.problem
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="closed"):
+        next(expand(TransferOptions(["-", str(here)]), {})[1])
+
+
+# ---- order, and what is not read -----------------------------------------------------------------------------------
+
+
+def test_k2_clips_come_in_natural_order(tmp_path):
+    for number in (10, 2, 1):
+        clip(tmp_path / "clips" / f"clip{number}.mp4")
+        clip(tmp_path / f"part{number}" / "x.mp4")
+    prompts = ["one", "two", "ten"]
+    for argument in (tmp_path / "clips", tmp_path / "clips" / "*.mp4", tmp_path / "part*" / "x.mp4"):
+        jobs = listed(argument, prompt=prompts, pair=True)
+        numbers = [re.findall(r"\d+", str(job.reference.relative_to(tmp_path)))[0] for job in jobs]
+        assert [(number, job.prompt) for number, job in zip(numbers, jobs)] == [
+            ("1", "one"),
+            ("2", "two"),
+            ("10", "ten"),
+        ]
+
+
+def test_k2_pairs_in_a_shells_order_are_pointed_out(tmp_path):
+    clips = [clip(tmp_path / f"clip{number}.mp4") for number in (1, 10, 2)]
+    assert "clip1.mp4, clip10.mp4, clip2.mp4" in notes(*clips, prompt=["x"] * 3, pair=True)[0]
+    assert not notes(clips[2], clips[0], clips[1], prompt=["x"] * 3, pair=True), "an order of the user's own"
+    assert not notes(*clips, prompt=["x"])
+
+
+def notes(*references: object, **options: object) -> list[str]:
+    said: list[str] = []
+    expand(TransferOptions([str(r) for r in references], **options), {}, said.append)  # type: ignore[arg-type]
+    return said
+
+
+def test_k7_what_is_not_read_of_a_folder_is_one_line(tmp_path):
+    clip(tmp_path / "a.mp4")
+    for name in ("a.txt", ".hidden", "1.doc", "2.doc", "README"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    clip(tmp_path / "more" / "b.mp4")
+    unread, folders = notes(tmp_path, prompt=["x"])
+    assert all(
+        part in unread for part in ("4 files", "1.doc and 1 more", "README", "gone.mp4 (a link that leads nowhere)")
+    )
+    assert "1 folder in" in folders
+    assert "--recursive" in folders
+    assert len(notes(tmp_path, prompt=["x"], recursive=True)) == 1
+    assert not notes(tmp_path / "more", prompt=["x"])
+    for number in range(30):
+        clip(tmp_path / "many" / str(number) / "a.mp4").with_name("b.doc").write_text("x")
+    assert len(notes(tmp_path / "many", prompt=["x"], recursive=True)) < 12, "no flood"
+
+
+def test_k5_a_folder_that_cannot_be_read_leaves_the_others(tmp_path, monkeypatch):
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "closed" / "b.mp4")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [job.reference.name for job in listed(tmp_path, prompt=["x"], recursive=True)] == ["a.mp4"]
+    assert any("Permission denied" in line for line in notes(tmp_path, prompt=["x"], recursive=True))
+
+
+def test_k2_a_folder_of_clips_and_thumbnails_is_its_clips(tmp_path):
+    from PIL import Image
+
+    for number in range(1, 4):
+        clip(tmp_path / f"{number}.mp4")
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.jpg")
+    assert [job.reference.name for job in listed(tmp_path, prompt=["x"])] == ["1.mp4", "2.mp4", "3.mp4"]
+
+
+def test_a_text_beside_a_clip_is_its_prompts_whatever_else_has_that_name(tmp_path):
+    here = clip(tmp_path / "a.b.mp4")
+    for name in ("a.b.txt", "a.txt"):
+        (tmp_path / name).write_text("x")
+    assert [j.reference for j in listed(*sorted(tmp_path.iterdir()), prompt=["x"])] == [here, tmp_path / "a.txt"]
+
+
+def seconds(work) -> float:
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+
+def test_k8_texts_beside_clips_are_found_in_linear_time(tmp_path):
+    for number in range(1500):
+        (tmp_path / f"{number}.mp4").write_bytes(b"x")
+        (tmp_path / f"{number}.txt").write_bytes(b"a fox")
+    given = [str(path) for path in tmp_path.iterdir()]
+    assert seconds(lambda: expand(TransferOptions(given), {})) < 1.5, "2.3 s for 800 if each looks at all"
+
+
+def test_k8_the_first_of_60_000_jobs_is_there_in_a_second(tmp_path):
+    for number in range(60):
+        clip(tmp_path / f"{number}.mp4")
+    options = TransferOptions([str(tmp_path)], prompt=[f"a fox {number}" for number in range(100)], seeds="0-9")
+    assert len(expand(options, {})[0]) == 60_000
+    assert seconds(lambda: expand(options, {})) < 1
+
+
+# ---- warnings ------------------------------------------------------------------------------------------------------
+
+
+def warnings_of(*prompts: str, negative: str = "") -> list[str]:
+    said: list[str] = []
+    jobs = [Job(Path("/a.mp4"), prompt, 0, Settings(negative_prompt=negative)) for prompt in prompts]
+    list(PromptWarnings("m", None, said.append).watch(jobs))
+    return said
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        "(fox:1.3)",
+        "(a red fox : .5)",
+        "((fox))",
+        "[fox]",
+        "[a:b:0.5]",
+        "BREAK",
+        "<lora:x:0.8>",
+        "<LoRA:x>",
+        "{a|b}",
+        "embedding:x",
+    ],
+)
+def test_k2_syntax_that_is_not_honoured_is_said_in_one_line(syntax):
+    for said in (warnings_of(f"a {syntax} in snow"), warnings_of("a fox", negative=syntax)):
+        [line] = said
+        assert line.startswith("warning: read as plain text")
+        assert syntax in line
+
+
+def test_k2_each_kind_of_syntax_is_named_once():
+    said = warnings_of("(fox:1.3) BREAK (wolf:1.2)", "(cat:1.1)", "<lora:x:1>")
+    assert len(said) == 2
+    assert "(fox:1.3), (wolf:1.2), BREAK" in said[0]
+    assert "<lora:x:1>" in said[1]
+
+
+@pytest.mark.parametrize("prompt", ["a fox (red) in snow", "12:30 at the station", "a < b > c", "break dance", "C++"])
+def test_plain_words_are_not_taken_for_syntax(prompt):
+    assert not warnings_of(prompt)
