@@ -17,7 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from emt_cli.batch.best_of import describe_choice
-from emt_cli.batch.journal import dumps
+from emt_cli.batch.records import dumps
 from emt_cli.streams import Stream, TextOf
 from emt_cli.text import duration, printable
 

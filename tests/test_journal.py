@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from emt.errors import EmtError
 from emt.video import write_clip
-from emt_cli.batch import journal
+from emt_cli.batch import journal, records
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import Settings
@@ -58,6 +59,30 @@ def test_a_second_run_is_refused_and_told_by_whom(tmp_path):
     Journal(tmp_path).close()
 
 
+def test_each_writer_has_a_file_of_its_own_and_they_are_read_as_one(tmp_path):
+    first, second = Journal(tmp_path), Journal(tmp_path, "gpu1")
+    with pytest.raises(EmtError, match=f"process {os.getpid()}"):
+        Journal(tmp_path, "gpu1")
+    for count, log in enumerate([first, second, first, second]):
+        log.append({"event": "job", "state": "done", "output": "a/x-0.mp4", "id": str(count)})
+        time.sleep(0.002)  # times are kept to the millisecond
+    assert [line["id"] for line in journal.read(tmp_path)] == ["0", "1", "2", "3"]
+    assert (tmp_path / "journal-gpu1.jsonl").read_bytes().count(b"\n") == 2
+    first.close()
+    second.close()
+    assert Journal(tmp_path).known.done["a/x-0.mp4"]["id"] == "3", "whoever wrote it"
+    with pytest.raises(ValueError, match="letters"):
+        Journal(tmp_path, "../x")
+
+
+def test_lines_of_one_file_keep_their_order_whatever_its_clock_did(tmp_path):
+    times = ["2026-01-01T00:00:09.000+00:00", "2026-01-01T00:00:01.000+00:00", None]
+    lines = [{"event": "job", "id": str(n), **({"finished": time} if time else {})} for n, time in enumerate(times)]
+    (tmp_path / journal.FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "journal-b.jsonl").write_text(json.dumps({"id": "b", "finished": "2026-01-01T00:00:05.000+00:00"}))
+    assert [line["id"] for line in journal.read(tmp_path)] == ["b", "0", "1", "2"]
+
+
 def test_threads_write_whole_lines(tmp_path):
     log = Journal(tmp_path)
     threads = [
@@ -68,6 +93,79 @@ def test_threads_write_whole_lines(tmp_path):
     [thread.join() for thread in threads]
     log.close()
     assert len({line["id"] for line in journal.read(tmp_path)}) == 80
+
+
+def test_a_line_is_synced_before_append_returns(tmp_path, monkeypatch):
+    log, synced = Journal(tmp_path), []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (sync(file), synced.append(os.readlink(f"/proc/self/fd/{file}"))))
+    log.append({"event": "job", "id": "1"})
+    assert synced == [str(tmp_path / journal.FILE_NAME)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"event": "job", "state": "done", "output": "a/x.mp4", "settings": ' + b'{"a":' * 100_000,
+        b'{"event": "job", "state": "done", "output": "/etc/passwd", "id": "x"}',
+        b'{"event": "job", "state": "done", "output": "a/../../x.mp4", "id": "x"}',
+        b'{"event": "job", "state": "done", "output": "..\\\\x.mp4", "id": "x"}',
+        b'{"event": "job", "state": "done", "output": "C:\\\\x.mp4", "id": "x"}',
+        b'{"event": "job", "state": "done", "output": ["a"], "id": "x"}',
+        b'{"event": "job", "state": "done", "id": "x"}',
+        b'{"event": "job", "state": "done", "output": "a/x.mp4", "seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_k5_k6_damaged_and_hostile_lines_are_left_out(tmp_path, line):
+    filled(tmp_path)
+    with open(tmp_path / journal.FILE_NAME, "ab") as file:
+        file.write(line + b"\n")
+    assert [line["id"] for line in journal.read(tmp_path)] == ["1", "2"]
+    assert [line["id"] for line in journal.current(tmp_path)] == ["1", "2"]
+    log = Journal(tmp_path)
+    assert set(log.known.done) == {"a/x-0.mp4", "a/y-0.mp4"}
+    log.close()
+
+
+def test_k5_fields_that_are_not_as_declared_are_left_out(tmp_path):
+    good = {
+        "event": "job", "state": "done", "output": "a/x.mp4", "id": "1", "seed": 3,
+        "settings": {"fps": None, "steps": 2},
+        "batch": {"size": 2, "index": 1, "shared_reference": False}, "timings": {"steps": 0.5}, "future": {"a": [1]},
+        "best_of": {"first_seed": 2, "candidates": [{"seed": 2, "error": "x"}, {"seed": 3, "motion_fidelity": 0.5}]},
+    }  # fmt: skip
+    assert records.check(good) == good
+    bad = {
+        "id": [1], "seed": -1, "settings": {"steps": [2]}, "batch": {"size": 1, "index": 1, "shared_reference": False},
+        "timings": {"steps": "0.5"}, "prompt": 5, "motion_fidelity": float("nan"), "bytes": True, "warnings": [1],
+        "best_of": {"first_seed": 2, "candidates": [{"seed": 2, "motion_fidelity": 0.5}]},  # not the seed of the clip
+    }  # fmt: skip
+    kept = {name: value for name, value in good.items() if name not in bad}
+    assert records.check({**good, **bad}) == kept
+    (tmp_path / journal.FILE_NAME).write_text(json.dumps({**good, "future": [float("inf")], "motion_fidelity": 1e400}))
+    assert journal.read(tmp_path) == [{**good, "future": [None]}], "a number that is not finite is null, or missing"
+
+
+def test_k8_a_torn_line_of_megabytes_costs_no_more_than_reading_it(tmp_path):
+    content = filled(tmp_path)
+    with open(tmp_path / journal.FILE_NAME, "ab") as file:
+        file.write(b'{"event": "job", "prompt": "' + b"x" * 30_000_000)
+    begun = time.process_time()
+    Journal(tmp_path).close()
+    assert time.process_time() - begun < 2
+    assert (tmp_path / journal.FILE_NAME).read_bytes() == content
+
+
+def test_k8_jobs_that_failed_without_an_output_take_time_in_proportion(tmp_path):
+    failed = {"event": "job", "state": "failed", "reference": "/a.mp4", "error": "x"}
+    done = {"event": "job", "state": "done", "reference": "/a.mp4", "seed": 0}
+    lines = [{**failed, "prompt": f"p{n}"} for n in range(8000)]
+    lines += [{**done, "prompt": f"p{n}", "output": f"a/{n}.mp4"} for n in range(4000)]
+    (tmp_path / journal.FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    begun = time.process_time()
+    assert len(journal.current(tmp_path)) == 8000
+    assert time.process_time() - begun < 2
 
 
 def _append_on_a_full_disk(out: Path) -> None:

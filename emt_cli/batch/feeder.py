@@ -11,8 +11,8 @@ from emt.storage import write_atomically
 from emt_cli.batch.best_of import check_tracking
 from emt_cli.batch.generator import describe
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
-from emt_cli.batch.journal import dumps
 from emt_cli.batch.outcomes import Outcomes
+from emt_cli.batch.records import dumps
 from emt_cli.batch.results import read_record, sidecar, state_on_disk
 from emt_cli.batch.session import RunOptions, Session
 from emt_cli.batch.tasks import Reference, Task
@@ -84,19 +84,19 @@ class Feeder:
         """Whether earlier runs leave nothing to do for a job, which is reported then."""
         if self.options.overwrite:
             return False
-        journal, clip = self.outcomes.journal, self.outcomes.out / line["output"]
-        state = state_on_disk(journal.finished.get(line["output"]), clip, job, line["id"])
+        known, clip = self.outcomes.journal.known, self.outcomes.out / line["output"]
+        state = state_on_disk(known.done.get(line["output"]), clip, job, line["id"])
         if state == "made":
             self._adopt(line, clip)
         if self.options.filter and (reason := self._fails_filter(line, state)):
             if state == "open":
                 self.outcomes.unchanged(line, "dropped", reason)
             else:
-                self.outcomes.dropped({**line, **journal.finished[line["output"]]}, reason)
+                self.outcomes.dropped({**line, **known.done[line["output"]]}, reason)
             return True
         if state != "open":
-            known = journal.finished[line["output"]]
-            chosen = {key: known[key] for key in ("seed", "best_of") if "best_of" in known}
+            made = known.done[line["output"]]
+            chosen = {key: made[key] for key in ("seed", "best_of") if "best_of" in made}
             self.outcomes.unchanged({**line, **chosen}, "skipped")
         return state != "open"
 
@@ -109,8 +109,8 @@ class Feeder:
     def _fails_filter(self, line: dict[str, Any], state: str) -> str:
         """Why a job of an earlier run does not pass this run's filter, by what was measured then; empty if it may."""
         assert self.options.filter is not None
-        journal = self.outcomes.journal
-        known = (journal.dropped if state == "open" else journal.finished).get(line["output"], {})
-        if known.get("id") != line["id"] or "motion_fidelity" not in known:
+        journal = self.outcomes.journal.known
+        known = (journal.dropped if state == "open" else journal.done).get(line["output"], {})
+        if known.get("id") != line["id"] or not {"motion_fidelity", "temporal_consistency"} <= known.keys():
             return ""
         return self.options.filter.reason(known["motion_fidelity"], known["temporal_consistency"])

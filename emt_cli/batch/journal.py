@@ -1,6 +1,8 @@
 """The journal of an output folder: what was done, by whom, and what is left to do after a crash.
 
-`OUT/journal.jsonl` has one JSON object a line, only ever appended. Lines with `"event": "job"` tell of a job:
+`OUT/journal.jsonl` has one JSON object a line, only ever appended. Where several processes write to a folder, each of
+the others has a file of its own, `OUT/journal-<writer>.jsonl`; read together, lines are in the order of their times.
+Lines with `"event": "job"` are about a job:
 
     state       done | failed | dropped (made, but below the thresholds of `emt make-pairs`)
     output      the clip, relative to OUT (done, and failed where it is known)
@@ -18,51 +20,59 @@
     error, hint, origin   of a failed job: what is wrong, what to do, where the job was read; of a dropped one why
     finished    UTC time, ISO 8601
 
-Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds, device,
-device_wait (the share of the time between the first and the last batch in which the device waited for data).
+    warnings    what could not be honoured, a line each
+
+Lines with `"event": "file"` say that a clip was found whole with another time (a copied folder): output, id, bytes,
+mtime_ns. Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds since the
+process was started, phases (where they went; they add up to the whole), device, device_wait (the share of the time
+between the first and the last batch in which the device waited for data).
 
 **What a crash leaves.** For each job the order is: clip (written beside, synced, renamed), sidecar `<clip>.json` (the
 same way), journal line (one write, synced). So a line never tells of a clip that is not whole; a clip without a
 line carries its job's identity in its metadata and is adopted by the next run; and a torn last line is cut off
-when the journal is next opened for writing. One process at a time may write: it holds a lock on `OUT/.lock`,
-which the system drops when the process ends in whatever way.
+when the journal is next opened for writing. One process at a time may be a writer: it holds a lock on `OUT/.lock`
+(others on `OUT/.lock-<writer>`), which the system drops when the process ends in whatever way.
 """
 
 from __future__ import annotations
 
 import datetime
 import errno
-import json
+import heapq
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
+from emt_cli.batch.records import dumps, parse
 
 FILE_NAME = "journal.jsonl"
 LOCK_NAME = ".lock"
+_BLOCK = 1 << 16  # bytes
 
 
-def dumps(value: Any) -> bytes:
-    """One line of JSON in UTF-8; what is not valid Unicode (bytes of odd file names) stays as JSON escapes."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+def exists(out: Path) -> bool:
+    """Whether a folder has a journal."""
+    return bool(_files(out))
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """The lines of a folder's journal, oldest first; lines that are not whole are left out.
+def lines(out: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a folder's journal, of all writers, oldest first, their fields checked (`emt_cli.batch.records`).
+
+    Lines that are not whole, and those of clips outside of the folder, are left out.
 
     Raises:
         EmtError: the journal is there but may not be read.
     """
-    try:
-        with open(out / FILE_NAME, "rb") as file:
-            return list(_parsed(file.read()))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise EmtError(f"cannot read {out / FILE_NAME}: {error.strerror}") from None
+    return (line for _, line in heapq.merge(*(_timed(path) for path in _files(out)), key=lambda pair: pair[0]))
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """All of `lines` at once."""
+    return list(lines(out))
 
 
 def current(out: Path) -> list[dict[str, Any]]:
@@ -74,66 +84,136 @@ def current(out: Path) -> list[dict[str, Any]]:
         EmtError: the journal is there but may not be read.
     """
     named: dict[str, dict[str, Any]] = {}
-    nameless: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in read(out):
+    # Jobs that failed before they had an output, by which of their facts are known, and by these.
+    nameless: dict[tuple[bool, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for line in lines(out):
         if line.get("event") != "job" or line.get("state") not in ("done", "failed", "dropped"):
             continue
-        known = tuple(line.get(key) for key in ("origin", "reference", "prompt", "seed"))
-        if not isinstance(line.get("output"), str):
-            nameless[known] = line
-            continue
-        named[line["output"]] = line
-        for other in [key for key in nameless if all(a is None or a == b for a, b in zip(key, known))]:
-            del nameless[other]
-    return [*named.values(), *nameless.values()]
+        facts = tuple(line.get(key) for key in ("origin", "reference", "prompt", "seed"))
+        if "output" in line:
+            named[line["output"]] = line
+            for known, others in nameless.items():
+                others.pop(tuple(fact if given else None for fact, given in zip(facts, known)), None)
+        else:
+            others = nameless.setdefault(tuple(fact is not None for fact in facts), {})
+            others.pop(facts, None)  # the last word takes the last place
+            others[facts] = line
+    return [*named.values(), *(line for others in nameless.values() for line in others.values())]
 
 
-def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in content.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
+def _files(out: Path) -> list[Path]:
+    """The journals of all writers, the first writer's first."""
+    try:
+        found = sorted(path for path in out.iterdir() if re.fullmatch(r"journal(-.+)?\.jsonl", path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise EmtError(f"cannot read {out}: {error.strerror}") from None
+    return sorted(found, key=lambda path: path.name != FILE_NAME)
+
+
+def _timed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines of a file with the time of each; in the order of the file, whatever its clock did."""
+    latest = ""
+    try:
+        with open(path, "rb") as file:
+            for content in file:
+                line = parse(content)
+                if line.get("state") in ("done", "dropped") and "output" not in line:
+                    continue
+                if line:
+                    latest = max(latest, line.get("finished", ""))
+                    yield latest, line
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise EmtError(f"cannot read {path}: {error.strerror}") from None
+
+
+class Known:
+    """What runs need to know of the clips of earlier ones: the last word on each, in little memory.
+
+    Attributes:
+        done: By output: id, bytes and mtime_ns of a finished clip; seed and best_of where one was chosen; measures.
+        dropped: By output: id and measures of a clip that was dropped.
+        failed: By output: id and error of a job whose last word is that it failed.
+    """
+
+    def __init__(self) -> None:
+        self.done: dict[str, dict[str, Any]] = {}
+        self.dropped: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, dict[str, Any]] = {}
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take a line of the journal."""
+        output, state = line.get("output"), line.get("state")
+        if output is None:
+            return
+        if line.get("event") == "file":
+            known = self.done.get(output, {})
+            if known and known.get("id") == line.get("id"):
+                known |= {name: line[name] for name in ("bytes", "mtime_ns") if name in line}
+            return
+        kept = {name: line[name] for name in _KEPT if name in line}
+        if "best_of" in line and "seed" in line:
+            kept |= {"best_of": line["best_of"], "seed": line["seed"]}
+        if state == "failed":
+            self.failed[output] = kept | {"error": line.get("error", "")}
+            return
+        self.failed.pop(output, None)
+        if state == "done":
+            self.done[output] = kept
+        elif state == "dropped":
+            self.dropped[output] = kept
+
+
+_KEPT = ("id", "bytes", "mtime_ns", "motion_fidelity", "temporal_consistency")
 
 
 class Journal:
-    """The journal of one output folder, locked for this process. Threads may share it.
+    """The journal of one output folder, locked for this writer. Threads may share it.
 
     Args:
         out: The output folder; made if it is missing.
+        writer: Name of the writer, where there are several; empty for the first.
+
+    Attributes:
+        known: What all writers have done.
 
     Raises:
-        EmtError: another process is writing to the folder, or it cannot be written to.
+        EmtError: another process is this writer, or the folder cannot be written to.
+        ValueError: `writer` is no name.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, writer: str = "") -> None:
+        if not re.fullmatch(r"[\w.-]*", writer):
+            raise ValueError(f"writer is {writer!r}: letters, digits, ., _ and - are allowed")
         self.out = out
         self._guard = threading.RLock()
+        self._open = True
+        suffix = f"-{writer}" if writer else ""
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(out / LOCK_NAME)
-            self._file = os.open(out / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._lock = _lock(out / f"{LOCK_NAME}{suffix}")
+            name = Path(FILE_NAME)
+            self._file = os.open(out / f"{name.stem}{suffix}{name.suffix}", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             self._repair()
         except OSError as error:
             raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
-        lines = [line for line in read(out) if isinstance(line.get("output"), str)]
-        #: The last `done` line of each output.
-        self.finished = {line["output"]: line for line in lines if line.get("state") == "done"}
-        #: The last `dropped` line of each output.
-        self.dropped = {line["output"]: line for line in lines if line.get("state") == "dropped"}
+        self.known = Known()
+        for line in lines(out):
+            self.known.add(line)
 
     def _repair(self) -> None:
         """Cut off a last line that a crash left half-written, or end it if only its line break is missing."""
-        size = os.fstat(self._file).st_size
-        tail, start = b"", size
-        while start and b"\n" not in tail:
-            step = min(start, 1 << 16)
+        size = start = os.fstat(self._file).st_size
+        blocks: list[bytes] = []
+        while start and not (blocks and b"\n" in blocks[-1]):
+            step = min(start, _BLOCK)
             start -= step
-            tail = os.pread(self._file, step, start) + tail
-        torn = tail.rpartition(b"\n")[2]
-        if torn and any(_parsed(torn)):
+            blocks.append(os.pread(self._file, step, start))
+        torn = b"".join(reversed(blocks)).rpartition(b"\n")[2]
+        if torn and parse(torn):
             os.write(self._file, b"\n")
         elif torn:
             os.ftruncate(self._file, size - len(torn))
@@ -157,14 +237,16 @@ class Journal:
             except OSError:
                 os.ftruncate(self._file, size)
                 raise
-            if line.get("state") == "done":
-                self.finished[line["output"]] = line
+            self.known.add(line)
 
     def close(self) -> None:
         """Let the folder go; waits for a line that another thread is writing."""
         if self._guard.acquire(timeout=5):
-            os.close(self._file)
-            os.close(self._lock)
+            if self._open:
+                self._open = False
+                os.close(self._file)
+                os.close(self._lock)
+            self._guard.release()
 
 
 def _lock(path: Path) -> int:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,17 +105,17 @@ def make_plan(options: TransferOptions) -> Plan:
     items = _both(listed, streamed)
     PromptWarnings(model.name, model.vocabulary, _say).look(items)
     index = ContentIndex(options.cache_dir or default_dir())
-    lines = journal.read(options.out)
     model_sha256 = model.sha256(index)
     gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
     device = gpu or "cpu"
-    past = estimates.PastTimings.read(lines, model_sha256, device)
+    known = journal.Known()
+    past = estimates.PastTimings.read(_remembering(journal.lines(options.out), known), model_sha256, device)
     source = (
         f"{past.jobs} earlier clips on this device"
         if past
         else "a rough model of the arithmetic, as nothing was made here with this model on this device"
     )
-    planned = list(_planned(items, options, model, model_sha256, index, lines))
+    planned = list(_planned(items, options, model, model_sha256, index, known))
     plan = Plan(planned, model, device, source)
     half = bool(gpu) if options.precision is Precision.AUTO else options.precision is not Precision.FP32
     for line in planned:
@@ -143,16 +143,22 @@ def _both(listed: list[Job | Rejected], streamed: Iterator[Item]) -> list[Job | 
     return [*listed, *(item for item in streamed if item is not None)]
 
 
+def _remembering(lines: Iterable[dict[str, Any]], known: journal.Known) -> Iterator[dict[str, Any]]:
+    """Lines, as they are; what is needed of them later is kept."""
+    for line in lines:
+        known.add(line)
+        yield line
+
+
 def _planned(
     items: list[Job | Rejected],
     options: TransferOptions,
     model: Model,
     model_sha256: str,
     index: ContentIndex,
-    lines: list[dict[str, Any]],
+    known: journal.Known,
 ) -> Iterator[PlannedJob]:
     precision = numerics(options, engine_id(options.engine))
-    finished = {line.get("output"): line for line in lines if line.get("state") == "done"}
     references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looked = dict(zip(references, pool.map(lambda path: _look(path, index), references)))
@@ -161,11 +167,11 @@ def _planned(
         if isinstance(item, Rejected):
             yield PlannedJob(item, "problem", error=item.error)
             continue
-        known = looked[item.reference]
-        if isinstance(known, EmtError):
-            yield PlannedJob(item, "problem", error=known)
+        found = looked[item.reference]
+        if isinstance(found, EmtError):
+            yield PlannedJob(item, "problem", error=found)
             continue
-        sha256, frames = known
+        sha256, frames = found
         output = str(output_name(item, sha256))
         if output in seen:
             continue
@@ -182,7 +188,7 @@ def _planned(
         except EmtError as error:
             line.state, line.error = "problem", error
         if not options.overwrite and not line.error:
-            state = state_on_disk(finished.get(output), options.out / output, item, identity)
+            state = state_on_disk(known.done.get(output), options.out / output, item, identity)
             line.state = "open" if state == "open" else "done"
         yield line
 

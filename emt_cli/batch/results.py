@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from emt.errors import EmtError
 from emt.storage import write_atomically
 from emt_cli.batch.jobs import Job
-from emt_cli.batch.journal import dumps
+from emt_cli.batch.records import dumps, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,18 +36,14 @@ def write_result(clip: Path, frames: np.ndarray, fps: float, record: dict[str, A
 
 
 def read_record(clip: Path) -> dict[str, Any]:
-    """The record that a clip carries; empty if it has none.
+    """The record that a clip carries, its fields checked; empty if it has none.
 
     Raises:
         EmtError: the clip cannot be read.
     """
     from emt.video import read_metadata
 
-    try:
-        record = json.loads(read_metadata(clip).get(_KEY, ""))
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+    return parse(read_metadata(clip).get(_KEY, ""))
 
 
 def is_whole(clip: Path, job: Job, identity: str) -> bool:

@@ -19,8 +19,8 @@ from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.generator import Generator, playback_rate, read_reference
 from emt_cli.batch.jobs import Job, Rejected, digest
-from emt_cli.batch.journal import dumps
 from emt_cli.batch.options import Settings, parse_field
+from emt_cli.batch.records import dumps
 from emt_cli.batch.results import read_record
 
 if TYPE_CHECKING:

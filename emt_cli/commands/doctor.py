@@ -56,7 +56,7 @@ def doctor(
 
     Says what will work, what will not, and the command that mends it. Exit code 1 if clips cannot be made.
     """
-    from emt_cli.batch.journal import dumps
+    from emt_cli.batch.records import dumps
     from emt_cli.text import printable
 
     findings = examine(model, out, cache_dir)

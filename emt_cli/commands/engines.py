@@ -285,7 +285,7 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    from emt_cli.batch.journal import dumps
+    from emt_cli.batch.records import dumps
 
     sys.stdout.buffer.write(dumps(value) + b"\n")
     sys.stdout.buffer.flush()

@@ -30,8 +30,8 @@ def plan(options: TransferOptions) -> None:
 
 def show(options: TransferOptions) -> None:
     """Print a plan on standard output; ends with exit code 1 if something in it cannot be done."""
-    from emt_cli.batch.journal import dumps
     from emt_cli.batch.planning import make_plan
+    from emt_cli.batch.records import dumps
 
     made = make_plan(options)
     if options.json:
