@@ -14,7 +14,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -216,8 +216,22 @@ class MotionCache:
                 write_atomically(facts, json.dumps({**known, "key": key}).encode())
         return motion, fps
 
-    def save(self, key: str, motion: Motion, fps: float) -> None:
+    def warnings(self, key: str) -> tuple[str, ...]:
+        """What was said of the clip that an entry's motion was read from; nothing without an entry."""
+        with suppress(OSError, ValueError, RecursionError, AttributeError):
+            known = json.loads(self._paths(key)[1].read_bytes()).get("warnings", [])
+            if isinstance(known, list) and all(isinstance(text, str) for text in known):
+                return tuple(known)
+        return ()
+
+    def save(self, key: str, motion: Motion, fps: float, warnings: Sequence[str] = ()) -> None:
         """Keep a motion, and drop old ones beyond the limit.
+
+        Args:
+            key: Hash of what it was made from.
+            motion: The motion.
+            fps: Frame rate of its reference.
+            warnings: What is said of its reference.
 
         Raises:
             OSError: it could not be written (no entry is left).
@@ -233,7 +247,8 @@ class MotionCache:
             if size > self.limit:
                 return
             sync(temporary)
-            known = {"sha256": sha256_of(temporary), "key": key, "fps": fps, "bytes": size}
+            known: dict[str, Any] = {"sha256": sha256_of(temporary), "key": key, "fps": fps, "bytes": size}
+            known |= {"warnings": list(warnings)} if warnings else {}
             facts.unlink(missing_ok=True)
             os.replace(temporary, tensors)
             write_atomically(facts, json.dumps(known).encode())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from program import EMT, FRAMES, SIDE, clip, console, environment, journal, lines, model, start, transfer
 
-from emt.video import read_clip, read_metadata
+from emt.video import read_clip, read_metadata, write_clip
 
 
 def states(ended) -> dict[str, int]:
@@ -176,6 +176,25 @@ def test_the_device_hardly_waits(tmp_path):
     last = json.loads((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines()[-1])
     assert last["event"] == "run"
     assert last["device_wait"] < 0.05, ended.err
+
+
+def test_k2_what_cannot_be_honoured_is_said_once_and_recorded(tmp_path):
+    """A clip sampled too coarsely, a prompt that is too long: on stderr, in the journal, in the clip's record."""
+    write_clip(tmp_path / "slow.mp4", np.random.default_rng(0).integers(0, 255, (40, SIDE, SIDE, 3), np.uint8), 1)
+    prompt = "a red star " * 60
+    job = ["slow.mp4", "--prompt", prompt, "--seeds", "0-1", "--json"]
+    for out in ("first", "from-the-cache"):
+        ended = transfer(tmp_path, *job, "-o", out)
+        assert ended.err.count("so that movement between them is lost") == 1
+        assert ended.err.count("the model reads the first") == 1
+        for line in lines(ended):
+            sparse, cut = line["warnings"]
+            assert "movement between them is lost" in sparse
+            assert "the model reads the first" in cut
+            assert json.loads((tmp_path / (line["path"] + ".json")).read_bytes())["warnings"] == line["warnings"]
+        assert [line["warnings"] for line in journal(tmp_path / out)] == [[sparse, cut]] * 2
+    ended = transfer(tmp_path, "slow.mp4", "--prompt", "x", "--duration", "4", "--json")
+    assert "warnings" not in lines(ended)[0]
 
 
 # ---- streams and exit codes ---------------------------------------------------------------------------------------
@@ -370,6 +389,7 @@ def test_rerun_makes_the_very_same_frames(batched, which):
     assert ended.code == 0, ended.err
     made, again = (read_clip(path, frames=FRAMES).frames for path in (results[which], folder / f"again{which}"))
     assert np.array_equal(made, again)
+    assert f"again{which} is identical with the original" in ended.err
     assert rerun(folder, source, "-o", folder / f"again{which}").code == 1, "it does not overwrite unless told"
 
 
@@ -402,6 +422,57 @@ def test_rerun_says_what_will_differ(batched, tmp_path):
     assert ended.code == 0, ended.err
     assert "made with the kernels triton, made again with reference: bits may differ" in ended.err
     assert "another version" in ended.err
+
+
+def test_k2_rerun_says_how_far_the_new_clip_is_from_the_original(batched, tmp_path):
+    folder, results = batched
+    made = shutil.copytree(results[0], tmp_path / "made")
+    record = json.loads(results[0].with_name(results[0].name + ".json").read_bytes())
+    versions = {**record["versions"], "torch": "1.0"}
+    (tmp_path / "made.json").write_text(json.dumps({**record, "seed": 7, "versions": versions}))
+    ended = rerun(folder, tmp_path / "made.json")
+    assert ended.code == 0, ended.err
+    assert "made-rerun is not identical with the original" in ended.err
+    assert "of 255 on average" in ended.err
+    assert "made with torch 1.0 (here " in ended.err
+    (made / "0000.png").unlink()
+    ended = rerun(folder, tmp_path / "made.json", "--overwrite")
+    assert f"which has {FRAMES - 1} frames of {SIDE}x{SIDE}" in ended.err
+    assert set(record["versions"]) == {"emt", "torch", "diffusers", "transformers", "imageio-ffmpeg"}
+
+
+def test_k6_rerun_takes_no_word_of_a_record(batched, tmp_path):
+    """No download, no relative folder, no engine from where it says; what is printed is escaped."""
+    _, results = batched
+    record = json.loads(results[0].with_name(results[0].name + ".json").read_bytes())
+    strange = tmp_path / "strange.json"
+
+    def again(**changes):
+        strange.write_text(json.dumps({**record, **changes}))
+        ended = rerun(tmp_path, strange, "--overwrite")
+        assert "Traceback" not in ended.err
+        assert "\x1b" not in ended.err
+        return ended
+
+    shutil.copytree(model(), tmp_path / "here")
+    for name in ("someone/model", "here", "../here"):
+        ended = again(model_folder="here", model=name)
+        assert ended.code == 1
+        assert "--model" in ended.err
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "manifest.json").write_text("never read")
+    ended = again(engine="x\x1b[2J", engine_id="abc\x1b[2J", engine_folder=str(tmp_path / "engine"))
+    assert ended.code == 0, ended.err
+    assert "is not in your cache; made again by torch" in ended.err
+    for changes in ({"reference": "a.mp4"}, {"device": "gpu\x1b[31m", "reference": "/gone\x1b[31m.mp4"}):
+        ended = again(**changes)
+        assert ended.code == 1
+        assert "--reference" in ended.err
+    for changes in ({"batch": {"size": 10**6, "index": 0, "shared_reference": True}}, {"settings": {"frames": 1e9}}):
+        assert again(**changes).code == 1
+    strange.write_text("[" * 100_000)
+    assert rerun(tmp_path, strange).code == 1
+    assert rerun(tmp_path, results[0], "--device", "gpu").code == 2
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ class Finisher:
             self.outcomes.failed(replace(task, job=candidates.job).line, candidates.error)
             return
         best = candidates.best
-        winner = replace(task, job=replace(task.job, seed=best.seed))
+        winner = replace(task, job=replace(task.job, seed=best.seed))  # its prompt, and so its warnings, are the same
         self._save(winner, best.frames, dict(best.batch), dict(candidates.timings), candidates.peak)
 
     def _save(
@@ -123,6 +123,7 @@ class Finisher:
         try:
             record = self.generator.record(task.job, task.identity, task.reference.sha256, batch)
             record |= task.candidates.record() if task.candidates else {}
+            record |= {"warnings": warnings} if (warnings := [*task.reference.warnings, *task.warnings]) else {}
             reason = ""
             if self.filter:
                 begun = time.monotonic()
@@ -148,7 +149,7 @@ class Finisher:
     def _keep_motion(self, reference: Reference) -> None:
         try:
             key = self.generator.motion_key(reference.job, reference.sha256)
-            self.motions.save(key, reference.motion, reference.fps)  # type: ignore[arg-type]
+            self.motions.save(key, reference.motion, reference.fps, reference.warnings)  # type: ignore[arg-type]
         except Exception as error:
             self.motions.limit = 0  # once is enough: the run goes on without
             reason = self.generator.explain(error, reference.job)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +58,34 @@ def playback_rate(job: Job, reference_fps: float) -> float:
     """Frames per second of a result: as asked, or the reference's pace, as far as the format can."""
     fastest = 50.0 if job.settings.format.value == "gif" else 240.0
     return job.settings.fps or min(max(reference_fps, 0.1), fastest)
+
+
+@functools.cache
+def installed_versions() -> dict[str, str]:
+    """Versions of what decides the frames of a clip."""
+    versions = {"emt": __version__}
+    for name in ("torch", "diffusers", "transformers", "imageio-ffmpeg"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+@contextmanager
+def heard_warnings() -> Iterator[list[str]]:
+    """Context manager: the warnings that the library logs in this thread, which nobody else hears then."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, message: logging.LogRecord) -> None:
+            if message.thread == thread and (text := message.getMessage()) not in heard:
+                heard.append(text)
+
+    thread, ear, logger = threading.get_ident(), Ear(logging.WARNING), logging.getLogger("emt")
+    logger.addHandler(ear)
+    try:
+        yield heard
+    finally:
+        logger.removeHandler(ear)
 
 
 def silence_libraries() -> None:
@@ -288,8 +320,6 @@ class Generator:
 
     def record(self, job: Job, identity: str, reference_sha256: str, batch: dict[str, Any]) -> dict[str, Any]:
         """All that it takes to make a clip again: what the clip and its sidecar carry."""
-        import torch
-
         engine = self.engine(job)
         ran = {"engine": TORCH}
         if engine:
@@ -310,7 +340,7 @@ class Generator:
             **ran,
             "batch": batch,
             "arithmetic": NUMERICS_VERSION,
-            "versions": {"emt": __version__, "torch": str(torch.__version__)},
+            "versions": installed_versions(),
         }
 
     def explain(self, error: Exception, job: Job) -> EmtError:

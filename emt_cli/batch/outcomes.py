@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +69,7 @@ class Outcomes:
         self.out = journal.out
         self.counts: Counter[str] = Counter()
         self._stop = threading.Event()
+        self._said: set[str] = set()
         self._guard = threading.Lock()
         self._ended: dict[str, dict[str, Any]] = {}  # how it ended, by output
         self._duplicates: dict[str, list[dict[str, Any]]] = {}  # the same jobs again, waiting for that
@@ -80,6 +82,14 @@ class Outcomes:
     def stop(self) -> None:
         """End the run after the running batch."""
         self._stop.set()
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """What could not be honoured is said once in a run; the records of all clips that it concerns have it."""
+        with self._guard:
+            new = [text for text in warnings if text not in self._said]
+            self._said.update(new)
+        for text in new:
+            self.listener.say(f"warning: {text}")
 
     def done(self, line: dict[str, Any], *, report: bool = True) -> None:
         """A clip is finished.

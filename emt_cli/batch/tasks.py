@@ -28,18 +28,20 @@ class Reference:
         sha256: Hash of its content.
 
     Attributes:
-        source: Its frames or its motion, its frame rate, and whether the motion came from the cache.
+        source: What a reader has of it.
         motion: Its motion on the device, or why there is none; None before.
         fps: Its frame rate.
+        warnings: What is wrong with it.
         seconds: Times that no job's record has yet.
     """
 
     def __init__(self, job: Job, sha256: str) -> None:
         self.job = job
         self.sha256 = sha256
-        self.source: concurrent.futures.Future[tuple[Clip | Motion, float, bool]] = concurrent.futures.Future()
+        self.source: concurrent.futures.Future[Source] = concurrent.futures.Future()
         self.motion: Motion | EmtError | None = None
         self.fps = 0.0
+        self.warnings: tuple[str, ...] = ()
         self.seconds: dict[str, float] = {}
         self._tracklets: Tracklets | None = None
         self._guard = threading.Lock()
@@ -65,15 +67,42 @@ class Reference:
             return self._tracklets
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a reader has of a reference.
+
+    Attributes:
+        content: Its frames, or its motion from the cache.
+        fps: Its frame rate.
+        warnings: What is wrong with it.
+        kept: The motion cache has it.
+    """
+
+    content: Clip | Motion
+    fps: float
+    warnings: tuple[str, ...] = ()
+    kept: bool = False
+
+
 @dataclass
 class Task:
-    """A job that is to be done, or one of its candidates (`candidates`)."""
+    """A job that is to be done, or one of its candidates.
+
+    Attributes:
+        job: The job.
+        identity: Its identity.
+        output: Where in the output folder its clip goes.
+        reference: Its reference.
+        candidates: All of its candidates, if it is one.
+        warnings: What could not be honoured, besides what is said of the reference.
+    """
 
     job: Job
     identity: str
     output: PurePosixPath
     reference: Reference
     candidates: BestOf | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def line(self) -> dict[str, Any]:

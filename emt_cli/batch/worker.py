@@ -18,23 +18,20 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from emt.device import Device, is_out_of_memory
 from emt.errors import EmtError
 from emt_cli.batch.estimates import clip_bytes
 from emt_cli.batch.finisher import Finisher
+from emt_cli.batch.generator import heard_warnings
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.phases import Phases
 from emt_cli.batch.session import RunOptions, Session
-from emt_cli.batch.tasks import Reference, Task
-
-if TYPE_CHECKING:
-    from emt.pipeline import Motion
-    from emt.video import Clip
+from emt_cli.batch.tasks import Reference, Source, Task
 
 _READERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # ffmpeg has threads of its own
 _AHEAD = _READERS + 2  # references read before the device takes them
@@ -81,8 +78,8 @@ class Intake:
                 return task
         return "stopped"
 
-    def source(self, reference: Reference) -> tuple[Clip | Motion, float, bool] | None:
-        """Frames or motion of a reference, its frame rate, and whether it came from the cache; None when stopping.
+    def source(self, reference: Reference) -> Source | None:
+        """What a reader has of a reference; None when stopping.
 
         Raises:
             Exception: it could not be read.
@@ -120,12 +117,14 @@ class Intake:
             try:
                 settings = reference.job.settings
                 shape = settings.frames, settings.height, settings.width
-                kept = self.motions.load(self.generator.motion_key(reference.job, reference.sha256), shape)
+                key = self.generator.motion_key(reference.job, reference.sha256)
+                kept = self.motions.load(key, shape)
                 if kept:
-                    source: tuple[Clip | Motion, float, bool] = (*kept, True)
+                    source = Source(*kept, self.motions.warnings(key), kept=True)
                 else:
                     clip = reference.read(self.index)
-                    source = clip, clip.fps, False
+                    source = Source(clip, clip.fps, clip.warnings)
+                self.outcomes.warn(source.warnings)
                 reference.seconds["decode"] = time.monotonic() - begun
                 reference.source.set_result(source)
             except BaseException as error:  # it is raised where the reference is used
@@ -237,12 +236,12 @@ class Worker:
                     found = self._intake.source(reference)
                 if found is None:
                     return False
-                source, reference.fps, kept = found
+                reference.fps, reference.warnings = found.fps, found.warnings
                 begun = time.monotonic()
                 with self.phases("encoding"):
-                    reference.motion = self.generator.encode(task.job, source)
+                    reference.motion = self.generator.encode(task.job, found.content)
                 reference.seconds["reference"] = time.monotonic() - begun
-                if not kept:
+                if not found.kept:
                     with self.phases("writing"):
                         self.finisher.keep_motion(reference)
             except Exception as error:
@@ -283,7 +282,7 @@ class Worker:
         if not self._first_batch:
             self._first_batch, self._waited = time.monotonic(), (self.phases.total(*_WAITING),) * 2
         try:
-            with self.phases("sampling"):
+            with self.phases("sampling"), heard_warnings() as heard:
                 clips, timings, peak = self.generator.generate(jobs, motions, on_step)  # type: ignore[arg-type]
         except NonFiniteError as error:
             for i in error.clips:
@@ -300,6 +299,9 @@ class Worker:
                 self.listener.say(f"{len(tasks)} clips at once do not fit in memory; going on with {size}")
         else:
             self.sizes.learn(jobs[0], len(jobs), peak - resident, resident, device)
+            self.outcomes.warn(heard)
+            for task in tasks:
+                task.warnings = _concerning(task.job, heard, jobs)
             self._hand_over(tasks, clips, timings, peak)
             return [], 1
         finally:
@@ -325,3 +327,12 @@ class Worker:
             problem = f"no space left on the disk of {out}"
             self.finisher.fail(task, EmtError(problem, "Free some, or name another folder with --out."))
         return False
+
+
+def _concerning(job: Job, warnings: Sequence[str], jobs: Sequence[Job]) -> tuple[str, ...]:
+    """The warnings of a batch that name a job's prompt, or none of its prompts."""
+
+    def names(text: str, job: Job) -> bool:
+        return any(prompt and prompt[:60] in text for prompt in (job.prompt, job.settings.negative_prompt))
+
+    return tuple(text for text in warnings if names(text, job) or not any(names(text, other) for other in jobs))

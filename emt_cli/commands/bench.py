@@ -180,11 +180,11 @@ def _rows(
     pipe.backend = TorchBackend(pipe)
     yield _measure("torch", pipe, device, settings, truth)[0]
     if engine:
-        from emt.cache import ContentIndex, default_dir
+        from emt_cli.batch.session import SessionOptions, open_session
         from emt_engines.build import open_engine
-        from emt_engines.choice import EngineChoice
 
-        choice = EngineChoice(str(engine), model, ContentIndex(default_dir()))
+        choice = open_session(SessionOptions(engine=str(engine)), device.torch_device, model=model).engines
+        assert choice is not None
         choice.check(settings.width, settings.height, settings.frames, settings.cache_interval)
         found = choice.find(device, settings.width, settings.height, settings.frames)
         assert found is not None  # one that is named is found, or it raises

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from dataclasses import replace
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emt.errors import EmtError
-from emt_cli.batch.options import Kernels, Precision, Settings, check_device, parse_field
+from emt_cli.batch.options import Kernels, Precision, Settings, check_device, parse_field, usage_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from emt.cache import ContentIndex
+    from emt.train.teacher import Guidance
+    from emt_cli.batch.jobs import Job
+
+_MOST_CLIPS = 64  # of a batch, as for --batch-size
 
 
 def rerun(
@@ -25,11 +34,13 @@ def rerun(
     reference: Annotated[
         Path | None, typer.Option(help="Path of the reference, if it has moved.", show_default=False)
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder, if it has moved.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id, if the model has moved.", show_default=False)
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Engine folder, or torch. Default: the engine that made the clip.",
+            help="Engine folder, or torch. Default: the engine that made the clip, if it is in your cache.",
             metavar="DIR|torch",
             show_default=False,
         ),
@@ -48,78 +59,209 @@ def rerun(
     """Make a result again from the settings it carries: on the same kind of device, the very same frames.
 
     The reference and the model are checked against their hashes. A clip that was made in a batch is made in a
-    batch of the same size, since the order of additions, and with it the last bits, depends on it.
-    """
-    from emt.cache import ContentIndex, default_dir
-    from emt.model_folder import find_model
-    from emt_cli.batch.generator import Generator, playback_rate, read_reference
-    from emt_cli.batch.jobs import NUMERICS_VERSION, Job
-    from emt_cli.batch.results import write_result
-    from emt_cli.batch.teaching import TeachingGenerator, read_guidance
-    from emt_engines.choice import EngineChoice
+    batch of the same size, since the order of additions, and with it the last bits, depends on it. Where the original
+    is there, the new clip is compared with it.
 
-    record = _find_record(result)
+    A record may be anybody's: nothing is downloaded on its word, no engine is opened that is not in your own cache,
+    and files are looked for where it says only if their paths are absolute.
+    """
+    from emt_cli.terminal import ProgressReporter
+
+    with usage_errors():
+        check_device(device)
     clip = result.with_suffix("") if result.suffix == ".json" else result
     output = output or clip.with_name(f"{clip.stem}-rerun{clip.suffix}")
     if output.exists() and not overwrite:
         raise EmtError(f"{output} exists", "Name another clip with --output, or replace it with --overwrite.")
-    try:
-        settings = Settings(**{name: parse_field(name, value) for name, value in record["settings"].items()})
-        prompt, seed = parse_field("prompt", record["prompt"]), parse_field("seed", record["seed"])
-        job = Job(Path(record["reference"]), prompt, seed, settings)
-        batch, precision = record["batch"], Precision(record["precision"])
-        size, index, shared = int(batch["size"]), int(batch["index"]), bool(batch["shared_reference"])
-        identity, made_on = record["id"], record["device"]
-        reference_sha256, made_by = record["reference_sha256"], record["model_sha256"]
-        taught = read_guidance(record)
-        made_with, low_memory = Kernels(record.get("kernels", "reference")), record.get("memory") == "low"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EmtError(f"the settings in {result} are damaged: {error!r}", "Try the .json beside the clip.") from None
-    job = replace(job, reference=reference.absolute()) if reference else job
-    contents = ContentIndex(default_dir())
-    _check_reference(contents, job.reference, reference_sha256)
-    found = replace(find_model(model or _recorded_model(record), download=True), name=record["model"])
-    model_sha256 = found.sha256(contents)
-    if model_sha256 != made_by:
+    made = _Made.read(result)
+    with ProgressReporter() as reporter:
+        reporter.total = 1
+        _make_again(made, clip, output, reporter, reference, model, engine, device, kernels)
+    typer.echo(output)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How a clip was made, by its record."""
+
+    record: dict[str, Any]
+    job: Job
+    size: int
+    index: int
+    shared: bool
+    precision: Precision
+    kernels: Kernels
+    teacher: Guidance | None
+
+    @classmethod
+    def read(cls, result: Path) -> _Made:
+        """Read the record of a clip, from the clip or the file beside it.
+
+        Raises:
+            EmtError: there is none, or it is damaged.
+        """
+        from emt_cli.batch.jobs import Job
+        from emt_cli.batch.teaching import read_guidance
+
+        record = _find_record(result)
+        try:
+            settings = Settings(**{name: parse_field(name, value) for name, value in record["settings"].items()})
+            prompt, seed = parse_field("prompt", record["prompt"]), parse_field("seed", record["seed"])
+            batch = record["batch"]
+            for name in ("id", "device", "model", "reference_sha256", "model_sha256"):
+                record[name]
+            if batch["size"] > _MOST_CLIPS:
+                raise ValueError(f"a batch of {batch['size']}")
+            return cls(
+                record,
+                Job(Path(record["reference"]), prompt, seed, settings),
+                batch["size"],
+                batch["index"],
+                batch["shared_reference"],
+                Precision(record["precision"]),
+                Kernels(record.get("kernels", "reference")),
+                read_guidance(record),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            hint = "Try the .json beside the clip."
+            raise EmtError(f"the settings in {result} are damaged: {error!r}", hint) from None
+
+
+def _make_again(
+    made: _Made,
+    clip: Path,
+    output: Path,
+    reporter: Any,
+    reference: Path | None,
+    model: str | None,
+    engine: str | None,
+    device: str,
+    kernels: Kernels | None,
+) -> None:
+    from emt_cli.batch.generator import heard_warnings, playback_rate, read_reference
+    from emt_cli.batch.results import write_result
+    from emt_cli.batch.session import SessionOptions, open_session
+
+    record = made.record
+    reporter.phase("looking for the model and the reference")
+    job = replace(made.job, reference=reference.absolute()) if reference else made.job
+    options = SessionOptions(
+        model=model or _recorded_model(record),
+        precision=made.precision.value,
+        engine=engine or _recorded_engine(record, reporter.say),
+        kernels=(kernels or (Kernels.AUTO if made.kernels is Kernels.TRITON else made.kernels)).value,
+        low_memory=record.get("memory") == "low",
+        teacher=made.teacher,
+        download=model is not None,
+    )
+    session = open_session(options, device, reporter.say)
+    generator = session.generator
+    _check_reference(session.index, job.reference, record["reference_sha256"])
+    if generator.model_sha256 != record["model_sha256"]:
         raise EmtError(
-            f"the model {found.folder} is not the one that made {clip.name}: its files have changed",
+            f"the model {session.model.folder} is not the one that made {clip.name}: its files have changed",
             "Name the one that did with --model.",
         )
-    choice = None
-    if not low_memory:
-        choice = EngineChoice(engine or _recorded_engine(record), found, contents)
-        choice.check(settings.width, settings.height, settings.frames, settings.cache_interval)
-    kernels = kernels or (Kernels.AUTO if made_with is Kernels.TRITON else made_with)
-    where = found, model_sha256, check_device(device), precision.value
-    generator = Generator(*where, choice, kernels=kernels.value, low_memory=low_memory)
-    if taught:
-        generator = TeachingGenerator(*where, taught, kernels=kernels.value)
-    if record.get("arithmetic") != NUMERICS_VERSION:
-        typer.echo("note: it was made by another version of emt, whose arithmetic differs in the last bits", err=True)
-    if generator.device.kernels != made_with.value:
-        told = f"made with the kernels {made_with.value}, made again with {generator.device.kernels}"
-        typer.echo(f"note: {told}: bits may differ", err=True)
-    if generator.device.name != made_on:
-        typer.echo(f"note: made on {made_on}, made again on {generator.device.name}: bits may differ", err=True)
-
-    frames = read_reference(job)
+    generator.check(job)
+    reporter.phase("importing")
+    for text in _differences(record, generator.device.name, generator.device.kernels):
+        reporter.say(f"note: {text}: bits may differ")
     try:
-        motion = generator.encode(job, frames)
-        motions = [motion] * size if shared else [replace(motion) for _ in range(size)]
-        clips, _, _ = generator.generate([job] * size, motions, lambda done, steps: None)
+        reporter.phase("reading")
+        source = read_reference(job)
+        reporter.phase("loading")
+        with heard_warnings() as heard:
+            motion = generator.encode(job, source)
+            motions = [motion] * made.size if made.shared else [replace(motion) for _ in range(made.size)]
+            reporter.phase("sampling")
+            prompts = [job.prompt] * made.size
+            clips, _, _ = generator.generate(
+                [job] * made.size, motions, lambda done, steps: reporter.step(prompts, done, steps, 0)
+            )
     except Exception as error:
         raise generator.explain(error, job) from None
-    new = generator.record(job, identity, reference_sha256, batch)
+    warnings = [*source.warnings, *heard]
+    for text in warnings:
+        reporter.say(f"warning: {text}")
+    new = generator.record(job, record["id"], record["reference_sha256"], record["batch"])
+    new |= {"model": record["model"], **({"warnings": warnings} if warnings else {})}
     new |= {name: record[name] for name in _KEPT if name in record}
-    write_result(output, clips[index], playback_rate(job, frames.fps), new)
-    typer.echo(output)
+    reporter.phase("writing")
+    original = _all_frames(clip) if clip.exists() else None
+    write_result(output, clips[made.index], playback_rate(job, source.fps), new)
+    versions = _other_versions(record)
+    if original is not None:
+        reporter.phase("comparing")
+        text = compare(original, _all_frames(output))
+        versions = "" if text.startswith("identical") else versions
+        reporter.say(f"{output} is {text}" if "compared" not in text else text)
+    if versions:
+        reporter.say(f"note: the original was made with {versions}: bits may differ")
 
 
 #: What a run found out about a clip, and making it again does not.
 _KEPT = ("best_of", "motion_fidelity", "temporal_consistency")
 
 
+def _differences(record: dict[str, Any], device: str, kernels: str) -> list[str]:
+    """What is not as it was when the clip was made, and may change the last bits."""
+    from emt_cli.batch.jobs import NUMERICS_VERSION
+
+    found = []
+    if record.get("arithmetic") != NUMERICS_VERSION:
+        found.append("it was made by another version of emt, whose arithmetic differs")
+    if kernels != (made_with := record.get("kernels", "reference")):
+        found.append(f"made with the kernels {made_with}, made again with {kernels}")
+    if device != record["device"]:
+        found.append(f"made on {record['device']}, made again on {device}")
+    return found
+
+
+def _other_versions(record: dict[str, Any]) -> str:
+    """Libraries that were others when the clip was made; empty if none was."""
+    from emt_cli.batch.generator import installed_versions
+
+    here = installed_versions()
+    others = {n: v for n, v in record.get("versions", {}).items() if n != "emt" and n in here and here[n] != v}
+    return ", ".join(f"{name} {version} (here {here[name]})" for name, version in others.items())
+
+
+def _all_frames(clip: Path) -> np.ndarray | EmtError:
+    """The frames of a clip, (frames, height, width, 3), or why there are none."""
+    from emt.video import probe, read_clip
+
+    try:
+        return read_clip(clip, frames=probe(clip).frames, stride=1).frames
+    except EmtError as error:
+        return error
+
+
+def compare(original: np.ndarray | EmtError, again: np.ndarray | EmtError) -> str:
+    """How far two clips are from each other, in words.
+
+    Args:
+        original: uint8, (frames, height, width, 3), or why it cannot be read.
+        again: The same of the new one.
+    """
+    import numpy as np
+
+    if isinstance(original, EmtError) or isinstance(again, EmtError):
+        problem = next(clip.problem for clip in (original, again) if isinstance(clip, EmtError))
+        return f"not compared with the original: {problem}"
+    if original.shape != again.shape:
+        shapes = [f"{clip.shape[0]} frames of {clip.shape[2]}x{clip.shape[1]}" for clip in (original, again)]
+        return f"not identical with the original, which has {shapes[0]}, not {shapes[1]}"
+    apart = np.abs(original.astype(np.int16) - again)
+    if not apart.any():
+        return "identical with the original"
+    return (
+        f"not identical with the original: {(apart > 0).mean():.1%} of the values differ, by {apart.mean():.3f} of 255 "
+        f"on average and {apart.max()} at most"
+    )
+
+
 def _find_record(result: Path) -> dict[str, Any]:
+    from emt_cli.batch.records import parse
     from emt_cli.batch.results import read_record
 
     if result.suffix != ".json":
@@ -128,18 +270,18 @@ def _find_record(result: Path) -> dict[str, Any]:
             raise EmtError(f"{result} carries no settings of emt", "Name a clip that emt made, or the .json beside it.")
         return record
     try:
-        record = json.loads(result.read_bytes())
+        record = parse(result.read_bytes())
     except OSError as error:
         raise EmtError(f"cannot read {result}: {error.strerror}") from None
-    except ValueError:
-        record = {}
-    if not isinstance(record, dict) or not record:
+    if not record:
         raise EmtError(f"{result} is not the record of a clip", "Name a clip that emt made, or the .json beside it.")
     return record
 
 
-def _check_reference(contents: Any, path: Path, sha256: str) -> None:
+def _check_reference(contents: ContentIndex, path: Path, sha256: str) -> None:
     hint = "Say where it is now with --reference."
+    if not path.is_absolute():
+        raise EmtError(f"the record names the reference by a relative path, {path}", hint)
     try:
         found = contents.sha256(path)
     except EmtError as error:
@@ -149,25 +291,35 @@ def _check_reference(contents: Any, path: Path, sha256: str) -> None:
 
 
 def _recorded_model(record: dict[str, Any]) -> str:
-    folder = record.get("model_folder", "")
-    return folder if Path(folder).is_dir() else record["model"]
+    """The model that a record names: an absolute folder, the small model, or one of the hub's on this machine.
+
+    Raises:
+        EmtError: it is none of these.
+    """
+    from emt import demo
+
+    folder, name = Path(record.get("model_folder", "")), record["model"]
+    if folder.is_absolute() and folder.is_dir():
+        return str(folder)
+    if name == demo.NAME:
+        return name
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) and not Path(name).exists():
+        return name  # it is not downloaded
+    raise EmtError(f"the model that made it, {name} in {folder}, is not there", "Say where it is now with --model.")
 
 
-def _recorded_engine(record: dict[str, Any]) -> str:
-    """What executed the network for a clip: torch, or the folder of an engine where it was or in the cache."""
-    from emt_engines.choice import TORCH, Engine, engines_dir, list_engines
-    from emt_engines.manifest import Manifest
+def _recorded_engine(record: dict[str, Any], say: Callable[[str], None]) -> str:
+    """What executed the network for a clip: torch, or the folder of an engine in the user's cache."""
+    from emt_engines.choice import TORCH, engines_dir, list_engines
 
     wanted = record.get("engine_id")
     if not wanted:
         return TORCH
-    with suppress(EmtError):
-        folder = Path(record["engine_folder"])
-        if Manifest.read(folder).id == wanted:
-            return str(folder)
-    known: list[Engine] = [engine for engine in list_engines(engines_dir())[0] if engine.manifest.id == wanted]
+    known = [engine for engine in list_engines(engines_dir())[0] if engine.manifest.id == wanted]
     if known:
         return str(known[0].folder)
-    text = f"the engine that made it ({record.get('engine')}, {record.get('engine_folder')}) is gone"
-    typer.echo(f"note: {text}; made again by torch: bits may differ", err=True)
+    say(
+        f"note: the engine that made it ({record.get('engine')}, {wanted}) is not in your cache; made again by torch: "
+        "bits may differ (if you trust it, name its folder with --engine)"
+    )
     return TORCH
