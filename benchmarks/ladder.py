@@ -30,7 +30,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import emt.backbones.sd15.motion_module
-from emt.backbones.sd15.fp8 import use_fp8
+from emt.backbones.sd15 import layers, motion_module
 from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import ATTENTION, TorchBackend
-from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
+from emt.features import Motion
+from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.presets import PRESETS
 from emt.video import read_clip
 from emt_kernels.geglu import geglu, geglu_reference
@@ -137,7 +137,7 @@ class Bench:
             torch.cuda.empty_cache()
             self._pipe = load_pipeline(self.folder, "cuda", dtype)
             if fp8:
-                use_fp8(self._pipe.unet, attention="fp8" in on)
+                self._pipe.unet.use_fp8(attention="fp8" in on)
         self._changed = on & {"channels-last", "fuse", "vae", "fp8", "fp8-feed-forward"}
         return self._pipe
 
@@ -245,9 +245,9 @@ def rung_backend(pipe: MotionTransferPipeline, on: set[str]) -> TorchBackend:
     return TorchBackend(
         pipe,
         graphs="graph" in on,
-        fuse="fuse" in on,
-        sums_in_products="residuals" in on,
-        biases_in_norms="conv-biases" in on,
+        fuse_projections="fuse" in on,
+        fuse_residual_adds="residuals" in on,
+        defer_conv_biases="conv-biases" in on,
         attention=ATTENTION if "cudnn" in on else USUAL_ATTENTION,
         compile="compile" in on,
         channels_last="channels-last" in on,
@@ -268,10 +268,12 @@ def patched(module: Any, **values: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def kernels(on: set[str]) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def kernels(on: set[str]) -> Iterator[None]:
     """Let the network call the kernels that are on, and the references of the others."""
     chosen = {name: kernel if name in on else reference for name, (kernel, reference) in KERNELS.items()}
-    return patched(emt.backbones.sd15.motion_module, **chosen)
+    with patched(motion_module, temporal_attention=chosen.pop("temporal_attention")), patched(layers, **chosen):
+        yield
 
 
 def autocast(on: set[str]) -> contextlib.AbstractContextManager[Any]:
@@ -392,11 +394,10 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
             torch.cuda.synchronize()
         in_parts = {}
         for tokens in PARTS:
-            with emt.backbones.sd15.motion_module.feed_forward_in_parts(tokens):
-                backend = pipe.backend = rung_backend(pipe, on)
-                backend.denoise(sample, timestep, encoded, moved)
-                took = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
-                in_parts[str(tokens)] = took
+            backend = pipe.backend = rung_backend(pipe, on)
+            backend.execution = replace(backend.execution, feed_forward_tokens=tokens)
+            backend.denoise(sample, timestep, encoded, moved)
+            in_parts[str(tokens)] = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
         # Not for use: what it chooses depends on the moment, and with it the last bits of a clip.
         with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
             backend = pipe.backend = rung_backend(pipe, on)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from emt import demo as demo
     from emt.backbones.sd15.import_weights import import_weights as import_weights
     from emt.errors import EmtError as EmtError
-    from emt.pipeline import SCHEDULERS as SCHEDULERS
-    from emt.pipeline import Motion as Motion
+    from emt.features import Motion as Motion
     from emt.pipeline import MotionTransferPipeline as MotionTransferPipeline
     from emt.pipeline import load_pipeline as load_pipeline
     from emt.presets import PRESETS as PRESETS
+    from emt.sampling import SCHEDULERS as SCHEDULERS
     from emt.video import Clip as Clip
     from emt.video import probe as probe
     from emt.video import read_clip as read_clip
@@ -34,10 +34,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Clip": "emt.video",
     "EmtError": "emt.errors",
-    "Motion": "emt.pipeline",
+    "Motion": "emt.features",
     "MotionTransferPipeline": "emt.pipeline",
     "PRESETS": "emt.presets",
-    "SCHEDULERS": "emt.pipeline",
+    "SCHEDULERS": "emt.sampling",
     "demo": "emt",
     "import_weights": "emt.backbones.sd15.import_weights",
     "load_pipeline": "emt.pipeline",

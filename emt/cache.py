@@ -23,7 +23,7 @@ from emt.errors import EmtError, first_line
 from emt.storage import check_readable, partial_beside, sha256_of, sync, write_atomically
 
 if TYPE_CHECKING:
-    from emt.pipeline import Motion
+    from emt.features import Motion
 
 # A file changed within the clock tick in which it was hashed looks unchanged; so young ones are not remembered.
 _SETTLED_NS = 2_000_000_000
@@ -185,7 +185,7 @@ class MotionCache:
             key: What it was saved under.
             shape: Frames, height and width of the clip that it must be of.
         """
-        from emt.pipeline import Motion
+        from emt.features import Motion
 
         tensors, facts = self._paths(key)
         try:

@@ -64,8 +64,6 @@ class Device:
         if precision == "auto":
             precision = "fp32" if place == "cpu" else "fp16"
         if precision == "fp8":
-            from emt.backbones.sd15.fp8 import check_fp8
-
             check_fp8(place)
         return cls(place, name, precision, *_choose_kernels(place, kernels))
 
@@ -126,6 +124,21 @@ class Device:
             import torch
 
             torch.cuda.empty_cache()
+
+
+def check_fp8(device: torch.device | str) -> None:
+    """Raise EmtError unless the device supports fp8 matmuls."""
+    import torch
+
+    device = torch.device(device)
+    problem = "fp8 needs an NVIDIA GPU"
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 9):
+            return
+        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        problem = f"fp8 needs a GPU of compute capability 8.9 or newer, {name} has {found}"
+    raise EmtError(f"{problem} (the device is {device})", "Allowed here are --precision auto, fp32, fp16 and bf16.")
 
 
 def _choose_kernels(place: str, asked: str) -> tuple[str, str]:

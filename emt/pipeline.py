@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-import emt.unet  # noqa: F401  (model folders name it, and diffusers opens only what has been imported)
-from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
-from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
-from emt.backends.torch import Backend, TorchBackend
+from emt.backbone import import_backbones
+from emt.backends.base import Backend
+from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
+from emt.features import Motion, joined
+from emt.sampling import SCHEDULERS, DeepFeatureReuse, check_finite
 from emt.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -41,82 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "lcm": LCMScheduler,
-}
-
 T = TypeVar("T")
-
-
-class NonFiniteError(EmtError):
-    """A clip came out as NaN or infinity; `clips` are their places in the batch."""
-
-    def __init__(self, clips: list[int], seeds: list[int]) -> None:
-        super().__init__(
-            f"the network produced NaN or infinity (seed {', '.join(map(str, seeds))})",
-            "Half precision may have overflowed: try --precision bf16 or --precision fp32, or a lower --guidance.",
-        )
-        self.clips = clips
-        self.seeds = seeds
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.clips, self.seeds)
-
-
-@dataclass
-class Motion:
-    """The motion of one reference clip, read once, good for every prompt, seed and step.
-
-    Args:
-        features: what the network read, for one reference.
-        frames: frames of the clip.
-        height: pixels.
-        width: pixels.
-        seed: of the reference's sampled latents and noise.
-    """
-
-    features: MotionFeatures
-    frames: int
-    height: int
-    width: int
-    seed: int
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Motion:
-        """The same motion on another device or in another type."""
-        return Motion(self.features.to(device, dtype), self.frames, self.height, self.width, self.seed)
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        tensors = {
-            f"{layer}/{i}": feature.contiguous()
-            for layer, features in self.features.layers.items()
-            for i, feature in enumerate(features)
-        }
-        shape = {"frames": self.frames, "height": self.height, "width": self.width, "seed": self.seed}
-        # The order of the layers is not the sorted order of their names once there are ten of a kind.
-        save_file(tensors, path, {"motion": json.dumps(shape | {"layers": list(self.features.layers)})})
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Motion:
-        """Read what `save` wrote.
-
-        Raises:
-            EmtError: if the file is damaged or no motion.
-        """
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                shape = json.loads((file.metadata() or {})["motion"])
-                layers = {
-                    layer: (file.get_tensor(f"{layer}/0"), file.get_tensor(f"{layer}/1"))
-                    for layer in shape.pop("layers")
-                }
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise EmtError(f"{path} is not a motion file: {error}", "Read the motion from the clip again.") from error
-        return cls(MotionFeatures(layers), **shape)
 
 
 class MotionTransferPipeline(DiffusionPipeline):
@@ -128,7 +42,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         vae: of Stable Diffusion, 8 pixels a latent.
         text_encoder: CLIP's.
         tokenizer: of the text encoder.
-        unet: the adapted network.
+        unet: the adapted network, an `emt.backbone.Backbone`.
         scheduler: its configuration is what the named schedulers are made from.
         frames: of a clip.
         height: pixels.
@@ -145,7 +59,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: PreTrainedTokenizerBase,
-        unet: MotionTransferUNet,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         frames: int = 16,
         height: int = 512,
@@ -167,6 +81,23 @@ class MotionTransferPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.backend: Backend = TorchBackend(self)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> MotionTransferPipeline:
+        """Open a model folder or hub id, with the options of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            OSError: there is no such model, or a file of it is missing.
+        """
+        where = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+        given = {name: options[name] for name in where if name in options}
+        import_backbones(cls.load_config(str(pretrained_model_name_or_path), **given))
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of clips are multiples of this, in pixels."""
+        return self.vae_scale_factor * self.unet.facts.grid_step
+
     def save_memory(self, device: torch.device | str) -> None:
         """Make clips on a GPU with little memory, more slowly; the pipeline is in the computer's memory so far.
 
@@ -186,18 +117,17 @@ class MotionTransferPipeline(DiffusionPipeline):
         One pass of the backbone over the sampled latents, noised to the reference timestep, with the empty prompt.
 
         Args:
-            frames: RGB, (frames, height, width, 3), height and width multiples of 8; or a `Clip`.
+            frames: RGB, (frames, height, width, 3), height and width multiples of `size_multiple`; or a `Clip`.
             seed: of the sampled latents and of the noise.
 
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        pixels = np.asarray(getattr(frames, "frames", frames))
-        factor = self.vae_scale_factor
-        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[1] % factor or pixels.shape[2] % factor:
+        pixels, step = np.asarray(getattr(frames, "frames", frames)), self.size_multiple
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[1] % step or pixels.shape[2] % step:
             raise ValueError(
                 f"reference frames have shape {pixels.shape}, expected (frames, height, width, 3) with height and "
-                f"width multiples of {factor}"
+                f"width multiples of {step}"
             )
         generator = torch.Generator().manual_seed(seed)
         latents = self.encode_frames(pixels, generator)
@@ -281,7 +211,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         text_features = self.unet.encode_text(text)
         plain_features = self.unet.encode_text(text[-count:]) if guided and guidance_until < 1 else text_features
         frames, height, width = self.shape_of(motions)
-        moved = self.backend.prepare_motion(_joined(motions)) if motions else None
+        moved = self.backend.prepare_motion(joined(motions)) if motions else None
         # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
         sampler = self._sampler(scheduler)
         sampler.set_timesteps(self.config.steps if steps is None else steps, device="cpu")
@@ -295,7 +225,7 @@ class MotionTransferPipeline(DiffusionPipeline):
             step_options["generator"] = generators
 
         guided_steps = math.ceil(guidance_until * len(timesteps)) if guided else 0
-        denoise = _Reusing(self.backend, cache_interval)
+        denoise = DeepFeatureReuse(self.backend, cache_interval)
         for i, timestep in enumerate(sampler.timesteps):
             guided = i < guided_steps
             scaled = sampler.scale_model_input(latents, timestep)
@@ -369,7 +299,7 @@ class MotionTransferPipeline(DiffusionPipeline):
     def initial_noise(self, generators: Sequence[torch.Generator], frames: int, height: int, width: int) -> Tensor:
         """Noise for a clip of each generator: (clips, channels, frames, height/8, width/8), float32, on the CPU."""
         factor = self.vae_scale_factor
-        shape = (self.unet.config.in_channels, frames, height // factor, width // factor)
+        shape = (self.unet.latent_channels, frames, height // factor, width // factor)
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def shape_of(self, motions: Sequence[Motion]) -> tuple[int, int, int]:
@@ -390,54 +320,10 @@ class MotionTransferPipeline(DiffusionPipeline):
         return SCHEDULERS[name].from_config(self.scheduler.config)
 
 
-def check_finite(latents: Tensor, seeds: Sequence[int]) -> None:
-    """See that clips (clips, …) are finite; one wait for the device.
-
-    Raises:
-        NonFiniteError: naming those that are not.
-    """
-    broken = [i for i, good in enumerate(torch.isfinite(latents).flatten(1).all(1).tolist()) if not good]
-    if broken:
-        raise NonFiniteError(broken, [seeds[i] for i in broken])
-
-
-class _Reusing:
-    """Denoises, and computes what lies below the highest resolution in every n-th call only.
-
-    A call of another batch than the last one, the first without guidance, computes it, too.
-    """
-
-    def __init__(self, backend: Backend, interval: int) -> None:
-        self._backend, self._interval = backend, interval
-        self._deep: Tensor | None = None
-        self._batch = self._age = 0
-
-    def __call__(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
-        if self._interval == 1:
-            return self._backend.denoise(sample, timestep, text, motion)
-        self._age += 1
-        if self._deep is None or self._age == self._interval or self._batch != len(sample):
-            self._batch, self._age = len(sample), 0
-            prediction, self._deep = self._backend.denoise_deep(sample, timestep, text, motion)
-            return prediction
-        return self._backend.denoise_shallow(sample, timestep, text, motion, self._deep)
-
-
 def _broadcast(name: str, values: list[T], count: int) -> list[T]:
     if len(values) not in (1, count):
         raise ValueError(f"{name} has {len(values)} entries, expected 1 or {count}")
     return values * (count // len(values))
-
-
-def _joined(motions: Sequence[Motion]) -> MotionFeatures:
-    """One set of features for a batch; a motion that serves the whole batch is not repeated."""
-    if all(m is motions[0] for m in motions):
-        return motions[0].features
-    layers = {}
-    for path in motions[0].features.layers:
-        first, second = zip(*(m.features.layers[path] for m in motions), strict=True)
-        layers[path] = (torch.cat(first), torch.cat(second))
-    return MotionFeatures(layers)
 
 
 def load_pipeline(

@@ -21,7 +21,8 @@ from torch import Tensor
 from emt.contact_sheet import contact_sheet
 from emt.evaluate.judge import Judge
 from emt.evaluate.truth import Truth, draw_cases, evaluate_truth, format_truth
-from emt.pipeline import Motion, MotionTransferPipeline
+from emt.features import Motion
+from emt.pipeline import MotionTransferPipeline
 from emt.synthetic.renderer import Appearances, Motions, World
 from recipes.networks import SMALL, TINY, make_world
 

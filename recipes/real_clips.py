@@ -29,8 +29,9 @@ from emt.evaluate.camera import CURVES, camera_share
 from emt.evaluate.pairs import Pair, Row, evaluate_pairs
 from emt.evaluate.statistics import mean
 from emt.evaluate.tracks import track
+from emt.features import Motion
 from emt.model_folder import find_model
-from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
+from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.video import Clip, is_clip, read_clip, write_clip
 
 PROMPTS = ("a red balloon over the sea", "a white rocket over the mountains")

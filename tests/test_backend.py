@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import emt_kernels
-from emt.backbones.sd15.motion_module import feed_forward_in_parts
 from emt.backbones.sd15.random_model import random_model
-from emt.backends.torch import TorchBackend, prepare_vae
-from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
+from emt.backends.torch import TorchBackend
+from emt.backends.vae import prepare_vae
+from emt.features import Motion
+from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt_kernels.precompile import Launches, record_launches
 from emt_kernels.selection import untraced, wrap_triton
 
@@ -146,7 +147,7 @@ class TestRecordedCalls:
         text = recording.unet.encode_text(recording.encode_prompts(["a"]))
         sample = torch.randn(1, 4, FRAMES, HEIGHT // 8, WIDTH // 8)
         for motion in motions * 2:
-            prepared = motion.features.prepare(recording.unet)
+            prepared = recording.unet.prepare(motion.features)
             got = recording.backend.denoise(sample, torch.tensor(5), text, prepared)
             torch.testing.assert_close(got, pipe.unet(sample, 5, text, prepared), rtol=0, atol=0)
 
@@ -178,11 +179,11 @@ class TestWeightsForTheGpu:
         assert list(after) == list(before)
         assert all(torch.equal(after[name], before[name]) for name in before)
         attention = own.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-        assert attention.fused.data_ptr() == attention.to_q.weight.data_ptr()
+        assert attention.to_qkv.weight.data_ptr() == attention.to_q.weight.data_ptr()
         got, wanted = (p("a cat", motions[0], steps=2)[0].astype(int) for p in (own, pipe))
         assert np.abs(got - wanted).max() <= 1
         own.unet.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in after.items()})
-        assert not attention.fused.any()
+        assert not attention.to_qkv.weight.any()
 
     def test_fused_weights_are_still_trained(self, own, motions):
         own.unet.fuse_projections()
@@ -212,10 +213,10 @@ class TestWeightsForTheGpu:
 
 
 class TestInParts:
-    def test_the_parts_make_the_whole(self, pipe, motions):
+    def test_the_parts_make_the_whole(self, pipe, motions, monkeypatch):
         (wanted,) = pipe("a cat", motions[0], steps=2)
-        with feed_forward_in_parts(7):
-            (got,) = pipe("a cat", motions[0], steps=2)
+        monkeypatch.setattr("emt.backbones.sd15.layers.FEED_FORWARD_TOKENS", 7)
+        (got,) = pipe("a cat", motions[0], steps=2)
         assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
 
 

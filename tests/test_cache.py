@@ -14,11 +14,10 @@ import torch
 from program import clip, environment, lines, model, transfer
 
 from emt import cache
-from emt.backbones.sd15.motion_module import MotionFeatures
 from emt.cache import ContentIndex, MotionCache, default_dir
 from emt.device import Device
+from emt.features import Motion, MotionFeatures
 from emt.model_folder import find_model
-from emt.pipeline import Motion
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.options import Fit, Scheduler, Settings

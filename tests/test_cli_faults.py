@@ -13,7 +13,7 @@ from program import EMT, clip, environment, journal, model
 
 from emt.cache import ContentIndex, MotionCache
 from emt.model_folder import find_model
-from emt.pipeline import NonFiniteError
+from emt.sampling import NonFiniteError
 from emt_cli.batch.estimates import memory, size_that_fits
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.inputs import expand

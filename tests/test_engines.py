@@ -26,7 +26,8 @@ from torch._inductor import config as inductor_config
 
 from emt.backbones.sd15.lora import merge_loras
 from emt.backbones.sd15.random_model import random_model
-from emt.backends.torch import Backend, TorchBackend
+from emt.backends.base import Backend
+from emt.backends.torch import TorchBackend
 from emt.cache import ContentIndex
 from emt.device import Device
 from emt.errors import EmtError

@@ -14,11 +14,12 @@ from kernel_testing import CAPABILITIES, compiled, kernel_test
 from program import console
 from torch import Tensor
 
-from emt.backbones.sd15.fp8 import Fp8Linear, check_fp8, is_faster, scaled_product, scaled_product_reference, use_fp8
-from emt.backbones.sd15.motion_module import MotionFeatures
+from emt.backbones.sd15.fp8 import Fp8Linear, is_faster, scaled_matmul, scaled_matmul_reference
 from emt.backbones.sd15.random_model import draw_weights
 from emt.backbones.sd15.unet import MotionTransferUNet
+from emt.device import check_fp8
 from emt.errors import EmtError
+from emt.features import MotionFeatures
 from emt_kernels import quantize as quantize_module
 from emt_kernels.geglu import geglu_reference
 from emt_kernels.layer_norm import layer_norm_reference
@@ -147,7 +148,7 @@ def test_the_emulated_product_is_pytorchs_own() -> None:
         theirs = torch._scaled_mm(*arguments, out_dtype=torch.float32)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this PyTorch has no float8 product on the CPU: {error}")
-    ours = scaled_product_reference(x.values, x.scale, weight.values, weight.scale.t(), None, torch.float32)
+    ours = scaled_matmul_reference(x.values, x.scale, weight.values, weight.scale.t(), None, torch.float32)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -159,7 +160,7 @@ def test_the_gpus_product_is_the_emulated_one(dtype: torch.dtype, biased: bool) 
     x, weight = (quantize_rows_reference(random(i, "cuda", 160, 320).float()) for i in range(2))
     bias = random(3, "cuda", 160).to(dtype) if biased else None
     arguments = x.values, x.scale, weight.values, weight.scale.t().contiguous(), bias, dtype
-    torch.testing.assert_close(scaled_product(*arguments), scaled_product_reference(*arguments), rtol=2e-2, atol=0.2)
+    torch.testing.assert_close(scaled_matmul(*arguments), scaled_matmul_reference(*arguments), rtol=2e-2, atol=0.2)
 
 
 def test_only_products_that_gain_are_in_float8() -> None:
@@ -211,7 +212,7 @@ def everything(outputs: int, inputs: int, exact: bool) -> bool:
 
 def in_float8(case: Case, **options: Any) -> Case:
     case = copy.deepcopy(case)
-    assert use_fp8(case.unet, choice=everything, **options) > 0
+    assert case.unet.use_fp8(choice=everything, **options) > 0
     return case
 
 
@@ -234,8 +235,8 @@ def test_the_reference_pass_works_and_is_close(case: Case) -> None:
 
 def test_doing_it_again_changes_nothing(case: Case) -> None:
     ours = in_float8(case)
-    count, before = use_fp8(ours.unet, choice=everything), ours.step(None)
-    assert use_fp8(ours.unet, choice=everything) == count
+    count, before = ours.unet.use_fp8(choice=everything), ours.step(None)
+    assert ours.unet.use_fp8(choice=everything) == count
     assert torch.equal(ours.step(None), before)
 
 
@@ -245,7 +246,7 @@ def test_what_is_left_in_full_can_still_be_fused(case: Case) -> None:
     before = ours.step(None)
     ours.unet.fuse_projections()
     torch.testing.assert_close(ours.step(None), before)
-    assert use_fp8(ours.unet, choice=everything) > 0
+    assert ours.unet.use_fp8(choice=everything) > 0
     both = ours.step(None)
     ours.unet.fuse_projections()
     assert torch.equal(ours.step(None), both)
@@ -253,7 +254,7 @@ def test_what_is_left_in_full_can_still_be_fused(case: Case) -> None:
 
 def test_layers_that_do_not_gain_stay_as_they_are(case: Case) -> None:
     ours = copy.deepcopy(case)
-    assert use_fp8(ours.unet, choice=lambda outputs, inputs, exact: False) == 0
+    assert ours.unet.use_fp8(choice=lambda outputs, inputs, exact: False) == 0
     assert torch.equal(ours.step(None), case.step(None))
 
 

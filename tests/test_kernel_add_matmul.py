@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emt.backbones.sd15.motion_module import ResidualStream, residuals_in_products
+from emt.backbones.sd15.layers import LayerNorm
+from emt.backbones.sd15.passes import add_linear
 from emt_kernels.add_matmul import add_matmul_
 
 
@@ -38,14 +39,14 @@ class Stream(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.proj_in = nn.Linear(4, 8)
-        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(3)])
+        self.norms = nn.ModuleList([LayerNorm(8) for _ in range(3)])
         self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
-        stream = ResidualStream(self.proj_in(x))
+        x, bias = self.proj_in(x), None
         for norm, layer in zip(self.norms, self.layers):
-            stream.add(layer, stream.norm(norm)[1])
-        return stream.norm(self.norms[2])[1]
+            bias = add_linear(x, bias, layer, norm(x, shift=bias))
+        return self.norms[2](x, shift=bias)
 
 
 @torch.no_grad()
@@ -55,8 +56,7 @@ def test_compiled_code_adds_in_place_too(tmp_path: Path, caplog: pytest.LogCaptu
     module, x = Stream().eval(), torch.randn(3, 5, 4)
     expected = module(x)
     samples = torch.export.Dim("samples", min=1, max=8)
-    with residuals_in_products(biases_in_norms=True):
-        exported = torch.export.export(module, (x,), strict=False, dynamic_shapes=({0: samples},))
+    exported = torch.export.export(module, (x,), strict=False, dynamic_shapes=({0: samples},))
     called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert called.count("emt.add_matmul_.default") == 2
     torch._logging.set_logs(output_code=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import SMALL, relative_error, small_states, small_unet, tensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emt.backbones.sd15.motion_module import residuals_in_products
+from emt.backbone import PLAIN, Execution
+from emt.backbones.sd15.layers import sinusoidal_positions
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
 
@@ -99,7 +98,7 @@ class TestPublishedOutputs:
     @pytest.mark.parametrize("precomputed", [False, True], ids=["eager", "precomputed"])
     def test_adapted_network_with_reference(self, unet, published, motion, precomputed):
         text = unet.encode_text(published["text"]) if precomputed else published["text"]
-        moved = motion.prepare(unet) if precomputed else motion
+        moved = unet.prepare(motion) if precomputed else motion
         out = unet(published["sample"], SMALL["timestep"], text, moved)
         assert relative_error(out, published["with_reference"]) < 1e-5
 
@@ -121,7 +120,7 @@ class TestPublishedOutputs:
         scheduler = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
         scheduler.set_timesteps(5)
         text = unet.encode_text(published["text"]) if precomputed else published["text"]
-        moved = motion.prepare(unet) if precomputed else motion
+        moved = unet.prepare(motion) if precomputed else motion
         latents = published["sample"][:1]
         for t in scheduler.timesteps:
             away, towards = unet(torch.cat([latents] * 2), t, text, moved).chunk(2)
@@ -314,8 +313,15 @@ class TestShapes:
             tiny_unet(**config)
 
 
-class TestResidualsInProducts:
-    """Sums that products make in place, and biases that norms add, are the published network's, in float64."""
+FUSED = {
+    "adds": Execution(fuse_residual_adds=True),
+    "adds and biases": Execution(fuse_residual_adds=True, defer_conv_biases=True),
+    "in parts": Execution(fuse_residual_adds=True, defer_conv_biases=True, feed_forward_tokens=7),
+}
+
+
+class TestFusedPass:
+    """Adds that matmuls make in place, and biases that norms add, are the published network's, in float64."""
 
     @staticmethod
     def network(**config) -> MotionTransferUNet:
@@ -326,7 +332,7 @@ class TestResidualsInProducts:
                 parameter.data += torch.randn_like(parameter)
         return unet.double()
 
-    @pytest.mark.parametrize("biases", [False, True], ids=["residuals", "biases"])
+    @pytest.mark.parametrize("execution", FUSED.values(), ids=FUSED.keys())
     @settings(max_examples=8, deadline=None)
     @given(
         config=st.sampled_from(
@@ -342,37 +348,37 @@ class TestResidualsInProducts:
         width=st.integers(1, 9),
     )
     @torch.no_grad()
-    def test_all_ways_through_the_network(self, biases, config, frames, height, width):
+    def test_all_ways_through_the_network(self, execution, config, frames, height, width):
         unet = self.network(**config)
         sample, text = (x.double() for x in inputs(2, frames, height, width))
         given = sample.clone()
 
-        def everything(deep: Tensor | None = None) -> list[Tensor]:
-            motion = unet.encode_reference(sample[:1], 400, text[:1])
-            prediction, found = unet.denoise_deep(sample, 3, text, motion)
-            shallow = unet.denoise_shallow(sample, 9, text, motion, found if deep is None else deep)
-            return [unet(sample, 3, text), prediction, found, shallow, *(x for y in motion.layers.values() for x in y)]
+        def everything(how: Execution, deep: Tensor | None = None) -> list[Tensor]:
+            motion = unet.encode_reference(sample[:1], 400, text[:1], execution=how)
+            prediction, found = unet.denoise_deep(sample, 3, text, motion, execution=how)
+            taken = found if deep is None else deep
+            shallow = unet.denoise_shallow(sample, 9, text, motion, taken, execution=how)
+            features = [x for layer in motion.layers.values() for x in layer]
+            return [unet(sample, 3, text, execution=how), prediction, found, shallow, *features]
 
-        expected = everything()
+        expected = everything(PLAIN)
         deep = expected[2].clone()
-        with residuals_in_products(biases_in_norms=biases):
-            for ours, theirs in zip(everything(deep), expected, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        for ours, theirs in zip(everything(execution, deep), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         assert torch.equal(sample, given)
         assert torch.equal(deep, expected[2])
 
     @torch.no_grad()
-    def test_products_add_and_convolutions_have_no_biases(self):
-        """What it is for: fewer sums, and none of a bias over all pixels but before other resolutions."""
+    def test_matmuls_add_and_convolutions_have_no_biases(self):
+        """Fewer adds, and none of a bias over all pixels but before other resolutions."""
         unet = self.network().float()
         sample, text = inputs(1, 2, 8, 8)
         counts = []
-        for biases in (None, False, True):
-            way = contextlib.nullcontext() if biases is None else residuals_in_products(biases)
-            with way, Called() as called:
-                unet(sample, 3, text)
-            products = called.names.count("aten.addmm_.default")
-            counts.append((products, sum("convolution" in name for name in called.with_bias)))
+        for execution in (PLAIN, FUSED["adds"], FUSED["adds and biases"]):
+            with Called() as called:
+                unet(sample, 3, text, execution=execution)
+            matmuls = called.names.count("aten.addmm_.default")
+            counts.append((matmuls, sum("convolution" in name for name in called.with_bias)))
         transformers = sum(".proj_out.weight" in name for name in unet.state_dict())
         shortcuts = sum("conv_shortcut.weight" in name for name in unet.state_dict())
         assert counts[0][0] == 0
@@ -381,7 +387,7 @@ class TestResidualsInProducts:
         assert counts[2][1] == 1  # the last one, which nothing follows
 
     @torch.no_grad()
-    def test_exports_have_products_add_too(self):
+    def test_exports_have_matmuls_add_too(self):
         """Also an export for any batch, of which it is what the network computes."""
         unet = self.network().float()
         sample, text = inputs(2, 3, 4, 4)
@@ -389,8 +395,8 @@ class TestResidualsInProducts:
         expected = unet(sample, time, text)
         samples = torch.export.Dim("samples", min=1, max=4)
         shapes = {"sample": {0: samples}, "timestep": {0: samples}, "text": {0: samples}}
-        with residuals_in_products(biases_in_norms=True):
-            exported = torch.export.export(unet, (sample, time, text), strict=False, dynamic_shapes=shapes)
+        fused = Fused(unet, FUSED["adds and biases"])
+        exported = torch.export.export(fused, (sample, time, text), strict=False, dynamic_shapes=shapes)
         called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
         transformers = sum(".proj_out.weight" in name for name in unet.state_dict())
         shortcuts = sum("conv_shortcut.weight" in name for name in unet.state_dict())
@@ -405,14 +411,24 @@ class TestResidualsInProducts:
         sample, text = (x.double() for x in inputs(1, 2, 4, 4))
         motion = unet.encode_reference(sample, 400, text)
         gradients = []
-        for way in (contextlib.nullcontext(), residuals_in_products(biases_in_norms=True)):
+        for execution in (PLAIN, FUSED["adds and biases"]):
             unet.zero_grad()
-            with way:
-                unet(sample, 9, text, motion).square().mean().backward(retain_graph=True)
+            unet(sample, 9, text, motion, execution=execution).square().mean().backward(retain_graph=True)
             gradients.append({name: p.grad.clone() for name, p in unet.adapter_parameters()})
         for name, gradient in gradients[0].items():
             assert gradient.any()
             assert torch.equal(gradients[1][name], gradient)
+
+
+class Fused(nn.Module):
+    """The network with an execution, as engines export it."""
+
+    def __init__(self, unet: MotionTransferUNet, execution: Execution) -> None:
+        super().__init__()
+        self.unet, self.execution = unet, execution
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return self.unet(sample, timestep, text, execution=self.execution)
 
 
 class Called(TorchDispatchMode):
@@ -443,8 +459,6 @@ class TestLoadingPublished:
             assert text in str(error.value)
 
     def test_stored_position_encodings_are_checked_and_dropped(self):
-        from emt.backbones.sd15.motion_module import sinusoidal_positions
-
         backbone, adapter = small_states()
         name = (
             "up_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.pos_encoder.pe"
@@ -461,7 +475,7 @@ class TestCompilers:
     def test_compiles_as_one_graph(self, backend):
         unet = tiny_unet()
         sample, text = inputs(2, 4, 8, 8)
-        motion = unet.encode_reference(sample[:1], 400, text[:1]).prepare(unet)
+        motion = unet.prepare(unet.encode_reference(sample[:1], 400, text[:1]))
         features = unet.encode_text(text)
         compiled = torch.compile(unet, fullgraph=True, backend=backend)
         torch.testing.assert_close(compiled(sample, torch.tensor(3), features, motion), unet(sample, 3, text, motion))
@@ -470,7 +484,7 @@ class TestCompilers:
     def test_exports(self):
         unet = tiny_unet()
         sample, text = inputs(2, 4, 8, 8)
-        motion = unet.encode_reference(sample[:1], 400, text[:1]).prepare(unet)
+        motion = unet.prepare(unet.encode_reference(sample[:1], 400, text[:1]))
         arguments = (sample, torch.tensor(3), unet.encode_text(text), motion)
         exported = torch.export.export(unet, arguments, strict=False).module()
         other, _ = inputs(2, 4, 8, 8, seed=5)

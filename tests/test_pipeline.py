@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
-from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, NonFiniteError, load_pipeline
+from emt.features import Motion
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.sampling import SCHEDULERS, NonFiniteError
 
 FRAMES, HEIGHT, WIDTH = 4, 24, 40
 
@@ -111,7 +113,7 @@ class TestGeneration:
     def test_guidance_of_one_runs_no_second_half(self, pipe, motion, monkeypatch):
         batches = []
         forward = pipe.unet.forward
-        monkeypatch.setattr(pipe.unet, "forward", lambda x, *a: batches.append(len(x)) or forward(x, *a))
+        monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: batches.append(len(x)) or forward(x, *a, **k))
         pipe("a cat", motion, steps=1, guidance=1.0)
         pipe("a cat", motion, steps=1, guidance=2.0)
         assert batches == [1, 2]

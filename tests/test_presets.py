@@ -15,8 +15,10 @@ from test_backend import Recorder
 from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
-from emt.pipeline import SCHEDULERS, Motion, MotionTransferPipeline, load_pipeline
+from emt.features import Motion
+from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.presets import PRESETS, preset_values
+from emt.sampling import SCHEDULERS
 from emt_cli.batch.estimates import work
 from emt_cli.batch.inputs import expand
 from emt_cli.batch.jobs import Job, identify
@@ -102,7 +104,7 @@ def test_the_first_unguided_step_computes_its_own(pipe, motion):
 def test_deep_features_of_the_same_step_change_nothing(pipe, motion):
     generator = torch.Generator().manual_seed(0)
     sample, timestep = torch.randn(2, 4, 4, 3, 5, generator=generator), torch.tensor(601)
-    text, moved = pipe.unet.encode_text(pipe.encode_prompts(["", "a cat"])), motion.features.prepare(pipe.unet)
+    text, moved = pipe.unet.encode_text(pipe.encode_prompts(["", "a cat"])), pipe.unet.prepare(motion.features)
     with torch.no_grad():
         exact = pipe.unet(sample, timestep, text, moved)
         prediction, deep = pipe.unet.denoise_deep(sample, timestep, text, moved)

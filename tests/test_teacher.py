@@ -16,9 +16,10 @@ from program import FRAMES, SIDE, Ended, Run, clip, emt, environment, journal, m
 from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.evaluate.tracks import track
-from emt.pipeline import Motion, MotionTransferPipeline, load_pipeline
+from emt.features import Motion
+from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.train.data import PairDataset, find_pairs
-from emt.train.teacher import Filter, Guidance, Teacher, attention_map
+from emt.train.teacher import Filter, Guidance, Teacher
 from emt.video import read_clip
 from emt_cli.batch.jobs import Job, Rejected
 from emt_cli.batch.options import Settings
@@ -57,11 +58,11 @@ def test_attention_maps_are_those_of_the_network(pipe):
     for path, module in pipe.unet.fusion_modules().items():
         blocks = module.temporal_transformer.transformer_blocks[0].attention_blocks
         for attention, feature in zip(blocks, features.layers[path]):
-            probabilities = attention_map(attention, feature)
+            probabilities = attention.attention_map(feature)
             x = feature.flatten(2, 3) + attention.positions[:FRAMES, None]
             value = attention.to_v(x).unflatten(-1, (attention.heads, -1))
             mixed = torch.einsum("bphqk,bkphc->bqphc", probabilities, value)
-            expected = attention(x, None, None, adapted=False)  # what the layer's last product takes
+            expected = attention.attend(x, None, None)
             torch.testing.assert_close(mixed.flatten(3), expected)
 
 

@@ -28,7 +28,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from emt import EmtError
 from emt.backbones.sd15.import_weights import import_weights, parse_lora
-from emt.backbones.sd15.motion_module import ImageStream
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.pipeline import MotionTransferPipeline
@@ -365,7 +364,7 @@ def mid_block(motion: State) -> State:
 
 def positions(motion: State, frames: int) -> State:
     """The position encodings that AnimateDiff's files carry, (1, frames, channels)."""
-    from emt.backbones.sd15.motion_module import sinusoidal_positions
+    from emt.backbones.sd15.layers import sinusoidal_positions
 
     return {
         k.replace("to_q.weight", "pos_encoder.pe"): sinusoidal_positions(frames, v.shape[0])[None]
@@ -431,7 +430,7 @@ def test_names_agree_with_diffusers_own_motion_module(files: Files, tmp_path: Pa
         theirs, ours = adapter.get_submodule(path), unet.get_submodule(path)
         channels = ours.temporal_transformer.proj_in.in_features
         x = torch.randn(1, channels, 4, 4, generator=torch.Generator().manual_seed(1)).repeat(frames, 1, 1, 1)
-        out = ours(ImageStream(x), frames, None, adapted=False)[0].whole()
+        out = ours(x, frames)
         assert (out[0] - out[1]).abs().max() > 1e-3  # the position encoding tells the frames apart
         assert relative_error(out, theirs(x, num_frames=frames)) < 1e-5
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt.backbones.sd15.unet import MotionTransferUNet
+from emt.backbone import Backbone
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -108,7 +108,7 @@ class Objective:
 
 
 def adapter_loss(
-    unet: MotionTransferUNet,
+    unet: Backbone,
     objective: Objective,
     reference: Tensor,
     target: Tensor,

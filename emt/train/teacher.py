@@ -6,8 +6,8 @@ backbone alone: the adapter is not used, so that any base with an AnimateDiff mo
 The motion of a reference is what its temporal attention looks at. Every pixel has one attention map A (frames × frames)
 for each head; of every row only the k = 1 largest entry is kept, a mask M, since the others are mostly noise. A is
 read in one pass over the reference's latents, noised to t = 400, with the empty prompt: it is a function of the
-layer-normed features that `MotionTransferUNet.encode_reference` keeps, A = softmax(Q Kᵀ / √d), so that nothing has to
-be hooked into the network. While a clip is denoised from z_t, its own maps are held to these entries:
+layer-normed features that a reference pass keeps, A = softmax(Q Kᵀ / √d), so that nothing has to be hooked into the
+network. While a clip is denoised from z_t, its own maps are held to these entries:
 
     g(z_t) = Σ_attentions mean‖M ∘ (A_reference − A(z_t))‖²              over the temporal attentions of up block 1
     ε̂ = ε(z_t, ∅) + s·(ε(z_t, c) − ε(z_t, ∅)) + λ·√(1 − ᾱ_t)·∇g(z_t)
@@ -35,12 +35,14 @@ from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emt.backbones.sd15.motion_module import MotionFeatures, TemporalAttention
+from emt.backbone import TeachingBackbone
 from emt.errors import EmtError
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import Tracklets, track
-from emt.pipeline import Motion, MotionTransferPipeline, check_finite
+from emt.features import Motion, MotionFeatures, TextFeatures
+from emt.pipeline import MotionTransferPipeline
+from emt.sampling import check_finite
 
 PUBLISHED_VALUES = 16 * 4 * 64 * 64
 """Latent values of the clips for which `Guidance.weight` is published."""
@@ -83,25 +85,6 @@ class SparseMaps:
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
-def attention_map(attention: TemporalAttention, feature: Tensor) -> Tensor:
-    """The backbone's attention over time, from the features that stand before it.
-
-    Args:
-        attention: Whose projections and positions are used.
-        feature: (batch, frames, height, width, channels).
-
-    Returns:
-        (batch, height·width, heads, frames, frames), float32; rows sum to 1.
-    """
-    x = feature.flatten(2, 3)
-    x = x + attention.positions[: x.shape[1], None].to(x.dtype)
-    q, k = (
-        project(x).unflatten(-1, (attention.heads, -1)).permute(0, 2, 3, 1, 4).float()
-        for project in (attention.to_q, attention.to_k)
-    )
-    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-
-
 class Teacher:
     """Plays motions with new content on a model's backbone, whose weights it freezes.
 
@@ -115,27 +98,22 @@ class Teacher:
 
     def __init__(self, pipe: MotionTransferPipeline, guidance: Guidance = Guidance()) -> None:
         self.pipe, self.guidance = pipe, guidance
-        self.attentions: dict[str, Sequence[TemporalAttention]] = {}
-        for path, module in pipe.unet.fusion_modules().items():
-            if int(path.split(".")[1]) in guidance.blocks:
-                blocks = module.temporal_transformer.transformer_blocks[0].attention_blocks
-                self.attentions[path] = list(blocks)  # type: ignore[arg-type]
-        if not self.attentions:
+        if not hasattr(pipe.unet, "attention_maps"):
+            problem = f"a {type(pipe.unet).__name__} has no attention over time alone, which a teacher compares"
+            raise EmtError(problem, "Use a model of Stable Diffusion 1.5 with motion modules.")
+        self.unet: TeachingBackbone = pipe.unet
+        if not any(int(path.split(".")[1]) in guidance.blocks for path in self.unet.reference_layers()):
             raise EmtError(
                 f"this model reads no motion in up block {', '.join(map(str, guidance.blocks))}",
                 "Use one whose adapter covers it: fusion_blocks in unet/config.json lists the blocks.",
             )
-        pipe.unet.requires_grad_(False)
+        self.unet.requires_grad_(False)
         # Only passes that are differentiated pay for it: they need the memory of one layer, not of all.
-        pipe.unet.enable_gradient_checkpointing()
+        self.unet.enable_gradient_checkpointing()
 
     def maps(self, features: MotionFeatures) -> list[Tensor]:
         """The attention maps that are compared, each (batch, pixels, heads, frames, frames)."""
-        return [
-            attention_map(attention, feature)
-            for path, attentions in self.attentions.items()
-            for attention, feature in zip(attentions, features.layers[path])
-        ]
+        return self.unet.attention_maps(features, self.guidance.blocks)
 
     @torch.no_grad()
     def read(self, motions: Sequence[Motion]) -> SparseMaps:
@@ -194,9 +172,10 @@ class Teacher:
         frames, height, width = pipe.shape_of(motions)
         shared = all(motion is motions[0] for motion in motions)
         wanted = self.read(motions[:1] if shared else motions)
-        towards = pipe.unet.encode_text(pipe.encode_prompts(prompts))
-        both = pipe.unet.encode_text(pipe.encode_prompts([*(negative_prompts or [""] * count), *prompts]))
-        away = type(both)({path: (key[:count], value[:count]) for path, (key, value) in both.layers.items()})
+        encode = self.unet.encode_text_without_adapter
+        towards = encode(pipe.encode_prompts(prompts))
+        both = encode(pipe.encode_prompts([*(negative_prompts or [""] * count), *prompts]))
+        away = TextFeatures({path: (key[:count], value[:count]) for path, (key, value) in both.layers.items()})
 
         sampler = DDIMScheduler.from_config(pipe.scheduler.config)
         sampler.set_timesteps(steps, device=pipe.device)
@@ -208,14 +187,14 @@ class Teacher:
             if strength and weight:
                 with torch.enable_grad():
                     leaf = latents.detach().requires_grad_(True)
-                    given, features = pipe.unet.denoise_with_features(leaf.to(pipe.unet.dtype), timestep, towards)
+                    given, features = self.unet.denoise_with_features(leaf.to(self.unet.dtype), timestep, towards)
                     # Clips of a batch do not touch each other: the sum's gradient is each one's own.
                     energy = weight * strength * self.energy(features, wanted).sum()
                     (gradient,) = torch.autograd.grad(energy, leaf)
                 prediction = given.detach().float()
                 del given, features, energy
                 if s != 1:
-                    without = pipe.unet(latents.to(pipe.unet.dtype), timestep, away, adapted=False).float()
+                    without = self.unet(latents.to(self.unet.dtype), timestep, away, adapted=False).float()
                     prediction = without + s * (prediction - without)
                 signal = sampler.alphas_cumprod[timestep].to(latents)
                 change = (1 - signal).sqrt() * gradient
@@ -223,11 +202,11 @@ class Teacher:
                     change = change / signal.sqrt().clamp(min=SMALLEST_SIGNAL)
                 prediction = prediction + change
             elif s != 1:
-                sample = torch.cat([latents, latents]).to(pipe.unet.dtype)
-                without, given = pipe.unet(sample, timestep, both, adapted=False).float().chunk(2)
+                sample = torch.cat([latents, latents]).to(self.unet.dtype)
+                without, given = self.unet(sample, timestep, both, adapted=False).float().chunk(2)
                 prediction = without + s * (given - without)
             else:
-                prediction = pipe.unet(latents.to(pipe.unet.dtype), timestep, towards, adapted=False).float()
+                prediction = self.unet(latents.to(self.unet.dtype), timestep, towards, adapted=False).float()
             latents = sampler.step(prediction, timestep, latents).prev_sample
             if on_step:
                 on_step(i + 1, steps)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from emt.backbones.sd15.unet import MotionTransferUNet
+from emt.backbone import Backbone
 from emt.checkpoints import check_keys
 from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError
@@ -92,7 +92,7 @@ class _Loss(nn.Module):
 
     def __init__(
         self,
-        unet: MotionTransferUNet,
+        unet: Backbone,
         objective: Objective,
         reference_timestep: int,
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -459,7 +459,8 @@ class Trainer:
             weights = sorted((self.model / "unet").glob("*.safetensors"))
             with safe_open(weights[0], "pt") as file:
                 stored = file.get_slice(next(iter(file.keys()))).get_dtype()
-            unet = MotionTransferUNet.from_pretrained(self.model / "unet", dtype=_DTYPES.get(stored, torch.float32))
+            network = type(self.pipe.unet)
+            unet = network.from_pretrained(self.model / "unet", dtype=_DTYPES.get(stored, torch.float32))
             with torch.no_grad():
                 for name, parameter in unet.adapter_parameters():
                     parameter.copy_(adapter[published(name)])

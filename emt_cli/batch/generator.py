@@ -25,8 +25,9 @@ from emt_engines.choice import TORCH, Engine, EngineChoice
 if TYPE_CHECKING:
     import numpy as np
 
-    from emt.backends.torch import Backend
-    from emt.pipeline import Motion, MotionTransferPipeline
+    from emt.backends.base import Backend
+    from emt.features import Motion
+    from emt.pipeline import MotionTransferPipeline
     from emt.video import Clip
 
 
@@ -128,9 +129,7 @@ def open_pipeline(
         if not low_memory:
             pipe = pipe.to(device.torch_device)
             if device.precision == "fp8":
-                from emt.backbones.sd15.fp8 import use_fp8
-
-                use_fp8(pipe.unet)
+                pipe.unet.use_fp8()
             return pipe
         pipe.save_memory(device.torch_device)
         return pipe
@@ -262,7 +261,7 @@ class Generator:
 
     def encode(self, job: Job, source: Clip | Motion) -> Motion:
         """The motion of a job's clip, on the device; a motion that was read from the cache is moved there."""
-        from emt.pipeline import Motion
+        from emt.features import Motion
 
         if isinstance(source, Motion):
             motion = source

@@ -16,7 +16,7 @@ from emt_cli.batch.jobs import Job
 
 if TYPE_CHECKING:
     from emt.evaluate.tracks import Tracklets
-    from emt.pipeline import Motion
+    from emt.features import Motion
     from emt.video import Clip
 
 

@@ -26,7 +26,7 @@ from emt_cli.batch.results import read_record
 if TYPE_CHECKING:
     import numpy as np
 
-    from emt.pipeline import Motion
+    from emt.features import Motion
     from emt.train.teacher import Guidance, Teacher
 
 REPORT = "pairs.jsonl"

@@ -270,7 +270,7 @@ class Worker:
         Returns:
             The tasks that neither succeeded nor failed by themselves, and how many of them to try at once.
         """
-        from emt.pipeline import NonFiniteError
+        from emt.sampling import NonFiniteError
 
         jobs, device = [task.job for task in tasks], self.generator.device
         motions = [task.reference.motion for task in tasks]

@@ -166,16 +166,19 @@ def _rows(
         select("reference")
     say("timing plain PyTorch")
     pipe.backend = TorchBackend(
-        pipe, graphs=False, fuse=False, sums_in_products=False, channels_last=False, channels_last_vae=False
+        pipe,
+        graphs=False,
+        fuse_projections=False,
+        fuse_residual_adds=False,
+        channels_last=False,
+        channels_last_vae=False,
     )
     row, truth = _measure("plain PyTorch", pipe, device, settings, None)
     yield row
     if device.is_gpu:
         select("triton" if device.kernels == "triton" else "reference")
     if fp8:
-        from emt.backbones.sd15.fp8 import use_fp8
-
-        use_fp8(pipe.unet)
+        pipe.unet.use_fp8()
     say("timing what emt transfer uses")
     pipe.backend = TorchBackend(pipe)
     yield _measure("torch", pipe, device, settings, truth)[0]
@@ -222,7 +225,7 @@ def _parts(
     scale, backend, dtype = pipe.vae_scale_factor, pipe.backend, pipe.unet.dtype
     samples, height, width = 1 if settings.guidance == 1 else 2, settings.height, settings.width
     generator = torch.Generator().manual_seed(0)
-    shape = (samples, pipe.unet.config.in_channels, settings.frames, height // scale, width // scale)
+    shape = (samples, pipe.unet.latent_channels, settings.frames, height // scale, width // scale)
     sample = torch.randn(shape, generator=generator).to(device.torch_device, dtype)
     images = torch.rand(settings.frames, 3, height, width, generator=generator).to(device.torch_device, pipe.vae.dtype)
     unscaled, timestep = sample[0].transpose(0, 1).to(pipe.vae.dtype), torch.tensor(601, device=device.torch_device)

@@ -18,7 +18,7 @@ from emt_engines.manifest import FILE, Manifest, Part, Request
 from emt_engines.registry import builder_modules, load_builder, load_runtime
 
 if TYPE_CHECKING:
-    from emt.backends.torch import Backend
+    from emt.backends.base import Backend
     from emt.pipeline import MotionTransferPipeline
 
 #: Greatest difference from eager PyTorch, over the greatest value, that a build may have. In fp16 a network of this

@@ -29,10 +29,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
-from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
-from emt.backends.torch import Recorder, TorchBackend
+from emt.backbone import Execution
+from emt.backends.base import Networks
+from emt.backends.cuda_graphs import Recorder
+from emt.backends.torch import TorchBackend
+from emt.backends.vae import VAE_PIXELS
 from emt.errors import EmtError
+from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt.storage import sha256_of
 from emt_engines.compiler_hooks import Phases, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
@@ -45,8 +48,6 @@ if TYPE_CHECKING:
 
 #: What an engine is made of, for each size.
 PARTS = ("denoise", "reference", "vae_encoder", "vae_decoder")
-#: Pixels that a call of the VAE takes: two frames of 512×512 fill a GPU.
-_VAE_PIXELS = 2 * 512 * 512
 
 
 def _options(device: str) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class InductorBuilder:
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
         """Compile every part for every size into `folder`; see `emt_engines.base.Builder`."""
-        networks = _Networks.of(pipe)
+        networks = _Configurations.of(pipe)
         jobs = [_Job(networks, request, name, size, folder) for size in request.sizes for name in PARTS]
         workers = _workers(pipe, len(jobs))
         if workers == 1:
@@ -113,7 +114,7 @@ class InductorBuilder:
 class _Shell:
     """Networks with any weights, in the place of a pipeline."""
 
-    unet: MotionTransferUNet
+    unet: Any
     vae: AutoencoderKL
     tokenizer: SimpleNamespace
     vae_scale_factor: int
@@ -121,23 +122,25 @@ class _Shell:
 
 
 @dataclass(frozen=True)
-class _Networks:
-    """What of a pipeline decides the code of a package, without the weights: enough for another process."""
+class _Configurations:
+    """The parts of a pipeline that decide the code of a package, without weights: enough for another process."""
 
+    network: type[Any]
     unet: dict[str, Any]
     vae: dict[str, Any]
     tokens: int
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, pipe: MotionTransferPipeline) -> _Networks:
+    def of(cls, pipe: MotionTransferPipeline) -> _Configurations:
         """Those of a pipeline."""
-        return cls(dict(pipe.unet.config), dict(pipe.vae.config), pipe.tokenizer.model_max_length, pipe.unet.dtype)
+        unet, vae = pipe.unet, pipe.vae
+        return cls(type(unet), dict(unet.config), dict(vae.config), pipe.tokenizer.model_max_length, unet.dtype)
 
     def make(self, device: str) -> _Shell:
         """Make them."""
         with torch.device(device):
-            unet = MotionTransferUNet.from_config(self.unet).eval()
+            unet = self.network.from_config(self.unet).eval()
             vae = AutoencoderKL.from_config(self.vae).eval()
         for part in (unet, vae):
             nn.Module.to(part, self.dtype)  # diffusers' own would warn of nothing
@@ -149,7 +152,7 @@ class _Networks:
 class _Job:
     """A package to make."""
 
-    networks: _Networks
+    networks: _Configurations
     request: Request
     name: str
     size: Size
@@ -243,19 +246,25 @@ def _compile_apart(pipe: Any, job: _Job) -> None:
 def _compile(pipe: Any, job: _Job, tell: Callable[[str], None]) -> Part:
     phases = Phases(lambda phase: tell(f"compiling {job.name} for {job.size}: {phase}"))
     _import_ops()
-    prepared = TorchBackend(pipe, graphs=False).prepared()
-    with prepared, toolchain(job.request.device), remembered_writes(), phases.of_compiler():
-        part = _package(pipe, job.request, job.name, job.size, job.folder, phases)
+    with (
+        TorchBackend(pipe, graphs=False).prepared() as execution,
+        toolchain(job.request.device),
+        remembered_writes(),
+        phases.of_compiler(),
+    ):
+        part = _package(pipe, execution, job, phases)
     tell(f"compiled {job.name} for {job.size}: {phases.summary()}")
     return part
 
 
-def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path, phases: Phases) -> Part:
+def _package(pipe: Networks, execution: Execution, job: _Job, phases: Phases) -> Part:
+    request, name, size = job.request, job.name, job.size
     width, height = size.least
     most = 2 * request.batch[1]
     images = images_at_once(request.frames, width, height)
     # Compiled code takes other numbers of samples, and is tuned for this one: a clip and its guidance.
-    made = function(pipe, name, width=width, height=height, frames=request.frames, samples=2, images=images)
+    shape: dict[str, Any] = {"width": width, "height": height, "frames": request.frames, "samples": 2, "images": images}
+    made = function(pipe, name, **shape, execution=execution)
     ranges = {"frames": (request.frames, request.frames), "width": (width, width), "height": (height, height)}
     if made.varying:
         ranges["samples"] = (1, most)
@@ -264,7 +273,7 @@ def _package(pipe: Any, request: Request, name: str, size: Size, folder: Path, p
     phases.begin("export")
     exported = _export(made, most)
     outputs = [x.meta["val"] for x in next(n for n in exported.graph.nodes if n.op == "output").args[0]]
-    file = folder / f"{name}-{size}.pt2"
+    file = job.folder / f"{name}-{size}.pt2"
     phases.begin("tracing")
     torch._inductor.aoti_compile_and_package(
         exported, package_path=str(file), inductor_configs=_options(pipe.device.type)
@@ -295,7 +304,7 @@ def _export(made: Function, most: int) -> torch.export.ExportedProgram:
 
 def images_at_once(frames: int, width: int, height: int) -> int:
     """Images that a call of the VAE takes: as many as fill a GPU, and divide the frames of a clip."""
-    return max(n for n in range(1, frames + 1) if frames % n == 0 and (n == 1 or n * width * height <= _VAE_PIXELS))
+    return max(n for n in range(1, frames + 1) if frames % n == 0 and (n == 1 or n * width * height <= VAE_PIXELS))
 
 
 # ------------------------------------------------------------------------------------------------- weights and layouts
@@ -480,7 +489,14 @@ class InductorBackend(TorchBackend):
     ) -> None:
         """Nothing: packages have their kernels, and those that they lack were compiled for the reference pass."""
 
-    def _run(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
+    def _run(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: TextFeatures,
+        motion: PreparedMotion | None,
+        execution: Execution,
+    ) -> Tensor:
         def call(inputs: dict[str, Tensor]) -> Tensor:
             own = inputs["sample"]
             part = self._find("denoise", samples=own.shape[0], frames=own.shape[2], **self._pixels(own))

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
-from emt.backbones.sd15.unet import TextFeatures
-from emt.backends.torch import PipelineBackend
+from emt.backends.base import PipelineBackend
 from emt.errors import EmtError
+from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt.storage import sha256_of
 from emt_engines.base import CannotRun
 from emt_engines.inductor import images_at_once
@@ -169,7 +168,7 @@ def coarsest(pipe: MotionTransferPipeline, name: str) -> int:
     """How many rows of a part's first input are one of its coarsest grid."""
     if name.startswith("vae"):
         return pipe.vae_scale_factor if name == "vae_encoder" else 1
-    return 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    return pipe.unet.facts.even_step
 
 
 def _dimensions(inputs: Mapping[str, Tensor], varies: Callable[[str], bool], unit: int) -> list[dict[int, Any]]:

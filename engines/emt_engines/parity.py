@@ -11,7 +11,7 @@ from torch import Tensor
 from emt_engines.manifest import Manifest, Size
 
 if TYPE_CHECKING:
-    from emt.backends.torch import Backend
+    from emt.backends.base import Backend
     from emt.pipeline import MotionTransferPipeline
 
 #: Of the 1,000 noise levels.

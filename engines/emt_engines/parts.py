@@ -20,18 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion, PreparedReference
-from emt.backbones.sd15.unet import MotionTransferUNet, TextFeatures
+from emt.backbone import PLAIN, Execution
+from emt.backends.base import Networks
 from emt.errors import EmtError
+from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt_engines.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from emt.pipeline import MotionTransferPipeline
-
 _PAIR = ("key", "value")
-_FIELDS = tuple(f.name for f in fields(PreparedReference))
 
 
 def text_tensors(text: TextFeatures) -> dict[str, Tensor]:
@@ -40,18 +38,18 @@ def text_tensors(text: TextFeatures) -> dict[str, Tensor]:
 
 
 def motion_tensors(motion: PreparedMotion) -> dict[str, Tensor]:
-    """A reference's tensors, by the name of the input: ``motion/<motion module>/<0 or 1>/<field>``."""
+    """A reference's tensors, by the name of the input: ``motion/<layer>/<its number in the layer>/<field>``."""
     return {
-        f"motion/{path}/{i}/{name}": getattr(prepared, name)
-        for path, pair in motion.layers.items()
-        for i, prepared in enumerate(pair)
-        for name in _FIELDS
+        f"motion/{path}/{i}/{field.name}": getattr(prepared, field.name)
+        for path, layer in motion.layers.items()
+        for i, prepared in enumerate(layer)
+        for field in fields(prepared)
     }
 
 
 def feature_tensors(features: MotionFeatures) -> dict[str, Tensor]:
-    """What a reference pass read, by the name of the output: ``feature/<motion module>/<0 or 1>``."""
-    return {f"feature/{path}/{i}": x for path, pair in features.layers.items() for i, x in enumerate(pair)}
+    """What a reference pass read, by the name of the output: ``feature/<layer>/<its number in the layer>``."""
+    return {f"feature/{path}/{i}": x for path, layer in features.layers.items() for i, x in enumerate(layer)}
 
 
 def features_of(tensors: Mapping[str, Tensor]) -> MotionFeatures:
@@ -59,7 +57,7 @@ def features_of(tensors: Mapping[str, Tensor]) -> MotionFeatures:
     layers: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         layers.setdefault(name.split("/")[1], []).append(tensor)
-    return MotionFeatures({path: (pair[0], pair[1]) for path, pair in layers.items()})
+    return MotionFeatures({path: tuple(layer) for path, layer in layers.items()})
 
 
 def times_of(timestep: Tensor, samples: Tensor) -> Tensor:
@@ -105,38 +103,47 @@ def by_reference(
 
 
 class Denoise(nn.Module):
-    """The network, taking text and motion as the tensors of `text_tensors` and `motion_tensors`, in order."""
+    """The network, taking text and motion as the tensors of `text_tensors` and `motion_tensors`, in order.
 
-    def __init__(self, unet: MotionTransferUNet, text: Sequence[str], motion: Sequence[str]) -> None:
+    Args:
+        unet: the network.
+        text: an example of the text.
+        motion: an example of the motion.
+        execution: how a call is computed.
+    """
+
+    def __init__(self, unet: Any, text: TextFeatures, motion: PreparedMotion, execution: Execution) -> None:
         super().__init__()
-        self.unet = unet
-        self.text, self.motion = tuple(text), tuple(motion)
+        self.unet, self.execution = unet, execution
+        self.text, self.motion = tuple(text_tensors(text)), tuple(motion_tensors(motion))
+        self._classes = {path: tuple(type(prepared) for prepared in layer) for path, layer in motion.layers.items()}
 
     def forward(self, sample: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
         """(samples, channels, frames, height, width) and (samples,) → the prediction, shaped as the sample."""
         text: dict[str, list[Tensor]] = {}
-        motion: dict[str, list[dict[str, Tensor]]] = {}
+        motion: dict[str, list[dict[str, Tensor]]] = {path: [{} for _ in c] for path, c in self._classes.items()}
         for name, tensor in zip(self.text + self.motion, tensors, strict=True):
             kind, path, *rest = name.split("/")
             if kind == "text":
                 text.setdefault(path, []).append(tensor)
             else:
-                motion.setdefault(path, [{}, {}])[int(rest[0])][rest[1]] = tensor
+                motion[path][int(rest[0])][rest[1]] = tensor
         features = TextFeatures({path: (pair[0], pair[1]) for path, pair in text.items()})
-        prepared = PreparedMotion({p: (PreparedReference(**a), PreparedReference(**b)) for p, (a, b) in motion.items()})
-        return self.unet(sample, timestep, features, prepared)
+        layers = {p: tuple(c(**given) for c, given in zip(self._classes[p], layer)) for p, layer in motion.items()}
+        return self.unet(sample, timestep, features, PreparedMotion(layers), execution=self.execution)
 
 
 class Reference(nn.Module):
     """The reference pass, returning the tensors of `feature_tensors`, in order."""
 
-    def __init__(self, unet: MotionTransferUNet) -> None:
+    def __init__(self, unet: Any, execution: Execution) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.execution = unet, execution
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """(1, channels, frames, height, width), (1,) and (1, tokens, width) → features."""
-        return tuple(feature_tensors(self.unet.encode_reference(latents, timestep, text)).values())
+        features = self.unet.encode_reference(latents, timestep, text, execution=self.execution)
+        return tuple(feature_tensors(features).values())
 
 
 class VaeEncoder(nn.Module):
@@ -197,7 +204,7 @@ class Function:
 
 @torch.no_grad()
 def function(
-    pipe: MotionTransferPipeline,
+    pipe: Networks,
     name: str,
     *,
     width: int,
@@ -206,6 +213,7 @@ def function(
     samples: int = 1,
     images: int = 1,
     prepare: Callable[[MotionFeatures], PreparedMotion] | None = None,
+    execution: Execution = PLAIN,
 ) -> Function:
     """One part of an engine for a size, with examples of its inputs laid out in memory as they will be.
 
@@ -217,33 +225,35 @@ def function(
         frames: Of a clip.
         samples: Of the example, for `denoise`.
         images: Of the example, for the parts of the VAE.
-        prepare: What prepares motion at run time, if not the features themselves.
+        prepare: Prepares motion at run time, if not the network itself.
+        execution: How the network is computed.
     """
     unet, factor = pipe.unet, pipe.vae_scale_factor
     options: dict[str, Any] = {"device": pipe.device, "dtype": unet.dtype}
     grid = height // factor, width // factor
 
     def clips(count: int) -> Tensor:
-        return torch.randn(count, unet.config.in_channels, frames, *grid, **options)
+        return torch.randn(count, unet.latent_channels, frames, *grid, **options)
 
     def text(count: int) -> Tensor:
-        return torch.randn(count, pipe.tokenizer.model_max_length, unet.config.cross_attention_dim, **options)
+        return torch.randn(count, pipe.tokenizer.model_max_length, unet.text_width, **options)
 
     def times(count: int) -> Tensor:
         return torch.full((count,), 400.0, device=pipe.device)
 
     if name == "reference":
         inputs = {"latents": clips(1), "timestep": times(1), "text": text(1)}
-        layers = [f"feature/{path}/{i}" for path in unet.fusion_modules() for i in (0, 1)]
-        return Function(Reference(unet), inputs, tuple(layers))
+        features = unet.encode_reference(*inputs.values(), execution=execution)
+        return Function(Reference(unet, execution), inputs, tuple(feature_tensors(features)))
     if name == "vae_encoder":
         pixels = torch.randn(images, 3, height, width, **options)
         return Function(VaeEncoder(pipe.vae), {"images": pixels}, ("mean", "std"))
     if name == "vae_decoder":
-        latents = torch.randn(images, unet.config.in_channels, *grid, **options)
+        latents = torch.randn(images, unet.latent_channels, *grid, **options)
         return Function(VaeDecoder(pipe.vae), {"latents": latents}, ("images",))
-    prompts = text_tensors(unet.encode_text(text(samples)))
-    features = unet.encode_reference(clips(1), times(1), text(1))
-    motion = motion_tensors(prepare(features) if prepare else features.prepare(unet))
-    inputs = {"sample": clips(samples), "timestep": times(samples), **prompts, **motion}
-    return Function(Denoise(unet, tuple(prompts), tuple(motion)), inputs, ("prediction",), "samples")
+    prompts = unet.encode_text(text(samples))
+    features = unet.encode_reference(clips(1), times(1), text(1), execution=execution)
+    motion = prepare(features) if prepare else unet.prepare(features)
+    known = text_tensors(prompts) | motion_tensors(motion)
+    inputs = {"sample": clips(samples), "timestep": times(samples), **known}
+    return Function(Denoise(unet, prompts, motion, execution), inputs, ("prediction",), "samples")

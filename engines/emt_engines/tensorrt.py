@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from emt.backbones.sd15.motion_module import MotionFeatures, PreparedMotion
 from emt.errors import EmtError
+from emt.features import MotionFeatures, PreparedMotion
 from emt.storage import sha256_of
 from emt_engines import onnx_export
 from emt_engines.base import CannotRun

@@ -1,10 +1,10 @@
 """The network's widest linear layers in float8 (e4m3), on GPUs that multiply it twice as fast as float16.
 
 Weights have a scale for each output channel, computed once; activations one for each token, which the layer norm or
-the GEGLU before the product computes (`emt_kernels.quantize`). Products are added up in float32 and come out in the
-network's own type; everything else stays in it.
+the GEGLU before the matmul computes (`emt_kernels.quantize`). Matmuls accumulate in float32 and return the network's
+own dtype; everything else stays in it.
 
-Float8 has three bits after the point, so that a product is 4% off. What is added to the residual stream may be: the
+Float8 has three bits after the point, so that a matmul is 4% off. What is added to the residual stream may be: the
 feed-forward layers, and query, key and value. What the stream itself goes through may not: projections into and out of
 the transformers and the 1×1 convolutions of residual blocks would double the error of the network, for a tenth of the
 gain.
@@ -13,58 +13,43 @@ gain.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emt.backbones.sd15.motion_module import QKV, FeedForward, QuantizingLayerNorm, TemporalTransformerBlock
-from emt.backbones.sd15.unet import MotionTransferUNet, SpatialTransformerBlock
-from emt.errors import EmtError
+from emt.backbones.sd15.layers import QKV, FeedForward, QuantizingLayerNorm
 from emt_kernels.quantize import Quantized, geglu_quantized, quantize_rows
 
-#: Products of 16-bit numbers that a GPU of compute capability 9.0 makes while it reads or writes a byte.
-_PRODUCTS = 240.0
+#: Multiply–adds per byte of memory traffic at which an fp16 matmul becomes compute-bound on compute capability 9.0 (the
+#: ridge of the roofline).
+_RIDGE = 240.0
 
-
-def check_fp8(device: torch.device | str) -> None:
-    """Say whether a device multiplies in float8.
-
-    Raises:
-        EmtError: it does not.
-    """
-    device = torch.device(device)
-    problem = "fp8 needs an NVIDIA GPU"
-    if device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 9):
-            return
-        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        problem = f"fp8 needs a GPU of compute capability 8.9 or newer, {name} has {found}"
-    raise EmtError(f"{problem} (the device is {device})", "Allowed here are --precision auto, fp32, fp16 and bf16.")
+#: Selects matmuls, by channels out, channels in, and whether the input is needed in full as well.
+Choice = Callable[[int, int, bool], bool]
 
 
 def is_faster(outputs: int, inputs: int, exact: bool = False) -> bool:
-    """Whether a product of many tokens is faster in float8, if the kernel before it quantizes.
+    """Whether a matmul of many tokens is faster in float8, if the kernel before it quantizes.
 
-    A product takes as long as its arithmetic or its traffic, whichever is longer. In bytes of traffic for each token:
+    A matmul takes as long as its arithmetic or its traffic, whichever is longer. In bytes of traffic for each token:
     float16 reads 2·inputs and writes 2·outputs; float8 reads half of that, at twice the speed of arithmetic. The kernel
-    before it writes inputs less, or inputs more if it writes the activations as they were, too.
+    before it writes inputs less, or inputs more if it writes the activations in full as well.
 
     Args:
         outputs: channels out.
         inputs: channels in.
-        exact: whether the activations are needed as they were, too.
+        exact: whether the activations are needed in full as well.
     """
-    half = 2 * max(outputs * inputs / _PRODUCTS, inputs + outputs)
+    half = 2 * max(outputs * inputs / _RIDGE, inputs + outputs)
     cost = inputs if exact else -inputs
-    return max(outputs * inputs / _PRODUCTS, inputs + 2 * outputs) + cost < 0.95 * half
+    return max(outputs * inputs / _RIDGE, inputs + 2 * outputs) + cost < 0.95 * half
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose product is in float8. It has no gradients.
+    """A linear layer whose matmul is in float8. It has no gradients.
 
     Args:
         weight: (outputs, inputs); both are multiples of 16.
@@ -79,7 +64,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         quantized = quantize_rows(weight.detach())
         self.dtype = weight.dtype
-        # As bytes, which nobody converts to another type along with the network.
+        # As bytes, which nobody converts to another dtype along with the network.
         self.register_buffer("values", quantized.values.view(torch.uint8), persistent=False)
         self.register_buffer("scale", quantized.scale.t().contiguous(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
@@ -88,12 +73,12 @@ class Fp8Linear(nn.Module):
         """(…, inputs) → (…, outputs)."""
         rows = x if isinstance(x, Quantized) else quantize_rows(x)
         values, scale = rows.values.flatten(0, -2), rows.scale.flatten(0, -2)
-        out = scaled_product(values, scale, self.values.view(values.dtype), self.scale, self.bias, self.dtype)
+        out = scaled_matmul(values, scale, self.values.view(values.dtype), self.scale, self.bias, self.dtype)
         return out.view(*rows.values.shape[:-1], -1)
 
 
 class Fp8GEGLU(nn.Module):
-    """`emt.backbones.sd15.motion_module.GEGLU` whose result is quantized, for the product after it."""
+    """`emt.backbones.sd15.layers.GEGLU` whose result is quantized, for the matmul after it."""
 
     def __init__(self, proj: nn.Module) -> None:
         super().__init__()
@@ -104,15 +89,15 @@ class Fp8GEGLU(nn.Module):
         return geglu_quantized(self.proj(x))
 
 
-def scaled_product_reference(
+def scaled_matmul_reference(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """What `scaled_product` computes, in plain PyTorch."""
+    """Reference of `scaled_matmul`, in plain PyTorch."""
     out = F.linear(x.float() * x_scale, weight.float() * weight_scale.t())
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
-def scaled_product(
+def scaled_matmul(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``(x · x_scale) (weight · weight_scaleᵀ)ᵀ + bias``.
@@ -126,7 +111,7 @@ def scaled_product(
         dtype: of the result, float16 or bfloat16 on a GPU.
     """
     if not x.is_cuda:
-        return scaled_product_reference(x, x_scale, weight, weight_scale, bias, dtype)
+        return scaled_matmul_reference(x, x_scale, weight, weight_scale, bias, dtype)
     own, with_bias = _abilities(x.device, dtype)
     out = torch._scaled_mm(
         x,
@@ -142,7 +127,7 @@ def scaled_product(
 
 @functools.cache
 def _abilities(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether products with a scale for each row can have this type here, and add a bias of it.
+    """Whether matmuls with a scale for each row can return this dtype here, and add a bias of it.
 
     PyTorch's kernels for some GPUs have bfloat16 only.
     """
@@ -157,61 +142,35 @@ def _abilities(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
     return can[0], can[1]
 
 
-@torch.no_grad()
-def use_fp8(
-    unet: MotionTransferUNet, *, attention: bool = True, choice: Callable[[int, int, bool], bool] = is_faster
-) -> int:
-    """Let the network have its widest linear layers in float8; it cannot be trained afterwards, nor saved.
-
-    Its weights have to be on their device, in their type, and complete (adapters merged). Calls that were compiled
-    before do not know of it. Doing it again changes nothing.
+def quantize_self_attention(
+    parent: nn.Module, norm: str, projections: Sequence[QKV], choice: Choice, exact: bool = False
+) -> None:
+    """Compute query, key and value after a norm in one matmul in float8, if `choice` selects it.
 
     Args:
-        unet: in float16 or bfloat16 on a GPU (`check_fp8`); in any type on a CPU, where float8 is emulated, slowly.
-        attention: query, key and value, besides the feed-forward layers.
-        choice: which products, by channels out, channels in, and whether what goes in is needed in full, too.
-
-    Returns:
-        How many products are in float8.
+        parent: has the norm.
+        norm: its name.
+        projections: all that read what the norm quantizes.
+        choice: selects matmuls.
+        exact: whether the norm is needed in full as well.
     """
-    modules: list[Any] = list(unet.modules())
-    for block in modules:
-        if isinstance(block, SpatialTransformerBlock):
-            if attention:
-                _project(block, "norm1", block.attn1, choice)
-                _project_query(block, "norm2", block.attn2, choice)
-            _feed_forward(block, "norm3", block.ff, choice)
-        elif isinstance(block, TemporalTransformerBlock):
-            layers: Any = block.attention_blocks
-            for i, layer in enumerate(layers if attention else ()):
-                # The scaler reads the norm, too. The backbone's own projections read references, once for each.
-                _project(block.norms, str(i), layer.projections(adapted=True), choice, exact=block.scaler is not None)
-            _feed_forward(block, "ff_norm", block.ff, choice)
-    return sum(isinstance(module, Fp8Linear) for module in unet.modules())
+    weights = [torch.cat([qkv.to_q.weight, qkv.to_k.weight, qkv.to_v.weight]) for qkv in projections]
+    if any(isinstance(qkv.to_qkv, Fp8Linear) for qkv in projections) or not _fits(weights[0], choice, exact):
+        return
+    for qkv, weight in zip(projections, weights, strict=True):
+        qkv.to_qkv = Fp8Linear(weight, None)
+    _quantize_norm(parent, norm)
 
 
-def _fits(weight: Tensor, choice: Callable[[int, int, bool], bool], exact: bool = False) -> bool:
-    outputs, inputs = weight.shape
-    return outputs % 16 == 0 and inputs % 16 == 0 and choice(outputs, inputs, exact)
-
-
-def _project(parent: nn.Module, norm: str, qkv: QKV, choice: Callable[..., bool], exact: bool = False) -> None:
-    """Query, key and value of a self-attention after a norm, in one product."""
-    weight = torch.cat([qkv.to_q.weight, qkv.to_k.weight, qkv.to_v.weight])
-    if qkv.fp8 is None and _fits(weight, choice, exact):
-        qkv.fp8 = Fp8Linear(weight, None)
+def quantize_query(parent: nn.Module, norm: str, attention: Any, choice: Choice) -> None:
+    """Compute the query of a cross-attention after a norm in float8, if `choice` selects it."""
+    if isinstance(attention.to_q, nn.Linear) and _fits(attention.to_q.weight, choice):
+        attention.to_q = Fp8Linear(attention.to_q.weight, None)
         _quantize_norm(parent, norm)
 
 
-def _project_query(parent: nn.Module, norm: str, qkv: Any, choice: Callable[..., bool]) -> None:
-    """The query of a cross-attention after a norm."""
-    if isinstance(qkv.to_q, nn.Linear) and _fits(qkv.to_q.weight, choice):
-        qkv.to_q = Fp8Linear(qkv.to_q.weight, None)
-        _quantize_norm(parent, norm)
-
-
-def _feed_forward(parent: nn.Module, norm: str, ff: FeedForward, choice: Callable[..., bool]) -> None:
-    """A feed-forward layer's two products."""
+def quantize_feed_forward(parent: nn.Module, norm: str, ff: FeedForward, choice: Choice) -> None:
+    """Compute those of a feed-forward layer's two matmuls in float8 that `choice` selects."""
     net: Any = ff.net
     first: Any = net[0]
     if isinstance(first.proj, nn.Linear) and _fits(first.proj.weight, choice):
@@ -222,8 +181,13 @@ def _feed_forward(parent: nn.Module, norm: str, ff: FeedForward, choice: Callabl
         net[2] = Fp8Linear(net[2].weight, net[2].bias)
 
 
+def _fits(weight: Tensor, choice: Choice, exact: bool = False) -> bool:
+    outputs, inputs = weight.shape
+    return outputs % 16 == 0 and inputs % 16 == 0 and choice(outputs, inputs, exact)
+
+
 def _quantize_norm(parent: nn.Module, name: str) -> None:
-    """Have the norm before a product quantize."""
+    """Have the norm before a matmul quantize."""
     norm: Any = parent.get_submodule(name)
     quantizing = QuantizingLayerNorm(norm.normalized_shape, norm.eps, device="meta")
     quantizing.weight, quantizing.bias = norm.weight, norm.bias

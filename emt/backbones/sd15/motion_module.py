@@ -1,4 +1,4 @@
-"""What EfficientMT adds to AnimateDiff: motion modules with a scaler and the temporal integration.
+"""EfficientMT's additions to AnimateDiff: motion modules with a scaler and the temporal integration.
 
 Everything here works on tokens: (batch, frames, height·width, channels), the channels-last memory of the
 convolutions around it, so that neither spatial nor temporal attention needs a permuted copy.
@@ -6,241 +6,23 @@ convolutions around it, so that neither spatial nor temporal attention needs a p
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emt_kernels.add_matmul import add_matmul_
-from emt_kernels.geglu import geglu
-from emt_kernels.geglu_linear import fuses, geglu_linear
-from emt_kernels.group_norm_silu import group_norm_silu
-from emt_kernels.layer_norm import layer_norm
-from emt_kernels.quantize import Quantized, layer_norm_quantized
+from emt.backbones.sd15.fp8 import Choice, quantize_feed_forward, quantize_self_attention
+from emt.backbones.sd15.layers import QKV, FeedForward, GroupNorm, LayerNorm, images_of, sinusoidal_positions, tokens_of
+from emt_kernels.quantize import Quantized
 from emt_kernels.temporal_attention import temporal_attention
-
-if TYPE_CHECKING:
-    from emt.backbones.sd15.unet import MotionTransferUNet
-
-
-#: Tokens that inference takes through a feed-forward layer at once.
-_FEED_FORWARD_TOKENS = 32_768
-
-
-@contextlib.contextmanager
-def feed_forward_in_parts(tokens: int) -> Iterator[None]:
-    """Within, inference takes `tokens` at once through a feed-forward layer: fewer take less memory and more time."""
-    global _FEED_FORWARD_TOKENS
-    before, _FEED_FORWARD_TOKENS = _FEED_FORWARD_TOKENS, tokens
-    try:
-        yield
-    finally:
-        _FEED_FORWARD_TOKENS = before
-
-
-#: Whether inference sums residuals in products, and whether it leaves biases of convolutions to norms.
-_RESIDUALS_IN_PRODUCTS = _BIASES_IN_NORMS = False
-
-
-@contextlib.contextmanager
-def residuals_in_products(biases_in_norms: bool) -> Iterator[None]:
-    """Within, inference has residual sums from the products that make their second terms (`ResidualStream`).
-
-    Args:
-        biases_in_norms: have biases of convolutions, too, added by the norms that read what they made (`ImageStream`).
-    """
-    global _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS
-    before = _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS
-    _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS = True, biases_in_norms
-    try:
-        yield
-    finally:
-        _RESIDUALS_IN_PRODUCTS, _BIASES_IN_NORMS = before
-
-
-def _in_products(x: Tensor) -> bool:
-    """Whether a product adds to `x` in place: not where gradients, `torch.compile` or autocast need products apart."""
-    return (
-        _RESIDUALS_IN_PRODUCTS
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_dynamo_compiling()  # false in an export, which is not strict
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
-def sinusoidal_positions(frames: int, channels: int) -> Tensor:
-    """Sinusoidal encoding over time, sine and cosine interleaved (Vaswani et al. 2017, section 3.5).
-
-    Returns:
-        (frames, channels), float32.
-    """
-    time = torch.arange(frames, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(0, channels, 2, dtype=torch.float32) * (-math.log(10_000.0) / channels))
-    positions = torch.zeros(frames, channels)
-    positions[:, 0::2] = torch.sin(time * rate)
-    positions[:, 1::2] = torch.cos(time * rate)
-    return positions
-
-
-class QuantizingLayerNorm(nn.LayerNorm):
-    """A layer norm before products in float8 (`emt.backbones.sd15.fp8`)."""
-
-
-class ResidualStream:
-    """The tokens that the layers of a transformer block read, and add to (Elhage et al. 2021, "residual stream").
-
-    A norm adds up what it reads: `values` and the output of the layer before. Within `residuals_in_products` that
-    layer's last product has added it already, onto `values` where they lie, but for its bias: a product takes either a
-    bias or a matrix to add to. Biases wait in `bias` for whoever reads the stream.
-
-    Args:
-        values: (…, tokens, channels), the caller's own; inference overwrites them.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.bias: Tensor | None = None  # (channels,), to be added to all tokens
-        self._term: Tensor | None = None  # to be added by the next norm
-
-    def norm(
-        self, norm: nn.LayerNorm, positions: Tensor | None = None, plain: bool = False, exact: bool = False
-    ) -> tuple[Tensor | None, Any]:
-        """`norm` of the stream (None unless `plain`), and that with `positions` (frames, channels) added.
-
-        The last is `Quantized` if the norm is a `QuantizingLayerNorm`, with the norm as it was if `exact`; with
-        `plain`, which the reference pass asks for, it is a tensor in every case.
-        """
-        given = self.values, norm.weight, norm.bias, norm.eps, positions, self._term
-        self._term = None
-        if isinstance(norm, QuantizingLayerNorm) and not plain:
-            self.values, rows = layer_norm_quantized(*given, exact, self.bias)
-            return None, rows
-        self.values, normalized, positioned = layer_norm(*given, plain, self.bias)
-        return normalized, positioned
-
-    def add(self, layer: nn.Module, x: Tensor) -> None:
-        """Add a linear layer's output for `x` (…, inputs); a norm is to follow."""
-        if isinstance(layer, nn.Linear) and _in_products(self.values):
-            self.values = self.values.contiguous()
-            _add_product_of(self.values.view(-1, self.values.shape[-1]), layer, x.flatten(0, -2))
-            self.bias = _sum(self.bias, layer.bias)
-        else:
-            self._term = layer(x)
-
-    def add_feed_forward(self, layer: FeedForward, x: Tensor | Quantized) -> None:
-        """Add a feed-forward layer's output for `x`, which is a norm of the stream.
-
-        Inference goes through it in parts: at the highest resolution the wide tensor in between is the largest of the
-        network, 0.7 GB for a guided clip of 16 frames at 512×512.
-        """
-        channels, last = self.values.shape[-1], layer.net[2]
-        in_products = isinstance(last, nn.Linear) and _in_products(self.values)
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() or not self.values.is_contiguous() or (compiling and not in_products):
-            self.values = self.values + layer(x)
-            return
-        rows = self.values.view(-1, channels), x if isinstance(x, Quantized) else x.reshape(-1, channels)
-        # Compiled code takes any number of tokens, at once.
-        pairs = [rows] if compiling else zip(*(part.split(_FEED_FORWARD_TOKENS) for part in rows), strict=True)
-        for whole, part in pairs:
-            if in_products:
-                _add_product_of(whole, last, layer.net[0](part))
-            else:
-                whole += layer(part)
-        if in_products:
-            self.bias = _sum(self.bias, last.bias)
-
-
-class ImageStream:
-    """What residual blocks, transformers and motion modules read, and add to: images and a bias not yet added.
-
-    Args:
-        values: (frames, channels, height, width).
-        bias: (channels,), to be added to all pixels; None for none. There is one within `residuals_in_products` with
-            `biases_in_norms`, where a convolution leaves its bias to the norm after it, which reads all values anyway.
-    """
-
-    def __init__(self, values: Tensor, bias: Tensor | None = None) -> None:
-        self.values = values
-        self.bias = bias
-
-    @property
-    def in_products(self) -> bool:
-        """Whether sums are made by products, in place."""
-        return _in_products(self.values)
-
-    @staticmethod
-    def of(conv: nn.Conv2d, x: Tensor) -> ImageStream:
-        """The images that a convolution makes of `x`."""
-        if _BIASES_IN_NORMS and _in_products(x):
-            return ImageStream(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias)
-        return ImageStream(conv(x))
-
-    @staticmethod
-    def cat(streams: Sequence[ImageStream]) -> ImageStream:
-        """Streams beside each other along channels."""
-        values = torch.cat([x.values for x in streams], dim=1)
-        if all(x.bias is None for x in streams):
-            return ImageStream(values)
-        zeros = (x.values.new_zeros(x.values.shape[1]) for x in streams)
-        return ImageStream(values, torch.cat([z if x.bias is None else x.bias for x, z in zip(streams, zeros)]))
-
-    def norm(self, norm: nn.GroupNorm, silu: bool = False, shift: Tensor | None = None) -> Tensor:
-        """`norm` of the images, plus `shift` (frames, channels) before and SiLU after."""
-        x = self.values
-        if self.bias is not None:
-            shift = self.bias.expand(x.shape[0], -1) if shift is None else shift + self.bias
-        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, shift)
-
-    def whole(self) -> Tensor:
-        """The images with their bias, from here on in `values`."""
-        if self.bias is not None:
-            self.values += self.bias[:, None, None]
-            self.bias = None
-        return self.values
-
-    def plus(self, other: ImageStream) -> ImageStream:
-        """The sum with other images; this one's are overwritten where products overwrite theirs."""
-        if not self.in_products:
-            return ImageStream(self.values + other.values)
-        self.values += other.values
-        return ImageStream(self.values, _sum(self.bias, other.bias))
-
-    def plus_product(self, layer: nn.Linear | nn.Conv2d, x: Tensor, bias: Tensor | None) -> ImageStream:
-        """The sum with what a linear layer or 1×1 convolution makes of ``x + bias``.
-
-        Args:
-            layer: with a bias.
-            x: tokens (frames, height·width, inputs) or (batch, frames, height·width, inputs).
-            bias: (inputs,) or None.
-        """
-        if not self.in_products:
-            output = layer(x).flatten(0, -3).unflatten(1, self.values.shape[2:])
-            return ImageStream(self.values + output.permute(0, 3, 1, 2))
-        values = self.values.contiguous(memory_format=torch.channels_last)
-        _add_product_of(values.permute(0, 2, 3, 1).view(-1, values.shape[1]), layer, x.flatten(0, -2))
-        added = layer.bias if bias is None else torch.addmv(layer.bias, layer.weight.flatten(1), bias)
-        total = ImageStream(values, _sum(self.bias, added))
-        return total if _BIASES_IN_NORMS else ImageStream(total.whole())
-
-
-def _add_product_of(total: Tensor, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
-    """Add to `total`, in the product itself, what a linear layer or 1×1 convolution makes of `x`, but for its bias."""
-    add_matmul_(total, layer.weight.flatten(1), x)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
 
 
 @dataclass
 class PreparedReference:
-    """What one temporal attention needs of a reference at every step, computed once (`MotionFeatures.prepare`).
+    """What one temporal attention needs of n references at every step, computed once (`TemporalAttention.prepare`).
 
     With s the scale of a token, f its feature and p its position: ``W(s·f + p) = s·(W f) + W p``.
     """
@@ -249,51 +31,13 @@ class PreparedReference:
     value: Tensor  # W_v f: (n, frames, tokens, channels)
     position_key: Tensor  # W_k p: (frames, channels)
     position_value: Tensor  # W_v p: (frames, channels)
-    scaler: (
-        Tensor  # what the scaler's first convolution adds to the clip's half: (n, frames, channels/4, height, width)
-    )
+    scaler: Tensor  # the reference's part of the scaler's first layer: (n, frames, channels/4, height, width)
 
 
-@dataclass
-class PreparedMotion:
-    """A reference's motion, ready for denoising: two `PreparedReference` for each motion module that takes it."""
+torch.export.register_dataclass(PreparedReference)
 
-    layers: Mapping[str, tuple[PreparedReference, PreparedReference]]
-
-    def prepare(self, unet: MotionTransferUNet) -> PreparedMotion:
-        """Itself: it is prepared."""
-        return self
-
-
-@dataclass
-class MotionFeatures:
-    """The motion of a reference: what `MotionTransferUNet.encode_reference` read in one pass over it.
-
-    `layers` maps the path of a motion module, such as ``up_blocks.1.motion_modules.0``, to the layer-normed
-    hidden states before its two temporal attentions, each (n, frames, height, width, channels), n references at
-    once, before the position encoding is added.
-    """
-
-    layers: dict[str, tuple[Tensor, Tensor]]
-
-    def prepare(self, unet: MotionTransferUNet) -> PreparedMotion:
-        """Compute once what does not change from step to step. Results are those of the unprepared features."""
-        modules = unet.fusion_modules()
-        if modules.keys() != self.layers.keys():
-            raise ValueError(
-                f"the motion was read in {sorted(self.layers)}, but this network takes it in {sorted(modules)}"
-            )
-        return PreparedMotion({path: module.prepare(self.layers[path]) for path, module in modules.items()})
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MotionFeatures:
-        """The same features on another device or in another type."""
-        return MotionFeatures(
-            {path: (a.to(device, dtype), b.to(device, dtype)) for path, (a, b) in self.layers.items()}
-        )
-
-
-for _dataclass in (PreparedReference, PreparedMotion, MotionFeatures):
-    torch.export.register_dataclass(_dataclass)
+#: What the two temporal attentions of a block need of references.
+Reference = tuple[PreparedReference, PreparedReference]
 
 
 class Scaler(nn.Module):
@@ -362,43 +106,11 @@ class Scaler(nn.Module):
         return torch.sigmoid(h).flatten(1).unflatten(0, (batch, -1))
 
 
-class QKV(nn.Module):
-    """Query, key and value projections without biases; keys and values of `context_channels`."""
-
-    fused: Tensor | None
-
-    def __init__(self, channels: int, context_channels: int | None = None) -> None:
-        super().__init__()
-        self.fp8: nn.Module | None = None  # the three in one float8 product (`emt.backbones.sd15.fp8`)
-        context_channels = context_channels or channels
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_channels, channels, bias=False)
-        self.to_v = nn.Linear(context_channels, channels, bias=False)
-        self.register_buffer("fused", None, persistent=False)
-
-    def fuse(self) -> None:
-        """Let inference have the three from one product; the weights become parts of one tensor, not copies of it."""
-        layers = (self.to_q, self.to_k, self.to_v)
-        if self.fused is not None and self.fused.data_ptr() == self.to_q.weight.data_ptr():
-            return
-        self.fused = torch.cat([layer.weight.data for layer in layers])
-        for layer, part in zip(layers, self.fused.chunk(3), strict=True):
-            layer.weight.data = part
-
-    def project(self, x: Tensor | Quantized) -> tuple[Tensor, ...]:
-        """Query, key and value of the same (…, channels)."""
-        if self.fp8 is not None:
-            return self.fp8(x).chunk(3, dim=-1)
-        if self.fused is None or torch.is_grad_enabled():
-            return self.to_q(x), self.to_k(x), self.to_v(x)
-        return F.linear(x, self.fused).chunk(3, dim=-1)
-
-
 class TemporalAttention(QKV):
-    """Attention over time at every pixel, with a second set of projections where the adapter is trained.
+    """Attention over time at every pixel, which may see [own frames, scale · reference frames].
 
-    The backbone's own projections read the reference; the adapter's denoise, and see
-    [own frames, scale · reference frames] (EfficientMT, section 3.3, temporal integration).
+    EfficientMT, section 3.3, temporal integration. `adapter` has the projections that denoising has of its own
+    (`MotionTransferUNet.denoiser`); the backbone's read the reference.
     """
 
     positions: Tensor
@@ -410,66 +122,46 @@ class TemporalAttention(QKV):
         self.adapter = QKV(channels) if adapter else None
         self.register_buffer("positions", sinusoidal_positions(max_frames, channels), persistent=False)
 
-    def projections(self, adapted: bool) -> QKV:
-        """The adapter's projections if they are wanted and exist, otherwise the backbone's."""
-        return self.adapter if adapted and self.adapter is not None else self
-
     def prepare(self, feature: Tensor, scaler: Tensor) -> PreparedReference:
         """Project the reference's feature, (n, frames, height, width, channels), once."""
-        qkv = self.projections(adapted=True)
         feature = feature.flatten(2, 3)
         # The positions of the reference part start again at 0.
         positions = self.positions[: feature.shape[1]].to(feature.dtype)
-        return PreparedReference(qkv.to_k(feature), qkv.to_v(feature), qkv.to_k(positions), qkv.to_v(positions), scaler)
+        return PreparedReference(
+            self.to_k(feature), self.to_v(feature), self.to_k(positions), self.to_v(positions), scaler
+        )
 
-    def forward(
-        self, x: Tensor | Quantized, reference: PreparedReference | None, scale: Tensor | None, adapted: bool
-    ) -> Tensor:
-        """What `to_out` takes: (batch, frames, tokens, channels) with position encoding → the same.
+    def attend(self, x: Tensor | Quantized, reference: PreparedReference | None, scale: Tensor | None) -> Tensor:
+        """Attention before `to_out`: (batch, frames, tokens, channels) with positions → the same.
 
         `scale` is (batch, frames, tokens).
         """
-        q, k, v = self.projections(adapted).project(x)
+        q, k, v = self.project(x)
         if reference is None:
             return temporal_attention(q, k, v, self.heads)
-        return temporal_attention(
-            q,
-            k,
-            v,
-            self.heads,
-            reference.key,
-            reference.value,
-            reference.position_key,
-            reference.position_value,
-            scale,
+        given = reference.key, reference.value, reference.position_key, reference.position_value
+        return temporal_attention(q, k, v, self.heads, *given, scale)
+
+    def forward(self, x: Tensor | Quantized, reference: PreparedReference | None, scale: Tensor | None) -> Tensor:
+        """(batch, frames, tokens, channels) with positions → the same."""
+        return self.to_out[0](self.attend(x, reference, scale))
+
+    def attention_map(self, feature: Tensor) -> Tensor:
+        """Attention of a clip's frames to each other, from the feature that stands before it.
+
+        Args:
+            feature: (batch, frames, height, width, channels).
+
+        Returns:
+            (batch, height·width, heads, frames, frames), float32; rows sum to 1.
+        """
+        x = feature.flatten(2, 3)
+        x = x + self.positions[: x.shape[1], None].to(x.dtype)
+        q, k = (
+            project(x).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4).float()
+            for project in (self.to_q, self.to_k)
         )
-
-
-class GEGLU(nn.Module):
-    """Gated GELU (Shazeer 2020): twice the width out of one product, one half gating the other."""
-
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, channels) → (…, inner)."""
-        if type(self.proj) is nn.Linear and fuses(x, self.proj.weight):
-            return geglu_linear(x, self.proj.weight, self.proj.bias)
-        return geglu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    """GEGLU and a linear layer back, four times the width between."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        # Published names count the dropout between the two: `net.0.proj` and `net.2`.
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
-
-    def forward(self, x: Tensor | Quantized) -> Tensor:
-        """(…, channels) → (…, channels)."""
-        return self.net[2](self.net[0](x))
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
 
 
 class TemporalTransformerBlock(nn.Module):
@@ -480,27 +172,42 @@ class TemporalTransformerBlock(nn.Module):
         self.attention_blocks = nn.ModuleList(
             [TemporalAttention(channels, heads, max_frames, adapter) for _ in range(2)]
         )
-        self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(2)])
+        self.norms = nn.ModuleList([LayerNorm(channels) for _ in range(2)])
         self.ff = FeedForward(channels)
-        self.ff_norm = nn.LayerNorm(channels)
+        self.ff_norm = LayerNorm(channels)
         self.scaler = Scaler(channels, max_frames) if adapter else None
 
-    def forward(
-        self, x: Tensor, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[ResidualStream, tuple[Tensor, Tensor] | None]:
-        """(batch, frames, tokens, channels) → the same, and the features that a reference pass keeps."""
-        features, stream = [], ResidualStream(x)
+    def forward(self, x: Tensor, reference: Reference | None, features: list[Tensor] | None) -> Tensor:
+        """(batch, frames, tokens, channels) → the same.
+
+        A reference pass gives a list of `features`, which the norms before the attentions are appended to.
+        """
         for i, (attention, norm) in enumerate(zip(self.attention_blocks, self.norms, strict=True)):
-            prepared = reference[i] if reference else None
             positions = attention.positions[: x.shape[1]]
-            feature, h = stream.norm(norm, positions, not adapted, exact=prepared is not None)
-            if feature is not None:
+            if features is not None:
+                feature, h = norm.with_and_without(x, positions)
                 features.append(feature)
-            read = h.exact if isinstance(h, Quantized) else h
-            scale = self.scaler(read, prepared.scaler) if prepared else None
-            stream.add(attention.to_out[0], attention(h, prepared, scale, adapted))
-        stream.add_feed_forward(self.ff, stream.norm(self.ff_norm)[1])
-        return stream, (features[0], features[1]) if features else None
+            else:
+                h = norm(x, positions, exact=reference is not None)
+            x = x + attention(h, *self.scaled(h, reference, i))
+        return x + self.ff(self.ff_norm(x))
+
+    def scaled(
+        self, h: Tensor | Quantized, reference: Reference | None, i: int
+    ) -> tuple[PreparedReference | None, Tensor | None]:
+        """The reference that attention `i` sees and the scale of its tokens, for a norm with positions."""
+        if reference is None:
+            return None, None
+        read = h.exact if isinstance(h, Quantized) else h
+        return reference[i], self.scaler(read, reference[i].scaler)
+
+    def use_fp8(self, choice: Choice, attention: bool) -> None:
+        """Compute the matmuls that `choice` selects in float8 (`MotionTransferUNet.use_fp8`)."""
+        for i, layer in enumerate(self.attention_blocks if attention else ()):
+            # The scaler reads the norm, too. The backbone's own projections read references, once for each.
+            qkv: Any = layer if layer.adapter is None else layer.adapter
+            quantize_self_attention(self.norms, str(i), [qkv], choice, exact=self.scaler is not None)
+        quantize_feed_forward(self, "ff_norm", self.ff, choice)
 
 
 class TemporalTransformer(nn.Module):
@@ -508,34 +215,17 @@ class TemporalTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int, max_frames: int, adapter: bool) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TemporalTransformerBlock(channels, heads, max_frames, adapter)])
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(
-        self, x: ImageStream, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[ImageStream, tuple[Tensor, Tensor] | None]:
-        """(batch·frames, channels, height, width) → the same, and a reference pass's features in image shape.
-
-        Raises:
-            ValueError: if the reference has another number of frames or another size than the clip.
-        """
-        height, width = x.values.shape[2:]
-        if reference is not None:
-            _, reference_frames, _, *grid = reference[0].scaler.shape
-            if (reference_frames, *grid) != (frames, height, width):
-                raise ValueError(
-                    f"the motion has (frames, height, width) = {(reference_frames, *grid)} where the sample has "
-                    f"{(frames, height, width)}: a sample and its reference have the same shape"
-                )
-        h = x.norm(self.norm)  # per frame: the published network folds frames into the batch here
-        h = h.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, frames))  # (batch, frames, tokens, channels)
-        stream, features = self.transformer_blocks[0](self.proj_in(h), reference, adapted)
-        x = x.plus_product(self.proj_out, stream.values, stream.bias)
-        if features is None:
-            return x, None
-        return x, (features[0].unflatten(2, (height, width)), features[1].unflatten(2, (height, width)))
+    def forward(self, x: Tensor, frames: int, reference: Reference | None, features: list[Tensor] | None) -> Tensor:
+        """(batch·frames, channels, height, width) → the same; `features` as `TemporalTransformerBlock` appends them."""
+        # Normed per frame: the published network folds frames into the batch here.
+        h = self.proj_in(tokens_of(self.norm(x)).unflatten(0, (-1, frames)))
+        h = self.transformer_blocks[0](h, reference, features)
+        return x + images_of(self.proj_out(h), x.shape[2:])
 
 
 class MotionModule(nn.Module):
@@ -549,23 +239,35 @@ class MotionModule(nn.Module):
         self.path = path
         self.temporal_transformer = TemporalTransformer(channels, heads, groups, max_frames, adapter)
 
+    @property
+    def block(self) -> TemporalTransformerBlock:
+        """Its transformer block."""
+        return self.temporal_transformer.transformer_blocks[0]  # type: ignore[return-value]
+
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (within this module) and parameters of what EfficientMT trains: adapter projections and scaler."""
         for name, parameter in self.named_parameters():
             if ".adapter." in name or ".scaler." in name:
                 yield name, parameter
 
-    def prepare(self, features: tuple[Tensor, Tensor]) -> tuple[PreparedReference, PreparedReference]:
+    def prepare(self, features: tuple[Tensor, ...]) -> Reference:
         """What denoising needs of a reference, from its two features (n, frames, height, width, channels)."""
-        block = self.temporal_transformer.transformer_blocks[0]
         first, second = (
-            attention.prepare(feature, block.scaler.prepare(feature, attention.positions[: feature.shape[1]]))
-            for attention, feature in zip(block.attention_blocks, features, strict=True)
+            attention.prepare(feature, self.block.scaler.prepare(feature, attention.positions[: feature.shape[1]]))
+            for attention, feature in zip(self.block.attention_blocks, features, strict=True)
         )
         return first, second
 
     def forward(
-        self, x: ImageStream, frames: int, reference: tuple[PreparedReference, PreparedReference] | None, adapted: bool
-    ) -> tuple[ImageStream, tuple[Tensor, Tensor] | None]:
-        """(batch·frames, channels, height, width) → the same, and the features that a reference pass keeps."""
-        return self.temporal_transformer(x, frames, reference, adapted)
+        self, x: Tensor, frames: int, reference: Reference | None = None, features: list[Tensor] | None = None
+    ) -> Tensor:
+        """(batch·frames, channels, height, width) → the same.
+
+        Args:
+            x: images.
+            frames: that follow each other.
+            reference: what `prepare` returned, of the same frames, height and width.
+            features: a list that a reference pass has its two features appended to, each (batch, frames, tokens,
+                channels).
+        """
+        return self.temporal_transformer(x, frames, reference, features)

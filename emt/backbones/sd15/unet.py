@@ -8,9 +8,9 @@ Parameter names are the published ones.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +21,32 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from emt.backbones.sd15.motion_module import (
+from emt.backbone import PLAIN, Execution, Facts
+from emt.backbones.sd15.facts import facts
+from emt.backbones.sd15.fp8 import (
+    Choice,
+    Fp8Linear,
+    is_faster,
+    quantize_feed_forward,
+    quantize_query,
+    quantize_self_attention,
+)
+from emt.backbones.sd15.layers import (
     QKV,
     FeedForward,
-    ImageStream,
-    MotionFeatures,
-    MotionModule,
-    PreparedMotion,
-    PreparedReference,
-    ResidualStream,
+    GroupNorm,
+    LayerNorm,
+    PointwiseConv,
+    images_of,
     sinusoidal_positions,
+    tokens_of,
 )
+from emt.backbones.sd15.motion_module import MotionModule, Reference, TemporalAttention, TemporalTransformerBlock
+from emt.backbones.sd15.passes import Images, materialized, pass_of
 from emt.checkpoints import check_keys
 from emt.errors import EmtError
-
-
-@dataclass
-class TextFeatures:
-    """Cross-attention keys and values of a prompt, constants over steps and frames.
-
-    `layers` maps the path of a spatial transformer to its keys and values, each (batch, tokens, channels).
-    """
-
-    layers: dict[str, tuple[Tensor, Tensor]]
-
-
-torch.export.register_dataclass(TextFeatures)
+from emt.features import MotionFeatures, PreparedMotion, TextFeatures
+from emt_kernels.quantize import Quantized
 
 
 class TimeEmbedding(nn.Module):
@@ -70,33 +70,18 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.norm1 = GroupNorm(groups, in_channels, eps=1e-5, silu=True)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.norm2 = GroupNorm(groups, out_channels, eps=1e-5, silu=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: ImageStream, time: Tensor) -> ImageStream:
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Images (batch·frames, in, height, width) → (…, out, height, width); `time` after SiLU."""
-        h = ImageStream.of(self.conv1, x.norm(self.norm1, silu=True))
-        h = ImageStream.of(self.conv2, h.norm(self.norm2, silu=True, shift=self.time_emb_proj(time)))
-        if self.conv_shortcut is None:
-            return h.plus(x)
-        if h.in_products:
-            return h.plus_product(self.conv_shortcut, x.values.permute(0, 2, 3, 1).flatten(1, 2), x.bias)
-        return h.plus(ImageStream(self.conv_shortcut(x.values)))
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1×1 convolution, as checkpoints store it, applied to tokens (…, channels) as the linear map that it is."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, channels) → (…, channels)."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h, shift=self.time_emb_proj(time)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class SpatialAttention(QKV):
@@ -107,10 +92,24 @@ class SpatialAttention(QKV):
         self.heads = heads
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What `to_out` takes, of projected queries (batch, tokens, channels), keys and values (batch, others, …)."""
+    def attend(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attention before `to_out`: (batch·frames, tokens, channels) → the same.
+
+        `text` are the keys and values of prompts, (batch, text tokens, channels).
+        """
+        if text is None:
+            return self._attention(*self.project(x))
+        # All frames of a clip see the same prompt: they are queries of one attention.
+        query = self.to_q(x)
+        return self._attention(query.unflatten(0, (text[0].shape[0], -1)).flatten(1, 2), *text).reshape(query.shape)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(batch·frames, tokens, channels) → the same."""
+        return self.to_out[0](self.attend(x, text))
 
 
 class SpatialTransformerBlock(nn.Module):
@@ -118,25 +117,25 @@ class SpatialTransformerBlock(nn.Module):
 
     def __init__(self, channels: int, text_channels: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = SpatialAttention(channels, channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = SpatialAttention(channels, text_channels, heads)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> ResidualStream:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """`x` (batch·frames, tokens, channels), `text` keys and values (batch, text tokens, channels)."""
-        stream = ResidualStream(x)
-        _, h = stream.norm(self.norm1)
-        stream.add(self.attn1.to_out[0], self.attn1(*self.attn1.project(h)))
-        # All frames of a clip see the same prompt: they are queries of one attention.
-        _, h = stream.norm(self.norm2)
-        query = self.attn2.to_q(h).unflatten(0, (text[0].shape[0], -1)).flatten(1, 2)
-        stream.add(self.attn2.to_out[0], self.attn2(query, *text).reshape(x.shape))
-        _, h = stream.norm(self.norm3)
-        stream.add_feed_forward(self.ff, h)
-        return stream
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+    def use_fp8(self, choice: Choice, attention: bool) -> None:
+        """Compute the matmuls that `choice` selects in float8 (`MotionTransferUNet.use_fp8`)."""
+        if attention:
+            quantize_self_attention(self, "norm1", [self.attn1], choice)
+            quantize_query(self, "norm2", self.attn2, choice)
+        quantize_feed_forward(self, "norm3", self.ff, choice)
 
 
 class SpatialTransformer(nn.Module):
@@ -145,7 +144,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, path: str, channels: int, text_channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.path = path
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = PointwiseConv(channels)
         self.transformer_blocks = nn.ModuleList([SpatialTransformerBlock(channels, text_channels, heads)])
         self.proj_out = PointwiseConv(channels)
@@ -155,11 +154,10 @@ class SpatialTransformer(nn.Module):
         attention = self.transformer_blocks[0].attn2
         return attention.to_k(text), attention.to_v(text)
 
-    def forward(self, x: ImageStream, text: tuple[Tensor, Tensor]) -> ImageStream:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """(batch·frames, channels, height, width) → the same."""
-        h = self.proj_in(x.norm(self.norm).permute(0, 2, 3, 1).flatten(1, 2))
-        stream = self.transformer_blocks[0](h, text)
-        return x.plus_product(self.proj_out, stream.values, stream.bias)
+        h = self.transformer_blocks[0](self.proj_in(tokens_of(self.norm(x))), text)
+        return x + images_of(self.proj_out(h), x.shape[2:])
 
 
 class Resample(nn.Module):
@@ -168,10 +166,6 @@ class Resample(nn.Module):
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
-
-    def forward(self, x: Tensor) -> ImageStream:
-        """(batch·frames, channels, height, width) → (…, height/stride, width/stride), rounded up."""
-        return ImageStream.of(self.conv, x)
 
 
 class Block(nn.Module):
@@ -290,9 +284,10 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             path, resample = f"up_blocks.{index}", 0 if index == levels - 1 else 1
             self.up_blocks.append(Block(path, resnets, config, spatial, layers + 1, index in fused, resample))
 
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(norm_num_groups, widths[0], eps=1e-5, silu=True)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.gradient_checkpointing = False
+        self._assemble_denoiser()
 
     # ------------------------------------------------------------------------------------------------ the network
 
@@ -304,6 +299,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         motion: MotionFeatures | PreparedMotion | None = None,
         *,
         adapted: bool = True,
+        execution: Execution = PLAIN,
     ) -> Tensor:
         """Predict the noise (or velocity) of a noisy clip, moved by a reference.
 
@@ -313,7 +309,8 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             text: the prompts' encoding, (batch, tokens, width), or `encode_text` of it.
             motion: the motion of n references, n a divisor of batch: sample i follows reference i mod n, so that the
                 two halves of guidance share one. None generates without a reference.
-            adapted: False runs the backbone with its own temporal projections, as the reference pass does.
+            adapted: False runs the backbone with its own weights throughout, as the reference pass does.
+            execution: how it is computed.
 
         Returns:
             (batch, out_channels, frames, height, width).
@@ -321,22 +318,29 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        return self._run(sample, timestep, text, motion, adapted)[0]
+        return self._run(sample, timestep, text, motion, adapted, execution)[0]
 
+    @apply_forward_hook
     def encode_reference(
-        self, latents: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        *,
+        execution: Execution = PLAIN,
     ) -> MotionFeatures:
         """Read the motion of references in one pass of the backbone (EfficientMT, section 3.2; published t = 400).
 
         Args:
             latents: the references' latents with noise of `timestep` added, (n, channels, frames, height, width).
             timestep: one for all, or (n,).
-            text: encoding of the empty prompt, (n, tokens, width), or `encode_text` of it.
+            text: encoding of the empty prompt, (n, tokens, width), or `encode_text_without_adapter` of it.
+            execution: how it is computed.
 
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        return self.denoise_with_features(latents, timestep, text)[1]
+        return self._read(latents, timestep, text, execution)[1]
 
     @apply_forward_hook
     def denoise_with_features(
@@ -349,7 +353,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         Args:
             sample: noisy latents, (batch, channels, frames, height, width).
             timestep: one for all, or (batch,).
-            text: the prompts' encoding, (batch, tokens, width), or `encode_text` of it.
+            text: the prompts' encoding, (batch, tokens, width), or `encode_text_without_adapter` of it.
 
         Raises:
             ValueError: for a wrong shape, which it names.
@@ -360,7 +364,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
     def denoise_with_hidden_states(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
     ) -> tuple[Tensor, MotionFeatures, dict[str, Tensor]]:
-        """As `denoise_with_features`, and what every motion module passes on, for training to look at.
+        """As `denoise_with_features`, and the output of every motion module, for training to look at.
 
         Args:
             sample: as in `denoise_with_features`.
@@ -372,13 +376,13 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             motion module that made them.
         """
         hidden: dict[str, Tensor] = {}
-        prediction, features = self._read(sample, timestep, text, hidden)
+        prediction, features = self._read(sample, timestep, text, hidden=hidden)
         return prediction, features, hidden
 
     def move_with_hidden_states(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures, motion: MotionFeatures
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `forward` with a reference, and what every motion module passes on, as in `denoise_with_hidden_states`."""
+        """As `forward` with a reference, and the output of every motion module, as in `denoise_with_hidden_states`."""
         hidden: dict[str, Tensor] = {}
         return self._run(sample, timestep, text, motion, adapted=True, hidden=hidden)[0], hidden
 
@@ -387,10 +391,11 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         sample: Tensor,
         timestep: Tensor | float,
         text: Tensor | TextFeatures,
+        execution: Execution = PLAIN,
         hidden: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, MotionFeatures]:
-        prediction, features, _ = self._run(sample, timestep, text, None, adapted=False, hidden=hidden)
-        return prediction, MotionFeatures({path: features[path] for path in self.fusion_modules()})
+        prediction, features, _ = self._run(sample, timestep, text, None, False, execution, hidden=hidden)
+        return prediction, MotionFeatures({path: features[path] for path in self.reference_layers()})
 
     @apply_forward_hook
     def denoise_deep(
@@ -399,10 +404,12 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         text: Tensor | TextFeatures,
         motion: MotionFeatures | PreparedMotion | None = None,
+        *,
+        execution: Execution = PLAIN,
     ) -> tuple[Tensor, Tensor]:
-        """The prediction, as `forward` has it, and what the highest resolution takes from those below it.
+        """The prediction, as `forward` has it, and the features that the highest resolution takes from those below it.
 
-        That changes little from one step to the next, so that `denoise_shallow` can go without computing it again
+        They change little from one step to the next, so that `denoise_shallow` can go without computing them again
         (DeepCache, Ma et al. 2023, arXiv 2312.00858, section 3.2).
 
         Args:
@@ -410,12 +417,13 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             timestep: as in `forward`.
             text: as in `forward`.
             motion: as in `forward`.
+            execution: as in `forward`.
 
         Returns:
             The prediction, and the deep features (batch·frames, channels, height, width).
         """
-        prediction, _, deep = self._run(sample, timestep, text, motion, adapted=True)
-        return prediction, deep.whole()
+        prediction, _, deep = self._run(sample, timestep, text, motion, True, execution)
+        return prediction, materialized(deep)
 
     @apply_forward_hook
     def denoise_shallow(
@@ -425,6 +433,8 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         text: Tensor | TextFeatures,
         motion: MotionFeatures | PreparedMotion | None,
         deep: Tensor,
+        *,
+        execution: Execution = PLAIN,
     ) -> Tensor:
         """The prediction with deep features of an earlier step: only the highest resolution is computed.
 
@@ -433,7 +443,8 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             timestep: as in `forward`.
             text: as in `forward`.
             motion: as in `forward`.
-            deep: what `denoise_deep` returned for an earlier step of the same samples.
+            deep: the features that `denoise_deep` returned for an earlier step of the same samples.
+            execution: as in `forward`.
 
         Raises:
             ValueError: for a wrong shape, which it names.
@@ -441,15 +452,45 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         expected = (sample.shape[0] * sample.shape[2], deep.shape[1], *sample.shape[3:])
         if deep.shape != expected:
             raise ValueError(f"deep features have shape {tuple(deep.shape)}, expected {expected}")
-        return self._run(sample, timestep, text, motion, adapted=True, deep=deep)[0]
+        return self._run(sample, timestep, text, motion, True, execution, deep=deep)[0]
 
     @apply_forward_hook
     def encode_text(self, text: Tensor) -> TextFeatures:
-        """Keys and values of all cross-attentions for prompts (batch, tokens, width)."""
-        width = self.config.cross_attention_dim
-        if text.ndim != 3 or text.shape[2] != width:
-            raise ValueError(f"text has shape {tuple(text.shape)}, expected (batch, tokens, {width})")
-        return TextFeatures({m.path: m.encode_text(text) for m in self.modules() if isinstance(m, SpatialTransformer)})
+        """Keys and values of all cross-attentions for prompts (batch, tokens, width), for denoising."""
+        return self._encode_text(text, adapted=True)
+
+    @apply_forward_hook
+    def encode_text_without_adapter(self, text: Tensor) -> TextFeatures:
+        """Keys and values of all cross-attentions for prompts (batch, tokens, width), for passes of the backbone."""
+        return self._encode_text(text, adapted=False)
+
+    def _encode_text(self, text: Tensor, adapted: bool) -> TextFeatures:
+        if text.ndim != 3 or text.shape[2] != self.text_width:
+            raise ValueError(f"text has shape {tuple(text.shape)}, expected (batch, tokens, {self.text_width})")
+        modules = self._layers(adapted).modules()
+        return TextFeatures({m.path: m.encode_text(text) for m in modules if isinstance(m, SpatialTransformer)})
+
+    def prepare_layer(self, path: str, features: tuple[Tensor, ...]) -> Reference:
+        """What a motion module needs of references in every step, from the features that were read in it.
+
+        Args:
+            path: of the motion module.
+            features: two (n, frames, height, width, channels).
+        """
+        return self._layers(adapted=True).get_submodule(path).prepare(features)
+
+    def prepare(self, features: MotionFeatures) -> PreparedMotion:
+        """Compute once what does not change from step to step. Results are those of the unprepared features.
+
+        Raises:
+            ValueError: if the features were read in other layers than take them here.
+        """
+        layers = self.reference_layers()
+        if set(layers) != features.layers.keys():
+            raise ValueError(
+                f"the motion was read in {sorted(features.layers)}, but this network takes it in {sorted(layers)}"
+            )
+        return PreparedMotion({path: self.prepare_layer(path, features.layers[path]) for path in layers})
 
     def _run(
         self,
@@ -458,74 +499,83 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         text: Tensor | TextFeatures,
         motion: MotionFeatures | PreparedMotion | None,
         adapted: bool,
+        execution: Execution = PLAIN,
         deep: Tensor | None = None,
         hidden: dict[str, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], ImageStream]:
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Tensor | Images]:
         """The forward pass, or only its highest resolution with `deep` features.
 
-        Also returns the features that stand before the temporal attentions, by module path, and the deep features.
-        What motion modules pass on is put into `hidden`.
+        Also returns the features that stand before the temporal attentions of a pass that is not adapted, by module
+        path, and the deep features. The output of motion modules is put into `hidden`.
         """
         shallow = deep is not None
+        net, run = self._layers(adapted), pass_of(execution, sample)
         if isinstance(text, Tensor):
-            text = self.encode_text(text)
-        references = motion.prepare(self).layers if motion is not None else {}
+            text = self._encode_text(text, adapted)
+        if isinstance(motion, MotionFeatures):
+            motion = self.prepare(motion)
+        references: Mapping[str, Reference] = motion.layers if motion is not None else {}
         self._check_inputs(sample, text, references)
         batch, _, frames, _, _ = sample.shape
-        features: dict[str, tuple[Tensor, Tensor]] = {}
+        features: dict[str, tuple[Tensor, ...]] = {}
 
         time = torch.as_tensor(timestep, device=sample.device).expand(batch)
-        time = F.silu(self.time_embedding(time)).repeat_interleave(frames, 0)  # (batch·frames, time channels)
+        time = F.silu(net.time_embedding(time)).repeat_interleave(frames, 0)  # (batch·frames, time channels)
 
-        def layer(block: Block, i: int, *inputs: ImageStream) -> ImageStream:
+        def layer(block: Block, i: int, x: Tensor | Images, skip: Tensor | Images | None = None) -> Tensor | Images:
             # Gradient checkpointing recomputes one such layer at a time.
-            x = block.resnets[i](ImageStream.cat(inputs) if len(inputs) > 1 else inputs[0], time)
+            x = run.resnet(block.resnets[i], x if skip is None else run.concatenate(x, skip), time)
             if block.attentions:
                 transformer = block.attentions[i]
-                x = transformer(x, text.layers[transformer.path])
+                x = run.spatial(transformer, x, text.layers[transformer.path])
             if block.motion_modules:
                 module = block.motion_modules[i]
-                x, read = module(x, frames, references.get(module.path), adapted)
+                reference = references.get(module.path)
+                _check_reference(reference, frames, x.shape)
+                read: list[Tensor] | None = None if adapted else []
+                x = run.temporal(module, x, frames, reference, read)
                 if read is not None:
-                    features[module.path] = read
+                    found = (feature.unflatten(2, x.shape[2:]) for feature in read)
+                    features[module.path] = tuple(f.cpu() if execution.features_on_host else f for f in found)
                 if hidden is not None:
-                    hidden[module.path] = x.values
+                    hidden[module.path] = materialized(x)
             return x
 
-        def run(block: Block, i: int, *inputs: ImageStream) -> ImageStream:
+        def checkpointed(block: Block, i: int, *inputs: Tensor | Images) -> Tensor | Images:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 return self._gradient_checkpointing_func(layer, block, i, *inputs)
             return layer(block, i, *inputs)
 
         images = sample.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        x = ImageStream.of(self.conv_in, images)  # (batch·frames, channels, height, width) from here on
+        x = run.conv(net.conv_in, images)  # (batch·frames, channels, height, width) from here on
         skips = [x]
-        for block in self.down_blocks:
+        for block in net.down_blocks:
             for i in range(len(block.resnets)):
-                x = run(block, i, x)
+                x = checkpointed(block, i, x)
                 skips.append(x)
             if shallow:
                 break
             for downsample in block.downsamplers:
-                x = downsample(x.whole())
+                x = run.conv(downsample.conv, materialized(x))
                 skips.append(x)
 
         if not shallow:
-            x = run(self.mid_block, 0, x)
-            x = self.mid_block.resnets[1](x, time)
+            x = checkpointed(net.mid_block, 0, x)
+            x = run.resnet(net.mid_block.resnets[1], x, time)
 
-        for block in self.up_blocks:
-            if block is self.up_blocks[-1]:
-                x = given = x if deep is None else ImageStream(deep)
+        for block in net.up_blocks:
+            if block is net.up_blocks[-1]:
+                x = given = x if deep is None else run.images(deep)
             elif shallow:
                 continue
             for i in range(len(block.resnets)):
-                x = run(block, i, x, skips.pop())
+                x = checkpointed(block, i, x, skips.pop())
             for upsample in block.upsamplers:
                 # An odd size was rounded up on the way down: the skip connection knows it.
-                x = upsample(F.interpolate(x.whole(), size=skips[-1].values.shape[2:], mode="nearest"))
+                x = F.interpolate(materialized(x), size=skips[-1].shape[2:], mode="nearest")
+                x = run.conv(upsample.conv, x)
 
-        out = self.conv_out(x.norm(self.conv_norm_out, silu=True))
+        out = net.conv_out(run.norm(net.conv_norm_out, x))
         return out.unflatten(0, (batch, frames)).transpose(1, 2), features, given
 
     # -------------------------------------------------------------------------------------------------- its parts
@@ -540,22 +590,88 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
 
     def fusion_modules(self) -> dict[str, MotionModule]:
         """The motion modules that take the reference, by path, in the order in which they run."""
-        return {
-            path: module
-            for path, module in self.motion_modules().items()
-            if module.temporal_transformer.transformer_blocks[0].scaler is not None
-        }
+        return {path: module for path, module in self.motion_modules().items() if module.block.scaler is not None}
+
+    def reference_layers(self) -> list[str]:
+        """Paths of the motion modules that take the reference, in the order in which they run."""
+        return list(self.fusion_modules())
+
+    @property
+    def facts(self) -> Facts:
+        """Limits and costs."""
+        return facts(self.config)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that it denoises."""
+        return self.config.in_channels
+
+    @property
+    def text_width(self) -> int:
+        """Width of the prompts' encoding that it reads."""
+        return self.config.cross_attention_dim
+
+    def _layers(self, adapted: bool) -> Any:
+        """The network as it denoises, or without the adapter as it reads references."""
+        return self._denoiser if adapted else self
+
+    def _assemble_denoiser(self) -> None:
+        """Put the layers that denoising has of its own in the place of the backbone's; all others are shared."""
+        own: dict[str, nn.Module | None] = {}
+        for path, attention in self.named_modules():
+            if isinstance(attention, TemporalAttention) and attention.adapter is not None:
+                own |= {f"{path}.{name}": layer for name, layer in attention.adapter._modules.items()}
+        self.__dict__["_denoiser"] = _with_layers(self, own)  # not a part: all of its layers are parts already
 
     def fuse_projections(self) -> None:
-        """Let inference have query, key and value of self-attention from one product (`QKV.fuse`)."""
-        for module in self.modules():
-            if not isinstance(module, QKV) or module.fp8 is not None or not isinstance(module.to_q, nn.Linear):
-                continue  # what is in float8 (`emt.backbones.sd15.fp8`) is one product, or a query alone
-            if module.to_q.in_features == module.to_k.in_features:
-                module.fuse()
+        """Let inference compute query, key and value of each self-attention in one matmul (`QKV.fuse`)."""
+        projections = [module for module in self.modules() if isinstance(module, QKV)]
+        before = [qkv.to_qkv for qkv in projections]
+        for qkv in projections:
+            qkv.fuse()
+        if any(qkv.to_qkv is not fused for qkv, fused in zip(projections, before, strict=True)):
+            self._assemble_denoiser()
+
+    @torch.no_grad()
+    def use_fp8(self, *, attention: bool = True, choice: Choice = is_faster) -> int:
+        """Compute the widest linear layers in float8; the network cannot be trained afterwards, nor saved.
+
+        Its weights have to be on their device, in their dtype, and complete (adapters merged): in float16 or bfloat16
+        on a GPU (`emt.device.check_fp8`); in any dtype on a CPU, where float8 is emulated, slowly. Calls that were
+        compiled before do not know of it. Doing it again changes nothing.
+
+        Args:
+            attention: query, key and value, besides the feed-forward layers.
+            choice: selects matmuls, by channels out, channels in, and whether the input is needed in full, too.
+
+        Returns:
+            How many matmuls are in float8.
+        """
+        for module in list(self.modules()):
+            if isinstance(module, SpatialTransformerBlock | TemporalTransformerBlock):
+                module.use_fp8(choice, attention)
+        self._assemble_denoiser()
+        return sum(isinstance(module, Fp8Linear) for module in self.modules())
+
+    def attention_maps(self, features: MotionFeatures, blocks: Sequence[int]) -> list[Tensor]:
+        """The backbone's attention over time, from the features of a reference pass.
+
+        Args:
+            features: of clips.
+            blocks: up blocks whose attentions are wanted, 0 the lowest.
+
+        Returns:
+            Of each temporal attention (batch, height·width, heads, frames, frames), float32; rows sum to 1.
+        """
+        return [
+            attention.attention_map(feature)
+            for path, module in self.fusion_modules().items()
+            if int(path.split(".")[1]) in blocks
+            for attention, feature in zip(module.block.attention_blocks, features.layers[path])
+        ]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What EfficientMT trains: the adapter's temporal q/k/v and the scalers, by name in the state dict."""
+        """Parameters that EfficientMT trains, temporal q/k/v and the scalers, by name in the state dict."""
         for path, module in self.fusion_modules().items():
             for name, parameter in module.adapter_parameters():
                 yield f"{path}.{name}", parameter
@@ -564,7 +680,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
     def initialize_adapter(self) -> None:
         """Start the adapter's projections from the backbone's, as training does."""
         for module in self.fusion_modules().values():
-            for attention in module.temporal_transformer.transformer_blocks[0].attention_blocks:
+            for attention in module.block.attention_blocks:
                 for name in ("to_q", "to_k", "to_v"):
                     getattr(attention.adapter, name).weight.copy_(getattr(attention, name).weight)
 
@@ -599,14 +715,15 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         self,
         sample: Tensor,
         text: TextFeatures,
-        references: Mapping[str, tuple[PreparedReference, PreparedReference]],
+        references: Mapping[str, Reference],
     ) -> None:
-        channels, most = self.config.in_channels, self.config.motion_max_frames
+        channels, limits = self.config.in_channels, self.facts
         shape = tuple(sample.shape)
         if sample.ndim != 5 or sample.shape[1] != channels:
             raise ValueError(f"sample has shape {shape}, expected (batch, {channels}, frames, height, width)")
-        if not 2 <= sample.shape[2] <= most:
-            raise ValueError(f"sample has {sample.shape[2]} frames in shape {shape}, allowed are 2 to {most}")
+        if not limits.takes_frames(sample.shape[2]):
+            allowed = limits.allowed_frames()
+            raise ValueError(f"sample has {sample.shape[2]} frames in shape {shape}, allowed are {allowed}")
         for key, _ in text.layers.values():
             if key.shape[0] != sample.shape[0]:
                 raise ValueError(f"text has batch {key.shape[0]}, sample has batch {sample.shape[0]} in shape {shape}")
@@ -617,6 +734,34 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
 
 # `model_index.json` names this module; folders saved before and after a move of the code agree.
 MotionTransferUNet.__module__ = "emt.unet"
+
+
+def _with_layers(module: nn.Module, layers: Mapping[str, nn.Module | None], prefix: str = "") -> nn.Module:
+    """The module with layers in the place of those at their paths; all that stays as it is is shared, not copied."""
+    children: dict[str, nn.Module | None] = {}
+    for name, child in module._modules.items():
+        path = prefix + name
+        if path in layers:
+            children[name] = layers[path]
+        else:
+            children[name] = None if child is None else _with_layers(child, layers, f"{path}.")
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    other = copy.copy(module)
+    other.__dict__["_modules"] = children
+    return other
+
+
+def _check_reference(reference: Reference | None, frames: int, shape: torch.Size) -> None:
+    """Raise ValueError if a reference has another number of frames or another size than the images of a clip."""
+    if reference is None:
+        return
+    _, reference_frames, _, *grid = reference[0].scaler.shape
+    if (reference_frames, *grid) != (frames, *shape[2:]):
+        raise ValueError(
+            f"the motion has (frames, height, width) = {(reference_frames, *grid)} where the sample has "
+            f"{(frames, *shape[2:])}: a sample and its reference have the same shape"
+        )
 
 
 def _check_config(levels: int, attended: set[int], fused: set[int], config: Any) -> None:

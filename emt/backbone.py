@@ -1,0 +1,260 @@
+"""A backbone as the pipeline, the backends, training and engines use it, and the table of those that there are.
+
+A backbone is a video network with an adapter: it reads the motion of a reference in one pass, and denoises clips with
+it. Nothing outside its own folder below `emt.backbones` names its classes. Nothing here imports torch, so that a plan
+over thousands of jobs can ask for a network's limits and costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from emt.features import MotionFeatures, PreparedMotion, TextFeatures
+
+#: Networks by the class that `model_index.json` names: the module that it names with it, which diffusers opens only
+#: once it has been imported; and the module with their `Facts`, a function `facts(config)`, which imports no torch.
+BACKBONES = {
+    "MotionTransferUNet": ("emt.unet", "emt.backbones.sd15.facts"),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Limits and costs of a network, which follow from its configuration alone.
+
+    Attributes:
+        max_frames: most frames of a clip.
+        frame_step: a clip has one frame and any number of so many more.
+        grid_step: height and width of latents are multiples of this.
+        even_step: multiples of this are halved evenly from level to level, as graphs for any size need it.
+        flop: floating-point operations of a pass for each parameter and latent position.
+        activation_bytes: memory at the peak for each pixel of all frames, in half precision.
+    """
+
+    max_frames: int
+    frame_step: int
+    grid_step: int
+    even_step: int
+    flop: float
+    activation_bytes: float
+
+    def takes_frames(self, frames: int) -> bool:
+        """Whether clips may have so many frames."""
+        return 2 <= frames <= self.max_frames and (frames - 1) % self.frame_step == 0
+
+    def allowed_frames(self) -> str:
+        """The numbers of frames that clips may have, in words."""
+        if self.frame_step == 1:
+            return f"2 to {self.max_frames}"
+        return f"{1 + self.frame_step}, {1 + 2 * self.frame_step}, … up to {self.max_frames}"
+
+
+def facts_of(name: str, config: Mapping[str, Any]) -> Facts:
+    """Limits and costs of a network of the class `name` with this configuration; imports no torch.
+
+    Raises:
+        KeyError: there is no such network.
+    """
+    return importlib.import_module(BACKBONES[name][1]).facts(config)
+
+
+def import_backbones(index: Mapping[str, Any]) -> None:
+    """Import the modules of the networks that a `model_index.json` names, given its content, so that diffusers can."""
+    for entry in index.values():
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] in BACKBONES:
+            importlib.import_module(BACKBONES[entry[1]][0])
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a pass through a network is computed. Results agree to rounding.
+
+    What is fused is so at inference alone, not while gradients, autocast or `torch.compile` need layers apart.
+
+    Attributes:
+        fuse_residual_adds: matmuls add their result to the residual stream themselves, in place.
+        defer_conv_biases: with that, biases of convolutions are added by the norms that read what they made.
+        feed_forward_tokens: tokens that a feed-forward layer takes at once: fewer take less memory and more time.
+        features_on_host: move what a reference pass reads to the computer's memory, layer by layer.
+    """
+
+    fuse_residual_adds: bool = False
+    defer_conv_biases: bool = False
+    feed_forward_tokens: int = 32_768
+    features_on_host: bool = False
+
+
+PLAIN = Execution()
+
+
+class Backbone(Protocol):
+    """A video network that takes the motion of references; a `torch.nn.Module` and a model of diffusers.
+
+    Optional are `denoise_deep` and `denoise_shallow` (`ReusingBackbone`), `use_fp8`, and what a teacher needs
+    (`TeachingBackbone`).
+    """
+
+    config: Any
+
+    @property
+    def facts(self) -> Facts:
+        """Limits and costs."""
+        ...
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that it denoises."""
+        ...
+
+    @property
+    def text_width(self) -> int:
+        """Width of the prompts' encoding that it reads."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights."""
+        ...
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None = None,
+        *,
+        execution: Execution = PLAIN,
+    ) -> Tensor:
+        """The prediction for noisy latents (batch, channels, frames, height, width), shaped as they are.
+
+        Sample i follows reference i mod n of n, a divisor of the batch, so that both halves of a batch with
+        classifier-free guidance share one.
+        """
+        ...
+
+    def encode_reference(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        *,
+        execution: Execution = PLAIN,
+    ) -> MotionFeatures:
+        """The motion of noisy references (n, channels, frames, height, width), in one pass without the adapter."""
+        ...
+
+    def encode_text(self, text: Tensor) -> TextFeatures:
+        """What denoising reads of prompts' encoding (batch, tokens, width)."""
+        ...
+
+    def reference_layers(self) -> list[str]:
+        """Paths of the layers that take a reference, in the order in which they run: the keys of its features."""
+        ...
+
+    def prepare_layer(self, path: str, features: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """What a layer needs of references in every step, from their features."""
+        ...
+
+    def prepare(self, features: MotionFeatures) -> PreparedMotion:
+        """`prepare_layer` for all layers."""
+        ...
+
+    def fuse_projections(self) -> None:
+        """Let inference compute query, key and value of each self-attention in one matmul."""
+        ...
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that are trained, by name in the state dict."""
+        ...
+
+    def initialize_adapter(self) -> None:
+        """Bring the adapter to where training starts."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of `torch.nn.Module`."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of `torch.nn.Module`."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Of `torch.nn.Module`."""
+        ...
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of diffusers' models."""
+        ...
+
+
+class ReusingBackbone(Backbone, Protocol):
+    """A backbone whose deep features serve several steps (DeepCache, Ma et al. 2023, arXiv 2312.00858)."""
+
+    def denoise_deep(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None = None,
+        *,
+        execution: Execution = PLAIN,
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction and the deep features, batch (and frames) first."""
+        ...
+
+    def denoise_shallow(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None,
+        deep: Tensor,
+        *,
+        execution: Execution = PLAIN,
+    ) -> Tensor:
+        """The prediction with deep features of an earlier step."""
+        ...
+
+
+class TeachingBackbone(Backbone, Protocol):
+    """A backbone whose attention over time shows how things move, for `emt.train.teacher`."""
+
+    def denoise_with_features(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
+    ) -> tuple[Tensor, MotionFeatures]:
+        """The prediction without the adapter, and the motion that was read on the way; both differentiable."""
+        ...
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        motion: MotionFeatures | PreparedMotion | None = None,
+        *,
+        adapted: bool = True,
+        execution: Execution = PLAIN,
+    ) -> Tensor:
+        """As `Backbone.__call__`; `adapted=False` runs the backbone without the adapter."""
+        ...
+
+    def encode_text_without_adapter(self, text: Tensor) -> TextFeatures:
+        """What passes without the adapter read of prompts' encoding (batch, tokens, width)."""
+        ...
+
+    def attention_maps(self, features: MotionFeatures, blocks: tuple[int, ...]) -> list[Tensor]:
+        """Attention over time in some blocks, from features: (batch, pixels, heads, frames, frames) each."""
+        ...

@@ -1,0 +1,104 @@
+"""CUDA graphs of calls of a network: capture, replay, and the static inputs that they read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from emt.errors import EmtError
+from emt.features import MotionFeatures, PreparedMotion, TextFeatures, layer_tensors, tensors_of
+
+
+class Recorder(Protocol):
+    """Captures a computation once, so that it can be replayed at less cost; its graphs share one memory pool."""
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """A function that computes again, on the tensors that were read, and the tensor that receives the result."""
+        ...
+
+
+class CudaGraphs:
+    """Captures CUDA graphs on the current device."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Replay and result of a computation that waits for nothing on the host.
+
+        Raises:
+            EmtError: if the first replay gives another result than the computation itself.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # libraries choose their kernels now, and Triton compiles its own
+            expected = compute()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads go on using the GPU meanwhile: they save references.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                output = compute()
+        finally:
+            torch.cuda.set_stream(current)  # which it does not come back to by itself if ending the capture fails
+        graph.replay()
+        change = torch.linalg.vector_norm(output.float() - expected.float())
+        allowed = 1e-2 * torch.linalg.vector_norm(expected.float())
+        if bool(change > allowed):  # not so if there are NaN, which are reported with the clip
+            raise EmtError(
+                f"a captured call of the network does not repeat its result: off by {change:.3g} of {allowed:.3g}",
+                "Use --memory low, which captures nothing, and report this with the output of: emt doctor",
+            )
+        return graph.replay, output
+
+
+@dataclass
+class StaticInput:
+    """Text or motion at the addresses that captured calls read, and whose content is there."""
+
+    value: Any
+    source: weakref.ref[Any]
+
+    def fill(self, value: TextFeatures | PreparedMotion) -> None:
+        """Copy the content of `value` here, unless it is here already.
+
+        Raises:
+            RuntimeError: `value` shares these tensors, and another one has been written over it.
+        """
+        if self.source() is value:
+            return
+        here, there = list(tensors_of(self.value)), list(tensors_of(value))
+        if any(a is b for a, b in zip(here, there)):
+            raise RuntimeError("this prepared motion has given way to another one of its shape: prepare it again")
+        torch._foreach_copy_(here, there)
+        self.source = weakref.ref(value)
+
+
+@dataclass
+class CapturedCall:
+    """A captured call of the network and the tensors that it reads and writes."""
+
+    replay: Callable[[], None]
+    inputs: list[Tensor]
+    output: Tensor
+    text: StaticInput | None = None
+    motion: StaticInput | None = None
+    deep: list[Tensor] = field(default_factory=list)  # the deep features that it writes, if any
+
+
+def shapes_of(features: TextFeatures | MotionFeatures | PreparedMotion) -> tuple[Any, ...]:
+    """Shapes and dtypes of the first and the last layer's tensors, which decide those of all."""
+    layers = list(features.layers.values())
+    return tuple((x.shape, x.dtype) for layer in layers[:1] + layers[-1:] for x in layer_tensors(layer))
+
+
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The out-of-memory error that made a capture fail, which ending it may hide behind another one; None for none."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        error = error.__context__
+    return error
