@@ -3,10 +3,11 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+LOWEST := $(VENV)-lowest
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint format bench clean
+.PHONY: demo test test-slow test-gpu test-lowest lint format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +31,16 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
 
+# The quick tests with the lowest versions of libraries that pyproject.toml allows, in an environment of their own.
+# torch is the one of constraints.txt: older builds are gigabytes.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install -q uv pytest pytest-xdist hypothesis setuptools
+	$(LOWEST)/bin/pip install -q -c constraints.txt torch
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct \
+		$$(grep '^torch==' constraints.txt) -e '.[evaluate,train,engines]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +54,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/ladder.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) build *.egg-info

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import inspect
 import multiprocessing
 import os
@@ -23,6 +23,8 @@ import torch
 
 # Ampere (A100; RTX 30), Ada, Hopper, Blackwell (B200; RTX 50).
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
+#: For a test of kernels that are defined only where Triton is: builds of PyTorch for GPUs bring it, others do not.
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 @contextlib.contextmanager
@@ -52,6 +54,7 @@ def kernel_test(test: Callable[..., None]) -> Callable[..., None]:
                 pytest.skip("PyTorch finds no CUDA GPU")
             test(device=device, **given)
             return
+        pytest.importorskip("triton")
         problem = _interpreter().submit(_run_interpreted, test.__module__, test.__name__, given).result()
         if problem:
             pytest.fail(problem, pytrace=False)

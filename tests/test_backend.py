@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from kernel_testing import needs_triton
 from torch import Tensor
 
 import emt_kernels
@@ -368,6 +369,7 @@ class TestCompilingAhead:
         with pytest.raises(type(error)):
             kernel.warmup(grid=(1,), **broken)
 
+    @needs_triton
     def test_only_launches_of_its_own_thread_are_collected(self):
         kernel = pytest.importorskip("emt_kernels.geglu")._geglu_kernel
         with record_launches() as launches, ThreadPoolExecutor(1) as other:

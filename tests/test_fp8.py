@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import CAPABILITIES, compiled, kernel_test
+from kernel_testing import CAPABILITIES, compiled, kernel_test, needs_triton
 from program import console
 from torch import Tensor
 
@@ -108,6 +108,7 @@ def test_what_is_not_finite_stays_so_and_rows_of_zeros_are_zeros(device: str) ->
     assert (told[2] == 0).all()
 
 
+@needs_triton
 @pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c >= 89])
 def test_kernels_compile_for_gpus_that_have_float8(capability: int) -> None:
     outputs = {"values": "fp8e4nv", "scale": "fp32"}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_testing import kernel_test
+from kernel_testing import kernel_test, needs_triton
 from tensorrt_stub import Creation, Expression, Expressions, Setter, stub
 
 from emt.backbones.sd15.random_model import random_model
@@ -336,6 +336,7 @@ def test_code_that_wants_scratch_memory_is_not_taken(scratch):
         plugin._without_scratch(ptx, types.SimpleNamespace(**{scratch: 4}), 12)
 
 
+@needs_triton
 def test_code_that_reads_scratch_pointers_is_not_taken():
     ptx = (
         ".visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u64 k_param_1\n)\n{ ld.param.u64 %rd1, [k_param_N]; }"
