@@ -61,6 +61,7 @@ def facts_of(name: str, config: Mapping[str, Any]) -> Facts:
 
     Raises:
         KeyError: there is no such network.
+        ValueError: a value of the configuration makes no sense; it is named.
     """
     return importlib.import_module(BACKBONES[name][1]).facts(config)
 

@@ -24,6 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from emt import demo
+from emt.backbone import BACKBONES, Facts, facts_of
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
 from emt.storage import sync, sync_tree
@@ -68,26 +69,22 @@ class Model:
         }
 
     @cached_property
-    def max_frames(self) -> int:
-        """Frames of the longest clip."""
-        return self._count("motion_max_frames", [32])[0]
+    def facts(self) -> Facts:
+        """Limits and costs of the network.
 
-    @cached_property
-    def channels(self) -> int:
-        """Channels of the network's first level."""
-        return self._count("block_out_channels", [320])[0]
-
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        return _read_json(self.folder / "unet" / "config.json")
-
-    def _count(self, name: str, default: list[int]) -> list[int]:
-        """Positive numbers of the network's configuration, one or a list of them."""
-        value = self._config.get(name, default)
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(type(number) is int and number > 0 for number in values):
-            raise EmtError(f"{name} is {value!r:.100} in {self.folder / 'unet' / 'config.json'}", _HOW_TO_GET)
-        return values
+        Raises:
+            EmtError: the network is of no known kind, or its configuration makes no sense.
+        """
+        listed = _read_json(self.folder / "model_index.json").get("unet")
+        name = listed[-1] if isinstance(listed, list) and listed else None
+        path = self.folder / "unet" / "config.json"
+        try:
+            return facts_of(str(name), _read_json(path))
+        except KeyError:
+            known = ", ".join(BACKBONES)
+            raise EmtError(f"the network of {self.name} is {name!r:.100}, known are: {known}", _HOW_TO_GET) from None
+        except ValueError as error:
+            raise EmtError(f"{error} in {path}", _HOW_TO_GET) from None
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -114,10 +111,9 @@ class Model:
             for text in (prompt, settings["negative_prompt"]):
                 self.vocabulary.check(text)
         frames, steps = settings["frames"], settings["steps"]
-        if frames > self.max_frames:
-            raise EmtError(
-                f"frames is {frames}", f"The model {self.name} makes clips of 2 to {self.max_frames} frames."
-            )
+        if not self.facts.takes_frames(frames):
+            allowed = self.facts.allowed_frames()
+            raise EmtError(f"frames is {frames}", f"The model {self.name} makes clips of {allowed} frames.")
         if settings["scheduler"] == "lcm" and steps > _LCM_STEPS:
             raise EmtError(f"steps is {steps}", f"The scheduler lcm takes at most {_LCM_STEPS}; 4 to 8 are usual.")
 

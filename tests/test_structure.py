@@ -37,8 +37,8 @@ emt emt.backbones emt.errors emt.presets emt.demo
 emt.storage emt.vocabulary
 emt.video emt.contact_sheet | emt.checkpoints | emt.synthetic
 emt.features | emt.evaluate
-emt.cache emt.model_folder | emt.device
 emt.backbone
+emt.cache emt.model_folder | emt.device
 emt.backends | emt.sampling
 emt.pipeline
 emt.backbones.sd15 | emt.backbones.wan21
@@ -67,7 +67,7 @@ STILL_KNOWS_A_BACKBONE = {
 
 #: Modules that answer at once, before anything is computed: they and all that they import leave torch alone.
 WITHOUT_TORCH = """
-emt emt.errors emt.presets emt.demo emt.storage emt.vocabulary emt.cache emt.model_folder emt.device
+emt emt.errors emt.presets emt.demo emt.backbone emt.storage emt.vocabulary emt.cache emt.model_folder emt.device
 emt_kernels emt_engines emt_engines.registry emt_engines.choice
 emt_cli.app emt_cli.text emt_cli.terminal emt_cli.batch.options emt_cli.batch.jobs emt_cli.batch.inputs
 emt_cli.batch.journal emt_cli.batch.results emt_cli.batch.estimates emt_cli.batch.planning emt_cli.batch.session

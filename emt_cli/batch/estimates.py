@@ -15,16 +15,10 @@ from typing import Any
 from emt.model_folder import Model
 from emt_cli.batch.options import Settings
 
-#: Time of a clip, where the journal has none yet: arithmetic of a denoising step per parameter of the network and
-#: latent position of a batch with guidance (35.3 TFLOP for 1.3 G parameters, 16 frames of 512×512), at the rates
-#: that are reached on one H100 in fp16 and on two CPU cores in fp32.
-_FLOP = 0.204
+#: Arithmetic a second that is reached on one H100 in fp16 and on two CPU cores in fp32, where the journal has no time.
 _GPU_RATE, _CPU_RATE = 336e12, 17e9
 #: A step of however small a network takes this long, in seconds: its layers are launched one by one.
 _SHORTEST_STEP = 0.02
-#: Memory: the weights, and bytes of activations per pixel of all frames and channel of the first level, in fp16
-#: (11.1 GiB in all for the same clip, 320 channels, 2.8 GiB of weights).
-_ACTIVATION = 6.6
 #: Bytes of a finished clip per pixel of all frames, where the journal has none.
 _CLIP_BYTES = 0.25
 
@@ -33,12 +27,12 @@ def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) 
     """Estimated peak memory in bytes for denoising clips together; a model, not a measurement."""
     pixels = settings.frames * settings.height * settings.width
     weights = 2 * sum(model.parameters.values())
-    return (1 if half else 2) * (weights + clips * _ACTIVATION * model.channels * pixels)
+    return (1 if half else 2) * (weights + clips * model.facts.activation_bytes * pixels)
 
 
 def seconds(model: Model, settings: Settings, gpu: bool) -> float:
     """Estimated time of a job; a model, not a measurement."""
-    flop = _FLOP * model.parameters.get("unet", 0) * work(settings.as_dict())
+    flop = model.facts.flop * model.parameters.get("unet", 0) * work(settings.as_dict())
     return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps * settings.best_of)
 
 

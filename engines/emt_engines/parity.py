@@ -74,11 +74,11 @@ class _Draw:
 
     def clips(self, count: int, frames: int, height: int, width: int) -> Tensor:
         """(count, channels, frames, height, width)."""
-        return self._normal(count, self.pipe.unet.config.in_channels, frames, height, width)
+        return self._normal(count, self.pipe.unet.latent_channels, frames, height, width)
 
     def text(self, count: int) -> Tensor:
         """(count, tokens, width)."""
-        return self._normal(count, self.pipe.tokenizer.model_max_length, self.pipe.unet.config.cross_attention_dim)
+        return self._normal(count, self.pipe.tokenizer.model_max_length, self.pipe.unet.text_width)
 
     def images(self, count: int, height: int, width: int) -> Tensor:
         """(count, 3, height, width) from -1 to 1."""

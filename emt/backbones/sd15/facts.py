@@ -16,13 +16,26 @@ _ACTIVATION_BYTES = 6.6
 
 
 def facts(config: Mapping[str, Any]) -> Facts:
-    """Limits and costs of a network with this configuration."""
-    widths = config.get("block_out_channels", [320])
+    """Limits and costs of a network with this configuration.
+
+    Raises:
+        ValueError: a value is no positive number, or list of them.
+    """
+    widths = _counts(config, "block_out_channels", [320, 640, 1280, 1280])
     return Facts(
-        max_frames=config.get("motion_max_frames", 32),
+        max_frames=_counts(config, "motion_max_frames", [32])[0],
         frame_step=1,
         grid_step=1,
         even_step=2 ** (len(widths) - 1),
         flop=_FLOP,
         activation_bytes=_ACTIVATION_BYTES * widths[0],
     )
+
+
+def _counts(config: Mapping[str, Any], name: str, default: list[int]) -> list[int]:
+    """Positive numbers of a configuration, one or a list of them."""
+    value = config.get(name, default)
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not values or not all(type(number) is int and number > 0 for number in values):
+        raise ValueError(f"{name} is {value!r:.100}")
+    return values
