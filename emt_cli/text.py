@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 _ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -10,6 +11,11 @@ _ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u206
 def printable(text: object) -> str:
     """Text from the user made safe for a terminal: control and direction characters are shown as escapes."""
     return _ESCAPED.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+def say(text: object) -> None:
+    """Print a line for people on standard error, safe for a terminal."""
+    print(printable(text), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

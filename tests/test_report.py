@@ -268,6 +268,166 @@ def test_a_sheet_that_cannot_be_made_is_refused(folder, walk):
         assert said in ended.stderr
 
 
+# ---- folders of strangers -----------------------------------------------------------------------------------------
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+def note_of(entry: dict[str, Any]) -> str:
+    assert not {"poster", "src", "link"} & entry.keys(), "nothing of it is shown"
+    return entry["note"]
+
+
+def test_k6_a_reference_that_was_not_recorded_is_not_shown(folder, walk, tmp_path):
+    private = write_clip(tmp_path / "private.mp4", ball(9), 8)
+    folder.failed("it failed", reference=str(private), prompt="x", seed=0, settings=SETTINGS.as_dict())
+    folder.done(Job(walk, "y", 1, SETTINGS), ball(8), reference=str(private))
+    data = embedded(write_report(folder.path))
+    notes = [note_of(data["references"][job["media"]]) for job in data["jobs"]]
+    assert sorted(notes) == ["The job has ended before its reference was read.", "The reference has changed since."]
+    ended = console(folder.path.parent, "report", folder.path.name, "--sheet", "sheet.png")
+    assert ended.returncode == 1
+    assert "left out:" in ended.stderr
+    assert not (folder.path.parent / "sheet.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["clip", "folder", "parent", "frames"])
+def test_k6_a_result_that_is_a_link_out_of_the_folder_is_not_shown(folder, walk, tmp_path, kind):
+    format = Format.PNG if kind in ("folder", "frames") else Format.MP4
+    clip = folder.done(Job(walk, "y", 1, replace(SETTINGS, format=format)), ball(8))
+    moved = {"parent": clip.parent, "frames": min(clip.iterdir()) if clip.is_dir() else clip}.get(kind, clip)
+    elsewhere = moved.rename(tmp_path / f"elsewhere{moved.suffix}")
+    moved.symlink_to(elsewhere, target_is_directory=elsewhere.is_dir())
+    [job] = embedded(write_report(folder.path))["jobs"]
+    assert note_of(job["result"]) == "The result is a link out of the folder."
+
+
+def test_k6_the_reports_own_folder_may_not_lead_out(folder, walk, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / "report").symlink_to(tmp_path / "elsewhere")
+    folder.done(Job(walk, "y", 1, SETTINGS), ball(8))
+    [job] = embedded(write_report(folder.path))["jobs"]
+    assert job["result"]["src"].endswith(".mp4")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+KEPT = {"fps": 8, "frames": 8, "width": 8, "height": 8, "poster": "data:image/jpeg;base64,", "copy": False}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"poster": "https://example.com/x.jpg"}, {"poster": None}, {"fps": float("nan")}, {"fps": 0}, {"fps": "8"}),
+        *({"frames": 0}, {"frames": 1.5}, {"width": "wide"}, {"height": -1}, {"copy": 1}, {"copy": True}),
+    ],
+)
+def test_k6_what_is_kept_of_a_clip_is_taken_as_it_was_written_or_not_at_all(folder, walk, change):
+    folder.done(Job(walk, "y", 1, SETTINGS), ball(8))
+    page = write_report(folder.path)
+    first = embedded(page)
+    for path in (folder.path / "report").glob("*.json"):
+        path.write_text(json.dumps({**KEPT, "src": "https://example.com/", **change}))
+    for path in (folder.path / "report").glob("*.mp4"):
+        path.unlink()
+    assert embedded(write_report(folder.path)) == first
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", DEEP, b"\xff"])
+def test_k5_damaged_entries_are_made_again(folder, walk, content):
+    folder.done(Job(walk, "y", 1, SETTINGS), ball(8))
+    first = embedded(write_report(folder.path))
+    for path in (folder.path / "report").glob("*.json"):
+        path.write_bytes(content)
+    assert embedded(write_report(folder.path)) == first
+
+
+HOSTILE = {
+    "settings": [None, [], {"frames": "many"}, {"frames": 0}, {"width": 1e308}, {"fit": "x"}, {"frames": {}}],
+    "reference": ["", "\0", "x" * 300, 7, "/dev/zero", ".", "/proc/self/mem"],
+    "output": ["\0", "x" * 300, ".", "a/b/c.mp4", 7, "../../etc/passwd", "/etc/passwd"],
+    "prompt": [7, None, ["a"], "\ud800"],
+    "seed": ["0", -1, 1e400, 2**70],
+    "timings": [{"steps": "x"}, {"steps": 10**400}, [], 7],
+    "best_of": [{"candidates": [None]}, 7],
+    "batch": [{"size": "x"}, 7],
+    "peak_memory": ["x", -1, 1e400, 10**400],
+    "finished": [7, "\x1b[31m"],
+    "mtime_ns": ["x", 1e400],
+    "model": [7, {"a": {"b": [1e400]}}],
+    "id": [7, DEEP.decode()],
+}
+
+
+def test_k5_a_hostile_journal_is_a_page_and_every_sound_job_is_on_it(folder, walk, browser_or_none):
+    """Each line is a good one with one value of another kind."""
+    folder.done(Job(walk, "sound", 0, SETTINGS), ball(8))
+    good = json.loads((folder.path / "journal.jsonl").read_text().splitlines()[-1])
+    damaged = [
+        json.dumps({**good, "prompt": "odd", "output": f"{field}/{number}.mp4", field: value})
+        for field, values in HOSTILE.items()
+        for number, value in enumerate(values)
+    ]
+    with open(folder.path / "journal.jsonl", "a") as file:
+        file.write("\n".join([*damaged, DEEP.decode(), "[]", "null", '{"event": "job"}']) + "\n")
+    page = write_report(folder.path)
+    assert "passwd" not in page.read_text(encoding="utf-8")
+    jobs = embedded(page)["jobs"]
+    assert ["src" in job["result"] for job in jobs if job.get("prompt") == "sound"] == [True]
+    if browser_or_none:
+        assert shown(opened(browser_or_none, page)) == len(jobs)
+        assert browser_or_none.complaints == []
+    ended = console(folder.path.parent, "report", folder.path.name, "--sheet", "sheet.png")
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_k5_hostile_measures_leave_a_page_with_the_sound_ones(folder, walk, browser_or_none):
+    clips = [folder.done(Job(walk, f"robot {seed}", seed, SETTINGS), ball(8), mtime_ns=0) for seed in range(3)]
+    values = [float("nan"), float("inf"), "x", None, True, [1], {"a": 1}, 10**400]
+    rows: list[Any] = [{"result": str(clips[0]), "motion_fidelity": 0.5, "camera": value} for value in values]
+    rows += [{"result": str(clips[1]), "motion_fidelity": value} for value in values]
+    rows += [{"result": value} for value in (7, None, [], "", "\0", {})] + [[], 7, None]
+    rows += [{"summary": value} for value in (7, [], {"camera": 7}, {"camera": {"value": float("nan")}})]
+    rows += [{"summary": {"motion_fidelity": {"value": 0.5, "low": float("nan"), "high": "x"}, "leakage": None}}]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    (folder.path / "metrics.jsonl").write_bytes(lines + b"\n\xff\n" + DEEP + b"\n{\n")
+    page = write_report(folder.path)
+    data = embedded(page)
+    assert [job.get("metrics") for job in data["jobs"]] == [{"motion_fidelity": 0.5}, None, None]
+    assert data["summary"] == {"motion_fidelity": {"value": 0.5}}
+    if browser_or_none:
+        assert shown(opened(browser_or_none, page)) == 3
+        assert browser_or_none.complaints == []
+
+
+def test_k4_pipes_in_the_folder_are_not_waited_for(folder, walk):
+    folder.done(Job(walk, "y", 1, SETTINGS), ball(8))
+    write_report(folder.path)
+    for path in [folder.path / "metrics.jsonl", *(folder.path / "report").glob("*.json")]:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    ended = console(folder.path.parent, "report", folder.path.name)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_k8_jobs_that_failed_without_an_output_are_shown_in_linear_time(folder, walk):
+    line = {"event": "job", "state": "failed", "error": "x", "reference": str(walk)}
+    with open(folder.path / "journal.jsonl", "a") as file:
+        file.writelines(json.dumps({**line, "prompt": f"a fox {number}"}) + "\n" for number in range(8000))
+    begun = time.process_time()
+    assert len(embedded(write_report(folder.path))["jobs"]) == 8000
+    assert time.process_time() - begun < 4, "4,000 took 3.6 s, and the time grew with their square"
+
+
+def test_k8_first_frames_of_many_clips_are_files_beside_the_page(folder, walk, monkeypatch):
+    monkeypatch.setattr("emt_cli.report.gallery._EMBEDDED", 2000)
+    for seed in range(4):
+        folder.done(Job(walk, f"robot {seed}", seed, SETTINGS), ball(8, colour=(60 * seed, 0, 0)))
+    posters = [job["result"]["poster"] for job in embedded(write_report(folder.path))["jobs"]]
+    assert posters[-1].startswith("report/")
+    assert Image.open(folder.path / posters[-1]).size == (64, 64)
+
+
 # ---- in a browser -------------------------------------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium (Debian: apt-get install chromium)")
@@ -284,13 +444,22 @@ WATCHED = f"""new Promise(resolve => {{
 }})"""
 
 
-@pytest.fixture(name="browser", scope="module")
-def start_browser(tmp_path_factory):
+@pytest.fixture(scope="module")
+def browser_or_none(tmp_path_factory):
+    if not CHROMIUM:
+        yield None
+        return
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
 
+@pytest.fixture(name="browser", scope="module")
+def start_browser(browser_or_none):
+    return browser_or_none
+
+
 def opened(browser: Browser, page: Path) -> Browser:
+    browser.call("Page.navigate", url="about:blank")  # what the last page was still doing is none of this one's
     browser.requests.clear()
     browser.complaints.clear()
     browser.open(page)

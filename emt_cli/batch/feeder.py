@@ -59,8 +59,8 @@ class Feeder:
         """The task of a job, or None if it is already done, a duplicate, or invalid (then reported)."""
         line = {"event": "job", **describe(job)}
         try:
+            sha256 = line["reference_sha256"] = self.index.sha256(job.reference)
             self.generator.check(job)
-            sha256 = self.index.sha256(job.reference)
             how = {"precision": self.options.numerics, "method": self.options.method}
             identity = identify(job, reference=sha256, model=self.generator.model_sha256, **how)
             output = output_name(job, sha256)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import state_on_disk
-from emt_cli.text import printable, size
+from emt_cli.text import say, size
 from emt_engines.choice import engine_id
 
 _CONTAINER_BYTES = 4096  # of a sidecar and a journal line
@@ -101,9 +100,9 @@ def make_plan(options: TransferOptions) -> Plan:
         UsageError: the command line makes no sense.
     """
     model = find_model(options.model, download=False)
-    listed, streamed = expand(options, model.defaults, _say)
+    listed, streamed = expand(options, model.defaults, say)
     items = _both(listed, streamed)
-    PromptWarnings(model.name, model.vocabulary, _say).look(items)
+    PromptWarnings(model.name, model.vocabulary, say).look(items)
     index = ContentIndex(options.cache_dir or default_dir())
     model_sha256 = model.sha256(index)
     gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
@@ -133,10 +132,6 @@ def make_plan(options: TransferOptions) -> Plan:
         plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")
     plan.problems += _disk_problems(options.out, plan.disk)
     return plan
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr)
 
 
 def _both(listed: list[Job | Rejected], streamed: Iterator[Item]) -> list[Job | Rejected]:

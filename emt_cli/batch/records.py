@@ -13,6 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 _DEEPEST = 16  # lists and objects in each other
+_LARGEST = 1e300  # of numbers
 _MISSING = object()
 
 
@@ -76,7 +77,8 @@ def _flag(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number of any length is JSON, and most have no float.
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
     return value if fits else _MISSING
 
 

@@ -107,7 +107,8 @@ class Task:
     @property
     def line(self) -> dict[str, Any]:
         """The job as journal lines describe it."""
-        return {"event": "job", "id": self.identity, "output": str(self.output), **describe(self.job)}
+        named = {"id": self.identity, "output": str(self.output), "reference_sha256": self.reference.sha256}
+        return {"event": "job", **named, **describe(self.job)}
 
     def split(self) -> list[Task]:
         """The clips to make for it: itself, or its candidates."""

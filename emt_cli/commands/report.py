@@ -10,6 +10,7 @@ import typer
 
 from emt_cli.batch import journal
 from emt_cli.report.page import check_folder, order_of, write_report
+from emt_cli.text import say
 
 
 def report(
@@ -41,5 +42,5 @@ def report(
         raise typer.BadParameter("--sheet is written instead of a page: leave --output out")
     check_folder(out)
     check_sheet(sheet)
-    write_sheet(sheet, sorted(journal.current(out), key=order_of), out)
+    write_sheet(sheet, sorted(journal.current(out), key=order_of), out, say)
     typer.echo(os.fsencode(sheet))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
+from emt_cli.report.gallery import is_inside, read_shown, reason, sampling_of
 from emt_cli.text import printable
 
 if TYPE_CHECKING:
@@ -30,44 +32,50 @@ class Shown:
 
 
 def check_sheet(path: Path) -> None:
-    """Say whether a sheet can be written in the format of a name.
-
-    Raises:
-        EmtError: it cannot.
-    """
+    """Raise EmtError unless a sheet can be written in the format of a name."""
     from emt.video import VIDEO_SUFFIXES
 
     if path.suffix.lower() not in (*_PICTURES, *VIDEO_SUFFIXES):
         raise EmtError(f"{path} names no format of a sheet.", "Name a .gif or .mp4, which move, or a .png or .jpg.")
 
 
-def write_sheet(path: Path, jobs: Sequence[dict[str, Any]], out: Path) -> int:
+def write_sheet(
+    path: Path, jobs: Iterable[dict[str, Any]], out: Path, say: Callable[[str], None] = lambda text: None
+) -> int:
     """Write finished jobs of an output folder, the first dozen: each reference with its result below.
 
     Args:
         path: A video or .gif, in which all play at once, or a picture with some of their frames.
         jobs: The jobs' lines in the journal.
         out: The output folder.
+        say: Called with a line for each job that cannot be shown.
 
     Returns:
         How many jobs it shows.
 
     Raises:
-        EmtError: none is finished, a clip cannot be read, or the sheet cannot be written.
+        EmtError: none is finished and can be read, or the sheet cannot be written.
     """
     import numpy as np
 
     from emt.contact_sheet import contact_sheet
     from emt.video import write_clip
 
-    finished = [job for job in jobs if job["state"] == "done"][:_JOBS]
-    if not finished:
+    shown: list[Shown] = []
+    index = ContentIndex(default_dir())
+    for job in jobs:
+        if job["state"] != "done" or len(shown) == _JOBS:
+            continue
+        try:
+            shown.append(_read(job, out, index))
+        except Exception as error:  # whatever is wrong with one clip, the others are shown
+            say(f"left out: {job['output']:.200}: {reason(error)}")
+    if not shown:
         raise EmtError(f"{out} has no finished clips to show.")
-    shown = [_read(job, out) for job in finished]
     if path.suffix.lower() not in _PICTURES:
         pages = []
-        for index in range(min(len(clip) for one in shown for clip in one.clips)):
-            blocks = [(one.prompt, [clip[[index]] for clip in one.clips]) for one in shown]
+        for frame in range(min(len(clip) for one in shown for clip in one.clips)):
+            blocks = [(one.prompt, [clip[[frame]] for clip in one.clips]) for one in shown]
             page = contact_sheet(blocks, columns=_COLUMNS, lines=2, labels=_LABELS)
             pages.append(np.asarray(page)[: page.height // 2 * 2, : page.width // 2 * 2])
         write_clip(path, np.stack(pages), min(shown[0].fps, 50.0))
@@ -80,14 +88,19 @@ def write_sheet(path: Path, jobs: Sequence[dict[str, Any]], out: Path) -> int:
     return len(shown)
 
 
-def _read(job: dict[str, Any], out: Path) -> Shown:
+def _read(job: dict[str, Any], out: Path, index: ContentIndex) -> Shown:
     from emt.video import probe, read_clip
-    from emt_cli.report.page import view_of
 
-    view, result = view_of(job), out / job["output"]
+    result = out / job["output"]
+    if not is_inside(out, result) or not job.get("reference"):
+        raise EmtError("It is not a result of this folder.")
     info = probe(result)
-    scale = min(1.0, _SIDE / max(view["width"], view["height"]))
-    size = (round(view.pop("width") * scale), round(view.pop("height") * scale))
-    reference = read_clip(out / job["reference"], size=size, **view).frames
-    own = read_clip(result, frames=info.frames, size=size).frames
-    return Shown(printable(job["prompt"]), (reference, own), info.fps)
+
+    def small(width: int, height: int) -> tuple[int, int]:
+        scale = min(1.0, _SIDE / max(width, height))
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    reference = read_shown(out, job, index, small).frames
+    sampling = sampling_of(job)
+    own = read_clip(result, frames=info.frames, size=small(sampling["width"], sampling["height"])).frames
+    return Shown(printable(job.get("prompt", "")), (reference, own), info.fps)
