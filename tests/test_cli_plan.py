@@ -85,6 +85,18 @@ def test_a_plan_finds_what_will_fail(tmp_path):
     assert (total["open"], total["problem"]) == (1, 7)
 
 
+def test_k3_a_plan_names_what_failed_the_last_time(tmp_path):
+    clip(tmp_path / "a.mp4")
+    [job, _], _ = plan(tmp_path, "a.mp4", "--prompt", "x")
+    (tmp_path / "out").mkdir()
+    failed = {key: job[key] for key in ("event", "id", "output")} | {"state": "failed", "error": "out of memory"}
+    (tmp_path / "out" / "journal.jsonl").write_text(json.dumps(failed) + "\n")
+    [job, total], code = plan(tmp_path, "a.mp4", "--prompt", "x")
+    assert (job["state"], job["error"], code) == ("failed", "out of memory", 0)
+    assert job["seconds"] == pytest.approx(total["seconds"], abs=0.1)
+    assert [total[state] for state in ("open", "replaces", "failed", "done", "problem")] == [0, 0, 1, 0, 0]
+
+
 def test_a_plan_finds_missing_weights(tmp_path):
     shutil.copytree(model(), tmp_path / "model")
     next((tmp_path / "model" / "vae").glob("*.safetensors")).unlink()

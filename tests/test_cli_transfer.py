@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program import EMT, FRAMES, SIDE, clip, console, environment, journal, lines, model, start, transfer
+from program import EMT, FRAMES, SIDE, clip, console, emt, environment, journal, lines, model, start, transfer
 
 from emt.video import read_clip, read_metadata, write_clip
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.results import is_untouched
 
 
 def states(ended) -> dict[str, int]:
@@ -71,6 +73,67 @@ def test_finished_jobs_are_skipped_while_contents_and_settings_are_the_same(tmp_
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "deep-a.mp4", tmp_path / "elsewhere" / "a.mp4")
     assert states(transfer(tmp_path, "elsewhere/a.mp4", *job[1:], "--steps", 1)) == {"skipped": 1}, "moved"
+
+
+@pytest.mark.parametrize(
+    "changed", [["--guidance", "3"], ["--steps", "1"], ["--precision", "bf16"], ["--model", "other"]]
+)
+def test_k3_a_finished_clip_is_never_replaced_without_overwrite(tmp_path, changed):
+    """The same reference, prompt and seed made otherwise has a name of its own, which later runs know."""
+    clip(tmp_path / "a.mp4")
+    if "other" in changed:
+        config = json.loads((shutil.copytree(model(), tmp_path / "other") / "model_index.json").read_bytes())
+        (tmp_path / "other" / "model_index.json").write_text(json.dumps({**config, "steps": 3}))
+    job = ["a.mp4", "--prompt", "x", "--json"]
+
+    def plan_states(*options):
+        words = ["plan", *job, "--model", model(), "--device", "cpu", *options]
+        ended = emt(*map(str, words), folder=tmp_path, environment=environment(tmp_path))
+        return [line["state"] for line in map(json.loads, ended.out.splitlines()) if line["event"] == "job"]
+
+    [first] = lines(transfer(tmp_path, *job))
+    before = (tmp_path / first["path"]).read_bytes()
+    assert plan_states(*changed) == ["open"]
+    [second] = lines(transfer(tmp_path, *job, *changed))
+    assert second["state"] == "done"
+    assert second["output"].removesuffix(".mp4") == f"{first['output'].removesuffix('.mp4')}_{second['id'][:10]}"
+    assert (tmp_path / first["path"]).read_bytes() == before
+    for options in ([], changed):
+        assert states(transfer(tmp_path, *job, *options)) == {"skipped": 1}
+        assert plan_states(*options) == ["done"]
+    assert len(journal(tmp_path / "out")) == 2
+
+    assert plan_states("--overwrite") == plan_states(*changed, "--overwrite") == ["replaces"]
+    [again] = lines(transfer(tmp_path, *job, *changed, "--overwrite"))
+    assert again["output"] == second["output"], "the clip itself, not that which has its plain name"
+    assert (tmp_path / first["path"]).read_bytes() == before
+
+
+def test_k3_overwrite_replaces_what_has_the_plain_name(tmp_path):
+    clip(tmp_path / "a.mp4")
+    [first] = lines(transfer(tmp_path, "a.mp4", "--prompt", "x", "--json"))
+    (tmp_path / "out" / "journal.jsonl").unlink()  # what the clip itself carries says so
+    [second] = lines(transfer(tmp_path, "a.mp4", "--prompt", "x", "--json", "--steps", "1", "-o", "out"))
+    assert second["output"] != first["output"]
+    (tmp_path / second["path"]).unlink()
+    [third] = lines(transfer(tmp_path, "a.mp4", "--prompt", "x", "--json", "--steps", "1", "--overwrite"))
+    assert third["output"] == first["output"]
+
+
+def test_k8_clips_of_a_copied_folder_are_looked_at_once(tmp_path):
+    """Copies have other times: the first run that finds them whole writes these down."""
+    clip(tmp_path / "a.mp4")
+    job = ["a.mp4", "--prompt", "x", "--seeds", "0-2", "--json"]
+    transfer(tmp_path, *job)
+    shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert states(transfer(tmp_path, *job, "-o", "copy")) == {"skipped": 3}
+    log = (tmp_path / "copy" / "journal.jsonl").read_bytes()
+    assert log.count(b'"event": "file"') == 3
+    assert states(transfer(tmp_path, *job, "-o", "copy")) == {"skipped": 3}
+    known = Journal(tmp_path / "copy").known
+    for output, line in known.done.items():
+        assert is_untouched(line, (tmp_path / "copy" / output).stat())
+    assert (tmp_path / "copy" / "journal.jsonl").read_bytes().count(b'"event": "file"') == 3
 
 
 def test_a_clip_that_its_run_could_not_write_down_is_adopted_not_made_again(tmp_path):
@@ -376,8 +439,6 @@ def batched(tmp_path_factory):
 
 
 def rerun(folder: Path, *arguments: object):
-    from program import emt
-
     return emt("rerun", *map(str, arguments), folder=folder, environment=environment(folder))
 
 

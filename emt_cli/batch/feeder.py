@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +14,7 @@ from emt_cli.batch.generator import describe
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
 from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.records import dumps
-from emt_cli.batch.results import read_record, sidecar, state_on_disk
+from emt_cli.batch.results import find_place, is_untouched, read_record, sidecar
 from emt_cli.batch.session import RunOptions, Session
 from emt_cli.batch.tasks import Reference, Task
 
@@ -30,7 +31,7 @@ class Feeder:
     def __init__(self, session: Session, outcomes: Outcomes, options: RunOptions) -> None:
         self.generator, self.index = session.generator, session.index
         self.outcomes, self.options = outcomes, options
-        self._seen: dict[PurePosixPath, str] = {}  # identity by output
+        self._seen: dict[PurePosixPath, tuple[str, PurePosixPath]] = {}  # by name: identity, and where its clip goes
 
     def tasks(self, items: Iterable[Item]) -> Iterator[Task | None]:
         """The tasks of items; consecutive ones with the same sampling of the same content share a reference.
@@ -64,28 +65,36 @@ class Feeder:
             how = {"precision": self.options.numerics, "method": self.options.method}
             identity = identify(job, reference=sha256, model=self.generator.model_sha256, **how)
             output = output_name(job, sha256)
-            first = self._seen.get(output)
-            if first not in (None, identity):
-                raise EmtError(f"another job of this run makes {output} too", "Give one of them another seed.")
             line |= {"id": identity, "output": str(output)}
+            first, there = self._seen.get(output, ("", output))
+            if first == identity:
+                self.outcomes.duplicate({**line, "output": str(there)})
+                return None
             if first:
-                self.outcomes.duplicate(line)
-                return None
-            self._seen[output] = identity
+                raise EmtError(f"another job of this run makes {output} too", "Give one of them another seed.")
+            self._seen[output] = identity, output
             check_tracking(job)
-            if self._ended_before(job, line):
+            journal = self.outcomes.journal
+            place = find_place(self.outcomes.out, journal.known, job, output, identity, self.options.overwrite)
+            self._seen[output] = identity, place.output
+            line["output"] = str(place.output)
+            if self._ended_before(line, place.state):
                 return None
-            return Task(job, identity, output, Reference(job, sha256))
+            return Task(job, identity, place.output, Reference(job, sha256))
         except (EmtError, OSError) as error:
             self.outcomes.failed(line, self.generator.explain(error, job))
         return None
 
-    def _ended_before(self, job: Job, line: dict[str, Any]) -> bool:
-        """Whether earlier runs leave nothing to do for a job, which is reported then."""
+    def _ended_before(self, line: dict[str, Any], state: str) -> bool:
+        """Whether earlier runs leave nothing to do for a job, which is reported then.
+
+        Args:
+            line: The job as journal lines describe it.
+            state: Of its place.
+        """
         if self.options.overwrite:
             return False
         known, clip = self.outcomes.journal.known, self.outcomes.out / line["output"]
-        state = state_on_disk(known.done.get(line["output"]), clip, job, line["id"])
         if state == "made":
             self._adopt(line, clip)
         if self.options.filter and (reason := self._fails_filter(line, state)):
@@ -94,11 +103,15 @@ class Feeder:
             else:
                 self.outcomes.dropped({**line, **known.done[line["output"]]}, reason)
             return True
-        if state != "open":
-            made = known.done[line["output"]]
-            chosen = {key: made[key] for key in ("seed", "best_of") if "best_of" in made}
-            self.outcomes.unchanged({**line, **chosen}, "skipped")
-        return state != "open"
+        if state == "open":
+            return False
+        made = known.done[line["output"]]
+        if not is_untouched(made, status := os.stat(clip)):
+            self.outcomes.seen(line, status)
+        self.outcomes.unchanged(
+            {**line, **{key: made[key] for key in ("seed", "best_of") if "best_of" in made}}, "skipped"
+        )
+        return True
 
     def _adopt(self, line: dict[str, Any], clip: Path) -> None:
         """Write down what an earlier run had made when it was killed."""

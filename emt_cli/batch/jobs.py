@@ -2,7 +2,8 @@
 
 A job is a reference, a prompt, a seed and the settings of a clip. Its identity is a hash over the *contents* of
 all that decides its frames; its output name is a function of the job alone, so that neither depends on what
-else is in the run, on where files lie, or on when they were changed.
+else is in the run, on where files are, or on when they were changed. Only where that name has the clip of another
+job, another name that follows from the identity is taken (`emt_cli.batch.results.find_place`).
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def output_name(job: Job, reference: str) -> PurePosixPath:
     """Where in the output folder a job's clip goes: `<reference>/<prompt>-<seed>.<format>`.
 
     Distinct jobs get distinct names, whatever the prompts: a prompt that its slug does not spell exactly has a
-    hash appended after `_`, which no slug contains, and so have settings that a job's own line sets. The folder
+    hash appended after `_`, which no slug contains, and so have settings that a job's own line sets. (Settings of the
+    whole run are no part of it: where they differ from those of a clip that is there, see `own_name`.) The folder
     carries a hash of the reference's content and kind, so references of one name in different folders stay apart.
 
     Args:
@@ -144,3 +146,17 @@ def output_name(job: Job, reference: str) -> PurePosixPath:
     suffix = f"_{digest(own)[:10]}" if own else ""
     extension = "" if job.settings.format is Format.PNG else f".{job.settings.format.value}"
     return PurePosixPath(folder) / f"{name}-{job.seed}{suffix}{extension}"
+
+
+def own_name(output: PurePosixPath, identity: str) -> PurePosixPath:
+    """Where a job's clip goes if another job's is at `output`: the same prompt and seed with other settings, model, ….
+
+    Args:
+        output: The job's `output_name`.
+        identity: Its identity.
+    """
+    suffix = output.suffix if output.suffix in _SUFFIXES else ""
+    return output.with_name(f"{output.name.removesuffix(suffix)}_{identity[:10]}{suffix}")
+
+
+_SUFFIXES = {f".{format.value}" for format in Format if format is not Format.PNG}

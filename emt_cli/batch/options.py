@@ -219,7 +219,7 @@ class TransferOptions:
         Path,
         Field("Folder of the results.", _JOBS, short="-o"),
     ] = Path("out")
-    overwrite: Annotated[bool, Field("Make finished clips again.", _JOBS)] = False
+    overwrite: Annotated[bool, Field("Make finished clips again; they are replaced.", _JOBS)] = False
     model: Annotated[
         str | None,
         Field(

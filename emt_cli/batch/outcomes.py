@@ -107,6 +107,12 @@ class Outcomes:
         if report:
             self._report(line)
 
+    def seen(self, line: dict[str, Any], status: os.stat_result) -> None:
+        """A clip was looked at and found whole with another time: the next run need not look."""
+        stamps = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        with suppress(OSError):  # then it looks
+            self.journal.append({"event": "file", "id": line["id"], "output": line["output"], **stamps})
+
     def dropped(self, line: dict[str, Any], reason: str) -> None:
         """A clip has not passed a filter; one of that name from an earlier run goes, too.
 

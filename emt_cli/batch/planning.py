@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from emt.cache import ContentIndex, default_dir
@@ -20,16 +20,28 @@ from emt_cli.batch.best_of import check_tracking
 from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
-from emt_cli.batch.results import state_on_disk
+from emt_cli.batch.results import find_place
 from emt_cli.text import say, size
 from emt_engines.choice import engine_id
 
+TO_DO = ("open", "replaces", "failed")
+STATES = (*TO_DO, "done", "problem")
 _CONTAINER_BYTES = 4096  # of a sidecar and a journal line
 
 
 @dataclass
 class PlannedJob:
-    """One line of a plan: `state` is open, done or problem."""
+    """One line of a plan.
+
+    Attributes:
+        item: The job, or what is none.
+        state: open; done; replaces (a finished clip is made again or gives way, as --overwrite says); failed (it failed
+            the last time, and is tried again); or problem (it cannot be done).
+        output: Where its clip goes.
+        identity: Of the job.
+        seconds: Estimated time.
+        error: What is wrong, or was the last time.
+    """
 
     item: Job | Rejected
     state: str = "open"
@@ -48,7 +60,7 @@ class PlannedJob:
         else:
             line |= {"reference": self.item.reference, "prompt": self.item.prompt}
         line |= {"origin": self.item.origin} if self.item.origin else {}
-        line |= {"seconds": round(self.seconds, 3)} if self.state == "open" else {}
+        line |= {"seconds": round(self.seconds, 3)} if self.state in TO_DO else {}
         return line | ({"error": self.error.problem, "hint": self.error.hint} if self.error else {})
 
 
@@ -86,7 +98,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The sum of the plan as JSON values."""
-        line = {"event": "plan", **{state: self.counts[state] for state in ("open", "done", "problem")}}
+        line = {"event": "plan", **{state: self.counts[state] for state in STATES}}
         line |= {"model": self.model.name, "device": self.device, "estimate": self.source}
         line |= {"seconds": round(self.seconds, 1), "memory": round(self.memory), "disk": round(self.disk)}
         return line | {"problems": self.problems}
@@ -118,7 +130,7 @@ def make_plan(options: TransferOptions) -> Plan:
     plan = Plan(planned, model, device, source)
     half = bool(gpu) if options.precision is Precision.AUTO else options.precision is not Precision.FP32
     for line in planned:
-        if line.state == "open" and isinstance(line.item, Job):
+        if line.state in TO_DO and isinstance(line.item, Job):
             settings = line.item.settings
             pixels = settings.frames * settings.height * settings.width
             if past:
@@ -157,7 +169,7 @@ def _planned(
     references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looked = dict(zip(references, pool.map(lambda path: _look(path, index), references)))
-    seen: set[str] = set()
+    seen: set[PurePosixPath] = set()
     for item in items:
         if isinstance(item, Rejected):
             yield PlannedJob(item, "problem", error=item.error)
@@ -167,12 +179,12 @@ def _planned(
             yield PlannedJob(item, "problem", error=found)
             continue
         sha256, frames = found
-        output = str(output_name(item, sha256))
+        output = output_name(item, sha256)
         if output in seen:
             continue
         seen.add(output)
         identity = identify(item, reference=sha256, model=model_sha256, precision=precision)
-        line = PlannedJob(item, "open", output, identity)
+        line = PlannedJob(item, "open", str(output), identity)
         try:
             model.check(item.prompt, item.settings.as_dict())
             check_tracking(item)
@@ -182,9 +194,12 @@ def _planned(
                 raise EmtError(problem, "Name a longer clip, or ask for fewer --frames.")
         except EmtError as error:
             line.state, line.error = "problem", error
-        if not options.overwrite and not line.error:
-            state = state_on_disk(known.done.get(output), options.out / output, item, identity)
-            line.state = "open" if state == "open" else "done"
+        if not line.error:
+            place = find_place(options.out, known, item, output, identity, options.overwrite)
+            line.output, line.state = str(place.output), "done" if place.state == "made" else place.state
+            failed = known.failed.get(line.output, {})
+            if place.state == "open" and failed.get("id") == identity:
+                line.state, line.error = "failed", EmtError(failed["error"], "It is tried again.")
         yield line
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
 from emt.storage import write_atomically
-from emt_cli.batch.jobs import Job
+from emt_cli.batch.jobs import Job, own_name
+from emt_cli.batch.journal import Known
 from emt_cli.batch.records import dumps, parse
 
 if TYPE_CHECKING:
@@ -48,15 +51,21 @@ def read_record(clip: Path) -> dict[str, Any]:
 
 def is_whole(clip: Path, job: Job, identity: str) -> bool:
     """Whether a clip is this job's, and has all of its frames."""
+    return _found(clip) == (identity, job.settings.frames)
+
+
+def _found(clip: Path) -> tuple[str, int]:
+    """Identity of the job whose clip it is, empty if it is none's or damaged, and its number of frames."""
     from emt.video import probe
 
     try:
-        return read_record(clip).get("id") == identity and probe(clip).frames == job.settings.frames
+        record = read_record(clip)
+        return (record.get("id", ""), probe(clip).frames) if record else ("", 0)
     except EmtError:
-        return False
+        return "", 0
 
 
-def state_on_disk(line: dict[str, Any] | None, clip: Path, job: Job, identity: str) -> str:
+def state_on_disk(line: Mapping[str, Any] | None, clip: Path, job: Job, identity: str) -> str:
     """Whether a job is done: `done`, `made` (a clip that the journal does not know of), or `open`.
 
     Args:
@@ -70,8 +79,66 @@ def state_on_disk(line: dict[str, Any] | None, clip: Path, job: Job, identity: s
     except (OSError, ValueError):
         return "open"
     listed = line is not None and line.get("id") == identity
-    if listed and line and line.get("bytes") == status.st_size and line.get("mtime_ns") == status.st_mtime_ns:
-        return "done"  # as the journal left it
+    if listed and line and is_untouched(line, status):
+        return "done"
     if not is_whole(clip, job, identity):
         return "open"
     return "done" if listed else "made"
+
+
+def is_untouched(line: Mapping[str, Any], status: os.stat_result) -> bool:
+    """Whether a clip is as the journal left it."""
+    return line.get("bytes") == status.st_size and line.get("mtime_ns") == status.st_mtime_ns
+
+
+def is_anothers(line: Mapping[str, Any] | None, clip: Path, identity: str) -> bool:
+    """Whether a finished clip of another job is where a job's clip goes; arguments as for `state_on_disk`."""
+    try:
+        status = os.stat(clip)
+    except (OSError, ValueError):
+        return False
+    if line is not None and is_untouched(line, status):
+        return line.get("id") != identity
+    try:
+        record = read_record(clip)
+    except EmtError:
+        return False
+    settings = record.get("settings", {})
+    return record.get("id", identity) != identity and _found(clip)[1] == settings.get("frames", 0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the clip of a job goes.
+
+    Attributes:
+        output: Path in the output folder.
+        state: `done`, `made` (not yet in the journal), `replaces` (a finished clip is there, which is made again or
+            gives way, as the user said), or `open`.
+    """
+
+    output: PurePosixPath
+    state: str
+
+
+def find_place(out: Path, known: Known, job: Job, output: PurePosixPath, identity: str, overwrite: bool) -> Place:
+    """Find where a job's clip is or goes. No finished clip is ever replaced unless the user says so.
+
+    Args:
+        out: The output folder.
+        known: What its journal knows.
+        job: The job.
+        output: Its `output_name`.
+        identity: Its identity.
+        overwrite: Whether finished clips are to be made again.
+    """
+    if not os.path.lexists((out / output).parent):
+        return Place(output, "open")  # the usual case of a new reference, at the price of one look
+    own = own_name(output, identity)
+    for name in (output, own):
+        state = state_on_disk(known.done.get(str(name)), out / name, job, identity)
+        if state != "open":
+            return Place(name, "replaces" if overwrite else state)
+    if not is_anothers(known.done.get(str(output)), out / output, identity):
+        return Place(output, "open")
+    return Place(output, "replaces") if overwrite else Place(own, "open")

@@ -21,9 +21,9 @@ _TABLE_ROWS = 60
 def plan(options: TransferOptions) -> None:
     """Show what `emt transfer` with the same arguments would do, without loading anything.
 
-    Lists the jobs, what is done already, and estimated time and memory; finds missing weights, words that the model
-    does not know, clips that are too short, impossible sizes and full disks. Exit code 1 if something in it cannot be
-    done.
+    Lists the jobs and what is done already, what failed the last time, which finished clips --overwrite replaces, and
+    estimated time and memory; finds missing weights, words that the model does not know, clips that are too short,
+    impossible sizes and full disks. Exit code 1 if something in it cannot be done.
     """
     show(options)
 
@@ -51,27 +51,32 @@ def _print_table(plan: Plan) -> None:
     from rich.text import Text
 
     from emt_cli.batch.jobs import Job
+    from emt_cli.batch.planning import TO_DO
 
     console = Console(soft_wrap=not sys.stdout.isatty())
     table = Table("", "clip", "time", "")
-    order = ("problem", "open", "done")
+    order = ("problem", "failed", "replaces", "open", "done")
     for job in sorted(plan.jobs, key=lambda job: order.index(job.state))[:_TABLE_ROWS]:
         item = job.item
         title = job.output or " ".join(part for part in (item.origin, str(item.reference), item.prompt[:60]) if part)
-        style = {"problem": "red", "done": "green"}.get(job.state, "")
-        note = f"{job.error.problem}. {job.error.hint}" if job.error else ""
+        style = {"problem": "red", "failed": "red", "replaces": "yellow", "done": "green"}.get(job.state, "")
+        note = " ".join(f"{job.error.problem.rstrip('.')}. {job.error.hint}".split()) if job.error else ""
         if not note and isinstance(item, Job) and item.settings.best_of > 1:
             note = f"the best of {item.settings.best_of}"
-        seconds = duration(job.seconds) if job.state == "open" else ""
+        seconds = duration(job.seconds) if job.state in TO_DO else ""
         table.add_row(Text(job.state, style), Text(printable(title)), seconds, Text(printable(note)))
     console.print(table)
     counts = plan.counts
     if len(plan.jobs) > _TABLE_ROWS:
         console.print(f"… and {len(plan.jobs) - _TABLE_ROWS} more (all of them with --json)")
-    told = f"{counts['open']} to do, {counts['done']} done, {counts['problem']} with problems"
-    if counts["open"]:
-        told += f"; about {duration(plan.seconds)}, {size(plan.memory)} of memory and {size(plan.disk)} of disk"
-        told += f" on {plan.device} (by {plan.source})"
-    console.print(Text(printable(told)))
+    to_do = sum(counts[state] for state in TO_DO)
+    parts = {"replaces": "to replace a finished clip", "failed": "that failed the last time"}
+    among = " and ".join(f"{counts[state]} {text}" for state, text in parts.items() if counts[state])
+    text = f"{to_do} to do" + (f" ({among})" if among else "")
+    text += f", {counts['done']} done, {counts['problem']} with problems"
+    if to_do:
+        text += f"; about {duration(plan.seconds)}, {size(plan.memory)} of memory and {size(plan.disk)} of disk"
+        text += f" on {plan.device} (by {plan.source})"
+    console.print(Text(printable(text)))
     for problem in plan.problems:
         console.print(Text(f"problem: {printable(problem)}", "red"))

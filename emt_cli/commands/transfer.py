@@ -14,14 +14,19 @@ from emt_cli.commands.arguments import takes_options
 def transfer(options: TransferOptions) -> None:
     """Make clips that move like the references and show what the prompts say.
 
-    Every reference goes with every prompt and seed. Results are OUT/<reference>/<prompt>-<seed>.mp4, each with
-    its settings in a .json beside it; OUT/journal.jsonl tells what became of each job. Run it again and finished
-    clips are skipped, unfinished ones done. With --best-of N each job makes N clips, with its seed and those after it,
-    and keeps the one whose motion, measured on tracks of points, follows the reference best; its record has all scores.
+    Every reference goes with every prompt and seed. Results are OUT/<reference>/<prompt>-<seed>.mp4, each with its
+    settings in a .json beside it; OUT/journal.jsonl has what became of each job. Run it again and finished clips are
+    skipped, unfinished ones done. No finished clip is ever replaced without --overwrite: made with other settings,
+    another model or precision, a clip of the same reference, prompt and seed gets a name of its own,
+    <prompt>-<seed>_<hash>.mp4.
+
+    With --best-of N each job makes N clips, with its seed and those after it, and keeps the one whose motion, measured
+    on tracks of points, follows the reference best; its record has all scores.
 
     Standard output has the paths of the clips, or with --json a line for each job; all else is on standard error.
     Ctrl-C finishes the running batch, a second one stops at once.
-    Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed, 2 bad usage, 130 interrupted.
+    Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed (or standard output is full),
+    2 bad usage, 130 interrupted.
     """
     from emt.model_folder import find_model
     from emt_cli.batch.best_of import check_tracking

@@ -85,8 +85,8 @@ class LocalExecutor:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what killed runs left half-written; the folder is locked, so nobody is writing there."""
+    """Remove what dead processes left half-written."""
     from emt.storage import remove_partials
 
     for folder in [out, *(Path(entry.path) for entry in os.scandir(out) if entry.is_dir(follow_symlinks=False))]:
-        remove_partials(folder, older_than=0)
+        remove_partials(folder)
