@@ -81,8 +81,9 @@ def import_weights(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from emt.backbones.sd15 import import_weights as importer
+    from emt.backbone import PUBLISHED, module_of
 
+    importer = module_of(PUBLISHED, "import_weights")
     disable_progress_bar()  # it would write over ours
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
