@@ -27,7 +27,7 @@ from emt import demo
 from emt.backbone import BACKBONES, Facts, facts_of
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
-from emt.storage import sync, sync_tree
+from emt.storage import apply_umask, sync, sync_tree
 from emt.vocabulary import Vocabulary
 
 _IMPORT = "Make one with `emt import-weights --base … --motion-module … --adapter … -o FOLDER`."
@@ -69,29 +69,20 @@ class Model:
         }
 
     @cached_property
-    def network(self) -> str:
-        """Name of the network's class, one of `emt.backbone.BACKBONES`.
-
-        Raises:
-            EmtError: the network is of no known kind.
-        """
-        listed = _read_json(self.folder / "model_index.json").get("unet")
-        name = listed[-1] if isinstance(listed, list) and listed else None
-        if not isinstance(name, str) or name not in BACKBONES:
-            known = ", ".join(BACKBONES)
-            raise EmtError(f"the network of {self.name} is {name!r:.100}, known are: {known}", _HOW_TO_GET)
-        return name
-
-    @cached_property
     def facts(self) -> Facts:
         """Limits and costs of the network.
 
         Raises:
             EmtError: the network is of no known kind, or its configuration makes no sense.
         """
+        listed = _read_json(self.folder / "model_index.json").get("unet")
+        name = listed[-1] if isinstance(listed, list) and listed else None
         path = self.folder / "unet" / "config.json"
         try:
-            return facts_of(self.network, _read_json(path))
+            return facts_of(str(name), _read_json(path))
+        except KeyError:
+            known = ", ".join(BACKBONES)
+            raise EmtError(f"the network of {self.name} is {name!r:.100}, known are: {known}", _HOW_TO_GET) from None
         except ValueError as error:
             raise EmtError(f"{error} in {path}", _HOW_TO_GET) from None
 
@@ -261,6 +252,7 @@ def new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None
             try:
                 _empty(partial)
                 yield partial
+                apply_umask(*(path for path in partial.rglob("*") if path.is_file()))
                 sync_tree(partial)
                 if in_use:
                     shutil.rmtree(replaced, ignore_errors=True)

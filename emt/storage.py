@@ -187,6 +187,22 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
+def apply_umask(*paths: Path) -> None:
+    """Give files the mode that the umask gives new ones; safetensors lets nobody but their owner read what it writes.
+
+    Raises:
+        OSError: if a mode cannot be set.
+    """
+    for folder in {path.parent for path in paths}:
+        probe = partial_beside(folder / "mode")  # the umask itself cannot be read without changing it for all threads
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        for path in paths:
+            if path.parent == folder:
+                path.chmod(mode)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there with all of its content, or not at all.
 
