@@ -1,52 +1,63 @@
-"""Reading checkpoints: files, folders and hub ids, their kinds and names, and where they came from."""
+"""Reading of checkpoints of any network: files and their formats, configurations, key checks, allocation."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import no_init_weights
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from emt.errors import EmtError, first_line
-from emt.storage import sha256_of
+from emt.storage import check_readable, sha256_of
 
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
 
+_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_MOST_LINES = 4  # of keys in a message, which is read in a terminal
+
 
 @dataclass
 class Checkpoint:
-    """The tensors of a file by name, and a safetensors file's own metadata."""
+    """Tensors of a file by name.
+
+    Args:
+        state: the tensors, mapped from disk where the format allows.
+        metadata: a safetensors file's own.
+        dropped: names of what is beside the tensors and is no tensor.
+    """
 
     state: State
     metadata: dict[str, str]
+    dropped: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a part of a model came from, as its model card records it.
+    """Origin of a part of a model, as its model card records it.
 
     Args:
-        kind: what was given, such as "motion module".
-        name: the path or hub id as given.
+        kind: of the source, such as "motion module".
+        name: path, hf:// address or hub id as given.
         files: (path, sha256) of every file read.
         note: what was taken from it.
+        dropped: names in the files that nothing reads.
     """
 
     kind: str
     name: str
     files: tuple[tuple[str, str], ...]
     note: str
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass
@@ -57,30 +68,12 @@ class Origin:
     name: str
     files: list[Path]
     note: str
+    dropped: list[str] = field(default_factory=list)
 
     def hashed(self) -> Source:
         """The source, with the sha256 of every file."""
-        return Source(self.kind, self.name, tuple((str(path), sha256_of(path)) for path in self.files), self.note)
-
-
-def locate(
-    given: str | Path, kind: str, download: Callable[..., Any] | None = None, hint: str = "", **options: Any
-) -> Path:
-    """The path of what was given, downloaded if it is a hub id and `download` is there to do so."""
-    path = Path(given)
-    if path.exists():
-        return path
-    is_file = path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")
-    if download is None or is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)):
-        allowed = "a file" if download is None else "a folder, a hub id such as owner/name, or a file"
-        raise EmtError(f"the {kind} {given} does not exist", hint or f"Give {allowed}.")
-    try:
-        return Path(download(str(given), **options))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise EmtError(
-            f"the {kind} {given} is no path here and cannot be fetched from the hub: {first_line(error)}",
-            hint or f"Check the name and the network, or give a folder that `hf download {given}` made elsewhere.",
-        ) from error
+        files = tuple((str(path), sha256_of(path)) for path in self.files)
+        return Source(self.kind, self.name, files, self.note, tuple(self.dropped))
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Path]:
@@ -96,39 +89,100 @@ def read_config(path: Path) -> tuple[dict[str, Any], Path]:
             f"{path.parent} has no {path.name}",
             "Give a folder in diffusers layout: unet, vae, text_encoder and tokenizer, each with its configuration.",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
         raise EmtError(f"{path} cannot be read: {first_line(error)}", "Download it again.") from error
     if not isinstance(config, dict):
         raise EmtError(f"{path} is not a configuration: it holds a {type(config).__name__}", "Download it again.")
     return config, path
 
 
+def weights_name(names: Iterable[str]) -> str | None:
+    """The file of weights to read among a folder's of diffusers or transformers; safetensors, full precision first."""
+    present = set(names)
+    for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".ckpt"):
+        for stem in _WEIGHTS:
+            if f"{stem}{suffix}" in present:
+                return f"{stem}{suffix}"
+    return None
+
+
 def weights_file(folder: Path) -> Path:
-    """The file of weights in a folder of diffusers or transformers; safetensors and full precision first.
+    """The file of weights of a folder of diffusers or transformers.
 
     Raises:
         EmtError: if there is none.
     """
-    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
-    for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".ckpt"):
-        for stem in stems:
-            if (folder / f"{stem}{suffix}").is_file():
-                return folder / f"{stem}{suffix}"
-    raise EmtError(
-        f"{folder} has no weights: neither {' nor '.join(f'{stem}.safetensors' for stem in stems)} nor a .bin",
-        "Download the folder again; weights split over several files are not read.",
-    )
+    name = weights_name(path.name for path in folder.glob("*") if path.is_file())
+    if name is None:
+        raise EmtError(
+            f"{folder} has no weights: neither {' nor '.join(f'{stem}.safetensors' for stem in _WEIGHTS)} nor a .bin",
+            "Download the folder again; weights split over several files are not read.",
+        )
+    return folder / name
 
 
-def read_checkpoint(path: Path, wanted: str | None = None) -> Checkpoint:
-    """The tensors of a .safetensors, .ckpt, .pt or .bin file, mapped from disk where the format allows.
+def check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Raise an EmtError if numbers of a configuration are none that a network has: building it might never end."""
+    wrong = []
+    for name, value in config.items():
+        most = 128 if "layers" in name else 10**6
+        values = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [x for x in values if isinstance(x, (int, float)) and not isinstance(x, bool)]
+        if len(values) > 1000 or any(not -most <= x <= most for x in numbers):
+            wrong.append(f"{name} is {value!r:.60}")
+    if wrong:
+        raise EmtError(f"{where} does not describe a network:" + shorten([wrong]), "Download it again.")
 
-    Tensors under "state_dict" are taken out of it, and a common `module.` prefix off their names.
+
+class _Inert:
+    """Stand-in for a class or function that a pickle names beside its tensors; nothing done to it has an effect."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+class _InertDict:
+    """Stand-in for a class of dictionaries: becomes a plain one, which alone may be filled."""
+
+    def __new__(cls, *_: Any) -> dict[Any, Any]:  # type: ignore[misc]
+        return {}
+
+
+# Training code of Stable Diffusion leaves these in its files. None of them is imported, and none is called.
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *(
+        (_Inert, f"{package}.callbacks.{name}")
+        for package in ("pytorch_lightning", "lightning.pytorch")
+        for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
+    ),
+    (_InertDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (_InertDict, "lightning_fabric.utilities.data.AttributeDict"),
+    (_InertDict, "lightning.fabric.utilities.data.AttributeDict"),
+    *((_Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    (_Inert, "numpy.dtype"),
+    (_Inert, "numpy.ndarray"),
+    *(
+        (_Inert, f"numpy.dtypes.{name}DType")
+        for name in ("Float64", "Float32", "Float16", "Int64", "Int32", "Int16", "Int8", "UInt8", "Bool")
+    ),
+    (_Inert, "_codecs.encode"),
+]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the tensors of a .safetensors, .ckpt, .pt or .bin file, mapped from disk where the format allows.
+
+    Tensors under "state_dict", or under the one entry that holds any, are taken out of it, and the prefixes `module.`
+    and `_orig_mod.` of training wrappers off their names.
 
     Raises:
-        EmtError: if the file is missing, damaged, unsafe, holds something else than tensors, or is not the kind
-            `wanted` (one of `_KINDS`).
+        EmtError: if the file is missing, damaged, unsafe, quantized, or holds no tensors.
     """
+    check_readable(path)
     metadata: dict[str, str] = {}
     try:
         with path.open("rb") as file:
@@ -139,11 +193,10 @@ def read_checkpoint(path: Path, wanted: str | None = None) -> Checkpoint:
                 content: Any = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         elif head[:2] == b"PK" or head[:1] == b"\x80":
             # Files of before PyTorch 1.6 are bare pickles, which cannot be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
+            with torch.serialization.safe_globals(_STAND_INS):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
         else:
-            what = (
-                "is empty" if not head else f"is neither safetensors nor a PyTorch checkpoint: it begins {head[:24]!r}"
-            )
+            what = "is empty" if not head else f"is {_format(head)}"
             raise EmtError(
                 f"{path} {what}", "Download it again; a page or a Git LFS pointer may have been saved instead."
             )
@@ -157,104 +210,146 @@ def read_checkpoint(path: Path, wanted: str | None = None) -> Checkpoint:
             f"{path} is unsafe and was refused: besides tensors it holds {culprit[1]}, and could run code",
             "Give the .safetensors version of this file.",
         ) from error
-    except FileNotFoundError as error:
-        raise EmtError(f"{path} does not exist", "Check the path.") from error
     except EmtError:
         raise
     except Exception as error:  # damaged bytes fail in any way at all in the parsers of pickles and archives
         raise EmtError(f"{path} is truncated or damaged: {first_line(error)}", "Download it again.") from error
+    content, dropped = _tensors(path, _inner(content))
+    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): tensor for name, tensor in content.items()}
+    if len(state) < len(content):
+        names = sorted(name for name in content if name not in state)
+        raise EmtError(
+            f"{path} has keys with and without `{names[0].split('.')[0]}.`: {', '.join(names[:3])}, …",
+            "Give a file with one of them.",
+        )
+    scaled = [n for n in state if n == "scaled_fp8" or n.endswith((".scale_weight", ".weight_scale", ".comfy_quant"))]
+    packed = [n for n in state if n.endswith((".absmax", ".quant_map", ".qweight"))]
+    if scaled or packed:
+        raise EmtError(
+            f"{path} is quantized ({len(scaled or packed)} keys such as {(scaled or packed)[0]}), which is not read",
+            "Give the fp16 version of this file.",
+        )
+    return Checkpoint(state, metadata, dropped)
 
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+
+def peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """PEFT's settings of a LoRA file, from its metadata or the configuration beside it, and the files read.
+
+    Raises:
+        EmtError: if they are damaged.
+    """
+    beside = path.parent / "adapter_config.json"
+    if path.name.startswith("adapter_model.") and beside.is_file():
+        return read_config(beside)[0], [path, beside]
+    text = checkpoint.metadata.get("lora_adapter_metadata", "{}")
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EmtError(
+            f"{path} has lora_adapter_metadata that is no JSON: {first_line(error)}", "Download it again."
+        ) from error
+    if not isinstance(settings, dict):
+        raise EmtError(f"{path} has lora_adapter_metadata that is no JSON object", "Download it again.")
+    return settings, [path]
+
+
+def _format(head: bytes) -> str:
+    """A file's format in words, by its first bytes."""
+    if head.startswith(b"GGUF"):
+        return "a GGUF file, which is neither safetensors nor a PyTorch checkpoint"
+    return f"neither safetensors nor a PyTorch checkpoint: it begins {head[:24]!r}"
+
+
+def _inner(content: Any) -> Any:
+    """The dictionary of tensors within what a training program saved."""
+    for _ in range(8):  # a pickle can hold itself
+        if not isinstance(content, dict):
+            break
+        if isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+            continue
+        within = [x for x in content.values() if isinstance(x, dict) and _any_tensor(x)]
+        if _any_tensor(content) or len(within) != 1:
+            break
+        content = within[0]
+    return content
+
+
+def _any_tensor(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(x, Tensor) for x in content.values())
+
+
+def _tensors(path: Path, content: Any) -> tuple[State, list[str]]:
+    """Tensors by name, and the names of all else."""
     if not isinstance(content, dict):
         raise EmtError(f"{path} holds no tensors by name but a {type(content).__name__}", "Give a state dict.")
-    # Counters and AnimateDiff's own settings lie beside the tensors of some files.
-    content = {k: v for k, v in content.items() if k not in ("global_step", "epoch", "animatediff_config")}
-    others = [
-        f"{k!r} ({type(v).__name__})" for k, v in content.items() if not isinstance(k, str) or not isinstance(v, Tensor)
-    ]
-    if others or not content:
-        what = f"holds what is no tensor: {', '.join(others)}" if others else "holds no tensors"
+    state = {name: x for name, x in content.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    others = [f"{name!s:.80}" for name in content if name not in state]
+    if not state:
+        what = f"holds what is no tensor: {', '.join(others[:8])}" if others else "holds no tensors"
         raise EmtError(f"{path} {what}", "Give a file that holds the weights by name.")
-    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    if len(state) < len(content):
-        twice = sorted(name for name in content if f"module.{name}" in content)
-        raise EmtError(
-            f"{path} has keys with and without `module.`: {', '.join(twice)}", "Give a file with one of them."
-        )
-    if wanted is not None and (kind := _kind(state)) != wanted:
-        raise EmtError(f"{path} is {kind}, not {wanted}", _KINDS[wanted])
-    return Checkpoint(state, metadata)
+    return state, others
 
 
-# diffusers' names within a motion module, and the published ones.
-_MOTION_NAMES = {
-    "norm1": "norms.0",
-    "norm2": "norms.1",
-    "norm3": "ff_norm",
-    "attn1": "attention_blocks.0",
-    "attn2": "attention_blocks.1",
-}
+def check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], guess: str = "") -> None:
+    """Compare the names and shapes of weights with those of a network.
 
+    Args:
+        part: of the network, and the file; for messages.
+        given: the weights.
+        wanted: shapes by name.
+        guess: what the file may be instead, where the caller can tell.
 
-def published_motion_name(name: str) -> str:
-    """`…motion_modules.N.` with diffusers' names → with the published ones, which pass as they are."""
-    match = re.fullmatch(r"(.*motion_modules\.\d+\.)(?!temporal_transformer\.)(.+)", name)
-    if not match:
-        return name
-    rest = re.sub(r"(?<=transformer_blocks\.0\.)(\w+)", lambda m: _MOTION_NAMES.get(m[0], m[0]), match[2])
-    return f"{match[1]}temporal_transformer.{rest}"
-
-
-_KINDS = {
-    "Stable Diffusion 1.5 in the original layout": "Give a file with keys such as model.diffusion_model.…",
-    "a motion module": "Give AnimateDiff's mm_sd_v15_v2.ckpt or v3_sd15_mm.ckpt, or a diffusers MotionAdapter.",
-    "an adapter": "Give EfficientMT's checkpoint, or one of emt train.",
-    "a LoRA": "Give a LoRA of Stable Diffusion 1.5 or an AnimateDiff motion LoRA.",
-}
-
-
-def _kind(state: Mapping[str, Tensor]) -> str:
-    """What a file holds, in the words of `_KINDS` and others, by its keys."""
-    if any(re.search(r"lora_|lora\.|\.hada_|\.lokr_", name) for name in state):
-        return "a LoRA"
-    if any(name.startswith("model.diffusion_model.") for name in state):
-        if any(name.startswith(("conditioner.embedders.", "cond_stage_model.model.")) for name in state):
-            return "a Stable Diffusion of another version (2 or XL)"
-        return "Stable Diffusion 1.5 in the original layout"
-    if any(".scaler." in name for name in state):
-        return "an adapter"
-    if any(".motion_modules." in name for name in state):
-        return "a UNet with motion modules" if "conv_in.weight" in state else "a motion module"
-    if any(name.startswith("down_blocks.") for name in state):
-        return "a UNet in diffusers layout"
-    if any(name.startswith(("encoder.", "first_stage_model.")) for name in state):
-        return "a VAE"
-    return f"of an unknown kind (it begins with {min(state)})"
-
-
-def naming_file(path: Path, check: Callable[[State], State], state: State) -> State:
-    """`check(state)`, with the file named in its error."""
-    try:
-        return check(state)
-    except EmtError as error:
-        raise EmtError(f"{path}: {error.problem}", error.hint) from error
-
-
-def check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
-    """Raise an `EmtError` that names every missing, unexpected and mis-shaped key of `part`, if there is one."""
-    problems = [f"missing: {k} {tuple(wanted[k])}" for k in sorted(wanted.keys() - given.keys())]
-    problems += [f"unexpected: {k} {tuple(given[k].shape)}" for k in sorted(given.keys() - wanted.keys())]
-    problems += [
-        f"wrong shape: {k} is {tuple(given[k].shape)}, expected {tuple(wanted[k])}"
-        for k in sorted(wanted.keys() & given.keys())
-        if given[k].shape != wanted[k]
+    Raises:
+        EmtError: if they differ; it counts the keys that do and names the first of each kind.
+    """
+    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    both = sorted(wanted.keys() & given.keys())
+    groups = [
+        [f"missing: {k} {tuple(wanted[k])}" for k in missing],
+        [f"unexpected: {k} {tuple(given[k].shape)}" for k in unexpected],
+        [
+            f"wrong shape: {k} is {tuple(given[k].shape)}, expected {tuple(wanted[k])}"
+            for k in both
+            if given[k].shape != wanted[k]
+        ],
+        [f"no floating point: {k} is {given[k].dtype}" for k in both if not given[k].is_floating_point()],
     ]
-    if problems:
-        raise EmtError(
-            f"the {part} does not fit this network, {len(problems)} keys differ:\n  " + "\n  ".join(problems),
-            "Give weights of the same architecture (SD 1.5 with an AnimateDiff motion module).",
-        )
+    count = sum(map(len, groups))
+    if not count:
+        return
+    if not guess and (prefix := _extra_prefix(missing, unexpected)):
+        guess = f"its names begin with `{prefix}`, which is to be taken off"
+    because = f": {guess}" if guess else ""
+    raise EmtError(
+        f"the {part} does not fit this network, {differ(count)}{because}{shorten(groups)}",
+        "Give weights of the same architecture.",
+    )
+
+
+def differ(count: int) -> str:
+    """`1 key differs`, `3 keys differ`."""
+    return "1 key differs" if count == 1 else f"{count} keys differ"
+
+
+def shorten(groups: Sequence[Sequence[str]]) -> str:
+    """Lines of a message, indented: the first of each group, then more of each, and how many are left out."""
+    rounds = max(map(len, groups))
+    chosen = [(i, g) for i in range(min(rounds, _MOST_LINES)) for g, group in enumerate(groups) if i < len(group)]
+    lines = [groups[g][i] for i, g in sorted(chosen[:_MOST_LINES], key=lambda place: place[::-1])]
+    left = sum(map(len, groups)) - len(lines)
+    return "".join(f"\n  {line}" for line in [*lines, *([f"… and {left} more"] if left else [])])
+
+
+def _extra_prefix(missing: Iterable[str], unexpected: Sequence[str]) -> str:
+    """The prefix that all unexpected names have before names that are missing; empty if there is none."""
+    for name in missing:
+        for other in unexpected:
+            if other.endswith(f".{name}"):
+                prefix = other[: -len(name)]
+                return prefix if all(x.startswith(prefix) for x in unexpected) else ""
+        break
+    return ""
 
 
 def allocate(build: Callable[[], M], dtype: torch.dtype) -> M:
@@ -265,3 +360,71 @@ def allocate(build: Callable[[], M], dtype: torch.dtype) -> M:
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
     return model.eval()
+
+
+def naming_file(path: Path, check: Callable[[State], State], state: State) -> State:
+    """`check(state)`, with the file named in its error."""
+    try:
+        return check(state)
+    except EmtError as error:
+        raise EmtError(f"{path}: {error.problem}", error.hint) from error
+
+
+def check_loaded(parts: Mapping[str, nn.Module], folder: Path, variant: str | None = None) -> None:
+    """Ensure that what a library opened has every weight of its files, and the files every weight of it.
+
+    diffusers and transformers open what lacks weights, or names them as another version does, with random ones instead.
+
+    Args:
+        parts: opened networks, by the names of their subfolders.
+        folder: of the model.
+        variant: of the files, such as "fp16"; as it was given to the library.
+
+    Raises:
+        EmtError: naming the tensors that are missing, unexpected, or not what the file holds.
+    """
+    for name, model in parts.items():
+        if (folder / name).is_dir():
+            _check_part(name, model, folder / name, variant)
+
+
+def _check_part(name: str, model: nn.Module, folder: Path, variant: str | None) -> None:
+    own = {_bare(key): tensor for key, tensor in model.state_dict().items() if not key.endswith(".position_ids")}
+    given: State = {}
+    for file in _opened_files(folder, variant):
+        given |= {_bare(key): tensor for key, tensor in read_checkpoint(file).state.items()}
+    given = {key: tensor for key, tensor in given.items() if not key.endswith(".position_ids")}
+    where = f"{name} of the model {folder.parent}"
+    check_keys(where, given, {key: tensor.shape for key, tensor in own.items()})
+    wrong = [f"not loaded: {key}" for key in own if not _same_ends(own[key], given[key])]
+    if wrong:
+        from diffusers import __version__ as diffusers_version
+        from transformers import __version__ as transformers_version
+
+        raise EmtError(
+            f"the {where} was opened with other weights than its file holds, {differ(len(wrong))}{shorten([wrong])}",
+            f"transformers {transformers_version} or diffusers {diffusers_version} reads the file in another way than "
+            "the one that wrote it: install a newer version.",
+        )
+
+
+def _opened_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of weights that diffusers and transformers open in a folder."""
+    inner = f".{variant}" if variant else ""
+    if list(folder.glob(f"*.safetensors.index{inner}.json")):
+        return sorted(folder.glob(f"*-of-*{inner}.safetensors"))
+    files = [folder / f"{stem}{inner}.safetensors" for stem in _WEIGHTS]
+    return [next((file for file in files if file.is_file()), None) or weights_file(folder)]
+
+
+def _bare(name: str) -> str:
+    """A text encoder's weight without the prefix that versions of transformers differ in."""
+    return name.removeprefix("text_model.")
+
+
+def _same_ends(own: Tensor, given: Tensor) -> bool:
+    """Whether the first and last numbers of a tensor are those of a file, in the tensor's dtype."""
+    if own.is_meta:
+        return False
+    pairs = [(own.flatten()[:16], given.flatten()[:16]), (own.flatten()[-16:], given.flatten()[-16:])]
+    return all(torch.equal(a.cpu().nan_to_num(), b.to(own.dtype).nan_to_num()) for a, b in pairs)

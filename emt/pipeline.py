@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerBase
 from emt.backbone import import_backbones
 from emt.backends.base import Backend
 from emt.backends.torch import TorchBackend
+from emt.checkpoints import check_loaded
 from emt.errors import EmtError
 from emt.features import Motion, joined
 from emt.sampling import SCHEDULERS, DeepFeatureReuse, check_finite
@@ -86,12 +87,21 @@ class MotionTransferPipeline(DiffusionPipeline):
         """Open a model folder or hub id, with the options of `DiffusionPipeline.from_pretrained`.
 
         Raises:
+            EmtError: a part has not the weights that its file holds.
             OSError: there is no such model, or a file of it is missing.
         """
         where = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
         given = {name: options[name] for name in where if name in options}
         import_backbones(cls.load_config(str(pretrained_model_name_or_path), **given))
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            cached = {name: options[name] for name in ("cache_dir", "revision", "variant") if name in options}
+            folder = Path(cls.download(str(pretrained_model_name_or_path), local_files_only=True, **cached))
+        parts = {name: part for name, part in pipe.components.items() if name not in options}
+        networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        check_loaded(networks, folder, options.get("variant"))
+        return pipe
 
     @property
     def size_multiple(self) -> int:

@@ -110,12 +110,13 @@ def build_engine(
     width, height = defaults["width"], defaults["height"]
     place = Device.open(device, precision.value)
 
-    from emt.backbone import module_of
+    from emt.backbones.sd15.import_weights import parse_lora
+    from emt.backbones.sd15.lora import merge_loras
     from emt_engines.build import build_engine as build
     from emt_engines.build import check_target
     from emt_engines.registry import load_builder
 
-    loras = [module_of(found.network, "import_weights").parse_lora(value) for value in lora or []]
+    loras = [parse_lora(value) for value in lora or []]
     request = Request(
         backend=backend.value,
         precision=place.precision,
@@ -142,9 +143,7 @@ def build_engine(
             if not console.is_terminal:
                 print(what, file=sys.stderr, flush=True)
 
-        pipe = open_pipeline(
-            found, place, prepare=lambda pipe: module_of(found.network, "lora").merge_loras(pipe, loras)
-        )
+        pipe = open_pipeline(found, place, prepare=lambda pipe: merge_loras(pipe, loras))
         with insistent_interrupts():
             manifest = build(pipe, request, folder, progress)
     told = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"

@@ -9,7 +9,6 @@ name instead.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import logging
 import math
@@ -26,7 +25,6 @@ from emt.backends.base import PipelineBackend
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt.storage import sha256_of
-from emt_engines.attempts import repeat
 from emt_engines.base import CannotRun
 from emt_engines.inductor import images_at_once
 from emt_engines.manifest import PIXELS, Manifest, Part, Request, TensorSpec
@@ -290,7 +288,7 @@ class OnnxBuilder:
     opset = OPSET
 
     def check(self, request: Request) -> None:
-        """Raise EmtError unless ONNX files can be written here.
+        """Say whether ONNX files can be written here.
 
         Raises:
             EmtError: a library is missing or too old.
@@ -310,13 +308,9 @@ class OnnxBuilder:
         check_sizes(pipe, request)
         parts = []
         for i, name in enumerate(PARTS):
-
-            def say(what: str, done: float = i / len(PARTS)) -> None:
-                progress(what, done)
-
+            progress(f"exporting {name}", i / len(PARTS))
             file = folder / f"{name}.onnx"
-            work = functools.partial(export, pipe, name, request.frames, file)
-            inputs, outputs = repeat(f"exporting {name}", work, say)
+            inputs, outputs = export(pipe, name, request.frames, file)
             data = file.with_name(f"{file.name}.data")
             parts.append(
                 Part(
@@ -333,10 +327,10 @@ class OnnxBuilder:
 
 
 def check_sizes(pipe: MotionTransferPipeline, request: Request) -> None:
-    """Raise EmtError unless the network's levels halve all sizes evenly.
+    """See that the network's levels halve all sizes evenly.
 
     Raises:
-        EmtError: names the sizes that they do not.
+        EmtError: naming those that they do not.
     """
     unit = pipe.vae_scale_factor * coarsest(pipe, "denoise")
     wrong = [str(s) for s in request.sizes if any(side % unit for side in (*s.least, *s.most))]

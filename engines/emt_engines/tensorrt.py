@@ -1,6 +1,6 @@
 """TensorRT and TensorRT for RTX: engines built from the ONNX files, and run on PyTorch's tensors.
 
-Both have one programming interface, in modules of different names; what differs is said by a `Product`.
+Both have one programming interface, in modules of different names; what differs is said by a `Kind`.
 
 | | tensorrt | tensorrt-rtx |
 |---|---|---|
@@ -14,7 +14,6 @@ buffers of its own, so that a call allocates nothing, and is recorded as a CUDA 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import re
@@ -31,7 +30,6 @@ from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion
 from emt.storage import sha256_of
 from emt_engines import onnx_export
-from emt_engines.attempts import repeat
 from emt_engines.base import CannotRun
 from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec
 from emt_engines.onnx_export import OPSET, PARTS, FileBackend, OnnxBuilder, check_sizes, coarsest, ranges
@@ -43,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Product:
+class Kind:
     """One of the two libraries.
 
     Attributes:
@@ -77,8 +75,8 @@ class Product:
         return bool(self.targets) and f"SM{name}" not in self.targets and capability[0] != 12
 
 
-TENSORRT = Product("tensorrt", "tensorrt", "Install TensorRT 10.10 or newer: pip install tensorrt")
-RTX = Product(
+TENSORRT = Kind("tensorrt", "tensorrt", "Install TensorRT 10.10 or newer: pip install tensorrt")
+RTX = Kind(
     "tensorrt-rtx",
     "tensorrt_rtx",
     "Install TensorRT for RTX: pip install 'emt-cli[rtx]'",
@@ -92,7 +90,7 @@ RTX = Product(
 class _Builder:
     """Exports a part, has the library build an engine of it, and keeps that alone."""
 
-    product: Product
+    kind: Kind
     name: str
     depends: tuple[str, ...]
     bound: bool
@@ -101,36 +99,32 @@ class _Builder:
     plugs = False  # whether it takes the plugin
 
     def check(self, request: Request) -> None:
-        """Raise EmtError unless an engine can be built here.
+        """Say whether an engine can be built here.
 
         Raises:
             EmtError: a library is missing or too old.
         """
         OnnxBuilder().check(request)
-        self.product.load()
+        self.kind.load()
 
     def build(
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
         """Build an engine of each part into `folder`; see `emt_engines.base.Builder`."""
         check_sizes(pipe, request)
-        trt = self.product.load()
+        trt = self.kind.load()
         plugin = self.plugs and request.plugin
         parts = []
         for i, name in enumerate(PARTS):
-
-            def say(what: str, done: float = i / len(PARTS)) -> None:
-                progress(what, done)
-
+            progress(f"exporting {name}", i / len(PARTS))
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 source = Path(temporary) / f"{name}.onnx"
-                work = functools.partial(onnx_export.export, pipe, name, request.frames, source)
-                inputs, outputs = repeat(f"exporting {name}", work, say)
+                inputs, outputs = onnx_export.export(pipe, name, request.frames, source)
                 shapes = ranges(name, request)
                 unit = pipe.vae_scale_factor * (1 if name.startswith("vae") else coarsest(pipe, name))
                 profiles = [profile(inputs, size, unit, shapes) for size in request.sizes]
                 progress(f"building {name}", (i + 0.3) / len(PARTS))
-                plan = build(trt, source, profiles, self.product.targets, plugin=plugin and name == "denoise")
+                plan = build(trt, source, profiles, self.kind.targets, plugin=plugin and name == "denoise")
             file = folder / f"{name}.engine"
             file.write_bytes(plan)
             facts = {"profiles": profiles, "plugin": plugin and name == "denoise"}
@@ -141,20 +135,20 @@ class _Builder:
 class TensorRTBuilder(_Builder):
     """Builds with TensorRT, on the GPU that is to run the engine."""
 
-    product, name = TENSORRT, TENSORRT.backend
+    kind, name = TENSORRT, TENSORRT.backend
     depends, bound = ("tensorrt",), True
     plugs = True
 
     def check(self, request: Request) -> None:
-        """Raise EmtError unless an engine can be built here.
+        """Say whether an engine can be built here.
 
         Raises:
             EmtError: TensorRT is missing or too old, or there is no CUDA GPU.
         """
         super().check(request)
-        version = str(self.product.load().__version__)
+        version = str(self.kind.load().__version__)
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < (10, 10):
-            raise EmtError(f"TensorRT {version} is too old", self.product.install)
+            raise EmtError(f"TensorRT {version} is too old", self.kind.install)
         if not request.device.startswith("cuda"):
             raise EmtError(
                 f"TensorRT builds engines on the GPU that runs them, not on {request.device}",
@@ -165,7 +159,7 @@ class TensorRTBuilder(_Builder):
 class TensorRTRTXBuilder(_Builder):
     """Builds with TensorRT for RTX, anywhere."""
 
-    product, name = RTX, RTX.backend
+    kind, name = RTX, RTX.backend
     depends, bound = ("tensorrt-rtx",), False
 
 
@@ -283,7 +277,7 @@ def _allow_attention_in_steps(trt: Any, network: Any) -> None:
 
 
 def _log(trt: Any) -> Any:
-    """A logger of the library's class that keeps errors for an EmtError's message."""
+    """A logger of the library's kind, that keeps what goes wrong for an error's message."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -356,16 +350,16 @@ class _Backend(FileBackend):
         trt: The library's module, if not the one that is installed.
     """
 
-    product: Product
+    kind: Kind
 
     def __init__(
         self, folder: Path, manifest: Manifest, pipe: MotionTransferPipeline, *, trt: Any | None = None
     ) -> None:
         super().__init__(folder, manifest, pipe)
         if trt is None:
-            refuse(self.product, pipe.device)
+            refuse(self.kind, pipe.device)
             try:
-                trt = self.product.load()
+                trt = self.kind.load()
             except EmtError as error:
                 raise CannotRun(error.problem, error.hint) from None
         self.trt = trt
@@ -445,18 +439,18 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def refuse(product: Product, device: torch.device) -> None:
+def refuse(kind: Kind, device: torch.device) -> None:
     """Say so if a device cannot run a library's engines, before the library is asked.
 
     Raises:
         CannotRun: naming the device, and what can be used on it.
     """
     if device.type != "cuda":
-        raise CannotRun(f"engines of {product.backend} run on a CUDA GPU, not on {device}", "Use --engine torch.")
+        raise CannotRun(f"engines of {kind.backend} run on a CUDA GPU, not on {device}", "Use --engine torch.")
     capability = torch.cuda.get_device_capability(device)
-    if product.refuses(capability):
+    if kind.refuses(capability):
         raise CannotRun(
-            f"engines of {product.backend} run on compute capability {product.runs}; "
+            f"engines of {kind.backend} run on compute capability {kind.runs}; "
             f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}",
             "Use --engine torch here, or an engine of --backend inductor or tensorrt.",
         )
@@ -465,10 +459,10 @@ def refuse(product: Product, device: torch.device) -> None:
 class TensorRTBackend(_Backend):
     """Runs engines of TensorRT."""
 
-    product, name = TENSORRT, TENSORRT.backend
+    kind, name = TENSORRT, TENSORRT.backend
 
 
 class TensorRTRTXBackend(_Backend):
     """Runs engines of TensorRT for RTX."""
 
-    product, name = RTX, RTX.backend
+    kind, name = RTX, RTX.backend

@@ -8,44 +8,34 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
+from emt.backbones.sd15.checkpoint_kinds import ADAPTER, SDXL, read_kind, unet_guess
 from emt.backbones.sd15.lora import LoraMerge
+from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.stable_diffusion import (
-    GROUPS,
-    HEADS,
+    PREDICTION_TYPES,
     Part,
     StableDiffusion,
     animatediff_scheduler,
     apply_dreambooth,
     read_base,
+    read_vae,
     text_state,
+    tokenizer_files,
 )
 from emt.backbones.sd15.unet import MotionTransferUNet, without_positions
-from emt.checkpoints import (
-    M,
-    Origin,
-    Source,
-    State,
-    allocate,
-    check_keys,
-    locate,
-    naming_file,
-    published_motion_name,
-    read_checkpoint,
-    read_config,
-    weights_file,
-)
+from emt.checkpoints import M, Origin, Source, State, allocate, check_keys, naming_file, shorten
 from emt.errors import EmtError, first_line
+from emt.hub import OnFetch, locate, megabytes
 from emt.model_folder import model_card, new_folder
 from emt.pipeline import MotionTransferPipeline
 
@@ -57,10 +47,29 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What `import_weights` wrote, and from what."""
+    """Folder that `import_weights` wrote, and its sources."""
 
     folder: Path
     sources: tuple[Source, ...]
+
+
+@dataclass
+class _Steps:
+    """Progress of an import: steps done of all, and what is being fetched within one."""
+
+    report: Progress | None
+    total: int
+    done: int = 0
+
+    def __call__(self, what: str) -> None:
+        if self.report:
+            self.report(what, self.done, self.total)
+        self.done += 1
+
+    def fetching(self, name: str, done: int, total: int) -> None:
+        """Report a file that is being fetched, in bytes."""
+        if self.report:
+            self.report(f"Fetching {name}, {megabytes(done, total)}", self.done - 1, self.total)
 
 
 # --------------------------------------------------------------------------------------------------------------- import
@@ -72,52 +81,55 @@ def import_weights(
     base: str | Path,
     motion_module: str | Path,
     dreambooth: str | Path | None = None,
+    vae: str | Path | None = None,
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
     dtype: str = "fp16",
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> ImportReport:
     """Make one model folder, which `MotionTransferPipeline.from_pretrained` opens, from the published files.
 
-    The folder appears under its name only once it is complete; an import that is killed leaves `.NAME.partial` beside
-    it, which the next one replaces.
+    Each source is a path, `hf://owner/name/file`, or `hf://owner/name` where a repository is the folder or holds one
+    file of weights; what is fetched stays in the hub's cache. The folder appears under its name only once it is
+    complete; an import that is killed leaves `.NAME.partial` beside it, which the next one replaces.
 
     Args:
         output: the folder to write.
         base: Stable Diffusion 1.5: a diffusers folder, a hub id, or one file in the original layout, whose plain (not
             `model_ema`) weights are used.
-        motion_module: AnimateDiff's .ckpt, or a diffusers `MotionAdapter` (folder, file or hub id).
+        motion_module: AnimateDiff's .ckpt, a diffusers `MotionAdapter` (folder, file or hub id), or a file or folder of
+            a network that has one.
         dreambooth: one file in the original layout; its UNet replaces the base's, and so do its VAE and text encoder
             if it has them.
+        vae: a VAE's file or folder; replaces the others'.
         adapter: EfficientMT's checkpoint, whole network or only what is trained. None starts the adapter from the
             motion module's projections.
         loras: files and scales, merged into the UNet, motion module and text encoder; not into the adapter.
         tokenizer: folder or hub id; None takes the base folder's, or `DEFAULT_TOKENIZER` if the base is one file.
+        prediction_type: of the UNet, "epsilon" or "v_prediction"; None takes what the file that gives the UNet says,
+            "epsilon" if it says nothing.
         dtype: of the stored weights, "fp16" or "fp32".
         overwrite: replace the output folder, if it is a model folder.
         on_progress: called with what is being done, steps done and steps in all.
 
     Raises:
-        EmtError: for a file that is missing, damaged, unsafe or of another kind, naming it and every key that does
+        EmtError: for a source that is missing, damaged, unsafe or of another kind, naming it and the keys that do
             not fit; for an output folder that exists; and if the folder cannot be written.
     """
     output = Path(output)
     if dtype not in DTYPES:
         raise EmtError(f"there is no type {dtype!r} to store weights in", f"Allowed: {', '.join(DTYPES)}.")
-    total = 6 + len(loras) + sum(x is not None for x in (dreambooth, adapter))
-    done = 0
-
-    def step(what: str) -> None:
-        nonlocal done
-        if on_progress:
-            on_progress(what, done, total)
-        done += 1
-
-    inputs = [base, motion_module, dreambooth, adapter, tokenizer, *(path for path, _ in loras)]
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise EmtError(f"there is no prediction type {prediction_type!r}", f"Allowed: {', '.join(PREDICTION_TYPES)}.")
+    step = _Steps(on_progress, 6 + len(loras) + sum(x is not None for x in (dreambooth, vae, adapter)))
+    inputs = [base, motion_module, dreambooth, vae, adapter, tokenizer, *(path for path, _ in loras)]
     with new_folder(output, overwrite, inputs) as partial:
-        pipe, origins = _assemble(base, motion_module, dreambooth, adapter, loras, tokenizer, dtype, step)
+        pipe, origins = _assemble(
+            base, motion_module, dreambooth, vae, adapter, loras, tokenizer, prediction_type, dtype, step
+        )
         step("Hashing the sources")
         sources = tuple(origin.hashed() for origin in origins)
         step("Writing the model folder")
@@ -125,7 +137,7 @@ def import_weights(
         (partial / "README.md").write_text(_import_card(sources, dtype), encoding="utf-8")
         step("Flushing to disk")
     if on_progress:
-        on_progress("Done", total, total)
+        on_progress("Done", step.total, step.total)
     return ImportReport(output, sources)
 
 
@@ -133,27 +145,37 @@ def _assemble(
     base: str | Path,
     motion_module: str | Path,
     dreambooth: str | Path | None,
+    vae_path: str | Path | None,
     adapter: str | Path | None,
     loras: Sequence[tuple[str | Path, float]],
     tokenizer: str | Path | None,
+    prediction_type: str | None,
     dtype: str,
-    step: Callable[[str], None],
+    step: _Steps,
 ) -> tuple[MotionTransferPipeline, list[Origin]]:
     """Read every source and put the model together; mapped files and merged copies are let go on return."""
     step("Reading the base")
-    model = read_base(base)
-    origins = [Origin("base", str(base), model.files, "UNet, VAE, text encoder")]
+    model = read_base(base, step.fetching)
+    origins = [Origin("base", str(base), model.files, "UNet, VAE, text encoder", model.dropped)]
     if dreambooth is not None:
         step("Reading the DreamBooth model")
-        origins.append(apply_dreambooth(model, dreambooth))
+        origins.append(apply_dreambooth(model, dreambooth, step.fetching))
+    if prediction_type is not None:
+        model.prediction_type, model.prediction_sign = prediction_type, "as the user said"
+    if model.prediction_sign:
+        origins[-1].note += f"; predicts {model.prediction_type} ({model.prediction_sign})"
+    if vae_path is not None:
+        step("Reading the VAE")
+        model.vae, origin = read_vae(vae_path, step.fetching)
+        origins.append(origin)
     step("Reading the motion module")
-    motion, origin = _read_motion_module(motion_module)
+    motion, origin = read_motion_module(motion_module, step.fetching)
     origins.append(origin)
     config = model.unet.config | motion.config
     trained: State | None = None
     if adapter is not None:
         step("Reading the adapter")
-        trained, blocks, origin = _read_adapter(adapter)
+        trained, blocks, origin = _read_adapter(adapter, step.fetching)
         origins.append(origin)
         if blocks != list(range(len(config["block_out_channels"]))):
             config["fusion_blocks"] = blocks
@@ -162,14 +184,14 @@ def _assemble(
     stored = DTYPES[dtype]
     unet = _build(lambda: MotionTransferUNet(**config), stored, model.unet.where)
     _check_unet(unet, model.unet, motion, trained, adapter)
-    text_config = CLIPTextConfig.from_dict(model.text_encoder.config)
+    text_config = _text_config(model.text_encoder)
     _check_together(model, text_config)
-    words, words_origin = _read_tokenizer(tokenizer, model, text_config)
+    words, words_origin = _read_tokenizer(tokenizer, model, text_config, step.fetching)
 
     merge = LoraMerge(unet=model.unet.state | motion.state, text_encoder=model.text_encoder.state)
     for path, scale in loras:
         step(f"Reading LoRA {Path(path).name}")
-        origins.append(merge.read(path, scale))
+        origins.append(merge.read(path, scale, step.fetching))
 
     step("Assembling the model")
     merge.apply(stored)
@@ -187,13 +209,13 @@ def _assemble(
 
 
 def parse_lora(value: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` → path and scale, 1 unless given.
+    """`FILE` or `FILE:SCALE` → path or hf:// address, and scale, 1 unless given.
 
     Raises:
         EmtError: if the scale is no finite number.
     """
     path, colon, scale = value.rpartition(":")
-    if not colon or Path(value).exists():
+    if not colon or Path(value).exists() or (path == "hf" and scale.startswith("//")):
         return Path(value), 1.0
     try:
         number = float(scale)
@@ -205,7 +227,7 @@ def parse_lora(value: str) -> tuple[Path, float]:
 
 
 def _read_tokenizer(
-    given: str | Path | None, model: StableDiffusion, config: CLIPTextConfig
+    given: str | Path | None, model: StableDiffusion, config: CLIPTextConfig, on_fetch: OnFetch
 ) -> tuple[PreTrainedTokenizerBase, Origin]:
     name: str | Path = given if given is not None else DEFAULT_TOKENIZER
     if given is None and model.folder is not None:
@@ -215,67 +237,34 @@ def _read_tokenizer(
         f"where there is a network: hf download {DEFAULT_TOKENIZER} tokenizer.json tokenizer_config.json vocab.json "
         "merges.txt --local-dir FOLDER"
     )
-    files = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"]
-    folder = locate(name, "tokenizer", snapshot_download, hint, allow_patterns=files)
+    folder = locate(name, "tokenizer", tokenizer_files, hint=hint, on_fetch=on_fetch)
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EmtError(f"the tokenizer {name} cannot be loaded: {first_line(error)}", hint) from error
+        # Never with code of the folder's own, about which transformers asks on the terminal otherwise.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError("it makes no tokenizer")
+    except Exception as error:  # damaged files fail in any way in the parsers of tokenizers
+        reason = "it has code of its own, which is not run" if "trust_remote_code" in str(error) else first_line(error)
+        raise EmtError(f"the tokenizer {name} cannot be loaded: {reason}", hint) from error
     if len(tokenizer) > config.vocab_size:
         raise EmtError(
             f"the tokenizer {name} has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}", hint
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    read = [path for path in sorted(folder.iterdir()) if any(path.match(pattern) for pattern in files)]
+    read = [folder / name for name in tokenizer_files(sorted(path.name for path in folder.iterdir()))]
     return tokenizer, Origin("tokenizer", str(name), read, f"{len(tokenizer)} tokens")
 
 
-# -------------------------------------------------------------------------------------------- motion module and adapter
+# ------------------------------------------------------------------------------------------------------------ the parts
 
 
-def _read_motion_module(motion_module: str | Path) -> tuple[Part, Origin]:
-    path = locate(
-        motion_module, "motion module", snapshot_download, allow_patterns=["config.json", "diffusion_pytorch_model.*"]
-    )
-    files = []
-    folder = path if path.is_dir() else path.parent
-    settings: dict[str, Any] = {}
-    if path.is_dir() or _is_motion_adapter(folder / "config.json"):
-        settings, config_file = read_config(folder / "config.json")
-        files.append(config_file)
-    weights = weights_file(path) if path.is_dir() else path
-    files.append(weights)
-    checkpoint = read_checkpoint(weights, "a motion module")
-    state = {published_motion_name(name): tensor for name, tensor in checkpoint.state.items()}
-    positions = [tensor.shape[-2] for name, tensor in state.items() if name.endswith(".pe")]
-    config = {
-        "motion_mid_block": any(name.startswith("mid_block.") for name in state),
-        "motion_max_frames": min(positions, default=settings.get("motion_max_seq_length", 32)),
-        "motion_attention_heads": settings.get("motion_num_attention_heads", HEADS),
-    }
-    if settings.get("motion_norm_num_groups", GROUPS) != GROUPS:
-        raise EmtError(
-            f"{folder / 'config.json'} has motion_norm_num_groups {settings['motion_norm_num_groups']}, "
-            f"supported is {GROUPS}",
-            "Give a motion module of AnimateDiff v1, v2 or v3.",
-        )
-    part = Part(config, naming_file(weights, without_positions, state), str(weights))
-    mid = "with" if config["motion_mid_block"] else "without"
-    note = f"{len(part.state)} tensors, {mid} mid block, up to {config['motion_max_frames']} frames"
-    return part, Origin("motion module", str(motion_module), files, note)
-
-
-def _is_motion_adapter(config: Path) -> bool:
-    return config.is_file() and read_config(config)[0].get("_class_name") == "MotionAdapter"
-
-
-def _read_adapter(adapter: str | Path) -> tuple[State, list[int], Origin]:
+def _read_adapter(adapter: str | Path, on_fetch: OnFetch) -> tuple[State, list[int], Origin]:
     """The trained weights by published names, and the up blocks that they are of."""
-    path = locate(adapter, "adapter")
+    path = locate(adapter, "adapter", on_fetch=on_fetch)
     if path.is_dir():
         raise EmtError(f"the adapter {path} is a folder", "Give the adapter's .ckpt or .safetensors file.")
-    state = naming_file(path, without_positions, read_checkpoint(path, "an adapter").state)
+    state = naming_file(path, without_positions, read_kind(path, ADAPTER).state)
     blocks = sorted({int(m[1]) for name in state if (m := re.match(r"up_blocks\.(\d+)\..*\.scaler\.", name))})
     # The network here names the trained projections apart from the backbone's, which are beside them in a whole one.
     own = {name.replace(".adapter.", ".") for name in state if ".adapter." in name}
@@ -299,12 +288,27 @@ def _check_unet(
     trained = {name for name, _ in unet.adapter_parameters()}
     backbone = {name: shape for name, shape in shapes.items() if name not in trained}
     spatial = {name: shape for name, shape in backbone.items() if ".motion_modules." not in name}
-    check_keys(f"UNet of {base.where}", base.state, spatial)
+    check_keys(f"UNet of {base.where}", base.state, spatial, unet_guess(base.state))
     temporal = {name: shape for name, shape in backbone.items() if ".motion_modules." in name}
-    check_keys(f"motion module {motion.where}", motion.state, temporal)
+    check_keys(f"motion module {motion.where}", motion.state, temporal, _motion_guess(motion, unet))
     if adapter is not None:
         wanted = {name.replace(".adapter.", "."): shapes[name] for name in trained}
         check_keys(f"adapter {adapter_path}", adapter, wanted)
+
+
+def _motion_guess(motion: Part, unet: MotionTransferUNet) -> str:
+    """What a motion module looks like that may not fit: those of SDXL have three levels."""
+    levels = {match[1] for name in motion.state if (match := re.match(r"down_blocks\.(\d+)\.", name))}
+    return f"it looks like one of {SDXL}" if len(levels) == 3 < len(unet.config.block_out_channels) else ""
+
+
+def _text_config(part: Part) -> CLIPTextConfig:
+    try:
+        return CLIPTextConfig.from_dict(part.config)
+    except Exception as error:  # values of another kind fail in any way in transformers' checks
+        raise EmtError(
+            f"the configuration of {part.where} is damaged: {first_line(error)}", "Download it again."
+        ) from error
 
 
 def _check_together(model: StableDiffusion, text_config: CLIPTextConfig) -> None:
@@ -328,9 +332,9 @@ def _check_together(model: StableDiffusion, text_config: CLIPTextConfig) -> None
 def _build(build: Callable[[], M], dtype: torch.dtype, where: str) -> M:
     try:
         return allocate(build, dtype)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # values of another kind fail in any way in the networks of diffusers
         raise EmtError(
-            f"{where} describes no model that can be built: {error}", "Give Stable Diffusion 1.5."
+            f"{where} describes no model that can be built: {first_line(error)}", "Give Stable Diffusion 1.5."
         ) from error
 
 
@@ -356,7 +360,7 @@ def _check_finite(what: str, model: nn.Module, dtype: str) -> None:
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         raise EmtError(
-            f"{len(bad)} weights of the {what} are not finite in {dtype}: {', '.join(bad)}",
+            f"{len(bad)} weights of the {what} are not finite in {dtype}:{shorten([bad])}",
             "Store it with --dtype fp32." if dtype == "fp16" else "The source is damaged: download it again.",
         )
 
@@ -375,4 +379,15 @@ def _import_card(sources: Sequence[Source], dtype: str) -> str:
     for source in sources:
         lines.append(f"- **{source.kind}** `{source.name}`: {source.note}.")
         lines += [f"  - `{path}` sha256 `{digest}`" for path, digest in source.files]
+        if source.dropped:
+            lines.append(f"  - not read, as nothing here uses it: {_listed(source.dropped)}")
     return model_card("Motion transfer model", "\n".join(lines))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names of keys for a card; what is many under one beginning is counted."""
+    beginnings = Counter(name.split(".")[0] for name in names)
+    many = {beginning for beginning, count in beginnings.items() if count > 40}
+    listed = [f"`{beginning}.*` ({beginnings[beginning]})" for beginning in sorted(many)]
+    listed += [f"`{name}`" for name in sorted(names) if name.split(".")[0] not in many]
+    return ", ".join(listed)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,168 +13,318 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from emt.checkpoints import Origin, State, locate, published_motion_name, read_checkpoint, read_config
+from emt.backbones.sd15.checkpoint_kinds import LORA, describe, other_version, wrong_kind
+from emt.backbones.sd15.lora_layers import LoraLayer
+from emt.backbones.sd15.motion_checkpoint import published_motion_name
+from emt.checkpoints import Checkpoint, Origin, State, differ, peft_settings, read_checkpoint, shorten
 from emt.errors import EmtError
+from emt.hub import OnFetch, locate
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
 
-# The names of a layer's halves: kohya, PEFT, diffusers, and the attention processors of diffusers and AnimateDiff.
-_LORA_HALF = re.compile(
-    r"(?P<module>.+?)(?:\.lora_(?P<a>down|up|A|B)(?:\.default)?|\.lora(?:_linear_layer)?\.(?P<b>down|up)"
-    r"|_lora\.(?P<c>down|up))\.weight"
+# A key's module and the role of its tensor: kohya, PEFT, diffusers, the attention processors of diffusers and
+# AnimateDiff, LyCORIS. PEFT puts an adapter's name, such as `default`, before or after.
+_KEYS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(?P<module>.+?)\.lora_(?P<role>down|up|mid|A|B)(\.[\w-]+)?\.weight",
+        r"(?P<module>.+?)(\.lora(_linear_layer)?|_lora)\.(?P<role>down|up)\.weight",
+        r"(?P<module>.+?)(_lora)?\.(?P<role>alpha)",
+        r"(?P<module>.+?)\.lora_(?P<role>magnitude)_vector(\.[\w-]+)?",
+        r"(?P<module>.+?)\.(?P<role>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)(\.[\w-]+)?",
+        r"(?P<module>.+?)\.(?P<role>scalar|dora_scale|diff|diff_b|w_norm|b_norm)",
+    )
 )
-_LORA_ALPHA = re.compile(r"(?P<module>.+?)(?:_lora)?\.alpha")
+_ROLES = {"A": "down", "B": "up"}
+# Relatives of LoRA that are no sum of a weight and a change.
+_NOT_READ = {
+    "OFT": re.compile(r"\.oft_"),
+    "IA3": re.compile(r"\.on_input$"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
+    "embedding": re.compile(r"\.lora_embedding_"),
+}
+# How the names of a network's layers begin, with underscores for dots.
+_FLAT_PREFIXES = {
+    "lora_unet_": "unet",
+    "lycoris_": "unet",
+    "lora_te_text_model_": "text_encoder",
+    "lora_te1_text_model_": "text_encoder",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+}
+_PREFIXES = re.compile(
+    r"(base_model\.model\.|module\.|model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.|text_encoder\."
+    r"|text_encoders\.clip_l\.|clip_l\.|text_model\.)*"
+)
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-
-
-@dataclass
-class _LoraLayer:
-    down: Tensor | None = None
-    up: Tensor | None = None
-    alpha: float | None = None
 
 
 @dataclass
 class LoraMerge:
     """LoRA layers by the weight that they change, over the states of the networks.
 
-    All layers of a weight are added to it in float32 and rounded once.
+    All layers of a weight change what it was before any of them, are added to it in float32, and rounded once: their
+    order does not matter.
     """
 
     unet: State
     text_encoder: State
-    layers: dict[tuple[str, str], list[tuple[Tensor, Tensor, float]]] = field(default_factory=dict)
+    layers: dict[tuple[str, str], list[tuple[LoraLayer, float, float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.states: dict[str, State] = {"unet": self.unet, "text_encoder": self.text_encoder}
         self._modules = {
-            part: {n.removesuffix(".weight") for n, t in state.items() if n.endswith(".weight") and t.ndim > 1}
+            part: {name.removesuffix(".weight") for name in state if name.endswith(".weight")}
             for part, state in self.states.items()
         }
+        self._original = _original_names(self._modules["unet"])
         # kohya writes underscores for dots, which cannot be undone without the names.
         self._flat = {part: {n.replace(".", "_"): n for n in names} for part, names in self._modules.items()}
+        self._flat["unet"] |= {n.replace(".", "_"): own for n, own in self._original.items()}
 
-    def read(self, lora: str | Path, scale: float) -> Origin:
+    def read(self, lora: str | Path, scale: float, on_fetch: OnFetch | None = None) -> Origin:
         """Add the layers of a file, times `scale`.
 
         Raises:
-            EmtError: naming every key that is not half of a layer, belongs to no weight or does not fit it.
+            EmtError: if the file cannot be read, or naming keys that are no part of a layer, belong to no weight or
+                do not fit it.
         """
-        path = locate(lora, "LoRA")
-        checkpoint = read_checkpoint(path, "a LoRA")
-        files = [path]
-        metadata = json.loads(checkpoint.metadata.get("lora_adapter_metadata", "{}"))
-        peft_config = path.parent / "adapter_config.json"
-        if path.name.startswith("adapter_model.") and peft_config.is_file():
-            metadata, _ = read_config(peft_config)
-            files.append(peft_config)
-
-        found: dict[str, _LoraLayer] = {}
-        problems = []
-        for key, tensor in checkpoint.state.items():
-            if match := _LORA_HALF.fullmatch(key):
-                layer = found.setdefault(match["module"], _LoraLayer())
-                if (match["a"] or match["b"] or match["c"]) in ("down", "A"):
-                    layer.down = tensor
-                else:
-                    layer.up = tensor
-            elif match := _LORA_ALPHA.fullmatch(key):
-                found.setdefault(match["module"], _LoraLayer()).alpha = tensor.item()
-            else:
-                problems.append(f"unexpected: {key} {tuple(tensor.shape)}")
-
-        counts = dict.fromkeys(self.states, 0)
+        path = locate(lora, "LoRA", _peft_files, on_fetch=on_fetch)
+        if path.is_dir():
+            path = next(path.glob("adapter_model.*"), path / "adapter_model.safetensors")
+        checkpoint = read_checkpoint(path)
+        if not (kind := describe(checkpoint.state)).startswith(LORA):
+            raise wrong_kind(path, kind, LORA)
+        settings, files = peft_settings(checkpoint, path)
+        problems: dict[str, list[str]] = {}
+        found = _find_layers(checkpoint.state, problems)
+        counts, kinds = dict.fromkeys(self.states, 0), Counter[str]()
         for module, layer in found.items():
             target = self._target(module)
             if target is None:
-                problems.append(f"no such weight in the model: {module}")
-            elif layer.down is None or layer.up is None:
-                problems.append(f"missing: the {'down' if layer.down is None else 'up'} half of {module}")
-            else:
-                part, name = target
-                weight = self.states[part][name]
-                if not _lora_fits(layer.down, layer.up, weight):
-                    problems.append(
-                        f"wrong shape: {module} is {tuple(layer.up.shape)} × {tuple(layer.down.shape)}, "
-                        f"the weight {tuple(weight.shape)}"
-                    )
-                    continue
-                alpha = layer.alpha if layer.alpha is not None else _alpha(metadata, part, module, layer.down.shape[0])
-                factor = scale * alpha / layer.down.shape[0]
-                self.layers.setdefault(target, []).append((layer.down, layer.up, factor))
-                counts[part] += 1
+                problems.setdefault("target", []).append(f"no such weight in the model: {module}")
+                continue
+            part, name = target
+            if problem := self._problem(layer, module, part, name):
+                problems.setdefault(problem.split(":")[0], []).append(problem)
+                continue
+            try:
+                factor = _factor(layer, settings, part, module)
+            except ValueError as error:
+                problems.setdefault("alpha", []).append(f"{error}: {module}")
+                continue
+            self.layers.setdefault((part, name), []).append((layer, factor, scale))
+            counts[part] += 1
+            kinds[layer.kind] += 1
         if problems:
-            raise EmtError(
-                f"the LoRA {path} does not fit this model, {len(problems)} keys differ:\n  " + "\n  ".join(problems),
-                "Give a LoRA of Stable Diffusion 1.5 or an AnimateDiff motion LoRA; LoHa, LoKr and DoRA are not read.",
-            )
+            raise _misfit(path, checkpoint, problems, found)
         note = f"scale {scale:g}; {counts['unet']} layers of the UNet, {counts['text_encoder']} of the text encoder"
-        return Origin("LoRA", str(lora), files, note)
+        if kinds.keys() != {"LoRA"}:
+            note += f"; {', '.join(sorted(kinds))}"
+        return Origin("LoRA", str(lora), files, note, checkpoint.dropped)
+
+    def _problem(self, layer: LoraLayer, module: str, part: str, name: str) -> str:
+        """A line on what is wrong with a layer of a weight; empty if nothing is."""
+        state = self.states[part]
+        if missing := layer.missing():
+            if layer.family != "LoRA":
+                there = next(role for role in layer.tensors if role.startswith(("hada_", "lokr_")))
+                shape = tuple(layer.tensors[there].shape)
+                return f"unexpected: {module}.{there} {shape} without {', '.join(missing)}"
+            return f"missing: the {missing[0]} half of {module}"
+        if layer.rank == 0:
+            return f"rank 0: {module}"
+        bias, weight = layer.bias_change(), state[f"{name}.weight"]
+        if not layer.fits(weight.shape):
+            shapes = " × ".join(str(tuple(t.shape)) for t in reversed(list(layer.tensors.values())) if t.ndim)
+            if {"down", "up"} <= layer.tensors.keys():
+                shapes = f"{tuple(layer.tensors['up'].shape)} × {tuple(layer.tensors['down'].shape)}"
+            return f"wrong shape: {module} is {shapes}, the weight {tuple(weight.shape)}"
+        if bias is not None and (f"{name}.bias" not in state or state[f"{name}.bias"].shape != bias.shape):
+            return f"wrong shape: the bias of {module} is {tuple(bias.shape)}"
+        return ""
 
     def _target(self, module: str) -> tuple[str, str] | None:
-        """The network and the weight that a layer of this name changes."""
-        module = module.removeprefix("base_model.model.").removeprefix("module.")
-        for prefix, part in (
-            ("lora_unet_", "unet"),
-            ("lora_te_text_model_", "text_encoder"),
-            ("lora_te_", "text_encoder"),
-        ):
+        """The network and the layer that a module's name is of."""
+        for prefix, part in _FLAT_PREFIXES.items():
             if module.startswith(prefix):
                 name = self._flat[part].get(module.removeprefix(prefix))
-                return (part, f"{name}.weight") if name else None
-        module = published_motion_name(module.replace(".processor.", ".").removeprefix("unet."))
-        text = module.removeprefix("text_encoder.").removeprefix("text_model.")
-        head, _, last = text.rpartition(".")
+                return (part, name) if name else None
+        module = module[_PREFIXES.match(module).end() :]  # type: ignore[union-attr]  # an empty match is one, too
+        module = published_motion_name(module.replace(".processor.", "."))
+        head, _, last = module.rpartition(".")
         for part, name in (
             ("unet", module),
             ("unet", f"{module}.0"),  # `to_out` for `to_out.0`
-            ("text_encoder", text),
+            ("unet", self._original.get(module, "")),
+            ("text_encoder", module),
             ("text_encoder", f"{head}.{_TEXT_NAMES.get(last, last)}"),
         ):
             if name in self._modules[part]:
-                return part, f"{name}.weight"
+                return part, name
         return None
 
-    def apply(self, dtype: torch.dtype) -> None:
-        """Replace every changed weight by the sum, in `dtype`."""
+    def apply(self, dtype: torch.dtype) -> list[tuple[str, str]]:
+        """Replace every changed weight and bias by the sum, in `dtype`; returns their networks and names."""
+        changed = []
         for (part, name), layers in self.layers.items():
-            weight = self.states[part][name].float()
-            for down, up, factor in layers:
-                delta = factor * (up.float().flatten(1) @ down.float().flatten(1))
-                weight = weight + delta.reshape(weight.shape)
-            self.states[part][name] = weight.to(dtype)
+            state = self.states[part]
+            weight = state[f"{name}.weight"].float()
+            sums = {f"{name}.weight": weight}
+            for layer, factor, scale in layers:
+                if (change := layer.change(weight, factor)) is not None:
+                    sums[f"{name}.weight"] = sums[f"{name}.weight"] + scale * change
+                if (change := layer.bias_change()) is not None:
+                    sums[f"{name}.bias"] = sums.get(f"{name}.bias", state[f"{name}.bias"].float()) + scale * change
+            for key, value in sums.items():
+                state[key] = value.to(dtype)
+                changed.append((part, key))
+        return changed
 
 
 @torch.no_grad()
-def merge_loras(pipe: MotionTransferPipeline, loras: Sequence[tuple[Path, float]]) -> None:
+def merge_loras(pipe: MotionTransferPipeline, loras: Sequence[tuple[str | Path, float]]) -> None:
     """Add LoRA files, each times its scale, to the weights of a pipeline that is on the CPU, in place.
 
     Raises:
-        EmtError: for a file that does not fit, naming every key that does not.
+        EmtError: for a file that does not fit, or with which a weight is beyond the pipeline's dtype.
     """
     own = {"unet": dict(pipe.unet.named_parameters())}
     own["text_encoder"] = {n.removeprefix("text_model."): p for n, p in pipe.text_encoder.named_parameters()}
     merge = LoraMerge(*({name: p.data for name, p in part.items()} for part in own.values()))
     for path, scale in loras:
         merge.read(path, scale)
-    merge.apply(pipe.unet.dtype)
-    for part, name in merge.layers:
+    changed = merge.apply(pipe.unet.dtype)
+    bad = [name for part, name in changed if not torch.isfinite(merge.states[part][name]).all()]
+    if bad:
+        files = ", ".join(str(path) for path, _ in loras)
+        raise EmtError(
+            f"with {files} {len(bad)} weights are not finite in {pipe.unet.dtype}: {bad[0]}, …",
+            "Give a lower scale, or --precision fp32.",
+        )
+    for part, name in changed:
         own[part][name].copy_(merge.states[part][name])
 
 
-def _lora_fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
-    # A linear layer's LoRA may serve a 1×1 convolution and the other way round; `up` is always pointwise.
-    pointwise = math.prod(up.shape[2:]) == 1
-    inner = math.prod(down.shape[2:]) == math.prod(weight.shape[2:]) and down.shape[1] == weight.shape[1]
-    return pointwise and inner and up.shape[1] == down.shape[0] and up.shape[0] == weight.shape[0]
+def _peft_files(names: Sequence[str]) -> list[str]:
+    """The files to read of a PEFT adapter's folder, among all its names."""
+    weights = next((n for n in ("adapter_model.safetensors", "adapter_model.bin") if n in names), None)
+    return [weights, *(n for n in names if n == "adapter_config.json")] if weights else []
 
 
-def _alpha(metadata: Mapping[str, Any], part: str, module: str, rank: int) -> float:
-    """Alpha of a layer in the terms of PEFT's configuration; a file without one has its scale in the weights."""
-    settings = {key.removeprefix(f"{part}."): value for key, value in metadata.items()}
-    alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) -> dict[str, LoraLayer]:
+    """The layers of a file by their modules' names; adds lines on keys that are no part of one."""
+    found: dict[str, LoraLayer] = {}
+    for key, tensor in state.items():
+        match = next((match for pattern in _KEYS if (match := pattern.fullmatch(key))), None)
+        if match is None:
+            problems.setdefault("unexpected", []).append(f"unexpected: {key} {tuple(tensor.shape)}")
+            continue
+        role = _ROLES.get(match["role"], match["role"])
+        layer = found.setdefault(match["module"], LoraLayer())
+        if role in ("alpha", "scalar") and tensor.numel() != 1:
+            problems.setdefault("alpha", []).append(f"{key} holds {tensor.numel()} numbers instead of one")
+        elif not (tensor.is_floating_point() or role == "alpha") or not torch.isfinite(tensor.float()).all():
+            problems.setdefault("finite", []).append(f"{key} holds {tensor.dtype} numbers that are not finite reals")
+        elif role == "alpha":
+            layer.alpha = float(tensor)
+        else:
+            layer.tensors[role] = tensor
+    # An alpha alone, of a layer that was pruned, changes nothing.
+    return {module: layer for module, layer in found.items() if layer.tensors}
+
+
+def _factor(layer: LoraLayer, settings: Mapping[str, Any], part: str, module: str) -> float:
+    """What a layer's change is scaled by: alpha / rank, by the file, or by PEFT's settings; 1 without either.
+
+    Raises:
+        ValueError: if a setting is none that PEFT writes.
+    """
+    own = {key.removeprefix(f"{part}."): value for key, value in settings.items()}
+    rank = layer.rank
+    if rank is None and own.get("peft_type") == "LOKR" and isinstance(own.get("r"), int) and own["r"] > 0:
+        rank = own["r"]  # LyCORIS does not scale full matrices, PEFT does
+    if rank is None:
+        return 1.0
+    if layer.alpha is not None:
+        return layer.alpha / rank
+    alpha = own.get("lora_alpha", own.get("alpha", rank))
+    patterns = own.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError("alpha_pattern is no object")
+    for pattern, value in patterns.items():
+        if _matches(pattern, module):
             alpha = value
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha!r:.40}")
+    return alpha / (math.sqrt(rank) if own.get("use_rslora") is True else rank)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of PEFT's, a module's name or the end of one as a regular expression, is of a module."""
+    # An expression with nested repetition takes for ever on purpose; PEFT's patterns are names.
+    if len(re.findall(r"[*+?{]", pattern)) > 3 or len(pattern) > 300:
+        raise ValueError(f"the pattern {pattern!r:.40} is not read")
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except (re.error, RecursionError, OverflowError):
+        raise ValueError(f"the pattern {pattern!r:.40} is no regular expression") from None
+
+
+def _misfit(
+    path: Path, checkpoint: Checkpoint, problems: Mapping[str, Sequence[str]], found: Mapping[str, LoraLayer]
+) -> EmtError:
+    """The error of a LoRA that does not fit, in a few lines, with a guess at what it is."""
+    count = sum(map(len, problems.values()))
+    unread = next((name for name, keys in _NOT_READ.items() if any(keys.search(key) for key in checkpoint.state)), None)
+    version = other_version(checkpoint.state, checkpoint.metadata)
+    guess = f": it holds {unread} layers, which are not read" if unread else ""
+    if version:
+        guess = f": it looks like one of {version}"
+    return EmtError(
+        f"the LoRA {path} does not fit this model, {differ(count)}{guess}" + shorten(list(problems.values())),
+        "Give a LoRA, LoHa, LoKr or DoRA of Stable Diffusion 1.5, or an AnimateDiff motion LoRA.",
+    )
+
+
+def _original_names(modules: set[str]) -> dict[str, str]:
+    """Names of a UNet's layers in the original code → the published ones, for the layers that are there."""
+    resnet = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
+    stem = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    counts = [int(m[1]) for n in modules if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", n))]
+    layers = 1 + max(counts, default=-1)
+    names = {original: own for own, original in stem.items() if own in modules}
+    for own in modules:
+        match = re.fullmatch(r"(down|up|mid)_blocks?\.?(\d*)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", own)
+        if match is None:
+            continue
+        where, level, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+        if kind == "resnets":
+            rest = resnet.get(rest, rest)
+        if where == "mid":
+            block = f"middle_block.{1 if kind == 'attentions' else 2 * index}"
+        elif kind == "downsamplers":
+            block, rest = f"input_blocks.{(layers + 1) * (level + 1)}.0", "op"
+        elif kind == "upsamplers":
+            attended = f"up_blocks.{level}.attentions.0.proj_in" in modules
+            block = f"output_blocks.{(layers + 1) * level + layers}.{1 + attended}"
+        else:
+            first = 1 + (layers + 1) * level if where == "down" else (layers + 1) * level
+            side = "input" if where == "down" else "output"
+            block = f"{side}_blocks.{first + index}.{int(kind == 'attentions')}"
+        names[f"{block}.{rest}"] = own
+    return names

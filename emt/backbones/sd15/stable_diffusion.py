@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -16,10 +16,24 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from emt.checkpoints import Origin, State, check_keys, locate, read_checkpoint, read_config, weights_file
-from emt.errors import EmtError
+from emt.backbones.sd15.checkpoint_kinds import SDXL, SINGLE_FILE, VAE, read_kind, unet_guess
+from emt.checkpoints import (
+    Checkpoint,
+    Origin,
+    State,
+    check_keys,
+    check_sizes,
+    read_checkpoint,
+    read_config,
+    shorten,
+    weights_file,
+    weights_name,
+)
+from emt.errors import EmtError, first_line
+from emt.hub import OnFetch, locate
 
 # What Stable Diffusion 1.5 is, beyond its widths: the files in the original layout carry no configuration.
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 HEADS = 8
 GROUPS = 32
 _VAE_SCALE = 0.18215
@@ -49,11 +63,14 @@ _UNET_BUILT_IN: dict[str, tuple[Any, ...]] = {
     "use_linear_projection": (False,),
 }
 _UNET_SIZES = ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types", "up_block_types")
-# Training state that files in the original layout carry along; nothing of it is a weight of the model.
-_LDM_EXTRAS = re.compile(
-    r"model_ema\.|(betas|alphas_cumprod|alphas_cumprod_prev|logvar|lvlb_weights|scale_factor)$"
-    r"|(sqrt_|log_one_minus_|posterior_)\w+$"
-)
+_TOKENIZER_FILES = re.compile(r"(tokenizer[\w.]*\.json|vocab\.json|merges\.txt|special_tokens_map\.json)")
+# The parts of a file in the original layout: how their keys begin, and the layers of the network among them. A key of
+# another layer belongs to training, to a sampler or to another model that was merged in, and nothing reads it.
+_LDM_PARTS = {
+    "UNet": ("model.diffusion_model.", r"(time_embed|input_blocks|middle_block|output_blocks|out|label_emb)\."),
+    "VAE": ("first_stage_model.", r"(encoder|decoder|quant_conv|post_quant_conv)\."),
+    "text encoder": ("cond_stage_model.", r"transformer\.(text_model\.)?(embeddings|encoder|final_layer_norm)\."),
+}
 _DEPRECATED_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -68,7 +85,18 @@ class Part:
 
 @dataclass
 class StableDiffusion:
-    """A model as read; `folder` is where it lies in diffusers layout, if it does."""
+    """A model as read.
+
+    Args:
+        unet: as read.
+        vae: as read.
+        text_encoder: as read.
+        files: that it was read from.
+        folder: in diffusers layout, if it is one.
+        prediction_type: of the UNet, "epsilon" or "v_prediction".
+        prediction_sign: how that is known, for the model card.
+        dropped: keys in the files that nothing reads.
+    """
 
     unet: Part
     vae: Part
@@ -76,47 +104,103 @@ class StableDiffusion:
     files: list[Path]
     folder: Path | None = None
     prediction_type: str = "epsilon"
+    prediction_sign: str = ""
+    dropped: list[str] = field(default_factory=list)
 
 
-def read_base(base: str | Path) -> StableDiffusion:
-    """Read a diffusers folder, a hub id or one file in the original layout.
+@dataclass
+class _SingleFile:
+    """The parts ("UNet", "VAE", "text encoder") that a file in the original layout has."""
+
+    parts: dict[str, Part]
+    prediction_type: str
+    prediction_sign: str
+    dropped: list[str]
+
+
+def folder_files(names: Sequence[str]) -> list[str]:
+    """The files to read of a folder in diffusers layout, among all its names; none if it has no UNet."""
+    if "unet/config.json" not in names:
+        return []
+    chosen = [n for n in ("model_index.json", "scheduler/scheduler_config.json") if n in names]
+    chosen += [n for n in names if n.startswith("tokenizer/") and _TOKENIZER_FILES.fullmatch(n[len("tokenizer/") :])]
+    for part in ("unet", "vae", "text_encoder"):
+        weights = weights_name(n[len(part) + 1 :] for n in names if n.startswith(f"{part}/"))
+        chosen += [n for n in (f"{part}/config.json", f"{part}/{weights}") if n in names]
+    return chosen
+
+
+def tokenizer_files(names: Sequence[str]) -> list[str]:
+    """The files to read of a tokenizer's folder, among all its names."""
+    return [n for n in names if _TOKENIZER_FILES.fullmatch(n.removeprefix("tokenizer/"))]
+
+
+def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> StableDiffusion:
+    """Read a diffusers folder, a hub id, or one file in the original layout.
 
     Raises:
         EmtError: if it is missing, damaged, incomplete or of another kind.
     """
-    path = locate(base, "base", DiffusionPipeline.download, safety_checker=None, feature_extractor=None)
+    path = locate(base, "base", folder_files, on_fetch=on_fetch)
     if path.is_dir():
         return _read_diffusers_folder(path)
-    parts = _read_ldm_file(path)
-    missing = [name for name in ("VAE", "text encoder") if name not in parts]
+    file = _read_ldm_file(path)
+    missing = [name for name in ("VAE", "text encoder") if name not in file.parts]
     if missing:
         raise EmtError(
             f"{path} has no {' and no '.join(missing)}",
             "Give it as --dreambooth, over a --base that is complete.",
         )
-    return StableDiffusion(parts["UNet"], parts["VAE"], parts["text encoder"], [path])
+    return StableDiffusion(
+        file.parts["UNet"],
+        file.parts["VAE"],
+        file.parts["text encoder"],
+        [path],
+        prediction_type=file.prediction_type,
+        prediction_sign=file.prediction_sign,
+        dropped=file.dropped,
+    )
 
 
 def _read_diffusers_folder(folder: Path) -> StableDiffusion:
-    parts, files = {}, []
+    if not (folder / "unet").is_dir() and (folder / "model_index.json").is_file():
+        pipeline = read_config(folder / "model_index.json")[0].get("_class_name")
+        raise EmtError(f"{folder} is a {pipeline} without a UNet", "Give Stable Diffusion 1.5 or a fine-tune of it.")
+    parts, files, dropped = {}, [], []
     for name in ("unet", "vae", "text_encoder"):
         config, config_file = read_config(folder / name / "config.json")
+        check_sizes(config, str(config_file))
         weights = weights_file(folder / name)
-        parts[name] = Part(config, read_checkpoint(weights).state, str(weights))
+        checkpoint = read_checkpoint(weights)
+        parts[name] = Part(config, checkpoint.state, str(weights))
+        dropped += [f"{name}: {key}" for key in checkpoint.dropped]
         files += [config_file, weights]
-    parts["unet"].config = _unet_config(parts["unet"].config, str(folder / "unet" / "config.json"))
+    where = str(folder / "unet" / "config.json")
+    try:
+        parts["unet"].config = _unet_config(parts["unet"].config, where)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise EmtError(f"{where} is damaged: {first_line(error)}", "Download it again.") from error
     # Weights of SD 1.5 are older than the names of the VAE's attention in diffusers.
     parts["vae"].state = {
         re.sub(r"(?<=\.attentions\.0\.)\w+", lambda m: _DEPRECATED_VAE_NAMES.get(m[0], m[0]), name): tensor
         for name, tensor in parts["vae"].state.items()
     }
-    parts["text_encoder"].state = text_state(parts["text_encoder"].state)
-    model = StableDiffusion(parts["unet"], parts["vae"], parts["text_encoder"], files, folder)
+    text, unread = text_weights(parts["text_encoder"].state)
+    parts["text_encoder"].state = text
+    dropped += [f"text_encoder: {key}" for key in unread]
+    model = StableDiffusion(parts["unet"], parts["vae"], parts["text_encoder"], files, folder, dropped=dropped)
     if (folder / "scheduler" / "scheduler_config.json").is_file():
         scheduler, config_file = read_config(folder / "scheduler" / "scheduler_config.json")
-        model.prediction_type = scheduler.get("prediction_type", "epsilon")
+        model.prediction_type = _prediction_type(scheduler.get("prediction_type", "epsilon"), str(config_file))
+        model.prediction_sign = "its scheduler_config.json"
         files.append(config_file)
     return model
+
+
+def _prediction_type(value: Any, where: str) -> str:
+    if value not in PREDICTION_TYPES:
+        raise EmtError(f"{where} has the prediction_type {value!r}", f"Supported are {', '.join(PREDICTION_TYPES)}.")
+    return str(value)
 
 
 def _unet_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -137,8 +221,11 @@ def _unet_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if len(heads) > 1:
         wrong.append(f"attention_head_dim is {sorted(heads)!r}, supported is one number of heads")
     if wrong:
+        xl = config.get("addition_embed_type") == "text_time" or config.get("cross_attention_dim") == 2048
         raise EmtError(
-            f"{where} does not describe a UNet of Stable Diffusion 1.5:\n  " + "\n  ".join(wrong),
+            f"{where} does not describe a UNet of Stable Diffusion 1.5"
+            + (f": it looks like {SDXL}" if xl else "")
+            + shorten([wrong]),
             "Give Stable Diffusion 1.5 or a fine-tune of it as --base.",
         )
     widths = list(config["block_out_channels"])
@@ -151,40 +238,70 @@ def _unet_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     } | ({} if attended == list(range(len(widths) - 1)) else {"attention_levels": attended})
 
 
-def _read_ldm_file(path: Path) -> dict[str, Part]:
-    """The parts of a single file in the original layout ("UNet", "VAE", "text encoder"): those that it has."""
-    state = read_checkpoint(path, "Stable Diffusion 1.5 in the original layout").state
-    prefixes = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": "cond_stage_model."}
-    groups: dict[str, State] = {name: {} for name in prefixes}
-    strays = {}
-    for key, tensor in state.items():
-        for name, prefix in prefixes.items():
-            if key.startswith(prefix):
+def _read_ldm_file(path: Path) -> _SingleFile:
+    """Read a file in the original layout.
+
+    Raises:
+        EmtError: if it cannot be read, is of another kind, or its layers are not those of Stable Diffusion 1.5.
+    """
+    checkpoint = read_kind(path, SINGLE_FILE)
+    groups: dict[str, State] = {name: {} for name in _LDM_PARTS}
+    dropped = list(checkpoint.dropped)
+    for key, tensor in _with_prefix(checkpoint.state).items():
+        for name, (prefix, layers) in _LDM_PARTS.items():
+            if key.startswith(prefix) and re.match(layers, key[len(prefix) :]):
                 groups[name][key] = tensor
                 break
         else:
-            if not _LDM_EXTRAS.match(key):
-                strays[key] = tensor
-    check_keys(f"file {path}", strays, {})
+            dropped += [key] if key in checkpoint.state and key != "v_pred" else []
+    groups["text encoder"], twice = _text_model_once(groups["text encoder"])
+    dropped += twice
     read = {"UNet": _ldm_unet, "VAE": _ldm_vae, "text encoder": _ldm_text_encoder}
-    parts = {}
-    for name, group in groups.items():
-        if not group:
-            continue
-        try:
-            config, part = read[name](group)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise EmtError(
-                f"the {name} in {path} does not have the layout of Stable Diffusion 1.5: {error}",
-                "Give Stable Diffusion 1.5 or a fine-tune of it; other versions do not fit the motion modules.",
-            ) from error
-        # The conversions pass over what they do not know; nothing may be lost in silence. A converted tensor is the
-        # stored one or the start of it.
-        used = {tensor.data_ptr() for tensor in part.values()}
-        lost = {k: t for k, t in group.items() if t.data_ptr() not in used and not k.endswith(".position_ids")}
-        check_keys(f"{name} in {path}", lost, {})
-        parts[name] = Part(config, part, str(path))
-    return parts
+    parts = {name: _read_part(name, group, read[name], path) for name, group in groups.items() if group}
+    if "UNet" not in parts:
+        raise EmtError(f"{path} has no UNet", "Give Stable Diffusion 1.5 or a fine-tune of it.")
+    return _SingleFile(parts, *_find_prediction_type(checkpoint), dropped)
+
+
+def _read_part(name: str, group: State, convert: Callable[[State], tuple[dict[str, Any], State]], path: Path) -> Part:
+    """A part by published names; every layer of it in the file is used."""
+    try:
+        config, state = convert(group)
+    except (KeyError, IndexError, ValueError, AttributeError, StopIteration, TypeError, RuntimeError) as error:
+        guess = unet_guess(group) if name == "UNet" else ""
+        raise EmtError(
+            f"the {name} in {path} does not have the layout of Stable Diffusion 1.5: {guess or first_line(error)}",
+            "Give Stable Diffusion 1.5 or a fine-tune of it; other versions do not fit the motion modules.",
+        ) from error
+    # The conversions pass over what they do not know. A layer that the network does not have makes another network;
+    # a converted tensor is the stored one or the start of it.
+    used = {tensor.data_ptr() for tensor in state.values()}
+    lost = {k: t for k, t in group.items() if t.data_ptr() not in used and not k.endswith(".position_ids")}
+    check_keys(f"{name} in {path}", lost, {}, unet_guess(group) if name == "UNet" else "")
+    return Part(config, state, str(path))
+
+
+def _with_prefix(state: State) -> State:
+    """Keys of a UNet alone, which some programs save without the prefix of whole files, with it."""
+    if any(key.startswith("model.diffusion_model.") for key in state):
+        return state
+    return {f"model.diffusion_model.{key.removeprefix('diffusion_model.')}": tensor for key, tensor in state.items()}
+
+
+def _text_model_once(group: State) -> tuple[State, list[str]]:
+    """One name a weight, where a merge has kept the older name, without `text_model`, beside the present one."""
+    twice = [key for key in group if key.replace(".transformer.", ".transformer.text_model.") in group]
+    return {key: tensor for key, tensor in group.items() if key not in twice}, twice
+
+
+def _find_prediction_type(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The prediction type of a single file's UNet, and the sign of it: a key `v_pred`, or its metadata."""
+    stated = checkpoint.metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in checkpoint.state:
+        return "v_prediction", "its key v_pred"
+    if stated in ("v", "v_prediction", "epsilon"):
+        return "epsilon" if stated == "epsilon" else "v_prediction", "its metadata modelspec.prediction_type"
+    return "epsilon", ""
 
 
 def _ldm_unet(state: State) -> tuple[dict[str, Any], State]:
@@ -259,25 +376,87 @@ def text_state(state: Mapping[str, Tensor]) -> State:
     }
 
 
-def apply_dreambooth(model: StableDiffusion, dreambooth: str | Path) -> Origin:
-    """Replace the UNet, and the VAE and text encoder if the file has them, by those of one file.
+def text_weights(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
+    """Weights of the text encoder in a file of it or of all of CLIP, and the keys of what else is there."""
+    inside = re.compile(r"(text_model\.)?(embeddings|encoder|final_layer_norm)\.")
+    return text_state({n: t for n, t in state.items() if inside.match(n)}), [n for n in state if not inside.match(n)]
+
+
+def apply_dreambooth(model: StableDiffusion, dreambooth: str | Path, on_fetch: OnFetch | None = None) -> Origin:
+    """Replace the UNet and its prediction type, and the VAE and text encoder if the file has them, by one file's.
 
     Raises:
         EmtError: if the file is missing, damaged or of another kind.
     """
-    path = locate(dreambooth, "DreamBooth model")
+    path = locate(dreambooth, "DreamBooth model", on_fetch=on_fetch)
     if path.is_dir():
         raise EmtError(
             f"the DreamBooth model {path} is a folder", "Give one .safetensors or .ckpt file, or the folder as --base."
         )
-    parts = _read_ldm_file(path)
-    model.unet = parts["UNet"]
-    model.vae = parts.get("VAE", model.vae)
-    model.text_encoder = parts.get("text encoder", model.text_encoder)
-    kept = [name for name in ("VAE", "text encoder") if name not in parts]
-    note = ", ".join(parts) + " replace the base's"
-    return Origin(
-        "DreamBooth model", str(dreambooth), [path], note + (f"; it has no {' or '.join(kept)}" if kept else "")
+    file = _read_ldm_file(path)
+    model.unet = file.parts["UNet"]
+    model.vae = file.parts.get("VAE", model.vae)
+    model.text_encoder = file.parts.get("text encoder", model.text_encoder)
+    model.prediction_type, model.prediction_sign = file.prediction_type, file.prediction_sign
+    kept = [name for name in ("VAE", "text encoder") if name not in file.parts]
+    note = ", ".join(file.parts) + " replace the base's" + (f"; it has no {' or '.join(kept)}" if kept else "")
+    return Origin("DreamBooth model", str(dreambooth), [path], note, file.dropped)
+
+
+def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Part, Origin]:
+    """Read a VAE alone: a file in the original layout or in that of diffusers, or a folder of diffusers.
+
+    Raises:
+        EmtError: if it is missing, damaged or of another kind.
+    """
+    path = locate(vae, "VAE", _vae_files, on_fetch=on_fetch)
+    files = [path]
+    if path.is_dir():
+        path = path / "vae" if (path / "vae").is_dir() else path
+        config, config_file = read_config(path / "config.json")
+        check_sizes(config, str(config_file))
+        files = [config_file, weights_file(path)]
+        state = read_checkpoint(files[1]).state
+        dropped: list[str] = []
+    else:
+        state = read_kind(path, VAE, SINGLE_FILE).state
+        prefix, layers = _LDM_PARTS["VAE"]
+        named = {key if key.startswith(prefix) else f"{prefix}{key}": tensor for key, tensor in state.items()}
+        group = {key: tensor for key, tensor in named.items() if re.match(layers, key[len(prefix) :])}
+        dropped = [key for key in state if key not in group and f"{prefix}{key}" not in group]
+        if not group:
+            raise EmtError(f"{path} has no VAE", "Give a file with keys such as encoder.… or first_stage_model.…")
+        if any(".down_blocks." in key for key in group):
+            state = {key[len(prefix) :]: tensor for key, tensor in group.items()}
+            config = _diffusers_vae_config(state)
+        else:
+            part = _read_part("VAE", group, _ldm_vae, path)
+            config, state = part.config, part.state
+    state = {
+        re.sub(r"(?<=\.attentions\.0\.)\w+", lambda m: _DEPRECATED_VAE_NAMES.get(m[0], m[0]), name): tensor
+        for name, tensor in state.items()
+    }
+    part = Part(config, state, str(files[-1]))
+    return part, Origin("VAE", str(vae), files, f"{len(state)} tensors, replaces the others'", dropped)
+
+
+def _vae_files(names: Sequence[str]) -> list[str]:
+    """The files to read of a VAE's folder, or of a whole model's, among all its names."""
+    inside = "vae/" if "vae/config.json" in names else ""
+    weights = weights_name(n[len(inside) :] for n in names if n.startswith(inside))
+    return [f"{inside}config.json", f"{inside}{weights}"] if f"{inside}config.json" in names and weights else []
+
+
+def _diffusers_vae_config(state: State) -> dict[str, Any]:
+    """Configuration of a VAE in diffusers layout by its weights."""
+    levels = 1 + max(int(m[1]) for name in state if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", name)))
+    first = r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight"
+    return vae_config(
+        block_out_channels=[
+            state[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(levels)
+        ],
+        layers_per_block=sum(bool(re.fullmatch(first, name)) for name in state),
+        latent_channels=state["post_quant_conv.weight"].shape[0],
     )
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from emt.backbones.wan21.adapter import Adapter
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
-from emt.checkpoints import Origin, State, locate, read_checkpoint, read_config
+from emt.checkpoints import Origin, State, read_checkpoint, read_config
 from emt.errors import EmtError
+from emt.hub import locate
 
 _OPTIONS = ("reference_blocks", "reference_neighbours", "adapter_rank", "scaler_channels")
 

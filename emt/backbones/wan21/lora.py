@@ -8,7 +8,6 @@ beside low-rank ones: ``.diff`` of a weight, ``.diff_b`` of a bias, ``.diff_m`` 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from emt.backbones.wan21.names import original_module, transformer_module
 from emt.backbones.wan21.published import at_most
-from emt.checkpoints import Origin, locate, read_checkpoint, read_config
+from emt.checkpoints import Origin, peft_settings, read_checkpoint
 from emt.errors import EmtError
+from emt.hub import locate
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.\w+)?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
@@ -78,11 +78,7 @@ class LoraMerge:
         """
         path = locate(lora, "LoRA")
         checkpoint = read_checkpoint(path)
-        metadata, files = json.loads(checkpoint.metadata.get("lora_adapter_metadata", "{}")), [path]
-        peft_config = path.parent / "adapter_config.json"
-        if path.name.startswith("adapter_model.") and peft_config.is_file():
-            metadata, _ = read_config(peft_config)
-            files.append(peft_config)
+        metadata, files = peft_settings(checkpoint, path)
 
         layers: dict[str, _Layer] = {}
         found: list[_Addition | str] = []

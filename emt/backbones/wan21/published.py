@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from emt.backbones.wan21.names import check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
-from emt.checkpoints import State, locate, read_checkpoint, read_config, weights_file
+from emt.checkpoints import State, read_checkpoint, read_config, weights_file
 from emt.errors import EmtError, first_line
+from emt.hub import locate, matching
 
 #: Channels of a head in every published Wan, for files without a configuration.
 HEAD_CHANNELS = 128
@@ -60,7 +60,7 @@ class Base:
         """
         option = f"--{name.replace(' ', '-').lower()}"
         if given is not None:
-            return locate(str(given).removeprefix("hf://"), name, snapshot_download)
+            return locate(given, name, matching("*"))
         places = {
             "diffusers": {"text encoder": "text_encoder", "VAE": "vae", "tokenizer": "tokenizer"},
             "original": {
@@ -84,7 +84,7 @@ def read_base(base: str | Path) -> tuple[Base, Part]:
         EmtError: if there is no such base, or it is of another network of the family, which it names.
     """
     hint = "Give Wan-AI/Wan2.1-T2V-1.3B-Diffusers, a folder that `hf download` made of it, or a file."
-    path = locate(str(base).removeprefix("hf://"), "base", snapshot_download, hint, allow_patterns=_HUB_FILES)
+    path = locate(base, "base", matching(*_HUB_FILES), hint=hint)
     if (path / "model_index.json").is_file():
         index, _ = read_config(path / "model_index.json")
         if index.get("transformer_2", [None])[0] is not None or index.get("boundary_ratio") is not None:

@@ -1,0 +1,146 @@
+"""Changes of weights by LoRA and its relatives: plain, Tucker-decomposed, LoHa, LoKr, DoRA and full differences.
+
+Hu et al. 2021 (arXiv 2106.09685); LoHa, LoKr and Tucker cores as LyCORIS defines them (Yeh et al. 2023,
+arXiv 2309.14859, section 3 and appendix B); DoRA: Liu et al. 2024 (arXiv 2402.09353, equation 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_MAGNITUDES = ("dora_scale", "magnitude")
+
+
+@dataclass
+class LoraLayer:
+    """A layer of a file: tensors by their roles (down, up, mid, hada_w1_a, lokr_w2, diff, …)."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None
+
+    @property
+    def family(self) -> str:
+        """LoRA, LoHa, LoKr or difference."""
+        for start, family in (("hada_", "LoHa"), ("lokr_", "LoKr")):
+            if any(role.startswith(start) for role in self.tensors):
+                return family
+        return "difference" if self.tensors.keys() & {"diff", "w_norm", "diff_b", "b_norm"} else "LoRA"
+
+    @property
+    def kind(self) -> str:
+        """Its family, with DoRA before it where magnitudes are learned, too."""
+        return self.family if self.magnitude is None else f"DoRA {self.family}".removesuffix(" LoRA")
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """Learned norms of a DoRA layer; None of another."""
+        return next((self.tensors[role] for role in _MAGNITUDES if role in self.tensors), None)
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of its decomposition; None of a full one."""
+        for role, axis in (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
+            if role in self.tensors and self.tensors[role].ndim:
+                return self.tensors[role].shape[axis]
+        return None
+
+    def missing(self) -> list[str]:
+        """Roles that are missing of a whole layer."""
+        has = self.tensors.keys()
+        if self.family == "LoHa":
+            return [role for role in _LOHA if role not in has]
+        if self.family == "LoKr":
+            lacks = []
+            for half in ("lokr_w1", "lokr_w2"):
+                if half not in has:
+                    lacks += [role for role in (f"{half}_a", f"{half}_b") if role not in has]
+            return lacks
+        if self.family == "difference":
+            return []
+        return [role for role in ("down", "up") if role not in has]
+
+    def bias_change(self) -> Tensor | None:
+        """What is added to the bias; None for nothing."""
+        change = self.tensors.get("diff_b", self.tensors.get("b_norm"))
+        return None if change is None else change.float()
+
+    def weight_change(self, shape: torch.Size) -> Tensor | None:
+        """What is added to the weight in float32, before alpha and DoRA; None for nothing.
+
+        Raises:
+            RuntimeError, IndexError, ValueError: if the tensors do not fit each other or the shape.
+        """
+        t = {role: tensor.float() for role, tensor in self.tensors.items() if role not in _MAGNITUDES}
+        if self.family == "difference":
+            change = t.get("diff", t.get("w_norm"))
+        elif self.family == "LoHa":
+            first, second = (_hadamard_factor(t, f"hada_w{i}", f"hada_t{i}") for i in (1, 2))
+            change = first.flatten(1) * second.flatten(1)
+        elif self.family == "LoKr":
+            first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+            second = t["lokr_w2"] if "lokr_w2" in t else _kronecker_factor(t)
+            change = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
+        elif "mid" in t:
+            change = torch.einsum("mn...,im,nj->ij...", t["mid"], t["up"].flatten(1), t["down"].flatten(1))
+        else:
+            down, up = t["down"], t["up"]
+            # A linear layer's LoRA may serve a 1×1 convolution and the other way round; `up` is always pointwise.
+            if math.prod(up.shape[2:]) != 1 or math.prod(down.shape[2:]) != math.prod(shape[2:]):
+                raise ValueError("kernel sizes differ")
+            change = up.flatten(1) @ down.flatten(1)
+        if change is None:
+            return None
+        if change.shape[0] != shape[0] or change.numel() != shape.numel():
+            raise ValueError(f"{tuple(change.shape)} for {tuple(shape)}")
+        return change.reshape(shape) * t["scalar"].reshape(()) if "scalar" in t else change.reshape(shape)
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether it changes a weight of this shape."""
+        try:
+            meta = LoraLayer({role: tensor.to("meta") for role, tensor in self.tensors.items()})
+            meta.weight_change(shape)
+            if (magnitude := self.magnitude) is not None:
+                self._per_axis(magnitude, torch.empty(shape, device="meta"))
+        except (RuntimeError, IndexError, ValueError, KeyError):
+            return False
+        return True
+
+    def change(self, weight: Tensor, scale: float) -> Tensor | None:
+        """What a weight in float32 gains at scale 1, of a layer whose change is scaled by `scale` (alpha / rank)."""
+        change = self.weight_change(weight.shape)
+        if change is None or (magnitude := self.magnitude) is None:
+            return None if change is None else change * scale
+        whole = weight + scale * change
+        norms, axis = self._per_axis(magnitude.float(), whole)
+        others = [i for i in range(whole.ndim) if i != axis]
+        lengths = torch.linalg.vector_norm(whole, dim=others, keepdim=True)
+        return whole * (norms / (lengths + torch.finfo(torch.float32).eps)) - weight
+
+    def _per_axis(self, magnitude: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+        """Magnitudes in a shape that multiplies a weight, and the axis that each belongs to: outputs or inputs."""
+        # Vectors are of outputs; in two dimensions and more the one that is not 1 tells, as (1, in) or (out, 1).
+        of_inputs = "dora_scale" in self.tensors and magnitude.ndim > 1 and magnitude.shape[0] == 1
+        axis = 1 if of_inputs and weight.shape[0] != 1 else 0
+        shape = [1] * weight.ndim
+        shape[axis] = weight.shape[axis]
+        return magnitude.reshape(shape), axis
+
+
+def _hadamard_factor(t: Mapping[str, Tensor], name: str, core: str) -> Tensor:
+    a, b = t[f"{name}_a"], t[f"{name}_b"]
+    if core in t:
+        return torch.einsum("ij...,jr,ip->pr...", t[core], b, a)
+    return a.flatten(1) @ b.flatten(1)
+
+
+def _kronecker_factor(t: Mapping[str, Tensor]) -> Tensor:
+    a, b = t["lokr_w2_a"], t["lokr_w2_b"]
+    if "lokr_t2" in t:
+        return torch.einsum("ij...,ip,jr->pr...", t["lokr_t2"], a, b)
+    return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
