@@ -38,7 +38,7 @@ COMMANDS = {
 EXAMPLES = {
     "transfer": 'emt transfer clips/ --prompt "a red fox in the snow" --prompt "a yellow penguin in the desert" -o out',
     "plan": "emt plan clips/ --prompts prompts.txt -o out",
-    "evaluate": "emt evaluate out --output out/metrics.jsonl",
+    "evaluate": "emt evaluate out",
     "report": "emt report out",
     "make-pairs": "emt make-pairs pairs --motions 1000",
     "train": "emt train --model models/rv --pairs pairs -o run --batch-size 4 --gradient-checkpointing",

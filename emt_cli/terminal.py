@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from emt_cli.batch.best_of import describe_choice
 from emt_cli.batch.records import dumps
 from emt_cli.streams import Stream, TextOf
-from emt_cli.text import duration, printable
+from emt_cli.text import duration, message, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -259,4 +259,4 @@ def _note(line: dict[str, Any]) -> str:
 
 
 def _reason(line: dict[str, Any]) -> str:
-    return " ".join(f"{line.get('error', '').rstrip('.')}. {line.get('hint') or ''}".split())
+    return message(line.get("error", ""), line.get("hint", ""))

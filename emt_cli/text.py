@@ -13,6 +13,11 @@ def printable(text: object) -> str:
     return _ESCAPED.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
+def message(problem: str, hint: str = "") -> str:
+    """A problem and a hint as sentences in one line."""
+    return " ".join(f"{problem.rstrip('.')}. {hint}".split())
+
+
 def say(text: object) -> None:
     """Print a line for people on standard error, safe for a terminal."""
     print(printable(text), file=sys.stderr)

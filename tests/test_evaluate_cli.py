@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from program import console
 from typer.testing import CliRunner
 
 from emt.errors import EmtError
@@ -233,3 +234,110 @@ def test_bad_sources_are_explained(tmp_path, clips):
     run("--pair", "only-one.mp4", code=2)
     with pytest.raises(EmtError, match="cannot be loaded as an image-text model"):
         run(write_pairs(clips / "unloaded.jsonl", clips), "--text-model", tmp_path / "no-model")
+
+
+# ---- folders of strangers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(clips, tmp_path):
+    """An output folder with one result."""
+    line = {"event": "job", "state": "done", "output": "a/x-0.mp4", "reference": str(clips / "right.mp4")}
+    line |= {"prompt": "a red cat", "seed": 3, "timings": {"steps": 1.0}, "settings": {"fit": "crop", "start": 0.0}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x-0.mp4").write_bytes((clips / "follows.mp4").read_bytes())
+    (tmp_path / "journal.jsonl").write_text(json.dumps(line) + "\n")
+    return tmp_path
+
+
+def add(folder: Path, *changes: dict) -> None:
+    """Lines like the first, each with something else in it, of results of their own."""
+    journal = folder / "journal.jsonl"
+    first = json.loads(journal.read_text().splitlines()[0])
+    with open(journal, "a") as file:
+        for number, change in enumerate(changes):
+            (folder / "a" / f"{number}.mp4").write_bytes((folder / "a" / "x-0.mp4").read_bytes())
+            file.write(json.dumps({**first, "output": f"a/{number}.mp4", **change}) + "\n")
+
+
+def test_measures_of_an_output_folder_are_where_its_report_looks(folder, clips):
+    from emt_cli.report.metrics import Metrics
+
+    run(folder, "--text-model", "none")
+    [values] = Metrics.read(folder / "metrics.jsonl").rows.values()
+    assert values["motion_fidelity"] > 0.95
+    run(folder, "--text-model", "none", "--output", folder / "other.jsonl")
+    assert (folder / "other.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_measures_that_cannot_be_written_are_printed_all_the_same(folder, capfd):
+    (folder / "metrics.jsonl").mkdir()
+    with pytest.raises(EmtError, match="cannot be written"):
+        run(folder, "--text-model", "none", "--json")
+
+
+HOSTILE = {
+    "settings": [
+        *(None, [], {"fit": 7}, {"fit": "x"}, {"start": "x"}, {"start": -1}, {"start": 1e300}),
+        *({"stride": "2"}, {"stride": 0}, {"stride": 1.5}, {"duration": {}}),
+    ],
+    "reference": [None, 7, "\0", "", ".", "/dev/zero", "x" * 300],
+    "timings": [{"steps": "x"}, {"steps": 10**400}, [], 7],
+    "output": ["../../x.mp4", 7, "\0"],
+    "prompt": [7],
+    "seed": ["x"],
+    "model": [{}],
+}
+
+
+def test_k5_hostile_lines_of_a_journal_leave_the_others(folder):
+    """Each line is a good one with one value of another kind."""
+    from emt.evaluate.pairs import evaluate_pairs
+    from emt_cli.commands.evaluate import _pairs
+
+    changes = [{field: value} for field, values in HOSTILE.items() for value in values]
+    add(folder, *changes)
+    rows = evaluate_pairs(list(_pairs(folder, [], None)))
+    assert rows[0].values["motion_fidelity"] > 0.95
+    failed = {row.pair.result.name: row.error for row in rows if row.error is not None}
+    assert len(rows) == 1 + len(changes) - 3, "paths out of the folder are no results"
+    assert 12 <= len(failed) < len(changes)
+    assert all(isinstance(error, EmtError) for error in failed.values())
+
+
+def test_k5_lines_that_are_nested_too_deep_are_left_out(folder):
+    with open(folder / "journal.jsonl", "a") as file:
+        file.write("[" * 100_000 + "]" * 100_000 + '\n{"event": "job", "state": "done", "output": "y.mp4"}\n')
+    rows = lines(run(folder, "--json", "--text-model", "none", code=1))
+    assert rows[0]["motion_fidelity"] > 0.95
+    assert "does not exist" in rows[1]["error"]
+
+
+def test_k6_terminal_escapes_are_shown_not_obeyed(folder):
+    nasty = "\x1b]0;owned\x07\x9b31m"
+    add(folder, {"prompt": nasty}, {"reference": f"/{nasty}.mp4"})
+    ended = console(folder, "evaluate", ".", "--text-model", "none")
+    assert ended.returncode == 1
+    for text in (ended.stdout, ended.stderr):
+        assert "\\x1b]0;owned" in text
+        assert not {"\x1b", "\x07", "\x9b"} & set(text)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000 + b"]" * 100_000, b'{"reference": "a.mp4", "result": "b.mp4", "prompt": {"a": 1}}', b"\xff\xfe\x00"]
+    + [
+        b'{"reference": "a.mp4", "result": "b.mp4", "%s": %s}' % pair
+        for pair in ((b"start", b"NaN"), (b"stride", b"[]"))
+    ],
+)
+def test_k5_a_damaged_file_of_pairs_is_one_error(tmp_path, content):
+    (tmp_path / "pairs.jsonl").write_bytes(content)
+    with pytest.raises(EmtError, match=r"pairs\.jsonl"):
+        run(tmp_path / "pairs.jsonl")
+
+
+def test_names_that_are_no_unicode_are_printed(clips, tmp_path, capfdbinary):
+    odd = tmp_path / "odd\udc80.mp4"
+    odd.write_bytes((clips / "follows.mp4").read_bytes())
+    run("--pair", f"{clips / 'right.mp4'}={odd}", "--json", "--text-model", "none")

@@ -32,7 +32,8 @@ from emt_engines.fingerprint import Host, Weights
 from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec
 from emt_engines.onnx_export import export, ranges
 from emt_engines.parity import difference
-from emt_engines.tensorrt import RTX, TENSORRT, profile
+from emt_engines.products import RTX, TENSORRT
+from emt_engines.tensorrt import profile
 from emt_kernels.temporal_attention import temporal_attention_reference
 
 onnx = pytest.importorskip("onnx")

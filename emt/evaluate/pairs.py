@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 from emt.evaluate.camera import CURVES, CameraMotion, camera_agreement, camera_from_tracklets
 from emt.evaluate.consistency import embedding_consistency, temporal_consistency
 from emt.evaluate.leakage import appearance, appearance_leakage
@@ -84,7 +84,8 @@ class Row:
         head = {"reference": str(self.pair.reference), "result": str(self.pair.result), "prompt": self.pair.prompt}
         if self.error is not None:
             return {**head, **self.pair.record, "error": self.error.problem}
-        return {**head, **self.pair.record, **self.values}
+        finite = {name: value for name, value in self.values.items() if value is not None and np.isfinite(value)}
+        return {**head, **self.pair.record, **dict.fromkeys(self.values), **finite}
 
 
 def evaluate_pairs(
@@ -117,7 +118,10 @@ def evaluate_pairs(
     with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         for row, clips in _measured(pairs, pool, tracks, checkpoint):
             if clips is not None:
-                _add_appearance(row, *clips, text_model, prompts)
+                try:
+                    _add_appearance(row, *clips, text_model, prompts)
+                except Exception as error:
+                    row = Row(row.pair, error=_as_read(error))
             rows.append(row)
             if progress is not None:
                 progress(row)
@@ -143,8 +147,8 @@ def _measured(
         try:
             reference, result = read_pair(pair)
             return _measure_motion(pair, reference, result, tracks, checkpoint), (reference, result)
-        except EmtError as error:
-            return Row(pair, error=error), None
+        except Exception as error:  # whatever is wrong with one pair, the others are measured
+            return Row(pair, error=_as_read(error)), None
 
     waiting = iter(pairs)
     if pool is None:
@@ -155,6 +159,13 @@ def _measured(
     while ahead:
         yield ahead.pop(0).result()
         ahead += [pool.submit(measure, pair) for pair in islice(waiting, 1)]
+
+
+def _as_read(error: Exception) -> EmtError:
+    """An error of one pair as users read it."""
+    if isinstance(error, EmtError):
+        return error
+    return EmtError(f"it cannot be measured: {type(error).__name__}: {first_line(error)}")
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:

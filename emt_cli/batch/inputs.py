@@ -209,7 +209,7 @@ def _read_file(path: Path) -> list[_Line | Rejected]:
     if kind not in (*_LINES, *_JOB_LINES, *_CELLS):
         raise UsageError(f"{named} is a {kind} file, which is not read", _PROMPT_FILES)
     try:
-        text = _read_text(path)
+        text = read_text(path)
     except OSError as error:
         raise UsageError(f"{named}: {(error.strerror or str(error)).lower()}") from None
     except EmtError as error:
@@ -229,7 +229,7 @@ def _read_file(path: Path) -> list[_Line | Rejected]:
     return rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file or a pipe, its lines ended by `\\n`; bytes that are not UTF-8 become surrogates.
 
     Raises:
@@ -334,7 +334,7 @@ def _beside(reference: Path) -> list[_Line | Rejected]:
     rows: list[_Line | Rejected] = []
     if companion != reference and companion.is_file():
         try:
-            rows = _read_lines(companion.name, _read_text(companion))
+            rows = _read_lines(companion.name, read_text(companion))
         except OSError as error:
             return [Rejected(EmtError(f"cannot read {companion.name}: {error.strerror}"), "", str(reference))]
         except EmtError as error:

@@ -165,6 +165,8 @@ def _planned(
     index: ContentIndex,
     known: journal.Known,
 ) -> Iterator[PlannedJob]:
+    from emt.video.names import count
+
     precision = numerics(options, engine_id(options.engine))
     references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -190,7 +192,7 @@ def _planned(
             check_tracking(item)
             needed = (item.settings.frames - 1) * (item.settings.stride or 1) + 1
             if frames < needed:
-                problem = f"{item.reference.name} has {frames} frames, but {needed} are needed"
+                problem = f"{item.reference.name} has {count(frames, 'frame')}, but {needed} are needed"
                 raise EmtError(problem, "Name a longer clip, or ask for fewer --frames.")
         except EmtError as error:
             line.state, line.error = "problem", error

@@ -168,7 +168,7 @@ def _triton() -> Finding:
 
 
 def _tensorrt() -> Finding:
-    from emt_engines.tensorrt import RTX
+    from emt_engines.products import RTX
 
     full = _version("tensorrt")
     rtx = _version("tensorrt-rtx")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -13,9 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt import demo
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 from emt.storage import write_atomically
 from emt_cli.batch import journal
+from emt_cli.batch.inputs import read_text
+from emt_cli.batch.records import dumps
+from emt_cli.report.metrics import FILE_NAME as METRICS
+from emt_cli.text import message, printable, say
 
 if TYPE_CHECKING:
     from emt.evaluate.judge import Judge
@@ -75,7 +81,14 @@ def evaluate(
     device: Annotated[str, typer.Option(help="Device of the text model: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the JSON Lines to this file.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write the JSON Lines to. Default, of an output folder: OUT/metrics.jsonl, where the report "
+            "looks for them.",
+            show_default=False,
+        ),
     ] = None,
     plots: Annotated[
         Path | None,
@@ -110,20 +123,25 @@ def evaluate(
     finally:
         bar.stop()
     summary = summarise(rows)
-    lines = [json.dumps(row.as_dict(), ensure_ascii=False) for row in rows]
+    lines = [dumps(row.as_dict()) for row in rows]
     failed = [row for row in rows if row.error is not None]
     totals = {name: estimate.as_dict() for name, estimate in summary.items()}
-    lines.append(json.dumps({"summary": totals, "clips": len(rows) - len(failed), "failed": len(failed)}))
-    if output is not None:
-        _write(output, lines)
+    lines.append(dumps({"summary": totals, "clips": len(rows) - len(failed), "failed": len(failed)}))
+    if output is None and source is not None and source.is_dir():
+        output = source / METRICS
+    unwritten = _write(output, lines) if output is not None else None
     if plots is not None:
         from emt.evaluate.plots import write_plots
 
         write_plots(rows, plots)
     if as_json:
-        print("\n".join(lines))
+        sys.stdout.flush()
+        sys.stdout.buffer.write(b"".join(line + b"\n" for line in lines))
+        sys.stdout.buffer.flush()
     else:
         _print_table(rows, summary)
+    if unwritten is not None:
+        raise unwritten
     if failed:
         raise typer.Exit(1)
 
@@ -150,7 +168,7 @@ class _Progress:
     def step(self, row: Row) -> None:
         self._bar.advance(self._task)
         if row.error is not None:
-            print(f"{row.pair.result}: {row.error}", file=sys.stderr)
+            say(f"{row.pair.result}: {message(row.error.problem, row.error.hint)}")
 
     def stop(self) -> None:
         self._bar.stop()
@@ -175,10 +193,15 @@ def _pairs(source: Path | None, given: Sequence[str], frames: int | None) -> Ite
                     f"{source}, line {number}: no reference or no result.",
                     'Each line needs both: {"reference": "walk.mp4", "result": "robot.mp4", "prompt": "a robot"}',
                 )
+            where = f"{source}, line {number}"
             reference, result = (source.parent / fields[name] for name in ("reference", "result"))
+            if not isinstance(prompt := fields.get("prompt") or None, str | None):
+                raise EmtError(f"{where}: the prompt {prompt!r:.100} is not a text.")
             record = {name: fields[name] for name in ("seed", "model") if fields.get(name) is not None}
-            seconds = _number(fields.get("seconds"))
-            yield Pair(reference, result, fields.get("prompt") or None, seconds, fields, frames, record)
+            known = (name for name in ("seconds", "start", "duration", "stride") if fields.get(name) is not None)
+            numbers = {name: _number(fields[name], where) for name in known}
+            sampling = {**fields, **numbers} | ({"stride": int(numbers["stride"])} if "stride" in numbers else {})
+            yield Pair(reference, result, prompt, numbers.get("seconds"), sampling, frames, record)
     else:
         raise EmtError(
             f"{source} is neither a folder nor a .jsonl or .csv file." if source.exists() else f"{source} not found.",
@@ -190,23 +213,19 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
     """The finished jobs of an output folder, by its journal; the last word on each output counts."""
     from emt.evaluate.pairs import Pair
 
-    if not (folder / journal.FILE_NAME).is_file():
+    if not journal.exists(folder):
         raise EmtError(
             f"{folder} has no {journal.FILE_NAME}.",
             "Give a folder that `emt transfer --out` has written, or a .jsonl or .csv file of pairs.",
         )
-    done: dict[str, dict[str, Any]] = {}
-    for line in journal.read(folder):
-        if line.get("state") == "done" and isinstance(line.get("output"), str):
-            done[line["output"]] = line
-        elif line.get("state") == "dropped":
-            done.pop(line.get("output", ""), None)
-    for name, line in done.items():
+    for line in journal.current(folder):
+        if line["state"] != "done":
+            continue
         timings = line.get("timings") or {}
         record = {key: line[key] for key in ("seed", "model", "engine", "device") if line.get(key) is not None}
         yield Pair(
-            reference=folder / line["reference"],
-            result=folder / name,
+            reference=folder / line.get("reference", "the reference that the journal does not name"),
+            result=folder / line["output"],
             prompt=line.get("prompt"),
             seconds=sum(timings.values()) if timings else None,
             sampling=line.get("settings") or {},
@@ -217,34 +236,38 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
 
 def _from_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                for number, row in enumerate(csv.DictReader(file), 2):
-                    fields = {name: value for name, value in row.items() if name and value}
-                    numbers = {
-                        name: _number(fields[name]) for name in ("start", "duration", "stride") if name in fields
-                    }
-                    if "stride" in numbers:
-                        numbers["stride"] = int(numbers["stride"] or 1)
-                    yield number, {**fields, **numbers}
-                return
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    fields = json.loads(text)
-                    if not isinstance(fields, dict):
-                        raise EmtError(f"{path}, line {number}: not a JSON object.")
-                    yield number, fields
-    except (OSError, UnicodeDecodeError) as error:
-        raise EmtError(f"{path} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise EmtError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-
-
-def _number(value: Any) -> float | None:
+        text = read_text(path)
+    except OSError as error:
+        raise EmtError(f"{path} cannot be read: {error.strerror}.") from None
+    except EmtError as error:
+        raise EmtError(f"{path} {error.problem}.", error.hint) from None
+    number = 1
     try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        raise EmtError(f"{value!r} is not a number.", "seconds, start, duration and stride are numbers.") from None
+        if path.suffix.lower() == ".csv":
+            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
+                yield number, {name: value for name, value in row.items() if name and value}
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                fields = json.loads(line)
+                if not isinstance(fields, dict):
+                    raise EmtError(f"{path}, line {number}: not a JSON object.")
+                yield number, fields
+    except csv.Error as error:
+        raise EmtError(f"{path}, line {number}: not CSV ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise EmtError(f"{path}, line {number}: not JSON ({first_line(error)}).") from None
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+        if not math.isfinite(number) or isinstance(value, bool):
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        told = f"{where}: {value!r:.100} is not a number."
+        raise EmtError(told, "seconds, start, duration and stride are numbers.") from None
 
 
 def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel | Judge | None:
@@ -271,19 +294,21 @@ def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel
     return ImageTextModel(name, place)
 
 
-def _write(path: Path, lines: Sequence[str]) -> None:
+def _write(path: Path, lines: Sequence[bytes]) -> EmtError | None:
+    """Write lines to a file; returns why they could not be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+        write_atomically(path, b"".join(line + b"\n" for line in lines))
     except OSError as error:
-        raise EmtError(f"{path} cannot be written: {error.strerror}.") from error
+        return EmtError(f"{path} cannot be written: {error.strerror}.", "Name another file with --output.")
+    return None
 
 
 def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from emt.evaluate.pairs import MEASURES
 
@@ -300,8 +325,8 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for row in measured[:_SHOWN]:
         cells = [_cell(row.values[name]) for name in _COLUMNS]
-        prompt = [escape(row.pair.prompt or "")] if wide else []
-        table.add_row(escape(row.pair.result.name), *prompt, *cells)
+        prompt = [Text(printable(row.pair.prompt or ""))] if wide else []
+        table.add_row(Text(printable(row.pair.result.name)), *prompt, *cells)
     console.print(table)
     totals = Table(
         title=f"{len(measured)} clips, mean and 95% confidence interval", title_justify="left", box=box.SIMPLE_HEAD

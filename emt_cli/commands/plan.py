@@ -9,7 +9,7 @@ import typer
 
 from emt_cli.batch.options import TransferOptions
 from emt_cli.commands.arguments import takes_options
-from emt_cli.text import duration, printable, size
+from emt_cli.text import duration, message, printable, size
 
 if TYPE_CHECKING:
     from emt_cli.batch.planning import Plan
@@ -60,7 +60,7 @@ def _print_table(plan: Plan) -> None:
         item = job.item
         title = job.output or " ".join(part for part in (item.origin, str(item.reference), item.prompt[:60]) if part)
         style = {"problem": "red", "failed": "red", "replaces": "yellow", "done": "green"}.get(job.state, "")
-        note = " ".join(f"{job.error.problem.rstrip('.')}. {job.error.hint}".split()) if job.error else ""
+        note = message(job.error.problem, job.error.hint) if job.error else ""
         if not note and isinstance(item, Job) and item.settings.best_of > 1:
             note = f"the best of {item.settings.best_of}"
         seconds = duration(job.seconds) if job.state in TO_DO else ""

@@ -31,7 +31,7 @@ def report(
     """Write a page that shows references and results side by side, playing in sync.
 
     It opens from disk, without a server or a network, as long as it stays where it is written. Measures are shown
-    where OUT/metrics.jsonl has them: emt evaluate OUT --output OUT/metrics.jsonl
+    where `emt evaluate OUT` has measured them.
     """
     if sheet is None:
         typer.echo(os.fsencode(write_report(out, output)))

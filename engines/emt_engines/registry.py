@@ -28,7 +28,7 @@ class Entry:
 
 
 #: Engines of TensorRT begin as the file of the ONNX exporter, and may embed the plugin.
-_TENSORRT = ("emt_engines.onnx_export", "emt_engines.plugin")
+_TENSORRT = ("emt_engines.products", "emt_engines.onnx_export", "emt_engines.plugin")
 
 #: By the value of `--backend`.
 BACKENDS = {

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT for RTX: engines built from the ONNX files, and run on PyTorch's tensors.
 
-Both have one programming interface, in modules of different names; what differs is said by a `Kind`.
+Both have one programming interface, in modules of different names; what differs is said by a `Product`.
 
 | | tensorrt | tensorrt-rtx |
 |---|---|---|
@@ -14,12 +14,10 @@ buffers of its own, so that a call allocates nothing, and is recorded as a CUDA 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +31,7 @@ from emt_engines import onnx_export
 from emt_engines.base import CannotRun
 from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec
 from emt_engines.onnx_export import OPSET, PARTS, FileBackend, OnnxBuilder, check_sizes, coarsest, ranges
+from emt_engines.products import RTX, TENSORRT, Product
 
 if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
@@ -40,57 +39,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One of the two libraries.
-
-    Attributes:
-        backend: As `--backend` has it.
-        module: Of Python.
-        install: What to type if it is not there.
-        targets: Compute capabilities that an engine is built for, by the library's names; empty: the GPU that is there.
-        runs: Compute capabilities that run its engines, in words.
-    """
-
-    backend: str
-    module: str
-    install: str
-    targets: tuple[str, ...] = ()
-    runs: str = ""
-
-    def load(self) -> Any:
-        """The library's module.
-
-        Raises:
-            EmtError: it is not installed, or cannot be loaded.
-        """
-        try:
-            return importlib.import_module(self.module)
-        except (ImportError, OSError) as error:
-            raise EmtError(f"{self.module} cannot be loaded: {error}", self.install) from None
-
-    def refuses(self, capability: tuple[int, int]) -> bool:
-        """Whether GPUs of a compute capability cannot run its engines."""
-        name = "".join(map(str, capability))
-        return bool(self.targets) and f"SM{name}" not in self.targets and capability[0] != 12
-
-
-TENSORRT = Kind("tensorrt", "tensorrt", "Install TensorRT 10.10 or newer: pip install tensorrt")
-RTX = Kind(
-    "tensorrt-rtx",
-    "tensorrt_rtx",
-    "Install TensorRT for RTX: pip install 'emt-cli[rtx]'",
-    targets=("SM80", "SM86", "SM89", "SM120"),
-    runs="8.0, 8.6, 8.9 and 12.x",
-)
-
 # ------------------------------------------------------------------------------------------------------------ building
 
 
 class _Builder:
     """Exports a part, has the library build an engine of it, and keeps that alone."""
 
-    kind: Kind
+    kind: Product
     name: str
     depends: tuple[str, ...]
     bound: bool
@@ -350,7 +305,7 @@ class _Backend(FileBackend):
         trt: The library's module, if not the one that is installed.
     """
 
-    kind: Kind
+    kind: Product
 
     def __init__(
         self, folder: Path, manifest: Manifest, pipe: MotionTransferPipeline, *, trt: Any | None = None
@@ -439,7 +394,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def refuse(kind: Kind, device: torch.device) -> None:
+def refuse(kind: Product, device: torch.device) -> None:
     """Say so if a device cannot run a library's engines, before the library is asked.
 
     Raises:
