@@ -328,10 +328,29 @@ def test_the_pooled_correlation_is_that_of_all_values_together(seed):
     rng = np.random.default_rng(seed)
     pairs = [(x := rng.normal(size=n), x + rng.normal(size=n)) for n in (5, 9, 30)]
     expected = np.corrcoef(*(np.concatenate(part) for part in zip(*pairs)))[0, 1]
-    found = statistics.pooled_pearson(pairs)
-    assert found.value == pytest.approx(expected)
-    assert found.low <= found.value + 1e-9
-    assert found.value <= found.high + 1e-9
+    assert statistics.pooled_pearson(pairs).value == pytest.approx(expected)
+
+
+def test_k9_the_interval_of_a_pooled_correlation_covers_it_as_often_as_it_says():
+    """Clips of 16 values each that correlate at 0.6: what varies is which clips there are."""
+    rng, estimates = np.random.default_rng(0), []
+    for _ in range(100):
+        x, noise = rng.normal(size=(2, 40, 16))
+        estimates.append(statistics.pooled_pearson(list(zip(x, 0.6 * x + 0.8 * noise))))
+    assert 88 <= sum(e.low <= 0.6 <= e.high for e in estimates) <= 100
+    width = 2 * 1.96 * (1 - 0.6**2) / (40 * 16) ** 0.5
+    assert np.mean([e.high - e.low for e in estimates]) == pytest.approx(width, rel=0.1)
+
+
+def test_k9_clips_are_resampled_whole():
+    """In each clip the values are one value: sixteen of it say no more than one."""
+    rng, widths = np.random.default_rng(1), []
+    for _ in range(20):
+        x, noise = rng.normal(size=(2, 40))
+        pairs = [(np.full(16, a), np.full(16, 0.6 * a + 0.8 * b)) for a, b in zip(x, noise)]
+        found = statistics.pooled_pearson(pairs)
+        widths.append(found.high - found.low)
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * (1 - 0.6**2) / 40**0.5, rel=0.2)
 
 
 def test_a_constant_has_no_correlation():
