@@ -142,7 +142,7 @@ def _echo(process: subprocess.Popen[str], end: float) -> tuple[str, None]:
 
 
 def report_engine(folder: Path) -> None:
-    """What was built."""
+    """Engine that was built."""
     from emt.errors import EmtError
     from emt_engines.manifest import Manifest
 

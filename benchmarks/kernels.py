@@ -163,7 +163,7 @@ def geglu_cases() -> Iterator[Case]:
 
 
 def product_and_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What `geglu_linear` takes the place of."""
+    """Separate matmul and `geglu`, which `geglu_linear` replaces."""
     return geglu(F.linear(x, weight, bias))
 
 

@@ -135,7 +135,7 @@ def check(out: Path, checked: dict[Path, int]) -> None:
 
 
 def check_complete(out: Path, jobs: int) -> None:
-    """What holds when a run has come to its end."""
+    """Invariants at the end of a run."""
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_bytes().splitlines()]
     done = [line["id"] for line in lines if line.get("state") == "done"]
     expect(len(done) == len(set(done)) == jobs, f"{len(done)} done lines of {len(set(done))} jobs, expected {jobs}")

@@ -340,7 +340,7 @@ class Count(TorchDispatchMode):
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU reaches: bytes a second of a large copy, read plus written; operations a second of a product."""
+    """Ceilings of this GPU: bytes a second of a large copy, read plus written; operations a second of a product."""
     half = {"device": "cuda", "dtype": torch.float16}
     source, target = torch.randn(2**30, **half), torch.empty(2**30, **half)
     copy = 2 * source.numel() * source.element_size() / median_ms(lambda: target.copy_(source))

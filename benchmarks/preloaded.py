@@ -24,7 +24,7 @@ _FORK.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Ended:
-    """What a run left behind: exit code (negative: the signal that ended it) and its two streams."""
+    """Result of a run: exit code (negative: the signal that ended it) and its two streams."""
 
     code: int
     out: str

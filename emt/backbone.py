@@ -46,7 +46,7 @@ class Facts:
     activation_bytes: float
 
     def takes_frames(self, frames: int) -> bool:
-        """Whether clips may have so many frames."""
+        """Return whether clips may have so many frames."""
         return 2 <= frames <= self.max_frames and (frames - 1) % self.frame_step == 0
 
     def allowed_frames(self) -> str:
@@ -75,7 +75,7 @@ def import_backbones(index: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a pass through a network is computed. Results agree to rounding.
+    """Options of a pass through a network. Results agree to rounding.
 
     What is fused is so at inference alone, not while gradients, autocast or `torch.compile` need layers apart.
 
@@ -121,7 +121,7 @@ class Backbone(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of its weights."""
         ...
 
     @property
@@ -157,7 +157,7 @@ class Backbone(Protocol):
         ...
 
     def encode_text(self, text: Tensor) -> TextFeatures:
-        """What denoising reads of prompts' encoding (batch, tokens, width)."""
+        """Features of prompts for denoising, from their encoding (batch, tokens, width)."""
         ...
 
     def reference_layers(self) -> list[str]:
@@ -165,7 +165,7 @@ class Backbone(Protocol):
         ...
 
     def prepare_layer(self, path: str, features: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """What a layer needs of references in every step, from their features."""
+        """Constants of references in a layer, for all steps, from their features."""
         ...
 
     def prepare(self, features: MotionFeatures) -> PreparedMotion:
@@ -253,7 +253,7 @@ class TeachingBackbone(Backbone, Protocol):
         ...
 
     def encode_text_without_adapter(self, text: Tensor) -> TextFeatures:
-        """What passes without the adapter read of prompts' encoding (batch, tokens, width)."""
+        """Features of prompts for passes without the adapter, from their encoding (batch, tokens, width)."""
         ...
 
     def attention_maps(self, features: MotionFeatures, blocks: tuple[int, ...]) -> list[Tensor]:

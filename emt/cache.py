@@ -1,4 +1,4 @@
-"""What is kept between runs in the user's cache folder: content hashes of files, and motion features.
+"""Caches between runs in the user's cache folder: content hashes of files, and motion features.
 
 Both are only ever a saving of time: a hash is keyed by everything that changes when a file's content does, and a
 motion entry by the content it was made from, so deleting the folder at any moment is harmless. A cache that cannot be
@@ -151,7 +151,7 @@ class ContentIndex:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What changes in a file's status whenever its content does."""
+    """Fields of a file's status that change whenever its content does."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
 
 
@@ -217,7 +217,7 @@ class MotionCache:
         return motion, fps
 
     def warnings(self, key: str) -> tuple[str, ...]:
-        """What was said of the clip that an entry's motion was read from; nothing without an entry."""
+        """Warnings about the clip that an entry's motion was read from; none without an entry."""
         with suppress(OSError, ValueError, RecursionError, AttributeError):
             known = json.loads(self._paths(key)[1].read_bytes()).get("warnings", [])
             if isinstance(known, list) and all(isinstance(text, str) for text in known):

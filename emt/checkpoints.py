@@ -423,7 +423,7 @@ def _bare(name: str) -> str:
 
 
 def _same_ends(own: Tensor, given: Tensor) -> bool:
-    """Whether the first and last numbers of a tensor are those of a file, in the tensor's dtype."""
+    """Return whether the first and last numbers of a tensor are those of a file, in the tensor's dtype."""
     if own.is_meta:
         return False
     pairs = [(own.flatten()[:16], given.flatten()[:16]), (own.flatten()[-16:], given.flatten()[-16:])]

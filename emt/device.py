@@ -69,7 +69,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it has memory of its own that CUDA measures."""
+        """Return whether it has memory of its own that CUDA measures."""
         return self.torch_device.startswith("cuda")
 
     @property
@@ -95,7 +95,7 @@ class Device:
             torch.cuda.synchronize(self.torch_device)
 
     def mark(self) -> Callable[[], None]:
-        """What waits until all is done that the device has been asked for so far."""
+        """Record a CUDA event on the current stream; the returned function blocks until it has completed."""
         if not self.is_gpu:
             return lambda: None
         import torch
@@ -162,7 +162,7 @@ def _system_memory() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation failed for want of memory, on a GPU or on a CPU."""
+    """Return whether a computation failed for want of memory, on a GPU or on a CPU."""
     import torch
 
     told = str(error)

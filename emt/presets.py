@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_values(name: str, steps: int) -> dict[str, Any]:
-    """What a preset sets for a model whose own number of steps is `steps`, which it does not exceed."""
+    """Settings of a preset for a model whose own number of steps is `steps`, which it does not exceed."""
     values = dict(PRESETS[name])
     if "steps" in values:
         values["steps"] = min(values["steps"], steps)

@@ -16,7 +16,7 @@ from pathlib import Path
 from emt.errors import EmtError
 
 PARTIAL = ".emt-partial-"
-"""How the names of files begin that are being written; what a killed process left has such a name."""
+"""Prefix of the names of files that are being written; partial files of a killed process have it."""
 
 _SET_ASIDE = ".was."  # in the name of a folder that another one is to replace, before the folder's own name
 

@@ -102,7 +102,7 @@ class Vocabulary:
         return difflib.get_close_matches(word.lower(), self.words, n=2)
 
     def count(self) -> str:
-        """How much it knows, as in `50 subjects, 8 colours, 16 scenes`."""
+        """Size of the vocabulary, as in `50 subjects, 8 colours, 16 scenes`."""
         return ", ".join(f"{len(words)} {kind}" for kind, words in self.groups.items())
 
     def lines(self) -> list[str]:

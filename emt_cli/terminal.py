@@ -1,4 +1,4 @@
-"""What a run shows: progress on standard error for people, results on standard output for programs.
+"""Output of a run: progress on standard error for people, results on standard output for programs.
 
 On a terminal: bars over all jobs (clips a minute, time left, device memory) and over the steps of the running
 batch, and a table at the end. Elsewhere: a plain line a job, one for each phase that takes a while, and one at the end.
@@ -33,7 +33,7 @@ _LAST_MESSAGES = 2.0  # seconds that messages wait at the end
 
 
 class Results(Enum):
-    """What standard output has for each job."""
+    """Format of a job's line on standard output."""
 
     NONE = "nothing"
     PATHS = "the path of its clip"
@@ -254,7 +254,7 @@ def _title(line: dict[str, Any]) -> str:
 
 
 def _note(line: dict[str, Any]) -> str:
-    """What else there is to say of a job: why it failed or was dropped, or which candidate was kept."""
+    """Remark on a job: why it failed or was dropped, or which candidate was kept."""
     return _reason(line) if line["state"] in ("failed", "dropped") else describe_choice(line)
 
 

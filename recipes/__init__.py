@@ -1,1 +1,1 @@
-"""What trains the small model from nothing, stage by stage."""
+"""Recipe: the small model trained from nothing, stage by stage."""

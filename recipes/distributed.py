@@ -36,7 +36,7 @@ def rank() -> int:
 
 
 def ranks() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
@@ -58,7 +58,7 @@ def from_rank_0(number: float) -> float:
 
 
 def all_agree(flag: bool) -> bool:
-    """Whether it is true in all processes."""
+    """Return whether it is true in all processes."""
     return average_over_ranks(torch.tensor(float(flag))).item() == 1
 
 

@@ -89,7 +89,7 @@ def joined(parts: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Cases:
-    """What a model is measured on: n motions, asked for in one appearance and played by references in another."""
+    """Held-out clips: n motions, prompted in one appearance and played by references in another."""
 
     motions: Motions
     asked: Appearances

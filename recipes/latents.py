@@ -18,7 +18,7 @@ from recipes.text import make_tokenizer
 
 
 def cover(motions: Motions, side: int) -> Tensor:
-    """Where subjects are: (n, frames, side, side) uint8, a disc around each as wide as its sprite."""
+    """Mask of the subjects: (n, frames, side, side) uint8, a disc around each as wide as its sprite."""
     return discs(motions.position, 0.5 * motions.scale, side).any(2).to(torch.uint8)
 
 
@@ -46,7 +46,7 @@ class Clips:
 
     @classmethod
     def load(cls, out: Path, device: torch.device) -> Clips:
-        """What `render_latents` wrote in this process, or in the first one if there were fewer."""
+        """File that `render_latents` wrote in this process, or in the first one if there were fewer."""
         path = latents_path(out, rank())
         if not path.exists():
             path = latents_path(out, 0)
@@ -136,7 +136,7 @@ class Clips:
         }
 
     def truth(self, motion: Tensor, view: Tensor) -> dict[str, Tensor]:
-        """How clips move, for `MotionReader`: displacement, pose, and whether their subjects have an upright."""
+        """Motion of clips, for `MotionReader`: displacement, pose, and whether their subjects have an upright."""
         upright = (view < self.latents.shape[1] - 1).float()
         return {
             "displacement": self.displacements[motion].float(),

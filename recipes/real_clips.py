@@ -40,7 +40,7 @@ CAMERA = 0.4
 
 Clips over uneven ground have about 0.5, of subjects before a camera that follows them 0.3 at most."""
 TARGET = 0.7
-"""What the correlation of global motion is to reach where the camera moves."""
+"""Target of the correlation of global motion where the camera moves."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Reference:
 
     @property
     def kind(self) -> str:
-        """What moves in it."""
+        """Kind of motion: camera or subject."""
         return "camera" if self.share >= CAMERA else "subject"
 
 

@@ -108,7 +108,7 @@ _stop = False
 
 
 def stop_requested() -> bool:
-    """Whether SIGTERM or Ctrl-C came: stages then end as if their time was over, and save."""
+    """Return whether SIGTERM or Ctrl-C came: stages then end as if their time was over, and save."""
     return _stop
 
 

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def mean_scales(unet: MotionTransferUNet, loss: Callable[..., Tensor], batch: dict[str, Tensor]) -> dict[str, float]:
-    """How far each scaler is open on a batch: the mean of its scale map, by motion module."""
+    """Openness of each scaler on a batch: the mean of its scale map, by motion module."""
     found: dict[str, list[Tensor]] = {}
     hooks = []
     for path, module in unet.fusion_modules().items():

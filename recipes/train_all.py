@@ -68,7 +68,7 @@ class Compiler:
                 self._started[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def ready(self, stage: str) -> bool:
-        """Whether a stage can be compiled, in all processes; waits until it is known."""
+        """Return whether a stage can be compiled, in all processes; waits until it is known."""
         if stage not in self._started:
             return False
         code = self._started[stage].wait()

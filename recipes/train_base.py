@@ -29,7 +29,7 @@ from recipes.text import make_tokenizer
 
 
 class Defaults(NamedTuple):
-    """What a stage trains with where nothing else is given."""
+    """Default options of a stage."""
 
     batch: int
     shift: float  # of timesteps towards noise
@@ -47,7 +47,7 @@ DEFAULTS = {
 
 @contextlib.contextmanager
 def without_motion_modules(unet: MotionTransferUNet) -> Iterator[None]:
-    """Within, the network is one of single frames; its motion modules cost nothing."""
+    """Context manager: run the network on single frames, without its motion modules."""
     blocks = unet.blocks()
     kept = [block.motion_modules for block in blocks]
     for block in blocks:
@@ -71,7 +71,7 @@ class MotionReader(nn.Module):
     """
 
     NAMES = ("x", "y", "step_x", "step_y", "sin", "cos", "turn", "size")
-    """What is read: displacement since frame 0 and since the frame before, and `Motions.poses`."""
+    """Readings: displacement since frame 0 and since the frame before, and `Motions.poses`."""
     UNITS = (32.0, 32.0, 4.0, 4.0, 0.5, 0.25, 0.125, 0.25)
     """Of displacements, pixels; a step is some eighth of the way. Of sine and cosine, radians, and log size."""
 
@@ -94,7 +94,7 @@ class MotionReader(nn.Module):
     def forward(
         self, hidden: Iterable[Tensor], displacement: Tensor, pose: Tensor, upright: Tensor, share: Tensor
     ) -> Tensor:
-        """How far the maps are off, a float32 scalar.
+        """Error of the maps, a float32 scalar.
 
         Args:
             hidden: of noisy clips, after each motion module: (batch·frames, channels, height, width).

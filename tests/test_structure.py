@@ -293,3 +293,12 @@ def test_bad_usage_is_exit_code_2(arguments):
 def test_version():
     done = subprocess.run([EMT, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["emt", "0.1.0"]
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """Not with what, how, where or whether: a reader wants to know what a thing is or does."""
+    questions = re.compile(r"(What|How|Where|Whether|Who|Why|When|Within|See that|Say whether)\b")
+    for path in sorted(path for layer in LAYERS.values() for path in layer.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                assert not questions.match(ast.get_docstring(node) or ""), f"{path}:{getattr(node, 'lineno', 1)}"

@@ -22,7 +22,7 @@ class Networks(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """Device of the parts."""
         ...
 
 
@@ -43,7 +43,7 @@ class Backend(Protocol):
         ...
 
     def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
-        """What every step needs of references; good until motion of the same shape is prepared.
+        """Prepare the constants of references for all steps; good until motion of the same shape is prepared.
 
         Classes that derive from this one inherit it.
         """

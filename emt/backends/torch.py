@@ -105,7 +105,7 @@ class TorchBackend(PipelineBackend):
 
     @property
     def reuses(self) -> bool:  # type: ignore[override]
-        """Whether the network has deep features that serve several steps."""
+        """Return whether the network has deep features that serve several steps."""
         return hasattr(self.unet, "denoise_deep")
 
     # ------------------------------------------------------------------------------------------------- the network
@@ -151,7 +151,7 @@ class TorchBackend(PipelineBackend):
         return CapturedCall(replay, own, output)
 
     def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
-        """What every step needs of references; good until motion of the same shape is prepared.
+        """Prepare the constants of references for all steps; good until motion of the same shape is prepared.
 
         Where calls are captured it is written to the static input of its shape, layer by layer, so that there is never
         a second one in memory (1 GiB for one reference of 16 frames at 512×512).

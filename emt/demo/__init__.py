@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 NAME = "demo"
-"""What the program calls it."""
+"""Name of the model in the program."""
 
 
 def path() -> Path:

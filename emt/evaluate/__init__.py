@@ -1,4 +1,4 @@
-"""How well a result follows its reference and its prompt: the measures behind `emt evaluate`.
+"""Measures of a result against its reference and its prompt, behind `emt evaluate`.
 
 Names are loaded on first use, so that importing one measure does not load OpenCV or torch for the others.
 """

@@ -103,7 +103,7 @@ class Alignment:
         return torch.where(left < _ENOUGH * total, torch.inf, error)
 
     def _places(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the points go, (n, points) complex, and their weights: 0 outside of the frame."""
+        """Destinations of the points, (n, points) complex, and their weights: 0 outside of the frame."""
         place = a[:, None] * self._points + b[:, None]
         inside = (place.real.abs() < self._half - 1) & (place.imag.abs() < self._half - 1)
         return place, self._scene * inside

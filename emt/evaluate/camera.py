@@ -16,7 +16,7 @@ REACH = 0.4
 
 @dataclass(frozen=True)
 class CameraMotion:
-    """How the scene moves on the screen.
+    """Global motion of the scene on the screen.
 
     Attributes:
         curves: (frames, 4): pan x, pan y (fractions of the frame's longer side), log zoom, roll (radians, clockwise),
@@ -72,7 +72,7 @@ def step_fits(tracklets: Tracklets) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scene_velocity(tracklets: Tracklets) -> np.ndarray:
-    """How the tracklets' points would move if they all belonged to the scene: (tracks, frames - 1, 2)."""
+    """Motion of the tracklets' points if they all belonged to the scene: (tracks, frames - 1, 2)."""
     fits, _ = step_fits(tracklets)
     start = tracklets.points[:, :-1]
     return np.einsum("sij,nsj->nsi", fits[:, :, :2], start) + fits[None, :, :, 2] - start
@@ -90,7 +90,7 @@ def camera_share(tracklets: Tracklets) -> float:
 
 
 def _spread(points: np.ndarray, tracklets: Tracklets) -> bool:
-    """Whether points cover the frame as a scene does, and not just a subject before a flat scene."""
+    """Return whether points cover the frame as a scene does, and not just a subject before a flat scene."""
     if len(points) < 8:
         return False
     size = np.array([tracklets.width, tracklets.height])
@@ -121,7 +121,7 @@ def pearson(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def camera_agreement(reference: CameraMotion, result: CameraMotion) -> dict[str, float | None]:
-    """How well a result's camera follows its reference's.
+    """Agreement of a result's camera with its reference's.
 
     Returns:
         For each of `pan_x`, `pan_y`, `zoom`, `roll`: the Pearson correlation over time of the two clips' cumulative

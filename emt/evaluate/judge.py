@@ -53,7 +53,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a judge sees in clips; n clips of `frames` frames with up to two subjects each.
+    """A judge's reading of clips; n clips of `frames` frames with up to two subjects each.
 
     Attributes:
         position: (n, frames, 2, 2) centres of the subjects in pixels of a 128 frame.
@@ -79,7 +79,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Maps:
-    """What the network says of each frame; `GRID` × `GRID` cells."""
+    """Outputs of the network for each frame; `GRID` × `GRID` cells."""
 
     heat: Tensor  # (n, cells) logits: the centre of a subject lies here
     offset: Tensor  # (n, 2, cells) from the cell's centre to the subject's, in cells
@@ -151,7 +151,7 @@ class Judge(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.scene.weight.device
 
     def forward(self, frames: Tensor) -> Maps:
@@ -193,7 +193,7 @@ class Judge(nn.Module):
         return subject, colour, turn.unflatten(-1, (count, 2))
 
     def scene_flow(self, first: Maps, second: Maps) -> tuple[Tensor, Tensor]:
-        """How the scene moves from one frame to the next.
+        """Camera motion from each frame to the next.
 
         Returns:
             Displacement in pixels (n, cells, 2) and the log of its expected error in cells (n, cells).
@@ -427,7 +427,7 @@ def _assign(heat: Tensor, subject: Tensor, colour: Tensor, subjects: Tensor, ask
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a prompt asks for, as indices into a judge's vocabulary; `None` where it names no such thing."""
+    """Things that a prompt names, as indices into a judge's vocabulary; `None` where it names no such thing."""
 
     subjects: tuple[int, ...]
     colours: tuple[int | None, ...]
@@ -459,7 +459,7 @@ def read_prompt(prompt: str, vocabulary: Vocabulary) -> Prompt | None:
 
 
 def prompt_alignments(judge: Judge, clips: Tensor, prompts: Sequence[str]) -> list[float | None]:
-    """How much of its prompt a judge sees in each clip: the mean probability of each thing that the prompt names.
+    """Text alignment of each clip, by a judge: the mean probability of each thing that the prompt names.
 
     Args:
         judge: The judge.

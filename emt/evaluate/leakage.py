@@ -10,7 +10,7 @@ _BINS = 8  # per colour channel
 
 
 def appearance(frames: np.ndarray) -> np.ndarray:
-    """What a clip looks like, regardless of where: the square roots of its smoothed colour histogram, unit length.
+    """Appearance of a clip, without position: the square roots of its smoothed colour histogram, unit length.
 
     Args:
         frames: uint8 (frames, height, width, 3).

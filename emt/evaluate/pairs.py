@@ -35,7 +35,7 @@ MEASURES: dict[str, str] = {
     **{name: f"camera {name.replace('_', ' ')}, Pearson" for name in CURVES},
     "leakage": "leakage of the reference's appearance",
 }
-"""What is measured, in the order of the summary: first the columns of the paper's table, then the rest."""
+"""Names of the measures, in the order of the summary: first the columns of the paper's table, then the rest."""
 
 _SAMPLING = ("fit", "start", "duration", "stride")
 

@@ -39,7 +39,7 @@ NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0)
 
 
 def _resampled(clips: int, seed: int) -> np.ndarray:
-    """How often each clip is drawn in each resample: (RESAMPLES, clips)."""
+    """Counts of each clip in each bootstrap resample: (RESAMPLES, clips)."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(clips, np.full(clips, 1 / clips), size=RESAMPLES)
 

@@ -102,7 +102,7 @@ def track(frames: np.ndarray, method: str = "opencv", checkpoint: str | Path | N
 
 
 def _changes(frames: np.ndarray) -> bool:
-    """Whether more than a few pixels become others in a usual step: more than by noise and compression."""
+    """Return whether more than a few pixels become others in a usual step: more than by noise and compression."""
     steps = itertools.pairwise(frames)
     shares = [(np.abs(b.astype(np.int16) - a).max(-1) > _OTHER).mean() for a, b in steps]
     return bool(np.median(shares) > _MANY)

@@ -1,4 +1,4 @@
-"""How well generated clips of the rendered world follow the motion they should: measured against the exact truth."""
+"""Motion of generated clips of the rendered world, measured against the exact truth."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ TARGETS: dict[str, float] = {
     "scene": 0.95,
     "leakage": 0.01,
 }
-"""What the shipped small model is to reach on held-out motions: at least this, or for `AT_MOST` at most this."""
+"""Targets of the shipped small model on held-out motions: at least this, or for `AT_MOST` at most this."""
 
 AT_MOST = ("position_error", "leakage")
 """Measures that are better the smaller they are, of those that have targets."""
@@ -243,7 +243,7 @@ def draw_cases(
 
 
 def verdict(name: str, value: float, floor: float | None = None) -> str:
-    """Whether a measure reaches its target: "met", "missed", or that the judge does not see it in true renders either.
+    """Verdict on a measure and its target: "met", "missed", or that the judge does not see it in true renders either.
 
     Args:
         name: Of `TARGETS`.

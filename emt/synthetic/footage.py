@@ -1,4 +1,4 @@
-"""What makes a rendered clip look like real footage: natural textures, cut-outs of any outline, and a camera's flaws.
+"""Realism of rendered clips: natural textures, cut-outs of any outline, and a camera's flaws.
 
 Textures are dead-leaves pictures and 1/f noise, which share the statistics of photographs, and photographs themselves
 where a package that ships some (scikit-image, scikit-learn) happens to be installed.

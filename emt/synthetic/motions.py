@@ -1,4 +1,4 @@
-"""How things move in the rendered world: families of object and camera motion, drawn in batches.
+"""Motions of the rendered world: families of object and camera motion, drawn in batches.
 
 Coordinates are those of a 128-pixel frame, x to the right, y down, the frame spanning [0, 128] with its centre at
 (64, 64); the centre of the top-left pixel is (0.5, 0.5). Angles are radians and positive clockwise on the screen.
@@ -108,7 +108,7 @@ class Motions:
         return found - torch.stack(torch.broadcast_tensors(x, y))
 
     def poses(self, side: int) -> Tensor:
-        """How the subject that a place sees is held: (n, frames, 4, side, side), all 0 where it sees the scene.
+        """Pose of the subject at each place: (n, frames, 4, side, side), all 0 where it sees the scene.
 
         Sine and cosine of its rotation, its turn since the frame before in radians, and the log of its sprite's side
         in quarters of the frame. Places are those of `displacements`.
@@ -123,7 +123,7 @@ class Motions:
         return found
 
     def _seen(self, i: int, side: int) -> Tensor:
-        """Whether places see subject `i`: (n, frames, side, side)."""
+        """Return whether places see subject `i`: (n, frames, side, side)."""
         return discs(self.position[:, :, i], 0.4 * self.scale[:, :, i], side)
 
 

@@ -83,7 +83,7 @@ def held_out_combinations() -> Tensor:
 
 @dataclass
 class Appearances:
-    """What a batch of clips shows; every tensor has the clips as its first dimension.
+    """Content of a batch of clips; every tensor has the clips as its first dimension.
 
     Attributes:
         subject: (n, 2) index into `SUBJECTS`; the second is ignored where a clip has one subject.

@@ -93,7 +93,7 @@ RIM = 0.55
 
 
 def centred(alpha: np.ndarray) -> tuple[float, float, float]:
-    """Where a cut-out belongs in its cell: its centroid in the middle, its area like that of every other subject.
+    """Placement of a cut-out in its cell: its centroid in the middle, its area like that of every other subject.
 
     Args:
         alpha: (height, width) opacity in [0, 1].

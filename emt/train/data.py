@@ -124,7 +124,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _read_metadata(folder: Path, say: Callable[[str], None]) -> dict[Path, dict[str, Any]]:
-    """What a folder's metadata say of clips, by path; a line that cannot be used is named and left out."""
+    """Metadata of a folder's clips, by path; a line that cannot be used is named and left out."""
     path = folder / METADATA
     try:
         lines = path.read_bytes().splitlines()
@@ -225,7 +225,7 @@ class PairDataset(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Rendering:
-    """How pairs are rendered.
+    """Options of rendered pairs.
 
     Attributes:
         appearances: Clips of a motion.

@@ -75,7 +75,7 @@ class Objective:
         return (signal * latents.float() + sigma * noise.float()).to(latents.dtype)
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
-        """What the network is to predict, in float32: the noise, or ``v = √ᾱ·noise − √(1−ᾱ)·latents``."""
+        """Target of the prediction, in float32: the noise, or ``v = √ᾱ·noise − √(1−ᾱ)·latents``."""
         if self.prediction_type == "epsilon":
             return noise.float()
         signal, sigma = self._at(timestep, latents)

@@ -52,7 +52,7 @@ SMALLEST_SIGNAL = 0.068
 
 @dataclass(frozen=True)
 class Guidance:
-    """How firmly a clip is held to its reference's motion; the defaults are MotionClone's.
+    """Strength of motion guidance; the defaults are MotionClone's.
 
     Attributes:
         weight: λ for 16 frames of 64×64 latents.
@@ -69,7 +69,7 @@ class Guidance:
     kept: int = 1
 
     def strength(self, step: int, steps: int) -> float:
-        """What the weight is multiplied by in a step, between 0 and 1."""
+        """Factor of the weight in a step, between 0 and 1."""
         guided, ramp = round(self.share * steps), max(1.0, self.ramp * steps)
         return max(0.0, min(1.0, (step + 1) / ramp, (guided - step) / ramp))
 
@@ -224,7 +224,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the filter says of a clip.
+    """Verdict of the filter on a clip.
 
     Attributes:
         fidelity: `emt.evaluate.motion.tracklet_fidelity` to the reference.
@@ -239,7 +239,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Filter:
-    """What a teacher's clip has to reach to be trained on (EfficientMT filters its pairs by both measures).
+    """Thresholds for a teacher's clip to be trained on (EfficientMT filters its pairs by both measures).
 
     The authors do not tell their thresholds. These are drawn from the rendered world, where the truth is known, two
     looks of 24 motions: clips of the same motion have a fidelity of at least 0.89, of different motions 0.78 or less
@@ -269,7 +269,7 @@ class Filter:
         return Verdict(fidelity, consistency, self.reason(fidelity, consistency))
 
     def reason(self, fidelity: float, consistency: float) -> str:
-        """Why a clip with these measures is dropped; empty if it is kept."""
+        """Reason why a clip with these measures is dropped; empty if it is kept."""
         low = [
             f"{name} {value:.3f} is below {least:g}"
             for name, value, least in (

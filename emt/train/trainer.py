@@ -50,7 +50,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the defaults are the published ones.
+    """Training options; the defaults are the published ones.
 
     Attributes:
         steps: Of the optimizer.
@@ -342,7 +342,7 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def _described(self) -> dict[str, Any]:
-        """What the losses of a run follow from."""
+        """Everything that determines the losses of a run."""
         told: dict[str, Any] = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
         return told | {"processes": self.accelerator.num_processes, "pairs": self.dataset.fingerprint}
 

@@ -60,12 +60,12 @@ class Colours:
 
     @property
     def hdr(self) -> bool:
-        """Whether the stream is PQ or HLG."""
+        """Return whether the stream is PQ or HLG."""
         return self.transfer in _HDR
 
     @property
     def needs_zimg(self) -> bool:
-        """Whether more than a matrix and a range lie between the stream and sRGB."""
+        """Return whether more than a matrix and a range lie between the stream and sRGB."""
         wide = self.primaries in _WIDE
         return self.hdr or wide or self.transfer in _ENCODED_LIGHT or (not self.rgb and self.matrix in _ONLY_ZIMG)
 

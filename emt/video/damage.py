@@ -18,7 +18,7 @@ _NO_DECODER = re.compile(r"Parsed_|swscaler|\[(?:vf|af|vost|aost|out|graph|in)#|
 
 
 def ends_early(path: Path, size: int) -> bool:
-    """Whether a file ends before its own structure says: MP4 and MOV, AVI, ASF (WMV), Ogg, GIF, MPEG-TS.
+    """Return whether a file ends before its own structure says: MP4 and MOV, AVI, ASF (WMV), Ogg, GIF, MPEG-TS.
 
     Args:
         path: The file.
@@ -49,7 +49,7 @@ def ends_early(path: Path, size: int) -> bool:
 
 
 def _boxes_end(file: BinaryIO, size: int) -> int:
-    """Where the last box of an MP4 or MOV file ends, by its header."""
+    """End of the last box of an MP4 or MOV file, by its header."""
     end = 0
     while end + 8 <= size:
         file.seek(end)
@@ -64,7 +64,7 @@ def _boxes_end(file: BinaryIO, size: int) -> int:
 
 
 def _chunks_end(file: BinaryIO, size: int) -> int:
-    """Where the last RIFF chunk of an AVI file ends, by its header; 0 if the file was not finished."""
+    """End of the last RIFF chunk of an AVI file, by its header; 0 if the file was not finished."""
     end = 0
     while end + 12 <= size:
         file.seek(end)
@@ -92,7 +92,7 @@ def said(log: str) -> list[tuple[str, str, str]]:
 
 
 def signs_of_a_cut(log: str) -> bool:
-    """Whether a demuxer says that the file ends too early."""
+    """Return whether a demuxer says that the file ends too early."""
     return any(_CUT.search(text) for _, _, text in said(log))
 
 

@@ -89,7 +89,7 @@ class Ffmpeg:
 
     @property
     def reason(self) -> str:
-        """Why it failed, after `finish`, in one line."""
+        """Reason of the failure, after `finish`, in one line."""
         errors = re.findall(r"^(?:\[[^\]]*\] )*\[(?:error|fatal|panic)\] (.+)", self.log, re.MULTILINE)
         if self._process.returncode < 0:
             return f"ffmpeg crashed ({signal.Signals(-self._process.returncode).name})"

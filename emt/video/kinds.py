@@ -35,7 +35,7 @@ _OF_THE_SYSTEM = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db"})
 
 
 def is_clip(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is taken for one clip: a video file, an animated picture, or a folder of one clip's frames.
+    """Return whether `path` is taken for one clip: a video file, an animated picture, or a folder of one clip's frames.
 
     A folder that holds a video of any kind is a folder of clips, whatever pictures (thumbnails, covers) are beside.
     Nothing is decoded: a file that only has the name of a video is called a clip, and refused when it is read.

@@ -40,12 +40,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name is that of a frame in a folder of images."""
+    """Return whether a file's name is that of a frame in a folder of images."""
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def is_animation(path: Path) -> bool:
-    """Whether a file is a WebP or PNG picture with more than one frame; only its header is read."""
+    """Return whether a file is a WebP or PNG picture with more than one frame; only its header is read."""
     try:
         with picture(path, ("PNG", "WEBP")) as image:
             return bool(getattr(image, "is_animated", False))

@@ -229,7 +229,7 @@ class Video:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What the demuxer lists of a file, and what ffmpeg says of its first frame.
+    """Description of a file by ffmpeg's demuxer and of its first frame.
 
     Attributes:
         times: When frames are presented, in seconds, increasing and distinct.
@@ -274,7 +274,7 @@ class _Listing:
         return default[0] if default and videos[0][0] not in default else None
 
     def described(self, stream: str) -> str:
-        """How ffmpeg describes the stream: codec, pixels, size and more."""
+        """Description of the stream by ffmpeg: codec, pixels, size and more."""
         videos = self._videos()
         number = stream.split(":")[1]
         return (
@@ -287,7 +287,7 @@ class _Listing:
         return any(kind == "Audio" for _, kind, _ in self._streams())
 
     def clock_breaks(self) -> bool:
-        """Whether the container's clock starts again, or jumps, in the middle."""
+        """Return whether the container's clock starts again, or jumps, in the middle."""
         container = re.search(r"^(?:\[info\])? *Input #0, ([\w,]+), from", self.log, re.MULTILINE)
         if not container or container[1] not in _JUMPING:
             return False
@@ -319,7 +319,7 @@ class _Listing:
         return int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0
 
     def _nothing_else_lasts(self, seconds: float) -> bool:
-        """Whether no other stream explains a header's duration; sound often outlasts the picture."""
+        """Return whether no other stream explains a header's duration; sound often outlasts the picture."""
         others = [kind for number, kind, text in self._streams() if kind != "Video"]
         if not others:
             return True

@@ -175,7 +175,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What `write_clip` embedded in a clip; empty if it embedded nothing, or another program wrote the clip.
+    """Metadata that `write_clip` embedded in a clip; empty if it embedded nothing, or another program wrote the clip.
 
     Raises:
         EmtError: The clip cannot be read.

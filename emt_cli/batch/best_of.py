@@ -76,7 +76,7 @@ class BestOf:
         return [job.seed for job in self.jobs]
 
     def record(self) -> dict[str, Any]:
-        """What records tell of it: `first_seed`, the job's own, and all candidates in the order of their seeds."""
+        """Fields of a record: `first_seed`, the job's own, and all candidates in the order of their seeds."""
         told = [self._told[seed] for seed in self._order if seed in self._told]
         return {"best_of": {"first_seed": self.job.seed, "candidates": told}}
 

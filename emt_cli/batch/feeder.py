@@ -86,7 +86,7 @@ class Feeder:
         return None
 
     def _ended_before(self, line: dict[str, Any], state: str) -> bool:
-        """Whether earlier runs leave nothing to do for a job, which is reported then.
+        """Return whether earlier runs leave nothing to do for a job, which is reported then.
 
         Args:
             line: The job as journal lines describe it.
@@ -120,7 +120,7 @@ class Feeder:
         self.outcomes.done({**line, **record, "adopted": True}, report=False)
 
     def _fails_filter(self, line: dict[str, Any], state: str) -> str:
-        """Why a job of an earlier run does not pass this run's filter, by what was measured then; empty if it may."""
+        """Reason why a job of an earlier run does not pass this run's filter, by its measures; empty if it may."""
         assert self.options.filter is not None
         journal = self.outcomes.journal.known
         known = (journal.dropped if state == "open" else journal.done).get(line["output"], {})

@@ -1,4 +1,4 @@
-"""What becomes of frames: they are measured, chosen from, filtered, written and recorded, by threads of their own."""
+"""Finishing of clips: frames are measured, chosen from, filtered, written and recorded, by threads of their own."""
 
 from __future__ import annotations
 

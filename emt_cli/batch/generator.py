@@ -215,7 +215,7 @@ class Generator:
         return self._pipe
 
     def check(self, job: Job) -> None:
-        """Say whether the model, and the engine that the user named, can make a job's clip; needs no torch.
+        """Raise EmtError unless the model, and the engine that the user named, can make a job's clip; needs no torch.
 
         Raises:
             EmtError: it cannot.
@@ -253,7 +253,7 @@ class Generator:
         return engine.manifest.batch[1] if engine else None
 
     def motion_key(self, job: Job, reference_sha256: str) -> str:
-        """What motion features depend on, as a hash; of the device too, so that a clip can be made again exactly."""
+        """Cache key of motion features, which depend on the device too: a clip can be made again exactly."""
         engine = self.engine(job)
         device = self.device
         where = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]

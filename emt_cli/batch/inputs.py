@@ -60,7 +60,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Base:
-    """What jobs start from: the model's own settings, and those that the command line sets."""
+    """Base settings of jobs: the model's own settings, and those that the command line sets."""
 
     defaults: Mapping[str, Any]
     given: Mapping[str, Any]
@@ -252,7 +252,7 @@ def read_text(path: Path) -> str:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is a JSON object or list, or its first line is an object."""
+    """Return whether a text is a JSON object or list, or its first line is an object."""
     text = text.strip()
     if text[:1] not in ("{", "["):
         return False

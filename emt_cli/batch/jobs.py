@@ -50,13 +50,13 @@ class Job:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What jobs must have in common to be denoised in one batch."""
+        """Key that the jobs of one batch share."""
         s = self.settings
         return s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How the reference is read: the settings on which its motion features depend."""
+        """Sampling of the reference: the settings on which its motion features depend."""
         settings = self.settings.as_dict()
         return {name: settings[name] for name in ("frames", "height", "width", "fit", "start", "duration", "stride")}
 
@@ -127,7 +127,7 @@ def slug(text: str, limit: int = 80) -> str:
 
 
 def output_name(job: Job, reference: str) -> PurePosixPath:
-    """Where in the output folder a job's clip goes: `<reference>/<prompt>-<seed>.<format>`.
+    """Path of a job's clip in the output folder: `<reference>/<prompt>-<seed>.<format>`.
 
     Distinct jobs get distinct names, whatever the prompts: a prompt that its slug does not spell exactly has a
     hash appended after `_`, which no slug contains, and so have settings that a job's own line sets. (Settings of the
@@ -149,7 +149,7 @@ def output_name(job: Job, reference: str) -> PurePosixPath:
 
 
 def own_name(output: PurePosixPath, identity: str) -> PurePosixPath:
-    """Where a job's clip goes if another job's is at `output`: the same prompt and seed with other settings, model, ….
+    """Path of a job's clip if another job's is at `output`: the same prompt and seed with other settings, model, ….
 
     Args:
         output: The job's `output_name`.

@@ -55,7 +55,7 @@ _BLOCK = 1 << 16  # bytes
 
 
 def exists(out: Path) -> bool:
-    """Whether a folder has a journal."""
+    """Return whether a folder has a journal."""
     return bool(_files(out))
 
 
@@ -131,7 +131,7 @@ def _timed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Known:
-    """What runs need to know of the clips of earlier ones: the last word on each, in little memory.
+    """Index of the clips of earlier runs: the latest line on each, in little memory.
 
     Attributes:
         done: By output: id, bytes and mtime_ns of a finished clip; seed and best_of where one was chosen; measures.

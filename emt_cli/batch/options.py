@@ -74,7 +74,7 @@ class Preset(str, Enum):
 
 
 class Fit(str, Enum):
-    """How a reference of another shape is brought to the size of the clip."""
+    """Ways to fit a reference of another shape to the size of the clip."""
 
     CROP = "crop"
     PAD = "pad"
@@ -101,7 +101,7 @@ class Precision(str, Enum):
 
 
 class Kernels(str, Enum):
-    """What computes attention over time, norms and gated activations."""
+    """Kernels for attention over time, norms and gated activations."""
 
     AUTO = "auto"
     TRITON = "triton"
@@ -109,7 +109,7 @@ class Kernels(str, Enum):
 
 
 class Memory(str, Enum):
-    """How much of a GPU's memory may be used."""
+    """Limits on the use of a GPU's memory."""
 
     AUTO = "auto"
     LOW = "low"
@@ -124,7 +124,7 @@ def _clip(help: str, **limits: Any) -> Field:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the frames of one clip, besides its reference, prompt and seed.
+    """Settings of one clip: all that decides its frames, besides its reference, prompt and seed.
 
     The defaults are the published ones; a model's own override the first five (`emt.model_folder.DEFAULTS`).
     """

@@ -1,4 +1,4 @@
-"""How jobs end: what the journal keeps of it, and who is told."""
+"""Outcomes of jobs: journal lines, counts, and the listener that receives them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Outcomes:
         self._stop.set()
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """What could not be honoured is said once in a run; the records of all clips that it concerns have it."""
+        """Report once in a run what could not be honoured; the records of all clips that it concerns have it."""
         with self._guard:
             new = [text for text in warnings if text not in self._said]
             self._said.update(new)
@@ -159,7 +159,7 @@ class Outcomes:
 
 
 def _like(line: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    """How a job ends that is the same as another one."""
+    """Outcome of a job that is the same as another one."""
     if first["state"] in ("failed", "dropped"):
         return {**line, **{key: first[key] for key in ("state", "error", "hint") if key in first}}
     return {**line, "state": "skipped", "duplicate": True}

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Phases of a run and their seconds."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class PlannedJob:
 
 @dataclass
 class Plan:
-    """What a command line would do.
+    """Plan of a command line.
 
     Attributes:
         jobs: Its jobs.

@@ -46,7 +46,7 @@ def check(value: Any) -> dict[str, Any]:
 
 
 def is_output(text: Any) -> bool:
-    """Whether a text is the path of a clip in an output folder: relative, and not out of it."""
+    """Return whether a text is the path of a clip in an output folder: relative, and not out of it."""
     if not isinstance(text, str) or not text or "\0" in text:
         return False
     parts = (*PurePosixPath(text).parts, *PureWindowsPath(text).parts)
@@ -118,7 +118,7 @@ def _choice(value: Any) -> Any:
 
 
 def _is_choice(record: dict[str, Any]) -> bool:
-    """Whether the clip that was kept is one of the candidates, and has a score."""
+    """Return whether the clip that was kept is one of the candidates, and has a score."""
     kept = [c for c in record["best_of"]["candidates"] if c["seed"] == record.get("seed")]
     return bool(kept) and _number(kept[0].get("motion_fidelity")) is not _MISSING
 

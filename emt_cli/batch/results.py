@@ -21,7 +21,7 @@ _KEY = "emt"
 
 
 def sidecar(clip: Path) -> Path:
-    """Where the record of a clip lies beside it: `<clip>.json`."""
+    """Path of the record beside a clip: `<clip>.json`."""
     return clip.with_name(clip.name + ".json")
 
 
@@ -50,7 +50,7 @@ def read_record(clip: Path) -> dict[str, Any]:
 
 
 def is_whole(clip: Path, job: Job, identity: str) -> bool:
-    """Whether a clip is this job's, and has all of its frames."""
+    """Return whether a clip is this job's, and has all of its frames."""
     return _found(clip) == (identity, job.settings.frames)
 
 
@@ -66,7 +66,7 @@ def _found(clip: Path) -> tuple[str, int]:
 
 
 def state_on_disk(line: Mapping[str, Any] | None, clip: Path, job: Job, identity: str) -> str:
-    """Whether a job is done: `done`, `made` (a clip that the journal does not know of), or `open`.
+    """Return whether a job is done: `done`, `made` (a clip that the journal does not know of), or `open`.
 
     Args:
         line: The last line of the journal that calls this clip done, if there is one.
@@ -87,12 +87,12 @@ def state_on_disk(line: Mapping[str, Any] | None, clip: Path, job: Job, identity
 
 
 def is_untouched(line: Mapping[str, Any], status: os.stat_result) -> bool:
-    """Whether a clip is as the journal left it."""
+    """Return whether a clip is as the journal left it."""
     return line.get("bytes") == status.st_size and line.get("mtime_ns") == status.st_mtime_ns
 
 
 def is_anothers(line: Mapping[str, Any] | None, clip: Path, identity: str) -> bool:
-    """Whether a finished clip of another job is where a job's clip goes; arguments as for `state_on_disk`."""
+    """Return whether a finished clip of another job is where a job's clip goes; arguments as for `state_on_disk`."""
     try:
         status = os.stat(clip)
     except (OSError, ValueError):
@@ -109,7 +109,7 @@ def is_anothers(line: Mapping[str, Any] | None, clip: Path, identity: str) -> bo
 
 @dataclass(frozen=True)
 class Place:
-    """Where the clip of a job goes.
+    """Path of a job's clip.
 
     Attributes:
         output: Path in the output folder.

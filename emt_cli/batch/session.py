@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How clips are made, whatever the device; plain values, so that other processes can be given them.
+    """Options of a session, for any device; plain values, so that other processes can be given them.
 
     Attributes:
         model: Folder or hub id; None for the small model.
@@ -60,7 +60,7 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the jobs of a run are done, whoever does them; plain values.
+    """Options of a run, for any worker; plain values.
 
     Attributes:
         numerics: Execution options that can change output bits, part of each job's identity.
@@ -89,7 +89,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Session:
-    """What makes clips in one process.
+    """Model, device and caches of one process.
 
     Attributes:
         model: The model.

@@ -69,7 +69,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Source:
-    """What a reader has of a reference.
+    """Source of a reference, read ahead of the device.
 
     Attributes:
         content: Its frames, or its motion from the cache.

@@ -94,7 +94,7 @@ class TeachingGenerator(Generator):
 
 
 def read_guidance(record: Mapping[str, Any]) -> Guidance | None:
-    """How the teacher made a clip, by its record; None if no teacher did.
+    """Guidance that made a clip, by its record; None if no teacher did.
 
     Raises:
         TypeError: the record is damaged.
@@ -107,7 +107,7 @@ def read_guidance(record: Mapping[str, Any]) -> Guidance | None:
 
 
 def method(guidance: Guidance) -> str:
-    """What makes a teacher's job another one than the adapter's with the same settings."""
+    """Extra hash component that keeps teacher jobs apart from adapter jobs with the same settings."""
     return digest("teacher", asdict(guidance))
 
 

@@ -79,7 +79,7 @@ class Intake:
         return "stopped"
 
     def source(self, reference: Reference) -> Source | None:
-        """What a reader has of a reference; None when stopping.
+        """Source of a reference, from its reader; None when stopping.
 
         Raises:
             Exception: it could not be read.
@@ -318,7 +318,7 @@ class Worker:
                 self.finisher.add(task, frames, batch, {**once, **timings}, peak)
 
     def _room_on_disk(self, tasks: list[Task]) -> bool:
-        """Whether the clips of a batch can be written; it would be a pity to find that out afterwards."""
+        """Return whether the clips of a batch can be written; it would be a pity to find that out afterwards."""
         out = self.outcomes.out
         free = shutil.disk_usage(out).free
         if free >= _SPARE_BYTES + sum(clip_bytes(task.job.settings) for task in tasks):

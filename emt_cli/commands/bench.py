@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """What one way of running the network takes: milliseconds, seconds a clip, GiB at the peak of a clip.
+    """Times of one way to run the network: milliseconds, seconds a clip, GiB at the peak of a clip.
 
     `change` is how far a step's output is from that of the first row, relative to its norm.
     """

@@ -20,7 +20,7 @@ from emt_cli.batch.options import Precision, check_device, parse_defaults
 
 
 class EngineBackend(str, Enum):
-    """What compiles and runs an engine."""
+    """Compilers of engines."""
 
     INDUCTOR = "inductor"
     TENSORRT = "tensorrt"
@@ -153,7 +153,7 @@ def build_engine(
 
 @contextlib.contextmanager
 def insistent_interrupts(seconds: float = 5.0) -> Iterator[None]:
-    """Within, Ctrl-C is raised again every few seconds until it has ended the block.
+    """Context manager: raise Ctrl-C again every few seconds until it has ended the block.
 
     A KeyboardInterrupt that comes while Python is in a callback of a compiler's library is reported and dropped there.
     """

@@ -226,7 +226,7 @@ def _told(engine: Engine) -> dict[str, Any]:
 
 
 def _fits_here(engine: Engine) -> str:
-    """Why an engine cannot run on this machine; empty if it can."""
+    """Reason why an engine cannot run on this machine; empty if it can."""
     import torch
 
     from emt_engines.manifest import Request

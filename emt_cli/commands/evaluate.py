@@ -41,7 +41,7 @@ _COLUMNS = {
 
 
 class Tracks(str, Enum):
-    """How points are followed through a clip."""
+    """Point trackers."""
 
     OPENCV = "opencv"
     COTRACKER = "cotracker"

@@ -82,7 +82,7 @@ def rerun(
 
 @dataclass(frozen=True)
 class _Made:
-    """How a clip was made, by its record."""
+    """Record of a clip, checked."""
 
     record: dict[str, Any]
     job: Job
@@ -204,7 +204,7 @@ _KEPT = ("best_of", "motion_fidelity", "temporal_consistency")
 
 
 def _differences(record: dict[str, Any], device: str, kernels: str) -> list[str]:
-    """What is not as it was when the clip was made, and may change the last bits."""
+    """Differences from the time when the clip was made, which may change the last bits."""
     from emt_cli.batch.jobs import NUMERICS_VERSION
 
     found = []
@@ -237,7 +237,7 @@ def _all_frames(clip: Path) -> np.ndarray | EmtError:
 
 
 def compare(original: np.ndarray | EmtError, again: np.ndarray | EmtError) -> str:
-    """How far two clips are from each other, in words.
+    """Difference of two clips, in words.
 
     Args:
         original: uint8, (frames, height, width, 3), or why it cannot be read.
@@ -309,7 +309,7 @@ def _recorded_model(record: dict[str, Any]) -> str:
 
 
 def _recorded_engine(record: dict[str, Any], say: Callable[[str], None]) -> str:
-    """What executed the network for a clip: torch, or the folder of an engine in the user's cache."""
+    """Engine that made a clip: torch, or the folder of an engine in the user's cache."""
     from emt_engines.choice import TORCH, engines_dir, list_engines
 
     wanted = record.get("engine_id")

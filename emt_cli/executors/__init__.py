@@ -1,1 +1,1 @@
-"""How the workers of a run are started: on this device, later on many."""
+"""Executors start the workers of a run."""

@@ -1,4 +1,4 @@
-"""How the jobs of an output folder are run: by whom, and how that ends."""
+"""Executors: run the jobs of an output folder, with one or more workers, and say how that ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emt_cli.batch.worker import Worker
 
 @dataclass
 class Summary:
-    """How a run ended.
+    """End of a run.
 
     Attributes:
         counts: Jobs by state.
@@ -53,7 +53,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Pieces:
-    """What does jobs in one process on one device.
+    """Pieces of the batch runtime in one process on one device.
 
     Attributes:
         outcomes: Writes down how jobs end.

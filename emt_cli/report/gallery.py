@@ -42,7 +42,7 @@ SAMPLING = ("frames", "height", "width", "fit", "start", "duration", "stride")
 
 
 def sampling_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """How a job sampled its reference; the defaults for one that was rejected before it had settings.
+    """Sampling of a job's reference; the defaults for one that was rejected before it had settings.
 
     Raises:
         EmtError: the settings are damaged.
@@ -54,7 +54,7 @@ def sampling_of(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_inside(out: Path, path: Path) -> bool:
-    """Whether a file, or a folder with all that is in it, is in an output folder and no link out of it."""
+    """Return whether a file, or a folder with all that is in it, is in an output folder and no link out of it."""
     root = os.path.realpath(out)
     names = [path, *(path.iterdir() if path.is_dir() else ())]
     return all(os.path.realpath(name).startswith(os.path.join(root, "")) for name in names)
@@ -222,7 +222,7 @@ def _noted(show: Callable[[Any], dict[str, Any]], what: Any) -> dict[str, Any]:
 
 
 def _is_entry(kept: dict[str, Any]) -> bool:
-    """Whether a kept entry is as `Gallery` writes them; a page must not ask for what another one says."""
+    """Return whether a kept entry is as `Gallery` writes them; a page must not ask for what another one says."""
     sizes = (kept.get(name) for name in ("frames", "width", "height"))
     if not all(type(number) is int and number > 0 for number in sizes):
         return False
@@ -239,7 +239,7 @@ def _even(width: int, height: int) -> tuple[int, int]:
 
 
 def reason(error: Exception) -> str:
-    """Why a clip cannot be shown, in a line."""
+    """Reason why a clip cannot be shown, in a line."""
     if isinstance(error, EmtError):
         return error.problem
     return (isinstance(error, OSError) and error.strerror) or first_line(error)

@@ -1,4 +1,4 @@
-"""What `emt evaluate` has measured of the clips of an output folder."""
+"""Measures by `emt evaluate` of the clips of an output folder."""
 
 from __future__ import annotations
 

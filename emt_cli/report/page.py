@@ -67,7 +67,7 @@ def check_folder(out: Path) -> None:
 
 
 def _collect(out: Path, page: Path) -> dict[str, Any]:
-    """What the page shows, as JSON values."""
+    """Content of the page, as JSON values."""
     lines = sorted((line for line in journal.current(out) if line["state"] != "dropped"), key=order_of)
     metrics = Metrics.read(out / METRICS)
     labels = _labels(line["reference"] for line in lines if line.get("reference"))
@@ -105,6 +105,6 @@ def _labels(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _reference_key(line: Mapping[str, Any]) -> str:
-    """What lines with the same view of the same reference have in common."""
+    """Key shared by lines with the same sampling of the same reference."""
     settings = line.get("settings") or {}
     return json.dumps([line["reference"], line.get("reference_sha256"), [settings.get(name) for name in SAMPLING]])

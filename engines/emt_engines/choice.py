@@ -125,7 +125,7 @@ class EngineChoice:
             )
 
     def applies(self, cache_interval: int) -> bool:
-        """Whether an engine may make a clip; reports, once, that cache_interval rules it out."""
+        """Return whether an engine may make a clip; reports, once, that cache_interval rules it out."""
         if cache_interval == 1 or self.requested == TORCH:
             return True
         with self._guard:
@@ -213,7 +213,7 @@ class EngineChoice:
 
 
 def _unfit_for_auto(manifest: Manifest) -> str:
-    """Why auto does not use an engine that could run; empty if it does."""
+    """Reason why auto does not use an engine that could run; empty if it does."""
     if manifest.backend == "onnx":
         return "it is for other programs to run"
     if manifest.parity is None:

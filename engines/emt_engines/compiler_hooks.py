@@ -115,7 +115,7 @@ def _remembering(find: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kind(argument: Any, constant: bool) -> Any:
-    """What of an argument Triton's translation depends on."""
+    """Triton's specialization key of an argument."""
     from torch._inductor.ir import TensorBox
 
     if isinstance(argument, torch.Tensor):

@@ -76,7 +76,7 @@ class InductorBuilder:
     opset = None
 
     def check(self, request: Request) -> None:
-        """Say whether it can be built here.
+        """Raise EmtError unless it can be built here.
 
         Raises:
             EmtError: a compiler is missing, PyTorch is too old, or a range of sizes is asked for.

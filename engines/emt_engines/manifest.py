@@ -60,7 +60,7 @@ class Size:
 
     @property
     def exact(self) -> bool:
-        """Whether it is one size."""
+        """Return whether it is one size."""
         return self.least == self.most
 
     @property
@@ -70,7 +70,7 @@ class Size:
         return width, height
 
     def contains(self, other: Size) -> bool:
-        """Whether all of another range is in this one."""
+        """Return whether all of another range is in this one."""
         return all(a <= b for a, b in zip(self.least, other.least)) and all(
             b <= a for a, b in zip(self.most, other.most)
         )
@@ -209,7 +209,7 @@ class Manifest:
     # ---------------------------------------------------------------------------------------------------- may it run
 
     def match(self, request: Request, host: Host | None = None, code: str | None = None) -> tuple[bool, str]:
-        """Whether it may run for a request, and if not, the reason.
+        """Return whether it may run for a request, and if not, the reason.
 
         Args:
             request: The requirements.
@@ -230,7 +230,7 @@ class Manifest:
         return True, ""
 
     def covers(self, width: int, height: int, frames: int) -> bool:
-        """Whether it takes clips of a size and length."""
+        """Return whether it takes clips of a size and length."""
         size = Size((width, height), (width, height))
         return frames == self.frames and any(own.contains(size) for own in self.sizes)
 

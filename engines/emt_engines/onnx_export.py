@@ -165,7 +165,7 @@ class _Traced(nn.Module):
 
 
 def coarsest(pipe: MotionTransferPipeline, name: str) -> int:
-    """How many rows of a part's first input are one of its coarsest grid."""
+    """Number of rows of a part's first input for one of its coarsest grid."""
     if name.startswith("vae"):
         return pipe.vae_scale_factor if name == "vae_encoder" else 1
     return pipe.unet.facts.even_step
@@ -288,7 +288,7 @@ class OnnxBuilder:
     opset = OPSET
 
     def check(self, request: Request) -> None:
-        """Say whether ONNX files can be written here.
+        """Raise EmtError unless ONNX files can be written here.
 
         Raises:
             EmtError: a library is missing or too old.
@@ -327,7 +327,7 @@ class OnnxBuilder:
 
 
 def check_sizes(pipe: MotionTransferPipeline, request: Request) -> None:
-    """See that the network's levels halve all sizes evenly.
+    """Ensure that the network's levels halve all sizes evenly.
 
     Raises:
         EmtError: naming those that they do not.

@@ -1,4 +1,4 @@
-"""How far an engine is from eager PyTorch, on random inputs of its smallest, typical and largest shapes."""
+"""Parity of an engine with eager PyTorch, on random inputs of its smallest, typical and largest shapes."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def motion_tensors(motion: PreparedMotion) -> dict[str, Tensor]:
 
 
 def feature_tensors(features: MotionFeatures) -> dict[str, Tensor]:
-    """What a reference pass read, by the name of the output: ``feature/<layer>/<its number in the layer>``."""
+    """Outputs of a reference pass, by name: ``feature/<layer>/<its number in the layer>``."""
     return {f"feature/{path}/{i}": x for path, layer in features.layers.items() for i, x in enumerate(layer)}
 
 
@@ -184,7 +184,7 @@ class Function:
     varying: str = ""
 
     def varies(self, name: str) -> bool:
-        """Whether the first dimension of an input varies."""
+        """Return whether the first dimension of an input varies."""
         return bool(self.varying) and not name.startswith("motion/")
 
     def input_specs(self) -> tuple[TensorSpec, ...]:

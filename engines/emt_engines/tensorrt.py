@@ -54,7 +54,7 @@ class _Builder:
     plugs = False  # whether it takes the plugin
 
     def check(self, request: Request) -> None:
-        """Say whether an engine can be built here.
+        """Raise EmtError unless an engine can be built here.
 
         Raises:
             EmtError: a library is missing or too old.
@@ -95,7 +95,7 @@ class TensorRTBuilder(_Builder):
     plugs = True
 
     def check(self, request: Request) -> None:
-        """Say whether an engine can be built here.
+        """Raise EmtError unless an engine can be built here.
 
         Raises:
             EmtError: TensorRT is missing or too old, or there is no CUDA GPU.
@@ -324,7 +324,7 @@ class _Backend(FileBackend):
         self._calls: dict[tuple[Any, ...], _Call] = {}
 
     def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
-        """What every step needs of references, laid out so that an engine reads it where it lies."""
+        """Constants of references for all steps, in the memory layout that an engine reads without a copy."""
         prepared = super().prepare_motion(features)
         for pair in prepared.layers.values():
             for reference in pair:

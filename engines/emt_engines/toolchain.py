@@ -23,7 +23,7 @@ def compiler() -> str:
 
 
 def missing_compiler() -> str:
-    """What is wrong with this machine's C++ compiler; empty if nothing is."""
+    """Fault of this machine's C++ compiler; empty if there is none."""
     return "" if shutil.which(compiler()) else f"there is no C++ compiler ({compiler()})"
 
 
@@ -36,13 +36,13 @@ def _cuda_home() -> Path | None:
 
 
 def missing_toolkit() -> str:
-    """What is missing of CUDA's headers; empty if nothing is."""
+    """Missing part of CUDA's headers; empty if there is none."""
     return "" if _cuda_home() else "there are no headers of CUDA's toolkit (set CUDA_HOME to where it is)"
 
 
 @functools.cache
 def links_statically(command: str) -> bool:
-    """Whether what a C++ compiler links has the C++ library inside, in the place of a mention of the shared one."""
+    """Return whether a C++ compiler links the C++ library statically, in place of the shared one."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
         source.write_text("#include <string>\nstd::string twice(const std::string& x) { return x + x; }\n")

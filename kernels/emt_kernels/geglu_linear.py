@@ -19,7 +19,7 @@ from emt_kernels.selection import INSTALLED, interpreted, untraced, use_triton
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is divided.
+    """Division of the work.
 
     Attributes:
         rows: of a program's tile of the result.
@@ -81,7 +81,7 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether inference by `geglu_linear` was measured to be faster than a matmul and `geglu` for such tensors.
+    """Return whether inference by `geglu_linear` was measured to be faster than a matmul and `geglu` for such tensors.
 
     Never under `torch.compile`, which chooses its own matmuls.
     """
@@ -107,7 +107,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def _describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors fit matrices: plain tensors of one 16-bit dtype with rows aligned to 16 bytes."""
+    """Return whether tensor descriptors fit: plain matrices of one 16-bit dtype with rows aligned to 16 bytes."""
     return all(
         type(t) in (Tensor, nn.Parameter)
         and t.dtype in (torch.float16, torch.bfloat16)

@@ -84,7 +84,7 @@ _WARP = 512  # values for which one more warp reads such a group
 
 @dataclass(frozen=True)
 class Plan:
-    """How one program reads one group of a frame: `rows` pixels of `lanes` channels at once, with `warps`."""
+    """Tile of a program that reads one group of a frame: `rows` pixels of `lanes` channels at once, with `warps`."""
 
     lanes: int
     rows: int
@@ -92,7 +92,7 @@ class Plan:
 
 
 def plan(size: int, pixels: int) -> Plan | None:
-    """How one program normalizes a group of `size` channels; None where blocks of pixels are to be faster.
+    """Tile of a program that normalizes a group of `size` channels; None where blocks of pixels are to be faster.
 
     The more a group takes of the cache, the more warps share it, so that fewer groups are in the cache at once.
     """

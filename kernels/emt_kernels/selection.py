@@ -25,7 +25,7 @@ launch_hook: Callable[[Any], Any] | None = None
 
 
 def unavailable() -> str:
-    """Why Triton's kernels cannot run on this machine; empty if they can."""
+    """Reason why Triton's kernels cannot run on this machine; empty if they can."""
     global _problem
     if _problem is None:
         _problem = _find_problem()
@@ -66,7 +66,7 @@ def select(kernels: Kernels) -> tuple[str, str]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a public kernel function launches its Triton kernel for `x`; none does inside `substitutes`."""
+    """Return whether a public kernel function launches its Triton kernel for `x`; none does inside `substitutes`."""
     return not _substitutes and x.is_cuda and _requested != "reference" and not unavailable()
 
 
@@ -88,7 +88,7 @@ def substitute(name: str) -> Callable[..., Any] | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
+    """Return whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

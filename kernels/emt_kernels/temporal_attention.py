@@ -162,7 +162,7 @@ def _check(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is divided: a program takes some heads of one pixel after another, a warp whole heads of it."""
+    """Division of the work: a program takes some heads of one pixel after another, a warp whole heads of it."""
 
     heads: int  # of a program, a power of two; as many as cover whole sectors of memory
     warps: int  # of a program, at most one a head

@@ -120,7 +120,7 @@ def other_version(state: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
 
 
 def unet_guess(state: Mapping[str, Tensor]) -> str:
-    """What the UNet of a file looks like that does not fit, for a message; empty if nothing is known."""
+    """Description of a file's UNet that does not fit, for a message; empty if nothing is known."""
     if version := other_version(state):
         return f"it looks like {version}"
     for name in ("conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight"):

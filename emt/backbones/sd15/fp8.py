@@ -32,7 +32,7 @@ Choice = Callable[[int, int, bool], bool]
 
 
 def is_faster(outputs: int, inputs: int, exact: bool = False) -> bool:
-    """Whether a matmul of many tokens is faster in float8, if the kernel before it quantizes.
+    """Return whether a matmul of many tokens is faster in float8, if the kernel before it quantizes.
 
     A matmul takes as long as its arithmetic or its traffic, whichever is longer. In bytes of traffic for each token:
     float16 reads 2·inputs and writes 2·outputs; float8 reads half of that, at twice the speed of arithmetic. The kernel
@@ -127,7 +127,7 @@ def scaled_matmul(
 
 @functools.cache
 def _abilities(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether matmuls with a scale for each row can return this dtype here, and add a bias of it.
+    """Return whether matmuls with a scale for each row can return this dtype here, and add a bias of it.
 
     PyTorch's kernels for some GPUs have bfloat16 only.
     """

@@ -297,7 +297,7 @@ def _check_unet(
 
 
 def _motion_guess(motion: Part, unet: MotionTransferUNet) -> str:
-    """What a motion module looks like that may not fit: those of SDXL have three levels."""
+    """Description of a motion module that may not fit: those of SDXL have three levels."""
     levels = {match[1] for name in motion.state if (match := re.match(r"down_blocks\.(\d+)\.", name))}
     return f"it looks like one of {SDXL}" if len(levels) == 3 < len(unet.config.block_out_channels) else ""
 

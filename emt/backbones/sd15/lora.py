@@ -236,7 +236,7 @@ def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) ->
 
 
 def _factor(layer: LoraLayer, settings: Mapping[str, Any], part: str, module: str) -> float:
-    """What a layer's change is scaled by: alpha / rank, by the file, or by PEFT's settings; 1 without either.
+    """Scale of a layer's change: alpha / rank, by the file, or by PEFT's settings; 1 without either.
 
     Raises:
         ValueError: if a setting is none that PEFT writes.
@@ -262,7 +262,7 @@ def _factor(layer: LoraLayer, settings: Mapping[str, Any], part: str, module: st
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of PEFT's, a module's name or the end of one as a regular expression, is of a module."""
+    """Return whether a pattern of PEFT's, a module's name or the end of one as a regular expression, is of a module."""
     # An expression with nested repetition takes for ever on purpose; PEFT's patterns are names.
     if len(re.findall(r"[*+?{]", pattern)) > 3 or len(pattern) > 300:
         raise ValueError(f"the pattern {pattern!r:.40} is not read")

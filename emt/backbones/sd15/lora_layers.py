@@ -66,12 +66,12 @@ class LoraLayer:
         return [role for role in ("down", "up") if role not in has]
 
     def bias_change(self) -> Tensor | None:
-        """What is added to the bias; None for nothing."""
+        """Change of the bias; None for none."""
         change = self.tensors.get("diff_b", self.tensors.get("b_norm"))
         return None if change is None else change.float()
 
     def weight_change(self, shape: torch.Size) -> Tensor | None:
-        """What is added to the weight in float32, before alpha and DoRA; None for nothing.
+        """Change of the weight in float32, before alpha and DoRA; None for none.
 
         Raises:
             RuntimeError, IndexError, ValueError: if the tensors do not fit each other or the shape.
@@ -101,7 +101,7 @@ class LoraLayer:
         return change.reshape(shape) * t["scalar"].reshape(()) if "scalar" in t else change.reshape(shape)
 
     def fits(self, shape: torch.Size) -> bool:
-        """Whether it changes a weight of this shape."""
+        """Return whether it changes a weight of this shape."""
         try:
             meta = LoraLayer({role: tensor.to("meta") for role, tensor in self.tensors.items()})
             meta.weight_change(shape)
@@ -112,7 +112,7 @@ class LoraLayer:
         return True
 
     def change(self, weight: Tensor, scale: float) -> Tensor | None:
-        """What a weight in float32 gains at scale 1, of a layer whose change is scaled by `scale` (alpha / rank)."""
+        """Change of a float32 weight at scale 1, of a layer whose change is scaled by `scale` (alpha / rank)."""
         change = self.weight_change(weight.shape)
         if change is None or (magnitude := self.magnitude) is None:
             return None if change is None else change * scale

@@ -22,7 +22,7 @@ from emt_kernels.temporal_attention import temporal_attention
 
 @dataclass
 class PreparedReference:
-    """What one temporal attention needs of n references at every step, computed once (`TemporalAttention.prepare`).
+    """Constants of n references in one temporal attention, computed once (`TemporalAttention.prepare`).
 
     With s the scale of a token, f its feature and p its position: ``W(s·f + p) = s·(W f) + W p``.
     """
@@ -251,7 +251,7 @@ class MotionModule(nn.Module):
                 yield name, parameter
 
     def prepare(self, features: tuple[Tensor, ...]) -> Reference:
-        """What denoising needs of a reference, from its two features (n, frames, height, width, channels)."""
+        """Constants of a reference for denoising, from its two features (n, frames, height, width, channels)."""
         first, second = (
             attention.prepare(feature, self.block.scaler.prepare(feature, attention.positions[: feature.shape[1]]))
             for attention, feature in zip(self.block.attention_blocks, features, strict=True)

@@ -471,7 +471,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         return TextFeatures({m.path: m.encode_text(text) for m in modules if isinstance(m, SpatialTransformer)})
 
     def prepare_layer(self, path: str, features: tuple[Tensor, ...]) -> Reference:
-        """What a motion module needs of references in every step, from the features that were read in it.
+        """Constants of references in a motion module, for all steps, from the features that were read in it.
 
         Args:
             path: of the motion module.

@@ -60,7 +60,7 @@ def _normalized(hidden: Tensor) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """What is trained of one block.
+    """Trained parameters of one block.
 
     Before training, additions are zero and every reference token counts `INITIAL_SHARE`. So a block attends to both
     clips with the backbone's own projections, and a reference equal to the clip changes nothing.
@@ -94,7 +94,7 @@ class Adapter(nn.Module):
 
 @dataclass
 class PreparedReference:
-    """What one block needs of n references at every step, computed once (`WanMotionTransferTransformer.prepare`)."""
+    """Constants of n references in one block, computed once (`WanMotionTransferTransformer.prepare`)."""
 
     key: Tensor  # with its addition, rotated to its place: (n, heads, tokens, channels per head)
     value: Tensor  # with its addition, likewise

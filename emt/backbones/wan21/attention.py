@@ -61,7 +61,7 @@ def attention_with_reference(
 
 
 def _unseen(frames: int, neighbours: int, like: Tensor) -> Tensor:
-    """What is added to logits, (frames, reference frames): 0, or `_NEVER` times `1/√channels` where too far apart."""
+    """Bias of the logits, (frames, reference frames): 0, or `_NEVER` times `1/√channels` where too far apart."""
     time = torch.arange(frames, device=like.device)
     return ((time[:, None] - time).abs() > neighbours).to(like.dtype) * _NEVER
 

@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What `import_weights` wrote, and from what."""
+    """Record of an import: the folder written and its sources."""
 
     folder: Path
     sources: tuple[Source, ...]

@@ -121,7 +121,7 @@ class LoraMerge:
         return weight
 
     def _low_rank(self, module: str, layer: _Layer, metadata: Mapping[str, Any], scale: float) -> _Addition | str:
-        """What a pair of halves adds, or why it cannot."""
+        """Change by a pair of low-rank factors, or the reason why there is none."""
         name = f"{self._module(module)}.weight"
         if name not in self._shapes:
             return f"no such weight in the model: {module}"
@@ -135,7 +135,7 @@ class LoraMerge:
         return _Addition(name, up, down, scale * alpha / len(down))
 
     def _whole(self, module: str, kind: str, difference: Tensor, scale: float) -> _Addition | str:
-        """What a whole difference adds, or why it cannot."""
+        """Change by a full difference, or the reason why there is none."""
         if kind == "diff_m":
             name = transformer_module(f"{_bare(module)}.modulation")
         elif kind == "diff_b":
@@ -156,7 +156,7 @@ class LoraMerge:
         return transformer_module(_bare(module))
 
     def _guess(self, state: Mapping[str, Tensor]) -> str:
-        """What the file is of, where names or shapes tell."""
+        """Network that the file belongs to, where names or shapes show it."""
         if any("_img" in name or "img_emb" in name or "add_k_proj" in name for name in state):
             return ": it is of image to video"
         own = self._shapes["patch_embedding.weight"][0]

@@ -47,13 +47,13 @@ class Part:
 
 @dataclass
 class Base:
-    """What was given as base: a folder in diffusers' layout, one of the original files, or the transformer alone."""
+    """Kind of base: a folder in diffusers' layout, one of the original files, or the transformer alone."""
 
     path: Path
     layout: str  # "diffusers", "original" or "transformer"
 
     def part(self, name: str, given: str | Path | None) -> Path:
-        """Where a part is: as given, or in the base.
+        """Location of a part: as given, or in the base.
 
         Raises:
             EmtError: if the base has no such part and none was given.

@@ -150,7 +150,7 @@ class Block(nn.Module):
         return self.attn2.split(self.attn2.key(text)), self.attn2.split(self.attn2.to_v(text))
 
     def prepare(self, hidden: Tensor, rotation: Rotation, strength: Tensor) -> PreparedReference:
-        """What every step needs of references, from hidden states (n, tokens, channels) and strengths (n, 1, 1)."""
+        """Constants of references for all steps, from hidden states (n, tokens, channels) and strengths (n, 1, 1)."""
         attn, adapter = self.attn1, self.adapter
         return PreparedReference(
             key=rotate(attn.split(attn.key(hidden) + adapter.key(hidden)), rotation),
@@ -493,7 +493,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
     # -------------------------------------------------------------------------------------------------- its parts
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained: additions and scalers, by name in the state dict."""
+        """Trained parameters: low-rank additions and scalers, by name in the state dict."""
         for name, parameter in self.named_parameters():
             if ".adapter." in name:
                 yield name, parameter
