@@ -156,7 +156,7 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _changed(status: os.stat_result) -> int:
-    """When a file was last changed, in nanoseconds."""
+    """Time of the last change of a file, in nanoseconds."""
     return max(status.st_mtime_ns, status.st_ctime_ns)
 
 

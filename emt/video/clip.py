@@ -97,7 +97,7 @@ class Source(Protocol):
 
     @property
     def times(self) -> np.ndarray:
-        """When frames are presented, seconds on the clip's own clock, increasing, one for each frame."""
+        """Presentation times of the frames, seconds on the clip's own clock, increasing, one for each frame."""
 
     def read(self, picked: np.ndarray, out: np.ndarray, fit: Fit) -> tuple[str, ...]:
         """Read frames into `out` (frames, height, width, 3), uint8; returns warnings.
