@@ -39,7 +39,7 @@ class Product:
             raise EmtError(f"{self.module} cannot be loaded: {error}", self.install) from None
 
     def refuses(self, capability: tuple[int, int]) -> bool:
-        """Whether GPUs of a compute capability cannot run its engines."""
+        """Return whether GPUs of a compute capability cannot run its engines."""
         name = "".join(map(str, capability))
         return bool(self.targets) and f"SM{name}" not in self.targets and capability[0] != 12
 
