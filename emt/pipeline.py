@@ -23,7 +23,7 @@ from emt.backends.torch import TorchBackend
 from emt.checkpoints import check_loaded
 from emt.errors import EmtError
 from emt.features import Motion, joined
-from emt.sampling import SCHEDULERS, DeepFeatureReuse, check_finite
+from emt.sampling import SCHEDULERS, DeepFeatureReuse, check_finite, noise_generator
 from emt.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class MotionTransferPipeline(DiffusionPipeline):
                 f"reference frames have shape {pixels.shape}, expected (frames, height, width, 3) with height and "
                 f"width multiples of {step}"
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = noise_generator(seed)
         latents = self.encode_frames(pixels, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timestep = torch.tensor([self.config.reference_timestep], device=latents.device)
@@ -227,7 +227,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         sampler.set_timesteps(self.config.steps if steps is None else steps, device="cpu")
         timesteps = sampler.timesteps.to(self._execution_device)
 
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        generators = [noise_generator(s) for s in seeds]
         noise = self.initial_noise(generators, frames, height, width)
         latents = noise.to(self._execution_device) * sampler.init_noise_sigma  # the sampler's state stays in float32
         step_options: dict[str, Any] = {}

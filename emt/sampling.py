@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,17 @@ class NonFiniteError(EmtError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.clips, self.seeds)
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """Random numbers of a seed, the same on every device; whole numbers of any size are told apart.
+
+    The generator itself reads 32 bits of a seed. Of larger seeds a hash is taken, so that they are not the same clip as
+    their last 32 bits.
+    """
+    if seed > 0xFFFFFFFF:
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
+    return torch.Generator().manual_seed(seed)
 
 
 def check_finite(latents: Tensor, seeds: Sequence[int]) -> None:

@@ -74,6 +74,8 @@ class TestGeneration:
             "no motion": pipe("a cat", steps=2, seed=1),
             "steps": pipe("a cat", motion, steps=3, seed=1),
             "seed": pipe("a cat", motion, steps=2, seed=2),
+            "seed that ends in the same 32 bits": pipe("a cat", motion, steps=2, seed=1 + 2**32),
+            "seed that is larger still": pipe("a cat", motion, steps=2, seed=1 + 2**62),
             "guidance": pipe("a cat", motion, steps=2, seed=1, guidance=2.0),
             "negative prompt": pipe("a cat", motion, steps=2, seed=1, negative_prompt="blurry"),
         }

@@ -42,7 +42,7 @@ from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import Tracklets, track
 from emt.features import Motion, MotionFeatures, TextFeatures
 from emt.pipeline import MotionTransferPipeline
-from emt.sampling import check_finite
+from emt.sampling import check_finite, noise_generator
 
 PUBLISHED_VALUES = 16 * 4 * 64 * 64
 """Latent values of the clips for which `Guidance.weight` is published."""
@@ -179,7 +179,7 @@ class Teacher:
 
         sampler = DDIMScheduler.from_config(pipe.scheduler.config)
         sampler.set_timesteps(steps, device=pipe.device)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [noise_generator(seed) for seed in seeds]
         latents = pipe.initial_noise(generators, frames, height, width).to(pipe.device)
         weight = self.guidance.weight * latents[0].numel() / PUBLISHED_VALUES
         for i, timestep in enumerate(sampler.timesteps):

@@ -96,6 +96,8 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
         if settings[name] == 1:
             del settings[name]  # clips made before there was a choice are still these jobs'
     values = [reference, job.prompt, job.seed, settings, model, precision, *([method] if method else [])]
+    if job.seed > 0xFFFFFFFF:
+        values.append("seed of 64 bits")  # version 0.1.0 read the last 32
     return digest("job", NUMERICS_VERSION, *values)
 
 
