@@ -593,6 +593,16 @@ def test_engines_are_listed_shown_verified_and_pruned(model, tmp_path):
     assert not list(kept.iterdir())
 
 
+def test_k6_escapes_in_a_manifest_do_not_reach_the_terminal(model, tmp_path):
+    kept = tmp_path / "cache" / "emt" / "engines"
+    own = manifest_for(request_for(model))
+    put_engine(kept / "hostile", replace(own, model="\x1b]0;title\x07", host=replace(own.host, device="\x1b[2J")))
+    for words in (["list"], ["show", "hostile"], ["verify"], ["prune"]):
+        done = engines(tmp_path, *words, input="n\n")
+        assert "Traceback" not in done.stderr
+        assert "\x1b" not in done.stdout + done.stderr, words
+
+
 # -------------------------------------------------------------------------------------------------------- real engines
 
 

@@ -94,6 +94,7 @@ def build_engine(
     from emt.model_folder import find_model
     from emt_cli.batch.generator import open_pipeline
     from emt_cli.batch.jobs import digest
+    from emt_cli.text import printable
     from emt_engines.choice import engines_dir, model_weights
     from emt_engines.manifest import Request, Size
 
@@ -108,7 +109,7 @@ def build_engine(
     found = find_model(model, download=True)
     defaults = parse_defaults(found.defaults)
     width, height = defaults["width"], defaults["height"]
-    place = Device.open(device, precision.value)
+    target = Device.open(device, precision.value)
 
     from emt.backbones.sd15.import_weights import parse_lora
     from emt.backbones.sd15.lora import merge_loras
@@ -119,8 +120,8 @@ def build_engine(
     loras = [parse_lora(value) for value in lora or []]
     request = Request(
         backend=backend.value,
-        precision=place.precision,
-        device=place.torch_device,
+        precision=target.precision,
+        device=target.torch_device,
         sizes=sizes or (Size((width, height), (width, height)),),
         frames=frames or defaults["frames"],
         batch=clips,
@@ -130,24 +131,26 @@ def build_engine(
         plugin=plugin,
     )
     load_builder(backend.value)().check(request)
-    name = f"{found.folder.absolute().name}-{backend.value}-{place.precision}-{digest(request.command, place.name)[:8]}"
+    name = (
+        f"{found.folder.absolute().name}-{backend.value}-{target.precision}-{digest(request.command, target.name)[:8]}"
+    )
     folder = output or engines_dir() / name
     check_target(folder)
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task("loading the model", total=1.0)
 
         def progress(what: str, done: float) -> None:
-            bars.update(task, description=what, completed=done)
+            bars.update(task, description=printable(what), completed=done)
             if not console.is_terminal:
-                print(what, file=sys.stderr, flush=True)
+                print(printable(what), file=sys.stderr, flush=True)
 
-        pipe = open_pipeline(found, place, prepare=lambda pipe: merge_loras(pipe, loras))
+        pipe = open_pipeline(found, target, prepare=lambda pipe: merge_loras(pipe, loras))
         with insistent_interrupts():
             manifest = build(pipe, request, folder, progress)
-    told = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"
-    print(f"built in {manifest.seconds:.0f} s; {told}", file=sys.stderr)
+    parity = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"
+    print(f"built in {manifest.seconds:.0f} s; {parity}", file=sys.stderr)
     typer.echo(folder)
 
 
@@ -157,7 +160,7 @@ def insistent_interrupts(seconds: float = 5.0) -> Iterator[None]:
 
     A KeyboardInterrupt that comes while Python is in a callback of a compiler's library is reported and dropped there.
     """
-    ended, asked, main = threading.Event(), threading.Event(), threading.get_ident()
+    ended, requested, main = threading.Event(), threading.Event(), threading.get_ident()
 
     def insist() -> None:
         while not ended.wait(seconds):
@@ -165,8 +168,8 @@ def insistent_interrupts(seconds: float = 5.0) -> Iterator[None]:
             signal.pthread_kill(main, signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not asked.is_set():
-            asked.set()
+        if not requested.is_set():
+            requested.set()
             threading.Thread(target=insist, daemon=True).start()
         raise KeyboardInterrupt
 

@@ -11,6 +11,7 @@ import typer
 
 from emt.errors import EmtError
 from emt.storage import write_atomically
+from emt_cli.text import printable
 
 if TYPE_CHECKING:
     from emt_engines.choice import Engine
@@ -40,7 +41,7 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
     found, damaged = _kept(cache_dir)
     if json:
         for engine in found:
-            _print_json(_told(engine))
+            _print_json(_fields(engine))
         for folder, error in damaged:
             _print_json({"folder": str(folder), "error": error.problem})
         return
@@ -51,19 +52,19 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from emt_cli.text import printable, size
+    from emt_cli.text import size
 
     table = Table("engine", "made for", "parity", "on disk")
     table.columns[0].no_wrap = True  # it is what the other commands are given
     for engine in found:
-        told, own = _told(engine), engine.manifest
+        fields, own = _fields(engine), engine.manifest
         parity = "not verified" if own.parity is None else f"{own.parity:.1e}"
         clips = "..".join(map(str, own.batch))
         made_for = (
-            f"{own.model}, {own.backend}, {own.precision}: {own.frames} frames of {', '.join(told['sizes'])}, "
+            f"{own.model}, {own.backend}, {own.precision}: {own.frames} frames of {', '.join(fields['sizes'])}, "
             f"{clips} clips, {own.host.device}"
         )
-        table.add_row(*(Text(printable(c)) for c in [engine.folder.name, made_for, parity, size(told["bytes"])]))
+        table.add_row(*(Text(printable(c)) for c in [engine.folder.name, made_for, parity, size(fields["bytes"])]))
     for folder, _ in damaged:
         table.add_row(Text(printable(folder.name)), Text("damaged", "red"))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
@@ -81,18 +82,16 @@ def show(
     if json:
         _print_json(body)
         return
-    from emt_cli.text import printable
-
-    told, own = _told(found), found.manifest
+    fields, own = _fields(found), found.manifest
     lines = {
-        "folder": told["folder"],
-        "backend": told["backend"],
-        "model": told["model"],
-        "precision": told["precision"],
-        "sizes": ", ".join(told["sizes"]),
-        "frames": told["frames"],
-        "clips at once": "..".join(map(str, told["batch"])),
-        "built": f"{told['built']} in {own.seconds:.0f} s",
+        "folder": fields["folder"],
+        "backend": fields["backend"],
+        "model": fields["model"],
+        "precision": fields["precision"],
+        "sizes": ", ".join(fields["sizes"]),
+        "frames": fields["frames"],
+        "clips at once": "..".join(map(str, fields["batch"])),
+        "built": f"{fields['built']} in {own.seconds:.0f} s",
         "for" if own.bound else "built on": f"{own.host.device} ({own.host.capability})",
         "with": ", ".join(f"{name} {version}" for name, version in own.host.versions.items()) or "anything",
         "weights": "the model's when it is loaded" if own.refits else "its own, from the model's",
@@ -102,7 +101,7 @@ def show(
         print(f"{name:<14} {printable(str(value))}")
     for part in own.parts:
         parity = "not verified" if part.parity is None else f"parity {part.parity:.1e}"
-        print(f"{'part':<14} {part.name} {parity}  {part.file}  {part.sha256[:12]}…")
+        print(printable(f"{'part':<14} {part.name} {parity}  {part.file}  {part.sha256[:12]}…"))
 
 
 @engines.command()
@@ -144,8 +143,8 @@ def verify(
             _print_json(line)
         else:
             parity = line.get("parity")
-            told = "; ".join(f"{name} {p:.1e}" for name, p in parity.items()) if parity else line.get("reason", "")
-            print(f"{line['state']:<7} {line['folder']}  {line.get('error', told)}")
+            message = "; ".join(f"{name} {p:.1e}" for name, p in parity.items()) if parity else line.get("reason", "")
+            print(printable(f"{line['state']:<7} {line['folder']}  {line.get('error', message)}"))
     if failed:
         raise typer.Exit(1)
 
@@ -167,27 +166,30 @@ def prune(
     from datetime import datetime, timedelta, timezone
 
     found, damaged = _kept(cache_dir)
-    doomed = [(folder, error.problem) for folder, error in damaged]
+    to_remove = [(folder, error.problem) for folder, error in damaged]
     for engine in found:
         built = datetime.fromisoformat(engine.manifest.built)
         reason = _fits_here(engine) or _model_gone(engine)
         if older_than is not None and datetime.now(timezone.utc) - built > timedelta(days=older_than):
             reason = reason or f"built {engine.manifest.built}"
         if reason:
-            doomed.append((engine.folder, reason))
-    if not doomed:
+            to_remove.append((engine.folder, reason))
+    if not to_remove:
         print("nothing to remove", file=sys.stderr)
         return
-    for folder, reason in doomed:
-        print(f"{folder}: {reason}", file=sys.stderr)
-    if not yes and not typer.confirm(f"Remove {len(doomed)}?", err=True):
+    for folder, reason in to_remove:
+        print(printable(f"{folder}: {reason}"), file=sys.stderr)
+    if not yes and not typer.confirm(f"Remove {len(to_remove)}?", err=True):
         raise typer.Exit(1)
-    for folder, reason in doomed:
-        shutil.rmtree(folder)
+    for folder, reason in to_remove:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise EmtError(f"{folder} cannot be removed: {error.strerror}", "Check its permissions.") from None
         if json:
             _print_json({"folder": str(folder), "removed": True, "reason": reason})
         else:
-            print(folder)
+            print(printable(folder))
 
 
 def _kept(cache_dir: Path | None) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
@@ -207,7 +209,7 @@ def _find(name: str, cache_dir: Path | None) -> Engine:
     return Engine(folder, Manifest.read(folder))
 
 
-def _told(engine: Engine) -> dict[str, Any]:
+def _fields(engine: Engine) -> dict[str, Any]:
     own = engine.manifest
     return {
         "folder": str(engine.folder),
@@ -236,10 +238,10 @@ def _fits_here(engine: Engine) -> str:
     reason = ""
     for device in [*gpus, "cpu"]:
         request = Request("", own.precision, device, (), 0, (0, 0), own.weights)
-        ok, told = own.match(request)
+        ok, message = own.match(request)
         if ok:
             return ""
-        reason = reason or told
+        reason = reason or message
     return reason
 
 
@@ -280,7 +282,10 @@ def _verify(engine: Engine, model: str | None) -> dict[str, Any]:
     except CannotRun as error:
         return {"state": "whole", "reason": f"not compared: {error.problem}"}
     if own.parity is None:
-        write_atomically(engine.folder / FILE, replace(own, parts=parts).as_bytes())
+        try:
+            write_atomically(engine.folder / FILE, replace(own, parts=parts).as_bytes())
+        except OSError as error:
+            raise EmtError(f"{engine.folder / FILE} cannot be written: {error.strerror}") from None
     return {"state": "ok", "parity": {part.name: part.parity for part in parts if part.parity is not None}}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emt.errors import EmtError
-from emt.storage import partial_beside, sync_tree, write_atomically
+from emt.storage import partial_file, remove_partials, replace_folder, sync_tree, write_atomically
 from emt_engines.base import CannotRun, Progress
 from emt_engines.fingerprint import Host, code_sha256
 from emt_engines.manifest import FILE, Manifest, Part, Request
@@ -59,43 +58,45 @@ def build_engine(
     builder.check(request)
     folder = folder.absolute()
     check_target(folder)
-    partial = partial_beside(folder)
     code = code_sha256(*builder_modules(builder.name))
     try:
-        partial.mkdir(parents=True)
-        parts = builder.build(pipe, request, partial, lambda what, done: progress(what, 0.9 * done))
-        host = Host.here(request.device)
-        versions = {name: v for name, v in host.versions.items() if name in builder.depends}
-        manifest = Manifest(
-            backend=builder.name,
-            model=request.model,
-            precision=request.precision,
-            sizes=request.sizes,
-            frames=request.frames,
-            batch=request.batch,
-            weights=request.weights,
-            refits=builder.refits,
-            code=code,
-            host=replace(host, versions=versions),
-            bound=builder.bound,
-            opset=builder.opset,
-            parts=tuple(parts),
-            built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            seconds=0.0,
-        )
-        progress("comparing with eager PyTorch", 0.9)
-        with contextlib.suppress(CannotRun):  # `emt engines verify` compares it where it runs
-            manifest = replace(manifest, parts=verified(partial, manifest, pipe))
-        manifest = replace(manifest, seconds=round(time.monotonic() - begun, 1))
-        write_atomically(partial / FILE, manifest.as_bytes())
-        sync_tree(partial)
-        _put(partial, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(folder.parent)
+        with partial_file(folder, folder=True) as partial:
+            parts = builder.build(pipe, request, partial, lambda what, done: progress(what, 0.9 * done))
+            host = Host.here(request.device)
+            versions = {name: v for name, v in host.versions.items() if name in builder.depends}
+            manifest = Manifest(
+                backend=builder.name,
+                model=request.model,
+                precision=request.precision,
+                sizes=request.sizes,
+                frames=request.frames,
+                batch=request.batch,
+                weights=request.weights,
+                refits=builder.refits,
+                code=code,
+                host=replace(host, versions=versions),
+                bound=builder.bound,
+                opset=builder.opset,
+                parts=tuple(parts),
+                built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                seconds=0.0,
+            )
+            progress("comparing with eager PyTorch", 0.9)
+            with contextlib.suppress(CannotRun):  # `emt engines verify` compares it where it runs
+                manifest = replace(manifest, parts=verified(partial, manifest, pipe))
+            manifest = replace(manifest, seconds=round(time.monotonic() - begun, 1))
+            write_atomically(partial / FILE, manifest.as_bytes())
+            sync_tree(partial)
+            if folder.exists():
+                replace_folder(partial, folder)
+            else:
+                partial.rename(folder)
     except OSError as error:
         raise EmtError(
             f"the engine cannot be written: {error.strerror or error}", f"Its folder was to be {folder}."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     progress("done", 1.0)
     return manifest
 
@@ -125,11 +126,3 @@ def check_target(folder: Path) -> None:
     """Raise EmtError if a folder holds something else than an engine."""
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise EmtError(f"{folder} exists and is no engine", "Name another folder with --output.")
-
-
-def _put(partial: Path, folder: Path) -> None:
-    old = partial_beside(folder)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

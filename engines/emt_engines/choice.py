@@ -36,7 +36,7 @@ def engines_dir(cache: Path | None = None) -> Path:
 def list_engines(folder: Path) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
     """The engines in a folder of engines, the newest first, and those that are damaged."""
     engines, damaged = [], []
-    for path in sorted(folder.glob(f"*/{FILE}")):
+    for path in sorted(folder.glob(f"[!.]*/{FILE}")):  # hidden ones are being written
         try:
             engines.append(Engine(path.parent, Manifest.read(path.parent)))
         except EmtError as error:
