@@ -10,7 +10,9 @@ from emt.video.names import show
 
 _SAID = re.compile(r"^((?:\[[^\]\n]*\] )*)\[(error|fatal|panic|warning)\] (.+)$", re.MULTILINE)
 _CUT = re.compile(r"partial file|ended prematurely|no index at the end")
-_LOST = re.compile(r"Packet corrupt|corrupt input packet|PES packet size mismatch|Truncat|truncated")
+_LOST = re.compile(
+    r"Packet corrupt|corrupt input packet|PES packet size mismatch|Truncat|truncated|Error during demuxing"
+)
 _BAD_PICTURE = re.compile(r"corrupt decoded frame|Error submitting packet|Decoding error|Error while decoding stream")
 # Said of good streams too.
 _HARMLESS = re.compile(r"mmco: unref short failure|co located POCs unavailable|missing picture in access unit")
@@ -18,7 +20,7 @@ _NO_DECODER = re.compile(r"Parsed_|swscaler|\[(?:vf|af|vost|aost|out|graph|in)#|
 
 
 def ends_early(path: Path, size: int) -> bool:
-    """Return whether a file ends before its own structure says: MP4 and MOV, AVI, ASF (WMV), Ogg, GIF, MPEG-TS.
+    """Return whether a file ends before its own structure says: MP4 and MOV, Matroska, AVI, ASF (WMV), Ogg, GIF, MPEG-TS.
 
     Args:
         path: The file.
@@ -31,17 +33,21 @@ def ends_early(path: Path, size: int) -> bool:
                 return _boxes_end(file, size) > size
             if re.match(rb"RIFF....AVI ", head, re.DOTALL):
                 return _chunks_end(file, size) > size
+            if head.startswith(b"\x1a\x45\xdf\xa3"):
+                return _segment_end(head) > size
             if head.startswith(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"):
                 return _asf_size(file) > size
-            file.seek(max(0, size - (1 << 16)))
+            file.seek(max(0, size - (1 << 17)))  # more than an Ogg page
             tail = file.read()
     except OSError:
         return False
     if head.startswith(b"GIF8"):
         return not tail.rstrip(b"\0\r\n ").endswith(b"\0;")
     if head.startswith(b"OggS"):
-        last = tail.rfind(b"OggS")
-        return last < 0 or not (tail[last + 5 : last + 6] or b"\0")[0] & 4  # no mark of the stream's end
+        page = tail[max(0, tail.rfind(b"OggS")) :]
+        segments = page[26] if len(page) > 26 else 0
+        length = 27 + segments + sum(page[27 : 27 + segments])
+        return len(page) < length or not page[5] & 4  # no mark of the stream's end
     for packet, offset in ((188, 0), (192, 4)):
         if len(head) > 4 * packet and all(head[offset + k * packet] == 0x47 for k in range(4)):
             return size % packet != 0
@@ -74,6 +80,23 @@ def _chunks_end(file: BinaryIO, size: int) -> int:
             break
         end += 8 + length
     return end
+
+
+def _segment_end(head: bytes) -> int:
+    """Where the segment of a Matroska file ends, by its header; 0 if it does not say, as live streams do not."""
+    length, at = _ebml_number(head, 4)
+    at += length
+    if head[at : at + 4] != b"\x18\x53\x80\x67":
+        return 0
+    length, at = _ebml_number(head, at + 4)
+    return at + length if length >= 0 else 0
+
+
+def _ebml_number(data: bytes, at: int) -> tuple[int, int]:
+    """A number of variable length, -1 for "unknown", and where it ends."""
+    width = 9 - (data[at : at + 1] or b"\xff")[0].bit_length()
+    value = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return -1 if value == (1 << 7 * width) - 1 else value, at + width
 
 
 def _asf_size(file: BinaryIO) -> int:

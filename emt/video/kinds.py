@@ -11,7 +11,7 @@ from emt.video.names import count, natural_key, show, unusable
 from emt.video.pictures import IMAGE_SUFFIXES, is_animation, is_image_name
 
 VIDEO_SUFFIXES: frozenset[str] = frozenset({
-    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".avif", ".mkv", ".mk3d", ".webm", ".avi", ".divx",
+    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".mk3d", ".webm", ".avi", ".divx",
     ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".mpv", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".trp", ".flv",
     ".wmv", ".asf", ".ogv", ".ogm", ".mxf", ".gxf", ".dv", ".nut", ".y4m", ".ivf", ".obu", ".h264", ".264", ".avc",
     ".h265", ".265", ".hevc", ".rm", ".rmvb", ".wtv", ".gif", ".apng",
@@ -136,9 +136,7 @@ def check_readable(path: Path) -> None:
         suffix = path.suffix.lower()
         if suffix not in VIDEO_SUFFIXES | ANIMATED_SUFFIXES:
             if suffix in IMAGE_SUFFIXES:
-                raise EmtError(
-                    f"{show(path)} is one picture, not a clip.", f"Name the folder of its frames. {READABLE}"
-                )
+                raise not_video(path, "it is one picture")
             named = f"has the suffix {path.suffix!r}, which is not read" if suffix else "has no suffix"
             raise EmtError(f"{show(path)} {named}.", f"If it plays elsewhere, {CONVERT}\n{READABLE}")
         if not status.st_size:

@@ -35,8 +35,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Sizes are checked here, against MAX_PIXELS; Pillow's warning would be a line on stderr for a picture that is read.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of large or slightly damaged pictures Pillow warns on stderr, in its own words; here they are read, or are an error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def is_image_name(name: str) -> bool:
@@ -82,7 +82,7 @@ def picture(path: Path, formats: tuple[str, ...] = _FORMATS) -> Iterator[Image.I
     except EmtError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise EmtError(f"{show(path)} is no image, whatever its name says.", "Remove it from the folder.") from error
+        raise EmtError(f"{show(path)} is no image, whatever its name says.", "Replace it, or remove it.") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = "Resize it, or remove it." if "too large" in reason else "Replace it, or remove it."

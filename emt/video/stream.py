@@ -8,6 +8,7 @@ wanted. Where decoded frames and packets do not agree, one more counts what is r
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,9 @@ _LENGTH = re.compile(r"^(?:\[info\])? *Duration: (\d+):(\d+):(\d+\.\d+)", re.MUL
 _ALPHA = re.compile(r"yuva|ayuv|vuya|uyva|gbrap|rgba|bgra|argb|abgr|ya\d|pal8")
 # Decoders of these mark each frame that is interlaced; for all others the container's word stands for all frames.
 _MARK_FRAMES = re.compile(r"h264|mpeg\dvideo|mpeg4|vc1|wmv3|prores|dvvideo|dnxhd|ffv1|rawvideo|v210|msmpeg4")
+_FEWEST_LINES = 16  # and columns, that a deinterlacer takes, with subsampled chroma
+_TOO_LARGE = re.compile(r"Picture size (\d+x\d+) (?:exceeds|is invalid)")
+_DOLBY = re.compile(r"DOVI configuration record: .*profile: (\d+).*compatibility id: (\d+)")
 _BREAKS = re.compile(r"Non-monoton")  # "Non-monotonic DTS", and an older spelling
 _JUMPING = ("mpeg", "mpegts")  # containers whose clock may start again; players close the gap
 _LONGEST_JUMP = 10.0  # seconds; ffmpeg's own measure for such a jump (dts_delta_threshold)
@@ -51,6 +55,7 @@ class Video:
         fields: How to deinterlace: "" not at all, "marked" where frames say so, "tff" or "bff" all frames.
         can_interlace: Whether frames of this stream may say that they are interlaced, though the first does not.
         keep_times: Whether the container's clock runs through.
+        cut_short: Whether a part of the file is missing.
         decoder: Options that choose a decoder.
     """
 
@@ -63,6 +68,7 @@ class Video:
     fields: str = ""
     can_interlace: bool = False
     keep_times: bool = True
+    cut_short: bool = False
     decoder: tuple[str, ...] = ()
 
     @classmethod
@@ -82,15 +88,15 @@ class Video:
             listing = _Listing.of(path, stream, keep_times)
         if "matches no streams" in listing.log:
             raise EmtError(f"{show(path)} has no video in it.", READABLE)
+        if size := _TOO_LARGE.search(listing.log):
+            raise _too_large(path, size[1])
         shown = _SHOWN.search(listing.log)
         if not shown:
             raise not_video(path, listing.reason)
         described = listing.described(stream)
         width, height = _square(shown)
         if width * height > MAX_PIXELS:
-            raise EmtError(
-                f"{show(path)} is {width}x{height}, too large.", f"Frames up to {MAX_PIXELS} pixels are read."
-            )
+            raise _too_large(path, f"{width}x{height}")
         video = cls(
             ClipInfo(path, width, height, 0.0, 0, 0.0, listing.has_sound()),
             listing.times,
@@ -98,7 +104,7 @@ class Video:
             colours=_colours(shown, listing.log, described),
             alpha=bool(_ALPHA.match(shown[1])),
             fields=_fields(shown, described),
-            can_interlace=bool(_MARK_FRAMES.match(described)),
+            can_interlace=bool(_MARK_FRAMES.match(described)) and min(width, height) >= _FEWEST_LINES,
             keep_times=keep_times,
         )
         # ffmpeg's own VP8 and VP9 decoders drop the alpha plane; libvpx keeps it.
@@ -106,8 +112,9 @@ class Video:
         if codec and re.search(r"^(?:\[info\])? *alpha_mode *: 1", listing.log, re.MULTILINE | re.IGNORECASE):
             video = replace(video, alpha=True, decoder=("-c:v", "libvpx-vp9" if codec[1] == "9" else "libvpx"))
         video = video._at(listing.times, listing.last) if listing.timed and keep_times else video.counted()
-        warning = listing.warning(video.times, video.info)
-        return replace(video, info=replace(video.info, warnings=(warning,))) if warning else video
+        missing = listing.warning(video.times, video.info)
+        warnings = tuple(filter(None, (missing, listing.colour_warning())))
+        return replace(video, info=replace(video.info, warnings=warnings), cut_short=bool(missing))
 
     def read(self, picked: np.ndarray, out: np.ndarray, fit: Fit) -> tuple[str, ...]:
         """Read frames; see `Source.read`."""
@@ -124,10 +131,13 @@ class Video:
         output = f"-map {self.stream} -vf scale=2:2 -fps_mode passthrough -enc_time_base demux -c:v rawvideo"
         arguments = [*self._opened(), *output.split(), *["-f", "framecrc", "pipe:1"]]
         with Ffmpeg(self.info.path, arguments, seconds=self._patience()) as ffmpeg:
-            times, last, _ = _presentation_times(ffmpeg.stdout)
+            times, last, _ = _listed_times(ffmpeg.stdout)
             ffmpeg.finish()
         if not len(times):
             raise not_video(self.info.path, ffmpeg.reason)
+        if np.isnan(times).any() or (np.diff(times) <= 0).any():  # the order is right, the clock is not
+            interval = last or 1 / FOLDER_FPS
+            times = np.arange(len(times)) * interval
         return replace(self._at(times, last), is_counted=True)
 
     def sound(self, start: float, duration: float) -> Sound | None:
@@ -187,7 +197,7 @@ class Video:
             # What is left is the end of the process; its log is whole only then.
             ffmpeg.finish()
         combed = self.can_interlace and not self.fields and any(m[6] in "TB" for m in _SHOWN.finditer(ffmpeg.log))
-        return describe_decoding(self.info.path, ffmpeg.log, not seek, bool(self.info.warnings)), opaque, combed
+        return describe_decoding(self.info.path, ffmpeg.log, not seek, self.cut_short), opaque, combed
 
     def _raise_for(self, ffmpeg: Ffmpeg) -> None:
         if "No such filter: 'zscale'" in ffmpeg.log:
@@ -199,12 +209,16 @@ class Video:
         raise FramesMissing(ffmpeg.reason)
 
     def _filters(self, wanted: np.ndarray, width: int, height: int, fit: Fit) -> list[str]:
-        gap = half_gap(self.times) / 2
         filters = self.colours.before_scaling()
         if self.fields:  # before frames are selected: the fields of its neighbours complete a frame
             filters += [f"setfield={self.fields}"] if self.fields != "marked" else []
             filters += ["bwdif=mode=send_frame:parity=auto:deint=interlaced"]
-        filters += [f"select='{'+'.join(f'between(t,{t - gap:.9f},{t + gap:.9f})' for t in wanted.tolist())}'"]
+        if self.is_counted:  # in decoding from the start
+            chosen = [f"eq(n,{number})" for number in np.searchsorted(self.times, wanted).tolist()]
+        else:
+            gap = half_gap(self.times) / 2
+            chosen = [f"between(t,{t - gap:.9f},{t + gap:.9f})" for t in wanted.tolist()]
+        filters += [f"select='{'+'.join(chosen)}'"]
         if self.can_interlace and not self.fields:
             filters += ["showinfo=checksum=0"]
         converted = self.colours.after_scaling(self.alpha)
@@ -234,7 +248,7 @@ class _Listing:
     Attributes:
         times: When frames are presented, in seconds, increasing and distinct.
         last: How long the last one is on show, 0 if unknown.
-        timed: Whether all packets have a time (AVI does not say it of frames that are stored out of order).
+        timed: Whether all packets have a time of their own.
     """
 
     path: Path
@@ -313,6 +327,16 @@ class _Listing:
             return f"{path} is damaged: parts of it are lost ({lost}). {again}"
         return ""
 
+    def colour_warning(self) -> str:
+        """A line about colours that nothing here can convert; "" if there are none."""
+        dolby = _DOLBY.search(self.log)
+        if not dolby or dolby[2] != "0":
+            return ""
+        return (
+            f"{show(self.path)} is Dolby Vision of profile {dolby[1]}, without a picture for other players: its colours"
+            " are read wrong (green and purple). Convert it to HDR10 or SDR first."
+        )
+
     def _given_seconds(self) -> float:
         """Duration that the header gives; 0 if it gives none."""
         length = _LENGTH.search(self.log)
@@ -332,6 +356,11 @@ class _Listing:
         return timed and float(times[-1] - min(times[0], 0)) + last < seconds
 
 
+def _too_large(path: Path, size: str) -> EmtError:
+    scale = "ffmpeg -i INPUT -vf scale=1280:-2 OUTPUT.mp4"
+    return EmtError(f"{show(path)} is {size}, too large.", f"{MAX_PIXELS:,} pixels are read. Scale it down: {scale}")
+
+
 def _square(shown: re.Match[str]) -> tuple[int, int]:
     width, height = int(shown[4]), int(shown[5])
     if int(shown[2]) and int(shown[3]):
@@ -346,8 +375,8 @@ def _colours(shown: re.Match[str], log: str, described: str) -> Colours:
 
 
 def _fields(shown: re.Match[str], described: str) -> str:
-    if described.startswith("hevc") or int(shown[4]) < 8 or int(shown[5]) < 16:
-        return ""  # HEVC stores single fields, as pictures of their own; a few lines are too few for a filter
+    if described.startswith("hevc") or min(int(shown[4]), int(shown[5])) < _FEWEST_LINES:
+        return ""  # HEVC stores single fields, as pictures of their own
     if shown[6] in "TB":
         return "marked"
     order = re.search(r"\([^()]*\b(top|bottom) (?:coded )?first", described)
@@ -357,28 +386,39 @@ def _fields(shown: re.Match[str], described: str) -> str:
 
 
 def _presentation_times(lines: Iterable[bytes]) -> tuple[np.ndarray, float, bool]:
-    """Read ffmpeg's framecrc listing.
+    """Read ffmpeg's framecrc listing of packets.
 
     Returns:
-        When frames are presented, in seconds, increasing and distinct; for how long the last one is; and whether all of
-        them tell (AVI does not say it of frames that are stored out of order).
+        When frames are presented, in seconds, increasing and distinct; for how long the last one is; and whether all
+        packets have a time of their own (in AVI, those of frames that are stored out of order have none).
     """
-    ticks: dict[int, int] = {}
-    base, timed = Fraction(1), True
+    times, last, lengths = _listed_times(lines)
+    distinct, at = np.unique(times, return_index=True)
+    timed = not np.isnan(times).any() and 0 < len(times) == len(distinct)
+    return distinct, float(lengths[at[-1]]) if timed else last, timed
+
+
+def _listed_times(lines: Iterable[bytes]) -> tuple[np.ndarray, float, np.ndarray]:
+    """Read ffmpeg's framecrc listing of one stream.
+
+    Returns:
+        Presentation times in seconds, in the order of the listing, nan where there is none; how long the last one
+        listed is on show; how long each is.
+    """
+    shown: list[float] = []
+    lengths: list[float] = []
+    base = Fraction(1)
     for line in lines:
         if line.startswith(b"#tb 0:"):
             base = Fraction(line[6:].strip().decode())
         if line.startswith(b"#"):
             continue
-        _, _, shown, length, *rest = (field.strip() for field in line.split(b","))
+        _, _, ticks, length, *rest = (field.strip() for field in line.split(b","))
         flags = next((int(field[2:], 16) for field in rest if field.startswith(b"F=")), 0)
-        if int(shown) == -(1 << 63):
-            timed = False
-        elif not flags & 4:  # 4: only a base for other frames, itself cut by an edit list
-            ticks[int(shown)] = int(length)
-    order = sorted(ticks)
-    last = float(ticks[order[-1]] * base) if order else 0.0
-    return np.array([float(tick * base) for tick in order]), last, timed and bool(order)
+        if not flags & 4:  # 4: only a base for other frames, itself cut by an edit list
+            shown.append(float(int(ticks) * base) if int(ticks) != -(1 << 63) else math.nan)
+            lengths.append(float(int(length) * base))
+    return np.array(shown), lengths[-1] if lengths else 0.0, np.array(lengths)
 
 
 def _fill(stream: IO[bytes], array: np.ndarray) -> bool:
