@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ from PIL import Image, PngImagePlugin
 
 from emt.errors import EmtError
 from emt.storage import partial_file, replace_folder, sync
+from emt.video.clip import Sound
 from emt.video.ffmpeg import Ffmpeg, open_file
 from emt.video.kinds import check_readable, not_video
 from emt.video.names import show, unusable
-from emt.video.pictures import Images, picture
+from emt.video.pictures import Images, is_animation, picture, picture_kind
 
 MAX_METADATA = 100_000
 """Most bytes of metadata, as ASCII JSON, that `write_clip` embeds."""
@@ -35,11 +37,18 @@ _ENCODERS = {
     ".gif": "-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=sierra2_4a -loop 0 -f gif",
 }
 
+_SOUND_ENCODERS = {".mp4": "-c:a aac -b:a 192k", ".webm": "-c:a libopus -b:a 128k"}
+
 
 def write_clip(
-    path: str | os.PathLike[str], frames: np.ndarray, fps: float, *, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    frames: np.ndarray,
+    fps: float,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    sound: Sound | None = None,
 ) -> Path:
-    """Writes frames as a clip, whole or not at all.
+    """Write frames as a clip, whole or not at all.
 
     The clip is written beside its place under a hidden temporary name, synced to disk and renamed, so that a crash
     leaves what stood there before; `emt.storage.remove_partials` clears away what a killed process left.
@@ -53,6 +62,8 @@ def write_clip(
         fps: Frames a second, from 0.01 to 1000; a fraction of integers (30000/1001) is met exactly.
         metadata: Any strings, embedded as one JSON object: the `comment` tag of mp4 and webm, the comment of gif,
             the `Comment` text of each PNG. `read_metadata` returns it.
+        sound: Part of another clip's sound to take along, as `read_clip` names it; mp4 and webm only. It is played as
+            fast as the frames, at its own pitch, and is silent where that clip is.
 
     Returns:
         The file, or the folder of the PNG frames.
@@ -66,6 +77,10 @@ def write_clip(
         raise ValueError(f"frames must be uint8 of shape (frames, height, width, 3), not {frames.dtype} {frames.shape}")
     suffix = path.suffix.lower()
     _check_format(path, suffix, frames, fps)
+    if sound and suffix not in _SOUND_ENCODERS:
+        raise EmtError(
+            f"{show(path)}: there is no sound in such clips.", "Write .mp4 or .webm, or leave the sound out."
+        )
     if not all(isinstance(text, str) for item in (metadata or {}).items() for text in item):
         raise ValueError("metadata must map strings to strings")
     comment = json.dumps(dict(metadata or {}))
@@ -80,7 +95,7 @@ def write_clip(
             raise EmtError(f"{show(target)} is a folder.", "Pass another name with -o, or remove it.")
         with partial_file(target, folder=suffix not in _ENCODERS) as partial:
             if suffix in _ENCODERS:
-                _encode(partial, target, frames, fps, comment)
+                _encode(partial, target, frames, fps, comment, sound)
             else:
                 _write_png_frames(partial, path.name if suffix else "%04d.png", frames, fps, comment)
             if target.is_dir():  # one with something in it cannot be replaced in one step
@@ -114,13 +129,20 @@ def _check_format(path: Path, suffix: str, frames: np.ndarray, fps: float) -> No
         raise EmtError(f"{show(path)} cannot play at {fps:g} frames a second.", f"Pass --fps with 0.01 to {fastest}.")
 
 
-def _encode(partial: Path, target: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+def _encode(
+    partial: Path, target: Path, frames: np.ndarray, fps: float, comment: str, sound: Sound | None = None
+) -> None:
     count, height, width = frames.shape[:3]
     rate = Fraction(float(fps)).limit_denominator(1001)
     suffix = target.suffix.lower()
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -framerate {rate} -i pipe:0".split()
+    streams = []
+    if sound:
+        source += _opened_sound(sound)
+        streams = f"-map 0:v -map 1:a:0 -map_metadata -1 -map_chapters -1 {_SOUND_ENCODERS[suffix]}".split()
+        streams += ["-af", _sound_filters(sound, float(count / rate))]
     tag = [] if suffix == ".gif" else ["-metadata", f"comment={comment}"]
-    arguments = [*source, *_ENCODERS[suffix].split(), *tag, "-y", f"file:{partial}"]
+    arguments = [*source, *streams, *_ENCODERS[suffix].split(), *tag, "-y", f"file:{partial}"]
     with Ffmpeg(target, arguments, seconds=120 + count * (1 + width * height * 2e-5), feed=True) as ffmpeg:
         assert ffmpeg.stdin is not None
         with suppress(BrokenPipeError):  # its exit status and log say why
@@ -130,10 +152,33 @@ def _encode(partial: Path, target: Path, frames: np.ndarray, fps: float, comment
     if status:
         if "No space left" in ffmpeg.log:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if sound and not _is_readable(sound):
+            raise EmtError(f"The sound of {show(sound.path)} cannot be read.", "Leave it out, or replace the clip.")
         raise EmtError(f"Cannot write {show(target)}: {ffmpeg.reason}.", "Try another name or format with -o.")
     if suffix == ".gif":
         _insert_gif_comment(partial, comment.encode("ascii"))
     sync(partial)
+
+
+def _opened_sound(sound: Sound) -> list[str]:
+    part = ["-vn", "-seek_timestamp", "1", "-ss", f"{sound.start:.6f}", "-t", f"{sound.duration:.6f}"]
+    return open_file(sound.path, *part, keep_times=False)
+
+
+def _is_readable(sound: Sound) -> bool:
+    """Whether a clip's sound can be decoded."""
+    with Ffmpeg(sound.path, [*_opened_sound(sound), "-map", "0:a:0", "-f", "null", "-"], seconds=120) as ffmpeg:
+        return ffmpeg.finish() == 0
+
+
+def _sound_filters(sound: Sound, seconds: float) -> str:
+    """Filters that bring a sound to exactly the seconds of a clip."""
+    filters = ["aresample=async=1:first_pts=0", "aformat=channel_layouts=mono|stereo"]
+    speed = sound.duration / seconds
+    if abs(speed - 1) > 1e-3:
+        steps = max(1, math.ceil(abs(math.log2(speed))))  # ffmpeg's filter is good from half to twice as fast
+        filters += [f"atempo={speed ** (1 / steps):.9f}"] * steps
+    return ",".join([*filters, f"apad=whole_dur={seconds:.6f}", f"atrim=end={seconds:.6f}"])
 
 
 def _insert_gif_comment(path: Path, comment: bytes) -> None:
@@ -185,12 +230,16 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     if path.is_dir():
         with picture(Images.open(path).files[0]) as image:
             comment = image.info.get("Comment", "")
+    elif kind := picture_kind(path):
+        if not is_animation(path):
+            raise not_video(path, f"it is one {kind} picture")
+        comment = ""  # no format that is written here
     elif path.suffix.lower() == ".gif":
         try:
-            with Image.open(path, formats=("GIF",)) as image:
+            with picture(path, ("GIF",)) as image:
                 comment = image.info.get("comment", b"").decode(errors="replace")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise not_video(path, str(error)) from error
+        except EmtError as error:
+            raise not_video(path, "it is no whole GIF") from error
     else:
         with Ffmpeg(path, [*open_file(path), "-f", "ffmetadata", "pipe:1"], seconds=60) as ffmpeg:
             text = ffmpeg.stdout.read().decode(errors="replace")
