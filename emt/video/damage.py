@@ -20,7 +20,9 @@ _NO_DECODER = re.compile(r"Parsed_|swscaler|\[(?:vf|af|vost|aost|out|graph|in)#|
 
 
 def ends_early(path: Path, size: int) -> bool:
-    """Return whether a file ends before its own structure says: MP4 and MOV, Matroska, AVI, ASF (WMV), Ogg, GIF, MPEG-TS.
+    """Return whether a file ends before its own structure says.
+
+    MP4 and MOV, Matroska, AVI, ASF (WMV), Ogg, GIF and MPEG-TS say it.
 
     Args:
         path: The file.
@@ -83,7 +85,7 @@ def _chunks_end(file: BinaryIO, size: int) -> int:
 
 
 def _segment_end(head: bytes) -> int:
-    """Where the segment of a Matroska file ends, by its header; 0 if it does not say, as live streams do not."""
+    """End of the segment of a Matroska file by its header; 0 if it gives none, as live streams do not."""
     length, at = _ebml_number(head, 4)
     at += length
     if head[at : at + 4] != b"\x18\x53\x80\x67":

@@ -166,7 +166,7 @@ def _opened_sound(sound: Sound) -> list[str]:
 
 
 def _is_readable(sound: Sound) -> bool:
-    """Whether a clip's sound can be decoded."""
+    """Return whether a clip's sound can be decoded."""
     with Ffmpeg(sound.path, [*_opened_sound(sound), "-map", "0:a:0", "-f", "null", "-"], seconds=120) as ffmpeg:
         return ffmpeg.finish() == 0
 
