@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -251,6 +252,40 @@ def peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], l
     if not isinstance(settings, dict):
         raise EmtError(f"{path} has lora_adapter_metadata that is no JSON object", "Download it again.")
     return settings, [path]
+
+
+def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """What PEFT scales a layer's change by: alpha / rank, or alpha / √rank; 1 if its settings do not say.
+
+    Args:
+        settings: of one network.
+        module: name of the layer.
+        rank: of the change.
+
+    Raises:
+        ValueError: if a setting is none that PEFT writes.
+    """
+    alpha = settings.get("lora_alpha", settings.get("alpha", rank))
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError("alpha_pattern is no object")
+    for pattern, value in patterns.items():
+        if _matches(pattern, module):
+            alpha = value
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha!r:.40}")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") is True else rank)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Return whether a pattern of PEFT's, a module's name or the end of one as a regular expression, is of a module."""
+    # An expression with nested repetition takes for ever on purpose; PEFT's patterns are names.
+    if len(re.findall(r"[*+?{]", pattern)) > 3 or len(pattern) > 300:
+        raise ValueError(f"the pattern {pattern!r:.40} is not read")
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except (re.error, RecursionError, OverflowError):
+        raise ValueError(f"the pattern {pattern!r:.40} is no regular expression") from None
 
 
 def _format(head: bytes) -> str:

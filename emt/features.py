@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emt.errors import EmtError
+from emt.storage import apply_umask
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Motion:
         shape = {"frames": self.frames, "height": self.height, "width": self.width, "seed": self.seed}
         # The order of the layers is not the sorted order of their names once there are ten of a kind.
         save_file(tensors, path, {"motion": json.dumps(shape | {"layers": list(self.features.layers)})})
+        apply_umask(Path(path))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Motion:

@@ -252,7 +252,7 @@ def new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None
             try:
                 _empty(partial)
                 yield partial
-                apply_umask(*(path for path in partial.rglob("*") if path.is_file()))
+                apply_umask(partial)
                 sync_tree(partial)
                 if in_use:
                     shutil.rmtree(replaced, ignore_errors=True)

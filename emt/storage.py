@@ -188,19 +188,22 @@ def _remove(path: Path) -> None:
 
 
 def apply_umask(*paths: Path) -> None:
-    """Give files the mode that the umask gives new ones; safetensors lets nobody but their owner read what it writes.
+    """Give files, and all files in folders, the mode that the umask gives new ones.
+
+    safetensors lets nobody but their owner read what it writes.
 
     Raises:
         OSError: if a mode cannot be set.
     """
-    for folder in {path.parent for path in paths}:
+    files = [f for path in paths for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file()]
+    for folder in {file.parent for file in files}:
         probe = partial_beside(folder / "mode")  # the umask itself cannot be read without changing it for all threads
         probe.touch()
         mode = stat.S_IMODE(probe.stat().st_mode)
         probe.unlink()
-        for path in paths:
-            if path.parent == folder:
-                path.chmod(mode)
+        for file in files:
+            if file.parent == folder:
+                file.chmod(mode)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

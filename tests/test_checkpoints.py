@@ -36,6 +36,7 @@ from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.stable_diffusion import StableDiffusion, apply_dreambooth, read_base, read_vae
 from emt.checkpoints import read_checkpoint, read_config
+from emt.features import Motion, MotionFeatures
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 
 DEEP = "[" * 100_000
@@ -606,6 +607,15 @@ def test_k6_files_of_a_model_have_the_mode_of_the_umask(umask: int, tmp_path: Pa
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").rglob("*") if path.is_file()}
     assert modes == {0o666 & ~umask}
+
+
+def test_k6_a_motion_is_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        Motion(MotionFeatures({"up": (torch.ones(1), torch.ones(1))}), 2, 8, 8, 0).save(tmp_path / "m.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize(

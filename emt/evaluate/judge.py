@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from emt.errors import EmtError
 from emt.evaluate.alignment import align as align_steps
+from emt.storage import apply_umask
 from emt.synthetic.motions import discs
 
 SIZE = 128  # side of the frames that the judge sees
@@ -318,6 +319,7 @@ class Judge(nn.Module):
             if not name.endswith("num_batches_tracked")
         }
         save_file(state, str(path), metadata={"format": "emt-judge", **words})
+        apply_umask(Path(path))
         return Path(path)
 
     @classmethod

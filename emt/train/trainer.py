@@ -33,7 +33,7 @@ from emt.checkpoints import check_keys
 from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError
 from emt.pipeline import MotionTransferPipeline, load_pipeline
-from emt.storage import sync, sync_tree
+from emt.storage import apply_umask, sync, sync_tree
 from emt.train.data import Pair, PairDataset, Sample, find_pairs, seeded, write_text
 from emt.train.objective import Objective, adapter_loss
 from emt.train.run_folder import CHECKPOINTS, check_run, find_checkpoints
@@ -366,6 +366,7 @@ class Trainer:
             save_file(self._weights(self.ema.shadow_params), partial / "ema.safetensors")
             torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
             write_text(partial / "state.json", json.dumps(state, indent=2) + "\n")
+            apply_umask(partial)
             sync_tree(partial)
             partial.rename(folder)
             sync(folder.parent)
@@ -452,6 +453,7 @@ class Trainer:
         target, partial, old = (self.run / name for name in ("model", ".model.partial", ".model.old"))
         try:
             save_file(adapter, self.run / ".adapter.partial")
+            apply_umask(self.run / ".adapter.partial")
             (self.run / ".adapter.partial").replace(self.run / "adapter.safetensors")
             for stale in (partial, old):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -466,6 +468,7 @@ class Trainer:
                     parameter.copy_(adapter[published(name)])
             shutil.rmtree(partial / "unet")
             unet.save_pretrained(partial / "unet")
+            apply_umask(partial / "unet")
             card = partial / "README.md"
             text = card.read_text(encoding="utf-8") if card.is_file() else "# Motion transfer model\n"
             write_text(card, f"{text.rstrip()}\n\n{self._account()}")

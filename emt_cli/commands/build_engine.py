@@ -60,7 +60,9 @@ def build_engine(
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            help="LoRA to merge into the weights; may be repeated.", metavar="FILE[:SCALE]", show_default=False
+            help="LoRA to merge into the weights: a path or hf:// address; may be repeated.",
+            metavar="SOURCE[:SCALE]",
+            show_default=False,
         ),
     ] = None,
     device: Annotated[
@@ -112,12 +114,12 @@ def build_engine(
     target = Device.open(device, precision.value)
 
     from emt.backbones.sd15.import_weights import parse_lora
-    from emt.backbones.sd15.lora import merge_loras
+    from emt.backbones.sd15.lora import find_lora, merge_loras
     from emt_engines.build import build_engine as build
     from emt_engines.build import check_target
     from emt_engines.registry import load_builder
 
-    loras = [parse_lora(value) for value in lora or []]
+    loras = [(find_lora(path), scale) for path, scale in map(parse_lora, lora or [])]
     request = Request(
         backend=backend.value,
         precision=target.precision,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from emt.backbones.sd15.checkpoint_kinds import LORA, describe, other_version, wrong_kind
 from emt.backbones.sd15.lora_layers import LoraLayer
 from emt.backbones.sd15.motion_checkpoint import published_motion_name
-from emt.checkpoints import Checkpoint, Origin, State, differ, peft_settings, read_checkpoint, shorten
+from emt.checkpoints import Checkpoint, Origin, State, differ, peft_scale, peft_settings, read_checkpoint, shorten
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
 
@@ -90,9 +89,7 @@ class LoraMerge:
             EmtError: if the file cannot be read, or naming keys that are no part of a layer, belong to no weight or
                 do not fit it.
         """
-        path = locate(lora, "LoRA", _peft_files, on_fetch=on_fetch)
-        if path.is_dir():
-            path = next(path.glob("adapter_model.*"), path / "adapter_model.safetensors")
+        path = find_lora(lora, on_fetch)
         checkpoint = read_checkpoint(path)
         if not (kind := describe(checkpoint.state)).startswith(LORA):
             raise wrong_kind(path, kind, LORA)
@@ -207,6 +204,16 @@ def merge_loras(pipe: MotionTransferPipeline, loras: Sequence[tuple[str | Path, 
         own[part][name].copy_(merge.states[part][name])
 
 
+def find_lora(lora: str | Path, on_fetch: OnFetch | None = None) -> Path:
+    """The file of a LoRA that is given by path, by hf:// address, or as a PEFT adapter's folder.
+
+    Raises:
+        EmtError: if there is none.
+    """
+    path = locate(lora, "LoRA", _peft_files, on_fetch=on_fetch)
+    return next((f for f in sorted(path.glob("adapter_model.*"))), path / "adapter_model.*") if path.is_dir() else path
+
+
 def _peft_files(names: Sequence[str]) -> list[str]:
     """The files to read of a PEFT adapter's folder, among all its names."""
     weights = next((n for n in ("adapter_model.safetensors", "adapter_model.bin") if n in names), None)
@@ -249,27 +256,7 @@ def _factor(layer: LoraLayer, settings: Mapping[str, Any], part: str, module: st
         return 1.0
     if layer.alpha is not None:
         return layer.alpha / rank
-    alpha = own.get("lora_alpha", own.get("alpha", rank))
-    patterns = own.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError("alpha_pattern is no object")
-    for pattern, value in patterns.items():
-        if _matches(pattern, module):
-            alpha = value
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha!r:.40}")
-    return alpha / (math.sqrt(rank) if own.get("use_rslora") is True else rank)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """Return whether a pattern of PEFT's, a module's name or the end of one as a regular expression, is of a module."""
-    # An expression with nested repetition takes for ever on purpose; PEFT's patterns are names.
-    if len(re.findall(r"[*+?{]", pattern)) > 3 or len(pattern) > 300:
-        raise ValueError(f"the pattern {pattern!r:.40} is not read")
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
-    except (re.error, RecursionError, OverflowError):
-        raise ValueError(f"the pattern {pattern!r:.40} is no regular expression") from None
+    return peft_scale(own, module, rank)
 
 
 def _misfit(

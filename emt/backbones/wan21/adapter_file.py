@@ -16,6 +16,7 @@ from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.checkpoints import Origin, State, read_checkpoint, read_config
 from emt.errors import EmtError
 from emt.hub import locate
+from emt.storage import apply_umask
 
 _OPTIONS = ("reference_blocks", "reference_neighbours", "adapter_rank", "scaler_channels")
 
@@ -34,6 +35,7 @@ def save_adapter(model: WanMotionTransferTransformer, path: str | Path) -> None:
     state = {name: p.detach().contiguous() for name, p in model.adapter_parameters()}
     options = {name: model.config[name] for name in _OPTIONS}
     save_file(state, path, {"format": "pt", "emt_adapter": json.dumps(options)})
+    apply_umask(Path(path))
 
 
 def read_adapter(given: str | Path) -> AdapterWeights:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emt.backbones.wan21.names import original_module, transformer_module
 from emt.backbones.wan21.published import at_most
-from emt.checkpoints import Origin, peft_settings, read_checkpoint
+from emt.checkpoints import Origin, peft_scale, peft_settings, read_checkpoint
 from emt.errors import EmtError
 from emt.hub import locate
 
@@ -90,7 +90,9 @@ class LoraMerge:
                 found.append(self._whole(match["module"], match["whole"], tensor, scale))
             else:
                 layer = layers.setdefault(match["module"], _Layer())
-                if match["alpha"]:
+                if match["alpha"] and tensor.numel() != 1:
+                    found.append(f"alpha of {tensor.numel()} numbers: {key}")
+                elif match["alpha"]:
                     layer.alpha = tensor.item()
                 elif match["half"] in ("down", "A"):
                     layer.down = tensor
@@ -131,8 +133,14 @@ class LoraMerge:
         rows, columns = self._shapes[name][0], math.prod(self._shapes[name][1:])
         if up.flatten(1).shape != (rows, len(down)) or down.flatten(1).shape[1] != columns:
             return f"wrong shape: {module} is {tuple(up.shape)} × {tuple(down.shape)}, the weight ({rows}, {columns})"
-        alpha = layer.alpha if layer.alpha is not None else _alpha(metadata, module, len(down))
-        return _Addition(name, up, down, scale * alpha / len(down))
+        if not len(down):
+            return f"rank 0: {module}"
+        own = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+        try:
+            factor = peft_scale(own, module, len(down)) if layer.alpha is None else layer.alpha / len(down)
+        except ValueError as error:
+            return f"{error}: {module}"
+        return _Addition(name, up, down, scale * factor)
 
     def _whole(self, module: str, kind: str, difference: Tensor, scale: float) -> _Addition | str:
         """Change by a full difference, or the reason why there is none."""
@@ -169,13 +177,3 @@ def _bare(module: str) -> str:
     for prefix in _PREFIXES:
         module = module.removeprefix(prefix)
     return module
-
-
-def _alpha(metadata: Mapping[str, Any], module: str, rank: int) -> float:
-    """Alpha of a layer in the terms of PEFT's configuration; a file without one has its scale in the weights."""
-    settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
