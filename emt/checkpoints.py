@@ -255,7 +255,7 @@ def peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], l
 
 
 def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """What PEFT scales a layer's change by: alpha / rank, or alpha / √rank; 1 if its settings do not say.
+    """Scale of a layer's change by PEFT: alpha / rank, or alpha / √rank; 1 if its settings do not say.
 
     Args:
         settings: of one network.
