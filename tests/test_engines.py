@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -324,6 +325,23 @@ def test_hashes_of_weights_tell_network_adapter_and_vae_apart(model, tmp_path):
         save_file(state, path)
         after = weights_of(other)
         assert {p for p in before.parts if before.parts[p] != after.parts[p]} == {part}
+
+
+@pytest.mark.parametrize("harm", ["deep configuration", "deep header", "header longer than its file", "no tensor"])
+def test_k5_weights_that_cannot_be_hashed_are_an_error_that_names_the_model(model, tmp_path, harm):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (weights,) = (other / "unet").glob("*.safetensors")
+    if harm == "deep configuration":
+        (other / "vae" / "config.json").write_text("[" * 100_000)
+    elif harm == "deep header":
+        weights.write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
+    elif harm == "header longer than its file":
+        weights.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+    else:
+        weights.write_bytes(struct.pack("<Q", 9) + b'{"a": []}')
+    with pytest.raises(EmtError, match=f"the weights of {other} cannot be read"):
+        weights_of(other)
 
 
 def test_the_command_of_a_request_is_one_that_build_engine_takes(tmp_path):

@@ -98,7 +98,12 @@ def test_metadata_give_captions_and_roles(tmp_path, place):
 def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
     for name in ("good/a.mp4", "good/b.mp4", "good/empty.mp4", "lonely/a.mp4", "none/notes.txt"):
         touch(tmp_path / name)
-    lines = ['{"file": "empty.mp4", "caption": " "}', "{torn", '{"file": "gone.mp4"}', '{"file": "a.mp4", "role": "x"}']
+    lines = [
+        '{"file": "empty.mp4", "caption": " "}',
+        "[" * 100_000,
+        '{"file": "gone.mp4"}',
+        '{"file": "a.mp4", "role": "x"}',
+    ]
     (tmp_path / "good" / "metadata.jsonl").write_text("\n".join(lines))
     found, said = listed(tmp_path)
     assert sorted({target for _, target, _ in found}) == ["a.mp4", "b.mp4"]
@@ -231,7 +236,7 @@ def test_the_seed_and_the_number_decide_a_motion(tmp_path, world):
 
 def test_pairs_made_otherwise_are_not_mixed(tmp_path, world):
     make(tmp_path / "a", 1, world)
-    with pytest.raises(EmtError, match="seed 0 there, 5 asked for"):
+    with pytest.raises(EmtError, match="seed 0 there, 5 requested"):
         make(tmp_path / "a", 1, world, seed=5)
     touch(tmp_path / "b" / "thesis.txt")
     with pytest.raises(EmtError, match="something else"):
@@ -639,3 +644,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(pairs, tmp_path):
         (checkpoints[2] / "optimizer.pt").write_bytes(damage)
         with pytest.raises(EmtError, match="not a checkpoint that can be read"):
             Trainer(model(), pairs, tmp_path / "a", settings(steps=3), resume=checkpoints[2])
+
+
+def test_k5_state_of_other_types_is_a_damaged_checkpoint(pairs, tmp_path):
+    start(pairs, tmp_path / "a", steps=1, checkpoint_every=1).train()
+    (checkpoint,) = find_checkpoints(tmp_path / "a")
+    good = json.loads((checkpoint / "state.json").read_text())
+    texts = ["[" * 100_000, "[]", "{}", *(json.dumps({**good, key: "3"}) for key in good)]
+    for text in texts:
+        (checkpoint / "state.json").write_text(text)
+        with pytest.raises(EmtError, match="not a checkpoint that can be read"):
+            Trainer(model(), pairs, tmp_path / "b", settings(), resume=checkpoint, say=lambda text: None)
+    (checkpoint / "state.json").write_text(json.dumps(good))
+    run = tmp_path / "b"
+    run.mkdir()
+    (run / "log.jsonl").write_bytes(b"[" * 100_000 + b"\n\xff\xfe\n" + b'{"step": {}}\n{"step": 1}\n{"step": 2}\n')
+    Trainer(model(), pairs, run, settings(), resume=checkpoint, say=lambda text: None)
+    assert (run / "log.jsonl").read_text() == '{"step": 1}\n'

@@ -143,7 +143,7 @@ def _read_metadata(folder: Path, say: Callable[[str], None]) -> dict[Path, dict[
             if record.get("role", "target") not in ROLES:
                 say(f"{path}:{number}: skipped, the role is {record['role']!r}, allowed are {' and '.join(ROLES)}")
                 continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if line.strip():
                 say(f'{path}:{number}: skipped, a line is {{"file": "...", "caption": "...", "role": "target"}}')
             continue
@@ -298,7 +298,7 @@ def _claim(out: Path, rendering: Rendering) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             found = json.loads(path.read_bytes())
-            differ = [f"{k} {found.get(k)} there, {v} asked for" for k, v in wanted.items() if found.get(k) != v]
+            differ = [f"{k} {found.get(k)} there, {v} requested" for k, v in wanted.items() if found.get(k) != v]
             if differ:
                 raise EmtError(
                     f"{out} holds pairs that were made otherwise: {'; '.join(differ)}",
@@ -308,7 +308,7 @@ def _claim(out: Path, rendering: Rendering) -> None:
             raise EmtError(f"{out} holds something else than rendered pairs", "Give another folder.")
         else:
             write_text(path, json.dumps(wanted, indent=2) + "\n")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise EmtError(f"cannot write pairs to {out}: {error}", "Give another folder.") from None
 
 

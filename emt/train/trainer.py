@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from emt.backbone import Backbone
 from emt.checkpoints import check_keys
 from emt.contact_sheet import contact_sheet
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.storage import apply_umask, sync, sync_tree
 from emt.train.data import Pair, PairDataset, Sample, find_pairs, seeded, write_text
@@ -44,7 +44,7 @@ MAX_GRADIENT = 1.0
 """Norm at which gradients are clipped, as AnimateDiff's training does."""
 SHEET_CLIPS = 4
 """Pairs of a sample sheet."""
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -389,20 +389,22 @@ class Trainer:
             moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
             self.step, self.skipped = state["step"], state["skipped"]
             self._skipped_in_a_row, self.ema.optimization_step = state["skipped_in_a_row"], state["ema_step"]
-            before = state["settings"]
+            before = dict(state["settings"])
+            if not all(type(state[name]) is int for name in ("step", "skipped", "skipped_in_a_row", "ema_step")):
+                raise TypeError("a count in its state.json is no whole number")
         except (*_DAMAGED, SafetensorError) as error:
-            raise EmtError(
-                f"{folder} is not a checkpoint that can be read: {error}",
-                f"Checkpoints are RUN/{CHECKPOINTS}/step-…; --resume latest takes the latest one.",
-            ) from error
+            raise _unreadable(folder, error) from error
         shapes = {published(name): p.shape for name, p in self.trained.items()}
         for kind, targets in (("adapter", self.trained.values()), ("ema", self.ema.shadow_params)):
             check_keys(f"{kind} of {folder}", weights[kind], shapes)
             for name, target in zip(self.trained, targets):
                 target.data.copy_(weights[kind][published(name)])
-        # A changed learning rate is asked for on the command line; the optimizer's state holds the old one.
-        moments["param_groups"] = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(moments)
+        try:
+            # The learning rate is the command line's; the optimizer's state holds that of the earlier run.
+            moments["param_groups"] = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(moments)
+        except _DAMAGED as error:
+            raise _unreadable(folder, error) from error
         if self.step > self.settings.steps:
             problem = f"{folder} is at step {self.step}, --steps is {self.settings.steps}"
             raise EmtError(problem, "Ask for more --steps.")
@@ -418,7 +420,7 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         path = self.run / "log.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(path, "".join(line for line in lines if _step_of(line) <= self.step))
 
     # --------------------------------------------------------------------------------------------------- the results
@@ -494,10 +496,17 @@ class Trainer:
         )
 
 
+def _unreadable(folder: Path, error: Exception) -> EmtError:
+    return EmtError(
+        f"{folder} is not a checkpoint that can be read: {first_line(error)}",
+        f"Checkpoints are RUN/{CHECKPOINTS}/step-…; --resume latest takes the latest one.",
+    )
+
+
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf  # torn by a crash
 
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import struct
@@ -69,7 +70,7 @@ def weights_of(
         own = [{name: value for name, value in c.items() if not name.startswith("_")} for c in sizes]
         config = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
         merged = tuple((remember("sha256", f, lambda f=f: sha256_of(f)), scale) for f, scale in loras)  # type: ignore[misc]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise EmtError(f"the weights of {folder} cannot be read: {error}", "Make the model folder again.") from None
     return Weights({"unet": unet, "adapter": adapter, "vae": vae, "config": config}, merged)
 
@@ -84,6 +85,8 @@ def _tensor_digests(file: Path) -> tuple[str, str]:
     hashers = hashlib.sha256(), hashlib.sha256()
     with open(file, "rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
+        if length > os.fstat(stream.fileno()).st_size:
+            raise ValueError(f"{file.name} ends too early")
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         for name in sorted(header):
