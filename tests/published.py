@@ -1,8 +1,9 @@
 """The published network's outputs at a small width, and the weights that made them.
 
 `data/small.safetensors` holds inputs and outputs of the authors' released network (float32, CPU) with seeded random
-weights; `data/small.json` the sizes and every parameter's published name and shape. The weights are drawn here as
-they were drawn there: over the names in sorted order, from one generator.
+weights; `data/small.json` the sizes and every parameter's published name and shape. `spatial` is the same with a
+checkpoint that holds query, key and value of the spatial and text attentions of the up blocks, too. The weights are
+drawn here as they were drawn there: over the names in sorted order, from one generator.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from emt.backbones.sd15.unet import MotionTransferUNet
 
 DATA = Path(__file__).parent / "data"
 SMALL = json.loads((DATA / "small.json").read_text())
+#: Both kinds of checkpoints: temporal projections and scalers alone, and spatial and text projections as well.
+KINDS = {"small": SMALL, "spatial": json.loads((DATA / "spatial.json").read_text())}
 
 
 def draw(shapes: dict[str, list[int]], seed: int) -> dict[str, Tensor]:
@@ -39,22 +42,25 @@ def draw(shapes: dict[str, list[int]], seed: int) -> dict[str, Tensor]:
     return state
 
 
-def small_states() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return draw(SMALL["backbone_keys"], SMALL["seed"]), draw(SMALL["adapter_keys"], SMALL["seed"] + 1)
+def small_states(kind: str = "small") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    sizes = KINDS[kind]
+    return draw(sizes["backbone_keys"], sizes["seed"]), draw(sizes["adapter_keys"], sizes["seed"] + 1)
 
 
-def small_unet() -> MotionTransferUNet:
+def small_unet(kind: str = "small", **config) -> MotionTransferUNet:
+    sizes = KINDS[kind]
     unet = MotionTransferUNet(
-        block_out_channels=SMALL["channels"],
-        cross_attention_dim=SMALL["cross_attention_dim"],
-        attention_heads=SMALL["heads"],
+        block_out_channels=sizes["channels"],
+        cross_attention_dim=sizes["cross_attention_dim"],
+        attention_heads=sizes["heads"],
+        **config,
     )
-    unet.load_published(*small_states())
+    unet.load_published(*small_states(kind))
     return unet.eval()
 
 
-def tensors() -> dict[str, Tensor]:
-    return load_file(DATA / "small.safetensors")
+def tensors(kind: str = "small") -> dict[str, Tensor]:
+    return load_file(DATA / f"{kind}.safetensors")
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import SMALL, relative_error, small_states, small_unet, tensors
+from published import KINDS, SMALL, relative_error, small_states, small_unet, tensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,14 +23,19 @@ from emt.train.objective import Objective
 TEXT_TOKENS, TEXT_WIDTH = 5, 8
 
 
-@pytest.fixture(scope="module")
-def unet() -> MotionTransferUNet:
-    return small_unet()
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def published() -> dict[str, Tensor]:
-    return tensors()
+def unet(kind) -> MotionTransferUNet:
+    return small_unet(kind)
+
+
+@pytest.fixture(scope="module")
+def published(kind) -> dict[str, Tensor]:
+    return tensors(kind)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +70,54 @@ def inputs(batch: int, frames: int, height: int, width: int, seed: int = 0) -> t
     )
 
 
+FUSED = {
+    "adds": Execution(fuse_residual_adds=True),
+    "adds and biases": Execution(fuse_residual_adds=True, defer_conv_biases=True),
+    "in parts": Execution(fuse_residual_adds=True, defer_conv_biases=True, feed_forward_tokens=7),
+}
+
+
+class Fused(nn.Module):
+    """The network with an execution, as engines export it."""
+
+    def __init__(self, unet: MotionTransferUNet, execution: Execution) -> None:
+        super().__init__()
+        self.unet, self.execution = unet, execution
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, motion: Any = None) -> Tensor:
+        return self.unet(sample, timestep, text, motion, execution=self.execution)
+
+
+@pytest.fixture(scope="module", params=["eager", "precomputed", "fused", "exported"])
+def denoise(request, kind, unet, published, motion):
+    """The network as a function of sample, timestep, text and whether there is a reference, computed in some way."""
+    way, execution = request.param, FUSED["adds and biases"]
+    if way == "exported":
+        if kind == "small":
+            pytest.skip("an export of spatial, which has layers of both kinds, takes long enough")
+        arguments = published["sample"], torch.tensor(5), published["text"], unet.prepare(motion)
+        with torch.no_grad():
+            exported = torch.export.export(Fused(unet, execution), arguments, strict=False).module()
+
+    def call(sample: Tensor, timestep: int | Tensor, text: Tensor, reference: bool) -> Tensor:
+        if way == "eager":
+            return unet(sample, timestep, text, motion if reference else None)
+        if way == "exported":
+            if not reference:
+                pytest.skip("engines are exported with a reference")
+            return exported(sample, torch.as_tensor(timestep), text, unet.prepare(motion))
+        known, prepared = unet.encode_text(text), unet.prepare(motion) if reference else None
+        return unet(sample, timestep, known, prepared, execution=execution if way == "fused" else PLAIN)
+
+    return call
+
+
 class TestPublishedOutputs:
     """Every tensor of the published network, to float32 rounding."""
 
-    def test_the_draw_of_the_weights_is_the_published_one(self):
-        backbone, _ = small_states()
-        for name, total in SMALL["checks"].items():
+    def test_the_draw_of_the_weights_is_the_published_one(self, kind):
+        backbone, _ = small_states(kind)
+        for name, total in KINDS[kind]["checks"].items():
             assert backbone[name].double().sum().item() == pytest.approx(total, abs=1e-4), name
 
     def test_noising_the_reference(self, published):
@@ -78,66 +128,63 @@ class TestPublishedOutputs:
         assert relative_error(noisy, published["reference_noisy"]) < 1e-6
 
     @torch.no_grad()
-    def test_backbone(self, unet, published):
-        out = unet(published["reference_noisy"], SMALL["reference_timestep"], published["text"][:1], adapted=False)
-        assert relative_error(out, published["backbone_out"]) < 1e-5
-
-    def test_features_of_the_reference_pass(self, motion, published):
+    @pytest.mark.parametrize("execution", ["plain", "fused"])
+    def test_backbone(self, unet, published, execution):
+        how = FUSED["adds and biases"] if execution == "fused" else PLAIN
+        reference = published["reference_noisy"], SMALL["reference_timestep"], published["text"][:1]
+        assert relative_error(unet(*reference, adapted=False, execution=how), published["backbone_out"]) < 1e-5
+        features = unet.encode_reference(*reference, execution=how)
         names = [name for name in published if name.startswith("feature/")]
         assert len(names) == 8
         for name in names:
             path, index = name.removeprefix("feature/").rsplit("/", 1)
-            feature = motion.layers[path.split(".temporal_transformer")[0]][int(index)]
+            feature = features.layers[path.split(".temporal_transformer")[0]][int(index)]
             assert relative_error(feature[0].flatten(1, 2), published[name]) < 1e-5, name
 
     @torch.no_grad()
-    def test_adapted_network_without_reference(self, unet, published):
-        out = unet(published["sample"], SMALL["timestep"], published["text"])
+    def test_adapted_network_without_reference(self, denoise, kind, published):
+        out = denoise(published["sample"], KINDS[kind]["timestep"], published["text"], False)
         assert relative_error(out, published["without_reference"]) < 1e-5
 
     @torch.no_grad()
-    @pytest.mark.parametrize("precomputed", [False, True], ids=["eager", "precomputed"])
-    def test_adapted_network_with_reference(self, unet, published, motion, precomputed):
-        text = unet.encode_text(published["text"]) if precomputed else published["text"]
-        moved = unet.prepare(motion) if precomputed else motion
-        out = unet(published["sample"], SMALL["timestep"], text, moved)
+    def test_adapted_network_with_reference(self, denoise, kind, published):
+        out = denoise(published["sample"], KINDS[kind]["timestep"], published["text"], True)
         assert relative_error(out, published["with_reference"]) < 1e-5
 
     @torch.no_grad()
-    def test_hidden_states_come_with_the_same_outputs(self, unet, published, motion):
+    def test_five_sampler_steps_with_guidance(self, denoise, published):
+        scheduler = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
+        scheduler.set_timesteps(5)
+        latents = published["sample"][:1]
+        for t in scheduler.timesteps:
+            away, towards = denoise(torch.cat([latents] * 2), t, published["text"], True).chunk(2)
+            latents = scheduler.step(away + 6 * (towards - away), t, latents).prev_sample
+        assert relative_error(latents, published["five_steps"]) < 1e-4
+
+    @torch.no_grad()
+    def test_hidden_states_come_with_the_same_outputs(self, unet, kind, published, motion):
         reference = published["reference_noisy"], SMALL["reference_timestep"], published["text"][:1]
         out, features, read = unet.denoise_with_hidden_states(*reference)
         assert relative_error(out, published["backbone_out"]) < 1e-5
         assert all(
             torch.equal(a, b) for path in motion.layers for a, b in zip(motion.layers[path], features.layers[path])
         )
-        moved, drawn = unet.move_with_hidden_states(published["sample"], SMALL["timestep"], published["text"], motion)
+        timestep = KINDS[kind]["timestep"]
+        moved, drawn = unet.move_with_hidden_states(published["sample"], timestep, published["text"], motion)
         assert relative_error(moved, published["with_reference"]) < 1e-5
         assert list(read) == list(drawn) == list(unet.motion_modules())
 
     @torch.no_grad()
-    @pytest.mark.parametrize("precomputed", [False, True], ids=["eager", "precomputed"])
-    def test_five_sampler_steps_with_guidance(self, unet, published, motion, precomputed):
-        scheduler = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
-        scheduler.set_timesteps(5)
-        text = unet.encode_text(published["text"]) if precomputed else published["text"]
-        moved = unet.prepare(motion) if precomputed else motion
-        latents = published["sample"][:1]
-        for t in scheduler.timesteps:
-            away, towards = unet(torch.cat([latents] * 2), t, text, moved).chunk(2)
-            latents = scheduler.step(away + 6 * (towards - away), t, latents).prev_sample
-        assert relative_error(latents, published["five_steps"]) < 1e-4
-
-    @torch.no_grad()
+    @pytest.mark.parametrize("kind", ["small"], indirect=True)
     def test_float16(self, published, motion):
         half, dtype = small_unet().half(), torch.float16
-        out = half(
-            published["sample"].to(dtype), SMALL["timestep"], published["text"].to(dtype), motion.to(dtype=dtype)
-        )
+        sample, text, moved = published["sample"].to(dtype), published["text"].to(dtype), motion.to(dtype=dtype)
+        out = half(sample, SMALL["timestep"], text, moved)
         assert out.dtype == dtype
         assert relative_error(out, published["with_reference"]) < 2e-2
 
     @torch.no_grad()
+    @pytest.mark.parametrize("kind", ["small"], indirect=True)
     def test_bfloat16(self, published, motion):
         """The arithmetic alone: both sides hold the weights and inputs that bfloat16 can hold.
 
@@ -154,6 +201,113 @@ class TestPublishedOutputs:
     def test_the_reference_matters(self, published):
         # Guards the parity tests: with and without are far apart, so neither can pass in the other's place.
         assert relative_error(published["without_reference"], published["with_reference"]) > 0.05
+
+
+class TestLayersOfDenoisingsOwn:
+    """A checkpoint may hold any weight of the network: it denoises, and the reference pass keeps the backbone's."""
+
+    @staticmethod
+    def states() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A backbone and a whole network, every weight of which is another."""
+        torch.manual_seed(1)
+        unet = tiny_unet()
+        shapes = unet.published_shapes()
+        backbone = {n: torch.randn(s) / max(s[1:].numel(), 4) ** 0.5 for n, s in shapes.backbone.items()}
+        whole = {
+            n: torch.randn(s) / max(s[1:].numel(), 4) ** 0.5 for n, s in (shapes.backbone | shapes.adapter).items()
+        }
+        return backbone, whole
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("execution", [PLAIN, FUSED["adds and biases"]], ids=["plain", "fused"])
+    def test_k1_all_weights_of_a_whole_network_denoise_and_none_reads_the_reference(self, execution):
+        backbone, whole = self.states()
+        both, reader, denoiser = tiny_unet(), tiny_unet(), tiny_unet()
+        both.load_published(backbone, whole)
+        reader.load_published(backbone)
+        shapes = denoiser.published_shapes()
+        denoiser.load_published(*({name: whole[name] for name in part} for part in (shapes.backbone, shapes.adapter)))
+        assert denoiser.denoising is None
+        sample, text = inputs(2, 3, 8, 8)
+        motion = both.encode_reference(sample[:1], 400, text[:1], execution=execution)
+        expected = reader.encode_reference(sample[:1], 400, text[:1])
+        for path, layer in expected.layers.items():
+            for ours, theirs in zip(motion.layers[path], layer, strict=True):
+                torch.testing.assert_close(ours, theirs)
+        ours = both(sample, 7, both.encode_text(text), both.prepare(motion), execution=execution)
+        torch.testing.assert_close(ours, denoiser(sample, 7, text, expected))
+        assert not torch.allclose(ours, reader(sample, 7, text, expected))
+
+    def test_weights_that_are_the_backbones_take_no_memory(self):
+        unet = tiny_unet()
+        shapes = unet.published_shapes()
+        backbone = {name: torch.randn(shape) for name, shape in shapes.backbone.items()}
+        adapter = {name: torch.randn(shape) for name, shape in shapes.adapter.items()}
+        unet.load_published(backbone, backbone | adapter)
+        assert unet.denoising is None
+        name = "up_blocks.0.resnets.0.conv1.bias"
+        unet.load_published(backbone, backbone | adapter | {name: torch.zeros(16)})
+        own = {key: tensor for key, tensor in unet.state_dict().items() if key.startswith("denoising.")}
+        assert set(own) == {f"denoising.{name}", f"denoising.{name}".replace("bias", "weight")}
+        assert not own[f"denoising.{name}"].any()
+
+    @torch.no_grad()
+    def test_they_are_saved_and_opened_again(self, tmp_path):
+        unet = tiny_unet()
+        unet.load_published(*self.states())
+        unet.save_pretrained(tmp_path)
+        again = MotionTransferUNet.from_pretrained(tmp_path)
+        assert again.config.denoising_layers == unet.config.denoising_layers
+        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in unet.state_dict().items())
+        sample, text = inputs(1, 3, 8, 8)
+        motion = unet.encode_reference(sample, 400, text)
+        torch.testing.assert_close(again(sample, 7, text, motion), unet(sample, 7, text, motion))
+
+    def test_training_writes_temporal_projections_and_scalers_alone(self):
+        unet = tiny_unet()
+        unet.load_published(*self.states())
+        assert {name.replace(".adapter.", ".") for name, _ in unet.adapter_parameters()} == set(
+            unet.published_shapes().adapter
+        )
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("own", [("to_q",), ("to_q", "to_k", "to_v"), ("to_q", "to_k", "to_v", "to_out.0")])
+    @pytest.mark.parametrize("prepare", ["fuse_projections", "use_fp8"])
+    def test_projections_are_fused_and_quantized_all_the_same(self, own, prepare):
+        unet = tiny_unet(block_out_channels=(16, 32), cross_attention_dim=16)
+        block = "up_blocks.1.attentions.0.transformer_blocks.0"
+        layers = [f"{block}.{attention}.{name}" for attention in ("attn1", "attn2") for name in own]
+        unet.add_denoising_layers([*layers, f"{block}.norm1", f"{block}.ff.net.2"])
+        for parameter in unet.denoising.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        sample, _ = inputs(1, 3, 8, 8)
+        text = torch.randn(1, TEXT_TOKENS, 16)
+
+        def both() -> list[Tensor]:
+            motion = unet.encode_reference(sample, 400, text)
+            return [unet(sample, 7, text, motion), *(x for layer in motion.layers.values() for x in layer)]
+
+        expected = both()
+        if prepare == "use_fp8":
+            assert unet.use_fp8(choice=lambda outputs, inputs, exact: True) > 0
+        unet.fuse_projections()
+        for ours, theirs in zip(both(), expected, strict=True):
+            if prepare == "use_fp8":
+                assert relative_error(ours, theirs) < 0.1
+            else:
+                torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "nothing",
+            "up_blocks.0",
+            "up_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_q",
+        ],
+    )
+    def test_a_layer_that_cannot_have_one_is_named(self, path):
+        with pytest.raises(ValueError, match=re.escape(f"denoising_layers has {path!r}")):
+            tiny_unet(denoising_layers=[path])
 
 
 class TestReadableModule:
@@ -314,13 +468,6 @@ class TestShapes:
             tiny_unet(**config)
 
 
-FUSED = {
-    "adds": Execution(fuse_residual_adds=True),
-    "adds and biases": Execution(fuse_residual_adds=True, defer_conv_biases=True),
-    "in parts": Execution(fuse_residual_adds=True, defer_conv_biases=True, feed_forward_tokens=7),
-}
-
-
 class TestFusedPass:
     """Adds that matmuls make in place, and biases that norms add, are the published network's, in float64."""
 
@@ -419,17 +566,6 @@ class TestFusedPass:
         for name, gradient in gradients[0].items():
             assert gradient.any()
             assert torch.equal(gradients[1][name], gradient)
-
-
-class Fused(nn.Module):
-    """The network with an execution, as engines export it."""
-
-    def __init__(self, unet: MotionTransferUNet, execution: Execution) -> None:
-        super().__init__()
-        self.unet, self.execution = unet, execution
-
-    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        return self.unet(sample, timestep, text, execution=self.execution)
 
 
 class Called(TorchDispatchMode):

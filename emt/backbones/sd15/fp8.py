@@ -29,6 +29,8 @@ _RIDGE = 240.0
 
 #: Selects matmuls, by channels out, channels in, and whether the input is needed in full as well.
 Choice = Callable[[int, int, bool], bool]
+#: A layer, as its parent and its name there, so that it can be replaced.
+Slot = tuple[nn.Module, str]
 
 
 def is_faster(outputs: int, inputs: int, exact: bool = False) -> bool:
@@ -143,14 +145,13 @@ def _abilities(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
 
 
 def quantize_self_attention(
-    parent: nn.Module, norm: str, projections: Sequence[QKV], choice: Choice, exact: bool = False
+    norms: Sequence[Slot], projections: Sequence[QKV], choice: Choice, exact: bool = False
 ) -> None:
     """Compute query, key and value after a norm in one matmul in float8, if `choice` selects it.
 
     Args:
-        parent: has the norm.
-        norm: its name.
-        projections: all that read what the norm quantizes.
+        norms: the norm, and one that denoising has in its place.
+        projections: all that read what they quantize, of one shape.
         choice: selects matmuls.
         exact: whether the norm is needed in full as well.
     """
@@ -159,26 +160,48 @@ def quantize_self_attention(
         return
     for qkv, weight in zip(projections, weights, strict=True):
         qkv.to_qkv = Fp8Linear(weight, None)
-    _quantize_norm(parent, norm)
+    _quantize_norms(norms)
 
 
-def quantize_query(parent: nn.Module, norm: str, attention: Any, choice: Choice) -> None:
-    """Compute the query of a cross-attention after a norm in float8, if `choice` selects it."""
-    if isinstance(attention.to_q, nn.Linear) and _fits(attention.to_q.weight, choice):
-        attention.to_q = Fp8Linear(attention.to_q.weight, None)
-        _quantize_norm(parent, norm)
+def quantize_linear(norms: Sequence[Slot], layers: Sequence[Slot], choice: Choice) -> None:
+    """Compute a linear layer after a norm in float8, if `choice` selects it.
+
+    Args:
+        norms: the norm, and one that denoising has in its place.
+        layers: the layer, and one that denoising has in its place.
+        choice: selects matmuls.
+    """
+    if _quantize(layers, choice):
+        _quantize_norms(norms)
 
 
-def quantize_feed_forward(parent: nn.Module, norm: str, ff: FeedForward, choice: Choice) -> None:
-    """Compute those of a feed-forward layer's two matmuls in float8 that `choice` selects."""
-    net: Any = ff.net
-    first: Any = net[0]
-    if isinstance(first.proj, nn.Linear) and _fits(first.proj.weight, choice):
-        first.proj = Fp8Linear(first.proj.weight, first.proj.bias)
-        _quantize_norm(parent, norm)
-    if isinstance(net[2], nn.Linear) and _fits(net[2].weight, choice):
-        net[0] = Fp8GEGLU(first.proj)
-        net[2] = Fp8Linear(net[2].weight, net[2].bias)
+def quantize_feed_forward(
+    norms: Sequence[Slot], ff: FeedForward, first: Sequence[Slot], last: Sequence[Slot], choice: Choice
+) -> None:
+    """Compute those of a feed-forward layer's two matmuls in float8 that `choice` selects.
+
+    Args:
+        norms: the norm before it, and one that denoising has in its place.
+        ff: the layer.
+        first: its first matmul, and one that denoising has in its place.
+        last: its last matmul, likewise.
+        choice: selects matmuls.
+    """
+    quantize_linear(norms, first, choice)
+    if _quantize(last, choice):
+        gate: Any = ff.net[0]
+        ff.net[0] = Fp8GEGLU(gate.proj)
+
+
+def _quantize(layers: Sequence[Slot], choice: Choice) -> bool:
+    """Replace a linear layer, and one that denoising has in its place; whether they were and fit."""
+    found = [parent.get_submodule(name) for parent, name in layers]
+    if not isinstance(found[0], nn.Linear) or not _fits(found[0].weight, choice):
+        return False
+    for (parent, name), layer in zip(layers, found, strict=True):
+        assert isinstance(layer, nn.Linear)
+        setattr(parent, name, Fp8Linear(layer.weight, layer.bias))
+    return True
 
 
 def _fits(weight: Tensor, choice: Choice, exact: bool = False) -> bool:
@@ -186,9 +209,10 @@ def _fits(weight: Tensor, choice: Choice, exact: bool = False) -> bool:
     return outputs % 16 == 0 and inputs % 16 == 0 and choice(outputs, inputs, exact)
 
 
-def _quantize_norm(parent: nn.Module, name: str) -> None:
-    """Have the norm before a matmul quantize."""
-    norm: Any = parent.get_submodule(name)
-    quantizing = QuantizingLayerNorm(norm.normalized_shape, norm.eps, device="meta")
-    quantizing.weight, quantizing.bias = norm.weight, norm.bias
-    setattr(parent, name, quantizing)
+def _quantize_norms(norms: Sequence[Slot]) -> None:
+    """Have norms before a matmul quantize."""
+    for parent, name in norms:
+        norm: Any = parent.get_submodule(name)
+        quantizing = QuantizingLayerNorm(norm.normalized_shape, norm.eps, device="meta")
+        quantizing.weight, quantizing.bias = norm.weight, norm.bias
+        setattr(parent, name, quantizing)

@@ -189,6 +189,38 @@ class FeedForward(nn.Module):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
+class OwnLayers(nn.Module):
+    """Layers that denoising has of its own, at the paths of those whose place they take; the others are not here."""
+
+    def put(self, path: str, layer: nn.Module) -> None:
+        """Add a layer."""
+        parent: nn.Module = self
+        *above, name = path.split(".")
+        for step in above:
+            if parent._modules.get(step) is None:
+                parent.add_module(step, OwnLayers())
+            parent = parent._modules[step]  # type: ignore[assignment]
+        parent.add_module(name, layer)
+
+    def find(self, path: str) -> nn.Module | None:
+        """The layer, or what contains layers, at a path; None if nothing is there."""
+        module: nn.Module | None = self
+        for step in path.split("."):
+            module = None if module is None else module._modules.get(step)
+        return module
+
+
+def slots(block: nn.Module, own: OwnLayers | None, path: str) -> list[tuple[nn.Module, str]]:
+    """Where a layer of a block is, as parent and name, and where the one is that denoising has in its place."""
+    head, _, name = path.rpartition(".")
+    found = [(block.get_submodule(head), name)]
+    if own is not None and own.find(path) is not None:
+        parent = own.find(head) if head else own
+        assert parent is not None
+        found.append((parent, name))
+    return found
+
+
 def rows_of(x: Tensor | Quantized, count: int) -> tuple[Tensor, ...] | list[Quantized]:
     """Tokens (…, channels) as (rows, channels), at most `count` at a time."""
     return x.split(count) if isinstance(x, Quantized) else x.reshape(-1, x.shape[-1]).split(count)

@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emt.backbones.sd15.fp8 import Choice, quantize_feed_forward, quantize_self_attention
-from emt.backbones.sd15.layers import QKV, FeedForward, GroupNorm, LayerNorm, images_of, sinusoidal_positions, tokens_of
+from emt.backbones.sd15.layers import (
+    QKV,
+    FeedForward,
+    GroupNorm,
+    LayerNorm,
+    OwnLayers,
+    images_of,
+    sinusoidal_positions,
+    slots,
+    tokens_of,
+)
 from emt_kernels.quantize import Quantized
 from emt_kernels.temporal_attention import temporal_attention
 
@@ -201,13 +211,19 @@ class TemporalTransformerBlock(nn.Module):
         read = h.exact if isinstance(h, Quantized) else h
         return reference[i], self.scaler(read, reference[i].scaler)
 
-    def use_fp8(self, choice: Choice, attention: bool) -> None:
-        """Compute the matmuls that `choice` selects in float8 (`MotionTransferUNet.use_fp8`)."""
+    def use_fp8(self, choice: Choice, attention: bool, own: OwnLayers | None) -> None:
+        """Compute the matmuls that `choice` selects in float8, also those of layers that denoising has of its own."""
         for i, layer in enumerate(self.attention_blocks if attention else ()):
             # The scaler reads the norm, too. The backbone's own projections read references, once for each.
-            qkv: Any = layer if layer.adapter is None else layer.adapter
-            quantize_self_attention(self.norms, str(i), [qkv], choice, exact=self.scaler is not None)
-        quantize_feed_forward(self, "ff_norm", self.ff, choice)
+            projections: Any = [layer if layer.adapter is None else layer.adapter]
+            found = own and own.find(f"attention_blocks.{i}")
+            if layer.adapter is None and found:
+                projections.append(found)
+            if all(isinstance(qkv, QKV) for qkv in projections):
+                exact = self.scaler is not None
+                quantize_self_attention(slots(self, own, f"norms.{i}"), projections, choice, exact)
+        ff = [slots(self, own, path) for path in ("ff_norm", "ff.net.0.proj", "ff.net.2")]
+        quantize_feed_forward(ff[0], self.ff, *ff[1:], choice)
 
 
 class TemporalTransformer(nn.Module):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from emt.backbones.sd15.fp8 import (
     Fp8Linear,
     is_faster,
     quantize_feed_forward,
-    quantize_query,
+    quantize_linear,
     quantize_self_attention,
 )
 from emt.backbones.sd15.layers import (
@@ -36,9 +38,11 @@ from emt.backbones.sd15.layers import (
     FeedForward,
     GroupNorm,
     LayerNorm,
+    OwnLayers,
     PointwiseConv,
     images_of,
     sinusoidal_positions,
+    slots,
     tokens_of,
 )
 from emt.backbones.sd15.motion_module import MotionModule, Reference, TemporalAttention, TemporalTransformerBlock
@@ -130,12 +134,16 @@ class SpatialTransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
-    def use_fp8(self, choice: Choice, attention: bool) -> None:
-        """Compute the matmuls that `choice` selects in float8 (`MotionTransferUNet.use_fp8`)."""
+    def use_fp8(self, choice: Choice, attention: bool, own: OwnLayers | None) -> None:
+        """Compute the matmuls that `choice` selects in float8, also those of layers that denoising has of its own."""
         if attention:
-            quantize_self_attention(self, "norm1", [self.attn1], choice)
-            quantize_query(self, "norm2", self.attn2, choice)
-        quantize_feed_forward(self, "norm3", self.ff, choice)
+            found = own and own.find("attn1")
+            projections: Any = [self.attn1, found] if found else [self.attn1]
+            if all(isinstance(qkv, QKV) for qkv in projections):
+                quantize_self_attention(slots(self, own, "norm1"), projections, choice)
+            quantize_linear(slots(self, own, "norm2"), slots(self, own, "attn2.to_q"), choice)
+        ff = [slots(self, own, path) for path in ("norm3", "ff.net.0.proj", "ff.net.2")]
+        quantize_feed_forward(ff[0], self.ff, *ff[1:], choice)
 
 
 class SpatialTransformer(nn.Module):
@@ -227,6 +235,8 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         motion_max_frames: positions of the temporal encoding, the largest number of frames.
         attention_levels: levels with spatial transformers; None for all but the lowest, as in SD 1.5.
         fusion_blocks: up blocks that take the reference, 0 the lowest; None for all (table 2 of the paper ablates it).
+        denoising_layers: paths of layers that denoising has of its own, besides the temporal projections of the fusion
+            blocks; their weights are under `denoising` and the same path. The backbone's read the reference.
 
     Raises:
         ValueError: if channels are not divisible by groups or heads, or a level or block does not exist.
@@ -249,6 +259,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         motion_max_frames: int = 32,
         attention_levels: Sequence[int] | None = None,
         fusion_blocks: Sequence[int] | None = None,
+        denoising_layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         levels = len(block_out_channels)
@@ -287,7 +298,8 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         self.conv_norm_out = GroupNorm(norm_num_groups, widths[0], eps=1e-5, silu=True)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.gradient_checkpointing = False
-        self._assemble_denoiser()
+        self.register_module("denoising", None)
+        self.add_denoising_layers(denoising_layers or ())
 
     # ------------------------------------------------------------------------------------------------ the network
 
@@ -615,12 +627,52 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         """The network as it denoises, or without the adapter as it reads references."""
         return self._denoiser if adapted else self
 
+    def add_denoising_layers(self, paths: Sequence[str]) -> None:
+        """Give denoising layers of its own, with the weights that those of the backbone have now.
+
+        Args:
+            paths: of the backbone's layers whose place they take.
+
+        Raises:
+            ValueError: if there is no such layer, or denoising has its own already.
+        """
+        if paths and (bad := sorted(set(paths) - set(self.shared_layers()))):
+            raise ValueError(f"denoising_layers has {bad[0]!r}, which is no layer that denoising shares")
+        if paths and self.denoising is None:
+            self.denoising = OwnLayers()
+        chosen = {path.rpartition(".")[0] for path in paths if path.endswith(".to_v")}
+        for path, qkv in list(self.named_modules()):
+            if path in chosen and isinstance(qkv, QKV) and {f"{path}.to_q", f"{path}.to_k"} <= set(paths):
+                self.denoising.put(path, QKV(qkv.to_q.in_features, qkv.to_k.in_features))
+        for path in paths:
+            self.denoising.put(path, copy.deepcopy(self.get_submodule(path)))
+        listed = dict.fromkeys([*(self.config.denoising_layers or ()), *paths])
+        self.register_to_config(denoising_layers=list(listed) or None)
+        self._assemble_denoiser()
+
+    def shared_layers(self) -> list[str]:
+        """Paths of the layers with weights that both the reference pass and denoising use."""
+        found = []
+        for path, layer in self.named_modules():
+            if not layer._parameters or path.startswith("denoising.") or re.search(r"\.(adapter|scaler)\.", path):
+                continue
+            parent = self.get_submodule(path.rpartition(".")[0])
+            adapted = isinstance(parent, TemporalAttention) and parent.adapter is not None
+            if not adapted and (self.denoising is None or self.denoising.find(path) is None):
+                found.append(path)
+        return found
+
     def _assemble_denoiser(self) -> None:
         """Put the layers that denoising has of its own in the place of the backbone's; all others are shared."""
         own: dict[str, nn.Module | None] = {}
         for path, attention in self.named_modules():
             if isinstance(attention, TemporalAttention) and attention.adapter is not None:
                 own |= {f"{path}.{name}": layer for name, layer in attention.adapter._modules.items()}
+        for path in self.config.denoising_layers or ():
+            own[path] = self.denoising.find(path)
+            if path.endswith((".to_q", ".to_k", ".to_v")):
+                fused = f"{path.rpartition('.')[0]}.to_qkv"
+                own[fused] = self.denoising.find(fused)  # None if it has not all three
         self.__dict__["_denoiser"] = _with_layers(self, own)  # not a part: all of its layers are parts already
 
     def fuse_projections(self) -> None:
@@ -647,9 +699,10 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         Returns:
             How many matmuls are in float8.
         """
-        for module in list(self.modules()):
+        for path, module in list(self.named_modules()):
             if isinstance(module, SpatialTransformerBlock | TemporalTransformerBlock):
-                module.use_fp8(choice, attention)
+                own = self.denoising and self.denoising.find(path)
+                module.use_fp8(choice, attention, own)
         self._assemble_denoiser()
         return sum(isinstance(module, Fp8Linear) for module in self.modules())
 
@@ -689,27 +742,47 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
 
         Args:
             backbone: the SD 1.5 UNet and the motion module, in one dict.
-            adapter: the temporal q/k/v and scalers of the up blocks as EfficientMT publishes them; None starts the
-                adapter from the backbone's projections and leaves the scalers as they were initialised.
+            adapter: the temporal q/k/v and scalers of the up blocks as EfficientMT publishes them, and any weights of
+                the backbone that denoising has of its own; None starts the adapter from the backbone's projections and
+                leaves the scalers as they were initialised. A layer whose weights equal the backbone's is shared.
 
         Raises:
             EmtError: naming every missing, unexpected or mis-shaped key.
         """
-        names = {name for name, _ in self.adapter_parameters()}
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        wanted = {
-            "backbone": {n: n for n in shapes if n not in names},
-            "adapter": {n.replace(".adapter.", "."): n for n in names},
-        }
-        state: dict[str, Tensor] = {}
-        for part, given in (("backbone", backbone), ("adapter", adapter)):
-            if given is not None:
-                given = without_positions(given)
-                check_keys(part, given, {k: shapes[n] for k, n in wanted[part].items()})
-                state |= {n: given[k] for k, n in wanted[part].items()}
+        backbone, shapes = without_positions(backbone), self.published_shapes()
+        check_keys("backbone", backbone, shapes.backbone)
+        state = dict(backbone)
+        if adapter is not None:
+            adapter = without_positions(adapter)
+            check_keys("adapter", adapter, shapes.of_adapter(adapter))
+            state |= {name: adapter[name.replace(".adapter.", ".")] for name, _ in self.adapter_parameters()}
+            more = {name: tensor for name, tensor in adapter.items() if name not in shapes.adapter}
+            known = self.config.denoising_layers or ()
+            self.add_denoising_layers([path for path in self._differing_layers(backbone, more) if path not in known])
+            for path in self.config.denoising_layers or ():
+                names = (f"{path}.{name}" for name, _ in self.get_submodule(path).named_parameters())
+                state |= {f"denoising.{name}": more.get(name, backbone[name]) for name in names}
         self.load_state_dict(state, strict=False)
         if adapter is None:
             self.initialize_adapter()
+
+    def published_shapes(self) -> PublishedShapes:
+        """Shapes of the weights by their published names."""
+        trained = {name for name, _ in self.adapter_parameters()}
+        shapes = {n: p.shape for n, p in self.named_parameters() if not n.startswith("denoising.")}
+        return PublishedShapes(
+            backbone={name: shape for name, shape in shapes.items() if name not in trained},
+            adapter={name.replace(".adapter.", "."): shapes[name] for name in trained},
+        )
+
+    def _differing_layers(self, backbone: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+        """Paths of layers of which `other` has a weight that is not the backbone's, in the dtype of the network."""
+
+        def differs(name: str) -> bool:
+            dtype = self.get_parameter(name).dtype
+            return not torch.equal(other[name].to(dtype), backbone[name].to(dtype))
+
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in other if differs(name)))
 
     def _check_inputs(
         self,
@@ -730,6 +803,19 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         for first, _ in itertools.islice(references.values(), 1):
             if sample.shape[0] % first.key.shape[0]:
                 raise ValueError(f"{first.key.shape[0]} motions do not divide the batch of sample, shape {shape}")
+
+
+@dataclass(frozen=True)
+class PublishedShapes:
+    """Shapes of a network's weights by published names: of the backbone, and of what EfficientMT trains."""
+
+    backbone: dict[str, torch.Size]
+    adapter: dict[str, torch.Size]
+
+    def of_adapter(self, given: Iterable[str]) -> dict[str, torch.Size]:
+        """Shapes of an adapter checkpoint with these names: all that is trained, and of the backbone what it has."""
+        more = {name: self.backbone[name] for name in given if name in self.backbone and name not in self.adapter}
+        return self.adapter | more
 
 
 # `model_index.json` names this module; folders saved before and after a move of the code agree.
