@@ -53,6 +53,11 @@ MICRO = {
     "attention_levels": (),
     "attention_heads": 1,
     "motion_attention_heads": 1,
+    "denoising_layers": [
+        *(f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{name}" for name in "qkv"),
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+        "up_blocks.0.resnets.0.conv1",
+    ],
     "frames": FRAMES,
     "height": SIDE,
     "width": SIDE,

@@ -33,7 +33,9 @@ def request(**changes) -> Request:
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     # One level: tracing takes most of the time. Networks of two levels are in test_tensorrt.py.
-    folder = random_model(tmp_path_factory.mktemp("model") / "one-level", block_out_channels=(16,), frames=FRAMES)
+    own = [f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{name}" for name in "qk"]
+    sizes = {"block_out_channels": (16,), "denoising_layers": [*own, "up_blocks.0.resnets.0.norm1"]}
+    folder = random_model(tmp_path_factory.mktemp("model") / "one-level", **sizes, frames=FRAMES)
     return load_pipeline(folder)
 
 

@@ -92,7 +92,7 @@ def _tensor_digests(file: Path) -> tuple[str, str]:
         for name in sorted(header):
             tensor = header[name]
             begin, end = tensor["data_offsets"]
-            hasher = hashers[".adapter." in name or ".scaler." in name]
+            hasher = hashers[".adapter." in name or ".scaler." in name or name.startswith("denoising.")]
             hasher.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
             stream.seek(8 + length + begin)
             while begin < end:

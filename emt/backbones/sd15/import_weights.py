@@ -18,7 +18,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
-from emt.backbones.sd15.checkpoint_kinds import ADAPTER, SDXL, read_kind, unet_guess
+from emt.backbones.sd15.adapter_checkpoint import AdapterCheckpoint, read_adapter
+from emt.backbones.sd15.checkpoint_kinds import SDXL, unet_guess
 from emt.backbones.sd15.lora import LoraMerge
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.stable_diffusion import (
@@ -32,8 +33,8 @@ from emt.backbones.sd15.stable_diffusion import (
     text_state,
     tokenizer_files,
 )
-from emt.backbones.sd15.unet import MotionTransferUNet, without_positions
-from emt.checkpoints import M, Origin, Source, State, allocate, check_keys, naming_file, shorten
+from emt.backbones.sd15.unet import MotionTransferUNet
+from emt.checkpoints import M, Origin, Source, allocate, check_keys, shorten
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate, megabytes
 from emt.model_folder import model_card, new_folder
@@ -105,9 +106,10 @@ def import_weights(
         dreambooth: one file in the original layout; its UNet replaces the base's, and so do its VAE and text encoder
             if it has them.
         vae: a VAE's file or folder; replaces the others'.
-        adapter: EfficientMT's checkpoint, whole network or only what is trained. None starts the adapter from the
-            motion module's projections.
-        loras: files and scales, merged into the UNet, motion module and text encoder; not into the adapter.
+        adapter: EfficientMT's checkpoint, of a whole network or a part of it: all of its weights denoise, none reads
+            the reference. None starts the adapter from the motion module's projections.
+        loras: files and scales, merged into the UNet, motion module and text encoder; not into the adapter's temporal
+            projections and scalers.
         tokenizer: folder or hub id; None takes the base folder's, or `DEFAULT_TOKENIZER` if the base is one file.
         prediction_type: of the UNet, "epsilon" or "v_prediction"; None takes what the file that gives the UNet says,
             "epsilon" if it says nothing.
@@ -172,23 +174,24 @@ def _assemble(
     motion, origin = read_motion_module(motion_module, step.fetching)
     origins.append(origin)
     config = model.unet.config | motion.config
-    trained: State | None = None
+    trained: AdapterCheckpoint | None = None
     if adapter is not None:
         step("Reading the adapter")
-        trained, blocks, origin = _read_adapter(adapter, step.fetching)
-        origins.append(origin)
-        if blocks != list(range(len(config["block_out_channels"]))):
-            config["fusion_blocks"] = blocks
+        trained = read_adapter(adapter, step.fetching)
+        origins.append(trained.origin)
+        if trained.blocks != list(range(len(config["block_out_channels"]))):
+            config["fusion_blocks"] = trained.blocks
     else:
         origins.append(Origin("adapter", "none", [], "starts from the motion module's projections, not trained"))
     stored = DTYPES[dtype]
     unet = _build(lambda: MotionTransferUNet(**config), stored, model.unet.where)
-    _check_unet(unet, model.unet, motion, trained, adapter)
+    _check_unet(unet, model.unet, motion, trained)
     text_config = _text_config(model.text_encoder)
     _check_together(model, text_config)
     words, words_origin = _read_tokenizer(tokenizer, model, text_config, step.fetching)
 
-    merge = LoraMerge(unet=model.unet.state | motion.state, text_encoder=model.text_encoder.state)
+    more = unet.denoising_states(trained.state) if trained else {}
+    merge = LoraMerge(unet=model.unet.state | motion.state | more, text_encoder=model.text_encoder.state)
     for path, scale in loras:
         step(f"Reading LoRA {Path(path).name}")
         origins.append(merge.read(path, scale, step.fetching))
@@ -197,7 +200,12 @@ def _assemble(
     merge.apply(stored)
     if trained is None:
         _reset_scalers(unet)
-    unet.load_published(merge.states["unet"], trained)
+        unet.load_published(merge.states["unet"])
+    else:
+        names = {name.removeprefix("denoising."): name for name in more}
+        merged = {own: merge.states["unet"].pop(name) for own, name in names.items()}
+        unet.load_published(merge.states["unet"], trained.state | merged)
+        trained.note_use(unet)
     vae = _build(lambda: AutoencoderKL.from_config(model.vae.config), stored, model.vae.where)
     _fill(vae, model.vae.state, f"VAE of {model.vae.where}")
     text_encoder = _build(lambda: CLIPTextModel(text_config), stored, model.text_encoder.where)
@@ -259,41 +267,15 @@ def _read_tokenizer(
 # ------------------------------------------------------------------------------------------------------------ the parts
 
 
-def _read_adapter(adapter: str | Path, on_fetch: OnFetch) -> tuple[State, list[int], Origin]:
-    """The trained weights by published names, and the up blocks that they are of."""
-    path = locate(adapter, "adapter", on_fetch=on_fetch)
-    if path.is_dir():
-        raise EmtError(f"the adapter {path} is a folder", "Give the adapter's .ckpt or .safetensors file.")
-    state = naming_file(path, without_positions, read_kind(path, ADAPTER).state)
-    blocks = sorted({int(m[1]) for name in state if (m := re.match(r"up_blocks\.(\d+)\..*\.scaler\.", name))})
-    # The network here names the trained projections apart from the backbone's, which are beside them in a whole one.
-    own = {name.replace(".adapter.", ".") for name in state if ".adapter." in name}
-    state = {name.replace(".adapter.", "."): tensor for name, tensor in state.items() if name not in own}
-    whole = "conv_in.weight" in state
-    count = len(state)
-    if whole:
-        pattern = re.compile(r"up_blocks\.(\d+)\.motion_modules\..*(\.attention_blocks\.\d+\.to_[qkv]\.|\.scaler\.)")
-        state = {n: t for n, t in state.items() if (m := pattern.match(n)) and int(m[1]) in blocks}
-    note = f"{len(state)} trained tensors, up blocks {', '.join(map(str, blocks))}"
-    if whole:
-        note += f"; {count - len(state)} tensors of the frozen network not used"
-    return state, blocks, Origin("adapter", str(adapter), [path], note)
-
-
-def _check_unet(
-    unet: MotionTransferUNet, base: Part, motion: Part, adapter: State | None, adapter_path: str | Path | None
-) -> None:
+def _check_unet(unet: MotionTransferUNet, base: Part, motion: Part, adapter: AdapterCheckpoint | None) -> None:
     """Compare the keys of each source with its share of the network, so that an error names the file."""
-    shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
-    trained = {name for name, _ in unet.adapter_parameters()}
-    backbone = {name: shape for name, shape in shapes.items() if name not in trained}
-    spatial = {name: shape for name, shape in backbone.items() if ".motion_modules." not in name}
+    shapes = unet.published_shapes()
+    spatial = {name: shape for name, shape in shapes.backbone.items() if ".motion_modules." not in name}
     check_keys(f"UNet of {base.where}", base.state, spatial, unet_guess(base.state))
-    temporal = {name: shape for name, shape in backbone.items() if ".motion_modules." in name}
+    temporal = {name: shape for name, shape in shapes.backbone.items() if ".motion_modules." in name}
     check_keys(f"motion module {motion.where}", motion.state, temporal, _motion_guess(motion, unet))
     if adapter is not None:
-        wanted = {name.replace(".adapter.", "."): shapes[name] for name in trained}
-        check_keys(f"adapter {adapter_path}", adapter, wanted)
+        check_keys(f"adapter {adapter.origin.name}", adapter.state, shapes.of_adapter(adapter.state))
 
 
 def _motion_guess(motion: Part, unet: MotionTransferUNet) -> str:

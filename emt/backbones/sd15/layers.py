@@ -211,7 +211,7 @@ class OwnLayers(nn.Module):
 
 
 def slots(block: nn.Module, own: OwnLayers | None, path: str) -> list[tuple[nn.Module, str]]:
-    """Where a layer of a block is, as parent and name, and where the one is that denoising has in its place."""
+    """Parent and name of a layer of a block, and of the one that denoising has in its place."""
     head, _, name = path.rpartition(".")
     found = [(block.get_submodule(head), name)]
     if own is not None and own.find(path) is not None:

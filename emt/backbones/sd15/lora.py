@@ -163,21 +163,33 @@ class LoraMerge:
         return None
 
     def apply(self, dtype: torch.dtype) -> list[tuple[str, str]]:
-        """Replace every changed weight and bias by the sum, in `dtype`; returns their networks and names."""
+        """Replace every changed weight and bias by the sum, in `dtype`; returns their networks and names.
+
+        A layer that denoising has of its own in the place of the backbone's changes as that one does.
+        """
         changed = []
         for (part, name), layers in self.layers.items():
-            state = self.states[part]
-            weight = state[f"{name}.weight"].float()
-            sums = {f"{name}.weight": weight}
-            for layer, factor, scale in layers:
-                if (change := layer.change(weight, factor)) is not None:
-                    sums[f"{name}.weight"] = sums[f"{name}.weight"] + scale * change
-                if (change := layer.bias_change()) is not None:
-                    sums[f"{name}.bias"] = sums.get(f"{name}.bias", state[f"{name}.bias"].float()) + scale * change
-            for key, value in sums.items():
-                state[key] = value.to(dtype)
-                changed.append((part, key))
+            for own in (name, f"denoising.{name}"):
+                sums = _sums(self.states[part], own, layers)
+                self.states[part].update((key, value.to(dtype)) for key, value in sums.items())
+                changed += [(part, key) for key in sums]
         return changed
+
+
+def _sums(state: State, name: str, layers: Sequence[tuple[LoraLayer, float, float]]) -> State:
+    """Weight and bias of a layer with its changes, in float32; without those that the state lacks."""
+    sums = {key: state[key].float() for key in (f"{name}.weight", f"{name}.bias") if key in state}
+    weight = sums.get(f"{name}.weight")
+    changed = set()
+    for layer, factor, scale in layers:
+        changes = {f"{name}.bias": layer.bias_change()}
+        if weight is not None:
+            changes[f"{name}.weight"] = layer.change(weight, factor)
+        for key, change in changes.items():
+            if change is not None and key in sums:
+                sums[key] = sums[key] + scale * change
+                changed.add(key)
+    return {key: sums[key] for key in sums if key in changed}
 
 
 @torch.no_grad()

@@ -222,8 +222,8 @@ class TemporalTransformerBlock(nn.Module):
             if all(isinstance(qkv, QKV) for qkv in projections):
                 exact = self.scaler is not None
                 quantize_self_attention(slots(self, own, f"norms.{i}"), projections, choice, exact)
-        ff = [slots(self, own, path) for path in ("ff_norm", "ff.net.0.proj", "ff.net.2")]
-        quantize_feed_forward(ff[0], self.ff, *ff[1:], choice)
+        norm, first, last = (slots(self, own, path) for path in ("ff_norm", "ff.net.0.proj", "ff.net.2"))
+        quantize_feed_forward(norm, self.ff, first, last, choice)
 
 
 class TemporalTransformer(nn.Module):

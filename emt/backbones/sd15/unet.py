@@ -142,8 +142,8 @@ class SpatialTransformerBlock(nn.Module):
             if all(isinstance(qkv, QKV) for qkv in projections):
                 quantize_self_attention(slots(self, own, "norm1"), projections, choice)
             quantize_linear(slots(self, own, "norm2"), slots(self, own, "attn2.to_q"), choice)
-        ff = [slots(self, own, path) for path in ("norm3", "ff.net.0.proj", "ff.net.2")]
-        quantize_feed_forward(ff[0], self.ff, *ff[1:], choice)
+        norm, first, last = (slots(self, own, path) for path in ("norm3", "ff.net.0.proj", "ff.net.2"))
+        quantize_feed_forward(norm, self.ff, first, last, choice)
 
 
 class SpatialTransformer(nn.Module):
@@ -243,6 +243,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    denoising: OwnLayers | None
 
     @register_to_config
     def __init__(
@@ -765,6 +766,11 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         self.load_state_dict(state, strict=False)
         if adapter is None:
             self.initialize_adapter()
+
+    def denoising_states(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of an adapter checkpoint that are not trained ones, by their names under `denoising`."""
+        trained = self.published_shapes().adapter
+        return {f"denoising.{name}": tensor for name, tensor in adapter.items() if name not in trained}
 
     def published_shapes(self) -> PublishedShapes:
         """Shapes of the weights by their published names."""
