@@ -18,7 +18,7 @@ from pathlib import Path
 
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(
-    ["emt.pipeline", "emt.video", "emt_cli.app", "emt_cli.executors.local", "emt_cli.batch.planning"]
+    ["emt.pipeline", "emt.video", "emt_cli.commands.group", "emt_cli.executors.local", "emt_cli.batch.planning"]
 )
 
 

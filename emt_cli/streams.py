@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import IO
+from contextlib import suppress
+from typing import IO, Any
 
 _CHUNK = 4096  # PIPE_BUF of Linux: a pipe that can be written to takes so many bytes without waiting
 _POLL = 0.2  # seconds between looks at whether to give up
@@ -118,23 +119,54 @@ class TextOf(io.TextIOBase):
 def print_last(text: str) -> None:
     """A line on standard error where one can still be written, and nothing where not."""
     descriptor = _descriptor(sys.stderr)
-    if descriptor is None:
-        return
-    try:
-        sys.stderr.flush()
+    with suppress(OSError):
+        if descriptor is None:
+            print(text, file=sys.stderr)
+            return
         _write(descriptor, text.encode("utf-8", "backslashreplace") + b"\n", time.monotonic() + _LAST_WORDS)
-    except (OSError, ValueError):
-        pass
 
 
 def open_standard_streams() -> None:
-    """Fill the places of standard streams that were closed before the start, lest other files take them."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    """Make standard streams safe to use, for this process.
+
+    The places of those that were closed before the start are filled, lest other files take them; and what is written to
+    standard error never fails: it is for people, and a run does not end because they have stopped listening.
+    """
+    for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)  # takes the lowest free number: this
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    raw = _Unfailing(2)
+    sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True, write_through=True)  # type: ignore[arg-type]
+
+
+class _Unfailing(io.RawIOBase):
+    """A file descriptor that takes what it is given, and loses what cannot be written."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, content: Any) -> int:
+        """Write all of it, if that is possible."""
+        with suppress(OSError):
+            _write(self._descriptor, bytes(content))
+        return len(content)
 
 
 def flush_standard_output() -> OSError | None:
@@ -143,7 +175,7 @@ def flush_standard_output() -> OSError | None:
         sys.stdout.flush()
     except OSError as error:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, 1)
         os.close(null)
         return error
     return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
+
+from emt_cli.streams import print_last
 
 _ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -20,7 +21,7 @@ def message(problem: str, hint: str = "") -> str:
 
 def say(text: object) -> None:
     """Print a line for people on standard error, safe for a terminal."""
-    print(printable(text), file=sys.stderr)
+    print_last(printable(text))
 
 
 def duration(seconds: float) -> str:

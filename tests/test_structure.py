@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from emt_cli.app import COMMANDS, EXAMPLES, app
+from emt_cli.commands.group import COMMANDS, EXAMPLES, app
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
@@ -70,7 +70,7 @@ WITHOUT_TORCH = """
 emt emt.errors emt.presets emt.demo emt.backbone emt.storage emt.vocabulary emt.hub emt.cache emt.model_folder
 emt.device
 emt_kernels emt_engines emt_engines.registry emt_engines.choice
-emt_cli.app emt_cli.text emt_cli.terminal emt_cli.batch.options emt_cli.batch.jobs emt_cli.batch.inputs
+emt_cli.app emt_cli.text emt_cli.streams emt_cli.terminal emt_cli.batch.options emt_cli.batch.jobs emt_cli.batch.inputs
 emt_cli.batch.journal emt_cli.batch.results emt_cli.batch.estimates emt_cli.batch.planning emt_cli.batch.session
 emt_cli.commands.arguments
 """

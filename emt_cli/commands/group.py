@@ -1,22 +1,14 @@
-"""The `emt` program: registers the commands and turns every failure into a message and an exit code."""
+"""The commands of the `emt` program, each imported when it is run."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from emt import __version__
-from emt.errors import EmtError
-from emt_cli.text import printable
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 COMMANDS = {
     "transfer": "Make clips that move like the references and show what the prompts say.",
@@ -103,31 +95,3 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
-
-
-def _silence_stdout() -> None:
-    # After a closed pipe the interpreter flushes stdout once more at exit and would complain.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def main() -> None:
-    """Run `emt` and exit: 0 done, 1 failed, 2 bad usage, 130 interrupted; a closed pipe ends quietly with 0."""
-    try:
-        code = app(standalone_mode=True)
-    except EmtError as error:
-        from emt_cli.batch.options import UsageError
-
-        for line in (f"error: {error.problem}\n{error.hint}").rstrip("\n").split("\n"):
-            print(printable(line), file=sys.stderr)
-        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        _silence_stdout()
-        code = 0
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

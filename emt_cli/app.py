@@ -1,0 +1,81 @@
+"""The `emt` program: turns every failure into a message and an exit code.
+
+Nothing is imported here before `main` is called, so that an interrupt finds it as early as can be.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+TYPE_CHECKING = False  # as type checkers know it; importing `typing` takes as long as all else here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run `emt` and exit: 0 done, 1 failed, 2 bad usage, 130 interrupted; a closed pipe ends quietly with 0."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, _leave)  # an exception would pass through imports, some of which catch it
+    from emt_cli import streams
+
+    streams.open_standard_streams()
+    from emt_cli.commands.group import app
+
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = _run(app)
+    error = streams.flush_standard_output()
+    if error and not isinstance(error, BrokenPipeError):
+        streams.print_last(f"error: cannot write to standard output: {error.strerror}")
+        code = code or EXIT_FAILED
+    sys.exit(code)
+
+
+def _leave(number: int, frame: object) -> None:
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _run(app: Callable[..., object]) -> int:
+    """Run a command; returns its exit code."""
+    from emt.errors import EmtError
+
+    try:
+        app(standalone_mode=True)
+    except SystemExit as stop:
+        # Libraries that write to a pipe without a reader end with 1; here it is the reader's way to say: enough.
+        closed = isinstance(stop.__context__, BrokenPipeError)
+        return 0 if closed else stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except EmtError as error:
+        from emt_cli.batch.options import UsageError
+
+        _print(f"error: {error.problem}\n{error.hint}")
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        _print("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        name = f" ({error.filename})" if error.filename else ""
+        _print(f"error: {error.strerror or error}{name}")
+        return EXIT_FAILED
+    return 0
+
+
+def _print(text: str) -> None:
+    from emt_cli.streams import print_last
+    from emt_cli.text import printable
+
+    for line in text.rstrip("\n").split("\n"):
+        print_last(printable(line))
+
+
+if __name__ == "__main__":
+    main()
