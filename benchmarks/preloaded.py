@@ -39,6 +39,8 @@ class Run:
         folder: Working folder.
         environment: What is added to the environment.
         stdin: What is on standard input; a path to read, or bytes.
+        stdout: Where standard output goes, such as a named pipe or /dev/full; a file of its own if None.
+        stderr: Where standard error goes.
     """
 
     def __init__(
@@ -47,15 +49,17 @@ class Run:
         folder: Path = Path(),
         environment: Mapping[str, str] | None = None,
         stdin: bytes | Path = b"",
+        stdout: Path | None = None,
+        stderr: Path | None = None,
     ) -> None:
         self._kept = tempfile.TemporaryDirectory(prefix="emt-run-")
         self.streams = Path(self._kept.name)
         if isinstance(stdin, bytes):
             (self.streams / "in").write_bytes(stdin)
         source = stdin if isinstance(stdin, Path) else self.streams / "in"
-        self.process = _FORK.Process(
-            target=_run, args=(arguments, str(folder), dict(environment or {}), str(source), str(self.streams))
-        )
+        paths = (source, stdout or self.streams / "out", stderr or self.streams / "err", self.streams / "started")
+        streams = tuple(map(str, paths))
+        self.process = _FORK.Process(target=_run, args=(arguments, str(folder), dict(environment or {}), streams))
         self.process.start()
 
     def output(self) -> str:
@@ -73,6 +77,11 @@ class Run:
                 raise TimeoutError(f"no {count} lines after {seconds} s: {self.output()}")
             time.sleep(0.01)
         return True
+
+    def wait_for_start(self) -> None:
+        """Wait until the program begins: a signal before would find the process that it is forked from."""
+        while not (self.streams / "started").exists() and self.process.is_alive():
+            time.sleep(0.002)
 
     def send(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the process, or to it and its children."""
@@ -105,11 +114,15 @@ def emt(
     return Run(*arguments, folder=folder, environment=environment, stdin=stdin).end(seconds)
 
 
-def _run(arguments: tuple[str, ...], folder: str, environment: dict[str, str], stdin: str, streams: str) -> None:
+def _run(arguments: tuple[str, ...], folder: str, environment: dict[str, str], streams: tuple[str, ...]) -> None:
     os.setsid()
-    os.dup2(os.open(stdin, os.O_RDONLY), 0)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(os.path.join(streams, name), os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    *opened, started = streams
+    for number, name in enumerate(opened):
+        descriptor = os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.close(os.open(started, os.O_CREAT | os.O_WRONLY))
     sys.stdin = os.fdopen(0)
     os.chdir(folder)
     os.environ.update(environment)
@@ -117,4 +130,5 @@ def _run(arguments: tuple[str, ...], folder: str, environment: dict[str, str], s
 
     from emt_cli.app import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -28,12 +28,18 @@ def main() -> None:
     streams.open_standard_streams()
     from emt_cli.commands.group import app
 
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
     if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = _run(app)
+        signal.signal(signal.SIGINT, interrupt)
+    code = _run(app, came)
     error = streams.flush_standard_output()
     if error and not isinstance(error, BrokenPipeError):
-        streams.print_last(f"error: cannot write to standard output: {error.strerror}")
+        _print(f"error: cannot write to {streams.OUTPUT}: {error.strerror}")
         code = code or EXIT_FAILED
     sys.exit(code)
 
@@ -42,12 +48,22 @@ def _leave(number: int, frame: object) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-def _run(app: Callable[..., object]) -> int:
-    """Run a command; returns its exit code."""
+def _run(app: Callable[..., object], came: list[int]) -> int:
+    """Run a command; returns its exit code.
+
+    Args:
+        app: The commands.
+        came: Has a number once an interrupt has come; whatever error a library makes of that, it is one.
+    """
     from emt.errors import EmtError
 
     try:
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        except Exception:
+            if came:
+                raise KeyboardInterrupt from None
+            raise
     except SystemExit as stop:
         # Libraries that write to a pipe without a reader end with 1; here it is the reader's way to say: enough.
         closed = isinstance(stop.__context__, BrokenPipeError)
@@ -63,8 +79,10 @@ def _run(app: Callable[..., object]) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        name = f" ({error.filename})" if error.filename else ""
-        _print(f"error: {error.strerror or error}{name}")
+        from emt_cli.streams import OUTPUT
+
+        if error.filename != OUTPUT:  # that is said at the end
+            _print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
         return EXIT_FAILED
     return 0
 

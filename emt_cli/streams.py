@@ -13,6 +13,9 @@ from collections import deque
 from contextlib import suppress
 from typing import IO, Any
 
+OUTPUT = "standard output"
+"""File name of errors that writing there raises."""
+
 _CHUNK = 4096  # PIPE_BUF of Linux: a pipe that can be written to takes so many bytes without waiting
 _POLL = 0.2  # seconds between looks at whether to give up
 _LAST_WORDS = 2.0  # seconds that a line at the end of the program waits for its reader
@@ -129,19 +132,36 @@ def print_last(text: str) -> None:
 def open_standard_streams() -> None:
     """Make standard streams safe to use, for this process.
 
-    The places of those that were closed before the start are filled, lest other files take them; and what is written to
-    standard error never fails: it is for people, and a run does not end because they have stopped listening.
+    The places of those that were closed before the start are filled, lest other files take them. Errors of standard
+    output name it (`OUTPUT`). What is written to standard error never fails: it is for people, and a run does not end
+    because they have stopped listening.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    errors = getattr(sys.stdout, "errors", None) or "surrogateescape"
+    buffer = io.BufferedWriter(_Output(1, "w", closefd=False))
+    sys.stdout = io.TextIOWrapper(buffer, encoding, errors, line_buffering=os.isatty(1))
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     raw = _Unfailing(2)
     sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True, write_through=True)  # type: ignore[arg-type]
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors name it; the last one is remembered."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write some of it."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            _Output.error = OSError(error.errno, error.strerror, OUTPUT)
+            raise _Output.error from None
 
 
 class _Unfailing(io.RawIOBase):
@@ -170,15 +190,19 @@ class _Unfailing(io.RawIOBase):
 
 
 def flush_standard_output() -> OSError | None:
-    """Write what Python still holds of standard output; if that fails, why, and the interpreter does not try again."""
+    """Write what Python still holds of standard output.
+
+    Returns:
+        Why this or an earlier write failed, if one did; the interpreter does not try again.
+    """
     try:
         sys.stdout.flush()
     except OSError as error:
+        _Output.error = error
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.close(null)
-        return error
-    return None
+    return _Output.error
 
 
 def _descriptor(file: IO[str] | None) -> int | None:

@@ -64,10 +64,10 @@ def clip(path: Path, seed: int = 0, frames: int = 8) -> Path:
     return write_clip(path, np.random.default_rng(seed).integers(0, 255, (frames, SIDE, SIDE, 3), np.uint8), 8)
 
 
-def start(folder: Path, *arguments: object, stdin: bytes | Path = b"") -> Run:
-    """`emt transfer` in a folder, running."""
+def start(folder: Path, *arguments: object, stdin: bytes | Path = b"", **streams: Path) -> Run:
+    """`emt transfer` in a folder, running; `stdout` and `stderr` go to files of its own, or to those given."""
     options = ["transfer", "--model", str(model()), "--device", "cpu", *map(str, arguments)]
-    return Run(*options, folder=folder, environment=environment(folder), stdin=stdin)
+    return Run(*options, folder=folder, environment=environment(folder), stdin=stdin, **streams)
 
 
 def transfer(folder: Path, *arguments: object, stdin: bytes | Path = b"") -> Ended:

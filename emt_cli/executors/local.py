@@ -47,8 +47,9 @@ class LocalExecutor:
             try:
                 self._working = True
                 worker.run(self.pieces.feeder.tasks(items))
-            except KeyboardInterrupt:
-                pass
+            except (KeyboardInterrupt, Exception):
+                if not interrupts.came:  # libraries that are interrupted while they are imported raise errors of theirs
+                    raise
             finally:
                 self._working = False
                 outcomes.stop()
