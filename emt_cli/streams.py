@@ -175,7 +175,7 @@ class _Unfailing(io.RawIOBase):
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """True for a terminal."""
         return os.isatty(self._descriptor)
 
     def writable(self) -> bool:
