@@ -174,10 +174,11 @@ def make_clips(pipe: MotionTransferPipeline, size: Size, frames: int, count: int
 
 def run(row: Row, model: Path, lora: Path, device: str, folder: Path) -> dict[str, Any]:
     """Build, verify and run the engine of a row; returns what the table shows of it."""
-    pipe = load_pipeline(model, device, DTYPES[row.precision])
+    pipe = load_pipeline(model, "cpu", DTYPES[row.precision])
     request = request_of(row, device, model, lora)
     if row.lora:
         merge_loras(pipe, [(lora, SCALE)])
+    pipe = pipe.to(device)
     manifest = build_engine(pipe, request, folder, lambda what, done: print(f"  {what}", file=sys.stderr, flush=True))
     ok, reason = Manifest.read(folder).match(request)
     if not ok:
