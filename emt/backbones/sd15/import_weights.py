@@ -252,6 +252,8 @@ def _read_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError("it makes no tokenizer")
+        if type(tokenizer.model_max_length) is not int or tokenizer.model_max_length < 3:
+            raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r:.60}")
     except Exception as error:  # damaged files fail in any way in the parsers of tokenizers
         reason = "it has code of its own, which is not run" if "trust_remote_code" in str(error) else first_line(error)
         raise EmtError(f"the tokenizer {name} cannot be loaded: {reason}", hint) from error

@@ -61,8 +61,9 @@ def read_motion_module(given: str | Path, on_fetch: OnFetch | None = None) -> tu
     positions = []
     for name, tensor in state.items():
         if name.endswith(".pe"):
-            if tensor.ndim < 2 or not tensor.numel():
-                raise EmtError(f"{weights}: {name} has the shape {tuple(tensor.shape)}", "Download it again.")
+            if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
+                odd = f"{weights}: {name} is of shape {tuple(tensor.shape)} and {tensor.dtype}"
+                raise EmtError(odd, "Download it again.")
             positions.append(tensor.shape[-2])
     config = {
         "motion_mid_block": any(name.startswith("mid_block.") for name in state),

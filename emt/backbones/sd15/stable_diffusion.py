@@ -266,7 +266,8 @@ def _read_ldm_file(path: Path) -> _SingleFile:
 def _read_part(name: str, group: State, convert: Callable[[State], tuple[dict[str, Any], State]], path: Path) -> Part:
     """A part by published names; every layer of it in the file is used."""
     try:
-        config, state = convert(group)
+        config, converted = convert(group)
+        state = {name: tensor for name, tensor in converted.items() if tensor is not None}  # some for what is missing
     except (KeyError, IndexError, ValueError, AttributeError, StopIteration, TypeError, RuntimeError) as error:
         guess = unet_guess(group) if name == "UNet" else ""
         raise EmtError(
