@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from emt.synthetic.motions import Motions, discs
-from emt.train.objective import Objective
+from emt.train.objective import FlowObjective, Objective
 from recipes.distributed import rank
 from recipes.networks import Sizes
 from recipes.text import make_tokenizer
@@ -155,7 +155,11 @@ class Clips:
 
 
 def with_noise(
-    batch: dict[str, Tensor], objective: Objective, generator: torch.Generator, dtype: torch.dtype, shift: float
+    batch: dict[str, Tensor],
+    objective: Objective | FlowObjective,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    shift: float,
 ) -> dict[str, Tensor]:
     """Add timesteps and noise to a batch, latents in the dtype of the network."""
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return torch.cat(parts).unflatten(0, clips.shape[:2]).transpose(1, 2).half()
 
     side = stage.sizes.side // 8
-    shape = (o.motions, o.appearances, stage.sizes.latents, stage.sizes.frames, side, side)
+    shape = (o.motions, o.appearances, vae.config.latent_channels, stage.sizes.frames, side, side)
     latents = torch.empty(shape, dtype=torch.float16, device=stage.device)
     subjects = torch.empty(o.motions, stage.sizes.frames, side, side, dtype=torch.uint8, device=stage.device)
     displacements, poses = (

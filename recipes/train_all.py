@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,17 +54,17 @@ class Compiler:
     Args:
         out: folder of all stages' results.
         device: where they run.
-        stages: names of those that are left; what cannot be compiled ahead is passed over.
+        commands: module and arguments of each stage that is left and can be compiled ahead.
     """
 
-    def __init__(self, out: Path, device: str, stages: Collection[str]) -> None:
+    def __init__(self, out: Path, device: str, commands: Mapping[str, Sequence[str]]) -> None:
         folder = out / (f"compile-{rank()}" if rank() else "compile")
         folder.mkdir(parents=True, exist_ok=True)
         self._started: dict[str, subprocess.Popen[bytes]] = {}
-        for name in [name for name in COMPILED if name in stages]:
+        for name, command in commands.items():
             arguments = ["--out", str(folder), "--device", device, "--compile-only"]
             with (folder / f"{name}.log").open("wb") as log:
-                command = [sys.executable, "-m", *COMPILED[name], *arguments]
+                command = [sys.executable, "-m", *command, *arguments]
                 self._started[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def ready(self, stage: str) -> bool:
@@ -132,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common += [f"--{flag}", str(getattr(o, flag))] if getattr(o, flag) is not None else []
     started, judge = time.monotonic(), None
     on_gpu = device.type == "cuda"
-    compiler = Compiler(o.out, str(device), left) if on_gpu and not o.eager and o.batch is None else None
+    compiler = None
+    if on_gpu and not o.eager and o.batch is None:
+        compiler = Compiler(o.out, str(device), {name: command for name, command in COMPILED.items() if name in left})
     try:
         for name, (minutes, result, run) in stages.items():
             if name in ("frames", "video") and judge is None and o.judge_minutes and rank() == 0:

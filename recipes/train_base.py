@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -24,6 +23,7 @@ from recipes.distributed import leave, rank, wait_for_ranks
 from recipes.latents import Clips, tokenize, with_noise
 from recipes.networks import REFERENCE_TIMESTEP, add_adapter, make_base, make_scheduler, network_weights, save_weights
 from recipes.optimizer import GraphTrainer
+from recipes.reader import MotionReader
 from recipes.stage import MINUTES, Stage, compiled, kernel_attention, save_on_signals, stage_parser, train
 from recipes.text import make_tokenizer
 
@@ -57,81 +57,11 @@ def without_motion_modules(unet: MotionTransferUNet) -> Iterator[None]:
         block.motion_modules = modules
 
 
-class MotionReader(nn.Module):
-    """Linear maps from what motion modules pass on to how everything moves and how subjects are held.
-
-    A small backbone that only denoises tells its adapter where things are, and not how they move (recipes/README.md).
-    The maps read hidden states as they are: through a layer norm, as the adapter has them, a network does not begin to
-    learn what moves. They are thrown away after training.
-
-    Args:
-        modules: whose hidden states are read.
-        device: of the maps.
-        dtype: of the maps.
-    """
-
-    NAMES = ("x", "y", "step_x", "step_y", "sin", "cos", "turn", "size")
-    """Readings: displacement since frame 0 and since the frame before, and `Motions.poses`."""
-    UNITS = (32.0, 32.0, 4.0, 4.0, 0.5, 0.25, 0.125, 0.25)
-    """Of displacements, pixels; a step is some eighth of the way. Of sine and cosine, radians, and log size."""
-
-    def __init__(
-        self,
-        modules: Iterable[MotionModule],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        widths = [module.temporal_transformer.proj_out.out_features for module in modules]
-        self.maps = nn.ModuleList([nn.Linear(width, len(self.NAMES), device=device, dtype=dtype) for width in widths])
-        for linear in self.maps:  # hidden states are large where nothing normalises them
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        # Squares of the last map's errors, and of the truth.
-        self.register_buffer("_sums", torch.zeros(2, len(self.NAMES), device=device), persistent=False)
-        self.register_buffer("_units", torch.tensor(self.UNITS, device=device).view(-1, 1, 1), persistent=False)
-
-    def forward(
-        self, hidden: Iterable[Tensor], displacement: Tensor, pose: Tensor, upright: Tensor, share: Tensor
-    ) -> Tensor:
-        """Error of the maps, a float32 scalar.
-
-        Args:
-            hidden: of noisy clips, after each motion module: (batch·frames, channels, height, width).
-            displacement: (batch, frames, 2, height, width), pixels.
-            pose: (batch, frames, 4, height, width), `Motions.poses`: read where subjects are.
-            upright: (batch,) 1 where sine and cosine of the rotation can be told, 0 where subjects have no upright.
-            share: (batch,) of each clip in the sum; what noise hides cannot be read.
-        """
-        batch = displacement.shape[:2]
-        sine, cosine, turn, size = pose.float().split(1, dim=2)
-        there = sine.square() + cosine.square()
-        steps = displacement.diff(dim=1, prepend=displacement[:, :1])
-        exact = torch.cat([displacement, steps, sine, cosine - there, turn, size], 2).flatten(0, 1).float()
-        turned = upright.float().view(-1, 1, 1, 1, 1) * there
-        everywhere = torch.ones_like(there).expand(-1, -1, 4, -1, -1)
-        weight = torch.cat([everywhere, turned, turned, there, there], 2).flatten(0, 1)
-        exact = exact / self._units * weight
-        losses = []
-        for linear, states in zip(self.maps, hidden, strict=True):
-            size_here = states.shape[2:]
-            seen = F.adaptive_avg_pool2d(weight, size_here).permute(0, 2, 3, 1)
-            here = F.adaptive_avg_pool2d(exact, size_here).permute(0, 2, 3, 1) / seen.clamp(min=1e-4)
-            read = linear(states.permute(0, 2, 3, 1)).float()
-            off = F.smooth_l1_loss(read, here, beta=0.2, reduction="none") * seen
-            # Each number counts the same, be it read everywhere or only where subjects are.
-            off = off / seen.mean((0, 1, 2)).clamp(min=1e-3)
-            losses.append((off.unflatten(0, batch).mean((1, 2, 3, 4)) * share).mean())
-        with torch.no_grad():
-            squares = (torch.stack([(read - here).square(), here.square()]) * seen).mean((2, 3))
-            self._sums += (squares.unflatten(1, batch).mean(2) * share[:, None]).mean(1)
-        return torch.stack(losses).mean()
-
-    def explained(self) -> dict[str, float]:
-        """Share of the variance (R²) that the last map explained since the last call. Waits for the device."""
-        off, total = self._sums.tolist()
-        self._sums.zero_()
-        return {f"r2_{name}": 1 - a / max(b, 1e-12) for name, a, b in zip(self.NAMES, off, total, strict=True)}
+def reader_of(
+    modules: Iterable[MotionModule], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MotionReader:
+    """Maps that read what motion modules pass on."""
+    return MotionReader([module.temporal_transformer.proj_out.out_features for module in modules], device, dtype)
 
 
 def base_loss(
@@ -184,7 +114,7 @@ def motion_loss(
     noisy = objective.add_noise(latents, noise, timestep)
     prediction, features, hidden = unet.denoise_with_hidden_states(noisy, timestep, text(tokens)[0])
     own = objective.loss(prediction, latents, noise, timestep, subject)
-    reading = reader(hidden.values(), share=objective.signal[timestep].square(), **truth)
+    reading = reader(hidden.values(), share=objective.signal_variance(timestep), **truth)
     return own + weight * reading, features
 
 
@@ -276,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     text.to(stage.device, stage.dtype)
     reader, reader_of_targets = (
-        MotionReader(modules.values(), stage.device, stage.dtype)
+        reader_of(modules.values(), stage.device, stage.dtype)
         for modules in (unet.motion_modules(), unet.fusion_modules())
     )
     objective = Objective.from_scheduler(make_scheduler(), stage.device)

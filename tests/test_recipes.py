@@ -43,9 +43,10 @@ from recipes.networks import (
     set_scalers,
 )
 from recipes.optimizer import GraphTrainer, NonFiniteLoss, schedule
+from recipes.reader import MotionReader
 from recipes.stage import Stage, stage_parser, train
 from recipes.text import make_text_encoder, make_tokenizer
-from recipes.train_base import MotionReader, base_loss, motion_loss, video_loss, without_motion_modules
+from recipes.train_base import base_loss, motion_loss, reader_of, video_loss, without_motion_modules
 from recipes.train_vae import vae_loss
 
 
@@ -285,7 +286,7 @@ def test_losses_never_wait_for_the_device() -> None:
         base_loss(unet, text, objective, latents, tokens, noise, t), [*unet.parameters(), *text.parameters()]
     )
     readers = tuple(
-        MotionReader(modules.values(), **kind) for modules in (adapted.motion_modules(), adapted.fusion_modules())
+        reader_of(modules.values(), **kind) for modules in (adapted.motion_modules(), adapted.fusion_modules())
     )
     subject = torch.empty(8, 1, 16, 16, 16, **kind)
     parts = {"latents": latents, "tokens": tokens, "noise": noise, "timestep": t, "subject": subject}
@@ -345,7 +346,7 @@ def test_extra_weight_lies_on_subjects_and_only_where_they_show_through_the_nois
 def test_a_reader_reads_displacements_steps_and_poses_at_every_resolution() -> None:
     """No loss where hidden states hold the truth, that of 0.2 units where they are off by more, none in noise."""
     unet = make_unet(TINY, ())
-    reader = MotionReader(unet.motion_modules().values())
+    reader = reader_of(unet.motion_modules().values())
     generator = torch.Generator().manual_seed(0)
     displacement = 20 * torch.randn(2, TINY.frames, 2, 4, 4, generator=generator)
     steps = displacement - torch.cat([displacement[:, :1], displacement[:, :-1]], 1)
@@ -413,7 +414,7 @@ def test_the_motion_stage_learns_to_see_what_moves() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     unet, text = make_unet(TINY, ()), make_text_encoder(TINY.text_width, TINY.text_layers)
-    reader = MotionReader(unet.motion_modules().values())
+    reader = reader_of(unet.motion_modules().values())
     objective = Objective.from_scheduler(make_scheduler())
     trainer = GraphTrainer(
         lambda **batch: motion_loss(unet, text, objective, reader, 5.0, **batch)[0],
@@ -435,7 +436,7 @@ def test_the_video_stage_trains_a_backbone_to_tell_motion_to_its_adapter() -> No
         if name.startswith("conv_out") or "temporal_transformer.proj_out" in name:
             nn.init.normal_(parameter, std=0.1)
     set_scalers(unet, open_always=False)
-    readers = tuple(MotionReader(modules.values()) for modules in (unet.motion_modules(), unet.fusion_modules()))
+    readers = tuple(reader_of(modules.values()) for modules in (unet.motion_modules(), unet.fusion_modules()))
     objective = Objective.from_scheduler(make_scheduler())
     latents, noise = torch.randn(2, 3, 4, TINY.frames, 4, 4)
     parts = {"latents": latents, "noise": noise, "tokens": torch.zeros(3, 16, dtype=torch.long)}

@@ -25,6 +25,12 @@ def shift_timesteps(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def stratified(n: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(n,) numbers in [0, 1), one drawn from each of n equal parts, in random order."""
+    u = torch.rand(n, generator=generator, device=device)
+    return (torch.randperm(n, generator=generator, device=device) + u) / n
+
+
 class Objective:
     """Noising and regression target of a discrete diffusion schedule.
 
@@ -56,10 +62,13 @@ class Objective:
             generator: on the schedule's device.
             shift: see `shift_timesteps`.
         """
-        device, count = self.signal.device, self.signal.shape[0]
-        u = torch.rand(n, generator=generator, device=device)
-        u = (torch.randperm(n, generator=generator, device=device) + u) / n
+        count = self.signal.shape[0]
+        u = stratified(n, generator, self.signal.device)
         return (shift_timesteps(u, shift) * count).long().clamp(max=count - 1)
+
+    def signal_variance(self, timestep: Tensor) -> Tensor:
+        """Share of the signal's variance that is left at timesteps (batch,)."""
+        return self.signal[timestep].square()
 
     def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1,) + (1,) * (like.ndim - 1)
@@ -107,9 +116,59 @@ class Objective:
         return ((1 + signal.square() * subject) * (prediction.float() - target).square()).mean()
 
 
+class FlowObjective:
+    """Noising and regression target of flow matching (Lipman et al. 2023, arXiv 2210.02747), as Wan is trained.
+
+    The noisy latents of timestep t are ``(1 − σ)·latents + σ·noise`` with σ = t/1000, the target is their velocity
+    ``noise − latents``. Timesteps are real numbers, float32.
+
+    Args:
+        device: to draw timesteps on.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def sample_timesteps(self, n: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        """(n,) float32 timesteps, one drawn from each of n equal parts of [0, 1], as `Objective.sample_timesteps`."""
+        return 1000 * shift_timesteps(stratified(n, generator, self.device), shift)
+
+    def signal_variance(self, timestep: Tensor) -> Tensor:
+        """Share of the signal's variance that is left at timesteps (batch,): (1 − σ)²."""
+        return (1 - timestep.float() / 1000).square()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
+        """Noisy latents, in the dtype of `latents`; `timestep` is one for all or (batch,)."""
+        sigma = self._sigma(timestep, latents)
+        return ((1 - sigma) * latents.float() + sigma * noise.float()).to(latents.dtype)
+
+    def target(self, latents: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
+        """The velocity that the network is to predict, in float32; the same at every timestep."""
+        return noise.float() - latents.float()
+
+    def loss(
+        self,
+        prediction: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: Tensor | float,
+        subject: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error to `target`, a float32 scalar, weighted as in `Objective.loss`."""
+        error = (prediction.float() - self.target(latents, noise, timestep)).square()
+        if subject is None:
+            return error.mean()
+        return ((1 + (1 - self._sigma(timestep, latents)) ** 2 * subject) * error).mean()
+
+    def _sigma(self, timestep: Tensor | float, like: Tensor) -> Tensor | float:
+        if not isinstance(timestep, Tensor):
+            return timestep / 1000
+        return timestep.float().view(-1, *[1] * (like.ndim - 1)) / 1000
+
+
 def adapter_loss(
     unet: Backbone,
-    objective: Objective,
+    objective: Objective | FlowObjective,
     reference: Tensor,
     target: Tensor,
     text: Tensor,

@@ -1,0 +1,193 @@
+"""The small diffusion transformer of Wan's kind: its sizes, and the losses of its backbone and of its adapter.
+
+Autoencoder, text encoder and tokenizer are those of a model folder that is there, the demo model: only the transformer
+is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+
+from emt.backbones.wan21.transformer import WanMotionTransferTransformer
+from emt.train.objective import FlowObjective
+from recipes.reader import MotionReader
+
+REFERENCE_TIMESTEP = 50
+"""Noise level at which references are read, of 1000: σ = 0.05. The UNet's `recipes.networks` says why it is low."""
+
+
+@dataclass(frozen=True)
+class TransformerSizes:
+    """Sizes of the transformer; what its latents and prompts are is the shared parts' matter."""
+
+    heads: int = 4
+    head_channels: int = 64
+    inner: int = 768
+    layers: int = 9
+    rank: int = 32
+    scaler: int = 64
+    blocks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)  # that take the reference
+
+
+SMALL = TransformerSizes()
+"""8.9 million parameters, and 0.6 of the adapter."""
+TINY = TransformerSizes(heads=2, head_channels=16, inner=48, layers=3, rank=4, scaler=8, blocks=(1, 2))
+"""A toy with the same parts, to try the recipe on a CPU."""
+
+
+@dataclass
+class SharedParts:
+    """What the transformer works with, from a model folder; nothing of it is trained."""
+
+    vae: AutoencoderKL
+    text: CLIPTextModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, folder: Path) -> SharedParts:
+        """Open the parts of a model folder, in float32."""
+        return cls(
+            AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).requires_grad_(False).eval(),
+            CLIPTextModel.from_pretrained(folder / "text_encoder").float().requires_grad_(False).eval(),
+            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        )
+
+
+def make_transformer(
+    sizes: TransformerSizes,
+    parts: SharedParts,
+    blocks: Sequence[int],
+    frames: int,
+    neighbours: int | None = None,
+) -> WanMotionTransferTransformer:
+    """The network, predicting 0 so far; `blocks` () for the backbone alone, `frames` of a clip."""
+    channels = parts.vae.config.latent_channels
+    model = WanMotionTransferTransformer(
+        num_attention_heads=sizes.heads,
+        attention_head_dim=sizes.head_channels,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=parts.text.config.hidden_size,
+        ffn_dim=sizes.inner,
+        num_layers=sizes.layers,
+        reference_blocks=list(blocks),
+        reference_neighbours=neighbours,
+        adapter_rank=sizes.rank,
+        scaler_channels=sizes.scaler,
+        max_frames=frames,
+        frames_per_latent=1,
+    )
+    with torch.no_grad():
+        model.proj_out.weight.zero_()
+        model.proj_out.bias.zero_()
+    return model
+
+
+def make_reader(
+    model: WanMotionTransferTransformer, layers: int, device: torch.device | str, dtype: torch.dtype
+) -> MotionReader:
+    """Maps that read what so many blocks pass on."""
+    return MotionReader([model.scale_shift_table.shape[-1]] * layers, device, dtype)
+
+
+def as_images(hidden: Tensor) -> Tensor:
+    """Hidden states (batch, frames, height, width, channels) as a reader takes them, (batch·frames, channels, …)."""
+    return hidden.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def backbone_loss(
+    model: WanMotionTransferTransformer,
+    objective: FlowObjective,
+    reader: MotionReader,
+    weight: float,
+    *,
+    latents: Tensor,
+    text: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    subject: Tensor,
+    **truth: Tensor,
+) -> Tensor:
+    """Denoising loss of clips by the backbone, plus that of telling how everything in them moves.
+
+    Args:
+        model: the network; what references would be to it are clips at `REFERENCE_TIMESTEP` with the empty prompt.
+        objective: of the flow.
+        reader: of what every block passes on.
+        weight: of its loss.
+        latents: (batch, channels, frames, height, width).
+        text: encodings of the captions, (batch, tokens, width).
+        noise: as `latents`.
+        timestep: (batch,).
+        subject: extra weight on parts of the clips (`Objective.loss`).
+        truth: of the clips (`Clips.truth`).
+
+    Returns:
+        A float32 scalar.
+    """
+    noisy = objective.add_noise(latents, noise, timestep)
+    prediction, _, hidden = model.denoise_with_hidden_states(noisy, timestep, text)
+    reading = reader(map(as_images, hidden.values()), share=objective.signal_variance(timestep), **truth)
+    return objective.loss(prediction, latents, noise, timestep, subject) + weight * reading
+
+
+def adapter_loss(
+    model: WanMotionTransferTransformer,
+    objective: FlowObjective,
+    reader: MotionReader,
+    weight: float,
+    *,
+    reference: Tensor,
+    reference_noise: Tensor,
+    reference_timestep: float,
+    empty: Tensor,
+    latents: Tensor,
+    text: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    subject: Tensor,
+    displacement: Tensor,
+    pose: Tensor,
+) -> Tensor:
+    """Loss of denoising targets that move as their references do, plus that of telling how they move.
+
+    The reference pass runs the frozen backbone, without gradients. Of a target everything can be read at any noise
+    level, since its reference tells.
+
+    Args:
+        model: the network, with its adapter.
+        objective: of the flow.
+        reader: of what the blocks from the first that takes a reference pass on.
+        weight: of its loss.
+        reference: latents, (batch, channels, frames, height, width).
+        reference_noise: as `reference`.
+        reference_timestep: noise level at which references are read.
+        empty: encoding of the empty prompt, (1, tokens, width).
+        latents: of the targets.
+        text: encodings of their captions.
+        noise: theirs.
+        timestep: theirs, (batch,).
+        subject: extra weight on parts of them.
+        displacement: how they move (`Clips.truth`).
+        pose: how their subjects are held.
+
+    Returns:
+        A float32 scalar.
+    """
+    with torch.no_grad():
+        level = torch.full_like(timestep, reference_timestep)
+        read = objective.add_noise(reference, reference_noise, reference_timestep)
+        motion = model.encode_reference(read, level, empty.expand(len(read), -1, -1))
+    noisy = objective.add_noise(latents, noise, timestep)
+    prediction, _, hidden = model.denoise_with_hidden_states(noisy, timestep, text, motion)
+    states = [as_images(hidden[path]) for path in list(hidden)[-len(reader.maps) :]]
+    all_of_them = torch.ones_like(timestep)
+    reading = reader(states, displacement, pose, all_of_them, all_of_them)
+    return objective.loss(prediction, latents, noise, timestep, subject) + weight * reading

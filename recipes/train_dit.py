@@ -1,0 +1,183 @@
+"""The small diffusion transformer: its backbone on single frames and on video, and its adapter on the frozen backbone.
+
+python -m recipes.train_dit frames --out build/dit
+python -m recipes.train_dit video --out build/dit
+python -m recipes.train_dit adapter --out build/dit
+python -m recipes.train_dit adapter --out build/dit --name no-scaler --no-scaler          # ablations
+python -m recipes.train_dit adapter --out build/dit --name early --blocks 0 1 2
+python -m recipes.train_dit adapter --out build/dit --name same-frame --neighbours 0
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from emt import demo
+from emt.train.objective import FlowObjective
+from recipes.distributed import leave, rank, wait_for_ranks
+from recipes.dit import (
+    REFERENCE_TIMESTEP,
+    SMALL,
+    TINY,
+    SharedParts,
+    adapter_loss,
+    backbone_loss,
+    make_reader,
+    make_transformer,
+)
+from recipes.latents import Clips, tokenize, with_noise
+from recipes.networks import save_weights
+from recipes.optimizer import GraphTrainer
+from recipes.stage import Stage, compiled, save_on_signals, stage_parser, train
+
+
+class Defaults(NamedTuple):
+    """What a stage trains with where nothing else is given."""
+
+    minutes: float
+    batch: int
+    shift: float  # of timesteps towards noise
+    rate: float
+    reading: float = 0.0  # weight of telling how everything moves
+    references: float = 0.0  # share of clips that are as references are read
+    before: str | None = None  # the stage that it goes on from
+
+
+DEFAULTS = {
+    "frames": Defaults(4.0, 2048, shift=1.5, rate=1e-3),
+    "video": Defaults(12.0, 128, shift=2.0, rate=1e-3, reading=1.0, references=0.4, before="frames"),
+    "adapter": Defaults(6.0, 96, shift=3.0, rate=1e-3, reading=0.3, before="video"),
+}
+
+
+def weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Weights that were saved under a prefix, in float32."""
+    return {k[len(prefix) + 1 :]: v.float() for k, v in load_file(path).items() if k.startswith(f"{prefix}.")}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the backbone or the adapter; writes OUT/<stage>.safetensors, or OUT/NAME.safetensors of an adapter."""
+    parser = stage_parser(main.__doc__, minutes=0, batch=0)
+    parser.add_argument("stage", choices=tuple(DEFAULTS))
+    parser.add_argument(
+        "--parts", type=Path, default=demo.path(), help="model folder with the autoencoder and text encoder"
+    )
+    parser.add_argument("--start-from", type=Path, help="result of a stage to go on from, in place of the one before")
+    parser.add_argument("--rate", type=float, help="learning rate")
+    parser.add_argument("--hold", type=float, default=0.4, help="share of the stage before the learning rate falls")
+    parser.add_argument("--reading", type=float, help="video and adapter: weight of telling how everything moves")
+    parser.add_argument("--references", type=float, help="video: share of clips that are as references are read")
+    parser.add_argument("--save-minutes", type=float, default=2.0, help="how often to keep what there is so far")
+    parser.add_argument("--name", default="adapter", help="adapter: of the result")
+    parser.add_argument("--blocks", type=int, nargs="+", help="adapter: blocks that take the reference")
+    parser.add_argument(
+        "--neighbours", type=int, help="adapter: reference frames on either side that a frame sees (all)"
+    )
+    parser.add_argument("--no-scaler", action="store_true", help="adapter, ablation: every reference token counts 1")
+    parser.add_argument(
+        "--reference-timestep", type=int, default=REFERENCE_TIMESTEP, help="noise level at which references are read"
+    )
+    parser.set_defaults(minutes=None, batch=None)
+    o = parser.parse_args(arguments)
+    for key, value in DEFAULTS[o.stage]._asdict().items():
+        if getattr(o, key, None) is None:
+            setattr(o, key, value)
+    adapting = o.stage == "adapter"
+    name = o.name if adapting else o.stage
+    stage = Stage(name, o)
+    sizes, parts = TINY if o.tiny else SMALL, SharedParts.load(o.parts)
+
+    blocks = (o.blocks or sizes.blocks) if adapting else ()
+    model = make_transformer(sizes, parts, blocks, stage.sizes.frames, o.neighbours)
+    before = o.start_from or (stage.out / f"{o.before}.safetensors" if o.before else None)
+    reader = make_reader(model, sizes.layers - min(blocks, default=0), stage.device, torch.float32)
+    if before is not None and not o.compile_only:
+        model.load_state_dict(model.state_dict() | weights_of(before, "transformer"))
+        if o.stage == "video" and o.start_from is not None:
+            reader.load_state_dict(reader.state_dict() | weights_of(before, "reader"))
+    model.to(stage.device, stage.dtype)
+    reader.to(stage.dtype)
+    text = parts.text.to(stage.device, stage.dtype)
+    if adapting:
+        model.requires_grad_(False)
+        for key, parameter in model.adapter_parameters():
+            parameter.requires_grad_(not (o.no_scaler and ".scaler." in key))
+            if o.no_scaler and key.endswith("scaler.out.bias"):
+                torch.nn.init.zeros_(parameter)
+    clips = Clips.random(stage.sizes, stage.device) if o.compile_only else Clips.load(stage.out, stage.device)
+    objective = FlowObjective(stage.device)
+    nothing = tokenize(parts.tokenizer, [""]).long().to(stage.device)
+    with torch.no_grad():
+        empty = text(nothing)[0].clone()
+
+    def noisy(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return with_noise(batch, objective, stage.generator, stage.dtype, o.shift)
+
+    def draw_frames() -> dict[str, Tensor]:
+        return noisy(clips.draw(o.batch, stage.generator, drop=0.1, realistic=0.12, frames=1))
+
+    def draw_videos() -> dict[str, Tensor]:
+        """Clips of which the first are as references are read."""
+        count = max(round(o.references * o.batch), 1)
+        read = noisy(clips.draw(count, stage.generator, drop=1.0, realistic=0.35))
+        read["timestep"] = torch.full_like(read["timestep"], o.reference_timestep)
+        others = noisy(clips.draw(o.batch - count, stage.generator, drop=0.1, realistic=0.12))
+        return {key: torch.cat([part, others[key]]) for key, part in read.items()}
+
+    def draw_pairs() -> dict[str, Tensor]:
+        references, targets = clips.draw_pairs(o.batch, stage.generator, drop=0.15, realistic=0.35)
+        return noisy({"reference": references["latents"]} | {k: v for k, v in targets.items() if k != "upright"})
+
+    def loss(tokens: Tensor, **batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            captions = text(tokens)[0]
+        if o.stage == "frames":
+            seen = objective.add_noise(batch["latents"], batch["noise"], batch["timestep"])
+            return objective.loss(model(seen, batch["timestep"], captions), **batch)
+        if not adapting:
+            return backbone_loss(model, objective, reader, o.reading, text=captions, **batch)
+        level = o.reference_timestep
+        return adapter_loss(
+            model, objective, reader, o.reading, text=captions, empty=empty, reference_timestep=level, **batch
+        )
+
+    so_far, metadata = stage.out / f"{name}-so-far.safetensors", {"reference_timestep": str(o.reference_timestep)}
+
+    def save(path: Path) -> None:
+        """In half precision: what is trained, and the maps that the next run of the stage goes on with."""
+        if adapting:
+            options = {"reference_blocks": list(blocks), "reference_neighbours": o.neighbours, **metadata}
+            facts = {"options": json.dumps(options), "steps": str(trainer.step_count)}
+            save_weights(path, facts, adapter={key: p.half() for key, p in model.adapter_parameters()})
+            return
+        state = {key: value.half() for key, value in model.state_dict().items()}
+        save_weights(path, metadata, transformer=state, reader={k: v.half() for k, v in reader.state_dict().items()})
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [(trained, o.rate)] + ([] if o.stage == "frames" else [(list(reader.parameters()), 3 * o.rate)])
+    passes = ["forward"] if o.stage == "frames" else ["denoise_with_hidden_states"]
+    passes += ["encode_reference"] if adapting else []
+    draw = {"frames": draw_frames, "video": draw_videos, "adapter": draw_pairs}[o.stage]
+    with compiled(stage, model, *passes):
+        trainer = GraphTrainer(loss, groups, graph=stage.graph)
+        measure = None if o.stage == "frames" else reader.explained
+        train(stage, trainer, draw, warmup=200, hold=o.hold, measure=measure, save=lambda: save(so_far))
+    if o.compile_only:
+        return
+    if rank() == 0:
+        save(stage.out / f"{name}.safetensors")
+        so_far.unlink(missing_ok=True)
+    wait_for_ranks()
+
+
+if __name__ == "__main__":
+    save_on_signals()
+    main()
+    leave()
