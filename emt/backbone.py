@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 #: once it has been imported; and the module with their `Facts`, a function `facts(config)`, which imports no torch.
 BACKBONES = {
     "MotionTransferUNet": ("emt.unet", "emt.backbones.sd15.facts"),
+    "WanMotionTransferTransformer": ("emt.backbones.wan21.transformer", "emt.backbones.wan21.facts"),
 }
+
+#: Text encoders that are too large to be open beside a network, by the class that `model_index.json` names: prompts are
+#: encoded apart (`emt.prompts`).
+LARGE_TEXT_ENCODERS = ("UMT5EncoderModel",)
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,10 @@ class Facts:
         frame_step: a clip has one frame and any number of so many more.
         grid_step: height and width of latents are multiples of this.
         even_step: multiples of this are halved evenly from level to level, as graphs for any size need it.
-        flop: floating-point operations of a pass for each parameter and latent position.
+        flop: floating-point operations of a pass for each parameter and latent position, of which there are
+            frames·height·width/64.
         activation_bytes: memory at the peak for each pixel of all frames, in half precision.
+        attention_flop: floating-point operations of attention between all positions, for each pair of them.
     """
 
     max_frames: int
@@ -44,6 +51,7 @@ class Facts:
     even_step: int
     flop: float
     activation_bytes: float
+    attention_flop: float = 0.0
 
     def takes_frames(self, frames: int) -> bool:
         """Return whether clips may have so many frames."""
@@ -54,6 +62,19 @@ class Facts:
         if self.frame_step == 1:
             return f"2 to {self.max_frames}"
         return f"{1 + self.frame_step}, {1 + 2 * self.frame_step}, … up to {self.max_frames}"
+
+
+def counts(config: Mapping[str, Any], name: str, default: list[int]) -> list[int]:
+    """Positive numbers of a configuration, one or a list of them.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    value = config.get(name, default)
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not values or not all(type(number) is int and number > 0 for number in values):
+        raise ValueError(f"{name} is {value!r:.100}")
+    return values
 
 
 def facts_of(name: str, config: Mapping[str, Any]) -> Facts:

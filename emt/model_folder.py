@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from emt import demo
-from emt.backbone import BACKBONES, Facts, facts_of
+from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, Facts, facts_of
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
 from emt.storage import apply_umask, sync, sync_tree
@@ -86,6 +86,17 @@ class Model:
         except ValueError as error:
             raise EmtError(f"{error} in {path}", _HOW_TO_GET) from None
 
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of its clips are multiples of this, in pixels: of eight for each latent."""
+        return 8 * self.facts.grid_step
+
+    @cached_property
+    def encodes_prompts_apart(self) -> bool:
+        """True if its text encoder is too large to be open beside the network."""
+        listed = _read_json(self.folder / "model_index.json").get("text_encoder")
+        return isinstance(listed, list) and bool(listed) and listed[-1] in LARGE_TEXT_ENCODERS
+
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The words that it knows; None if it reads any."""
@@ -105,7 +116,7 @@ class Model:
 
         Args:
             prompt: The prompt.
-            settings: Of the clip, as plain values: negative_prompt, frames, steps and scheduler are read.
+            settings: Of the clip, as plain values; not all of them are read.
         """
         if self.vocabulary is not None:
             for text in (prompt, settings["negative_prompt"]):
@@ -114,6 +125,12 @@ class Model:
         if not self.facts.takes_frames(frames):
             allowed = self.facts.allowed_frames()
             raise EmtError(f"frames is {frames}", f"The model {self.name} makes clips of {allowed} frames.")
+        multiple = self.size_multiple
+        for name in ("height", "width"):
+            if settings[name] % multiple:
+                near = max(multiple, round(settings[name] / multiple) * multiple)
+                allowed = f"The model {self.name} makes clips of multiples of {multiple}: --{name} {near}"
+                raise EmtError(f"{name} is {settings[name]}", allowed)
         if settings["scheduler"] == "lcm" and steps > _LCM_STEPS:
             raise EmtError(f"steps is {steps}", f"The scheduler lcm takes at most {_LCM_STEPS}; 4 to 8 are usual.")
 

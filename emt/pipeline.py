@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emt.backbone import import_backbones
+from emt.backbone import LARGE_TEXT_ENCODERS, import_backbones
 from emt.backends.base import Backend
+from emt.backends.codec import codec_of
 from emt.backends.torch import TorchBackend
 from emt.checkpoints import check_loaded
 from emt.errors import EmtError
 from emt.features import Motion, joined
-from emt.sampling import SCHEDULERS, DeepFeatureReuse, check_finite, noise_generator
+from emt.prompts import PromptEncoder
+from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator
 from emt.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -40,8 +44,8 @@ class MotionTransferPipeline(DiffusionPipeline):
     The numbers are the model's defaults; those of this signature are the published ones.
 
     Args:
-        vae: of Stable Diffusion, 8 pixels a latent.
-        text_encoder: CLIP's.
+        vae: autoencoder of images, such as Stable Diffusion's, or Wan's of video (`emt.backends.codec`).
+        text_encoder: CLIP's. None where prompts are encoded apart (`prompt_encoder`).
         tokenizer: of the text encoder.
         unet: the adapted network, an `emt.backbone.Backbone`.
         scheduler: its configuration is what the named schedulers are made from.
@@ -54,11 +58,12 @@ class MotionTransferPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components: ClassVar = ["text_encoder"]
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
+        vae: ModelMixin,
+        text_encoder: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
@@ -79,7 +84,10 @@ class MotionTransferPipeline(DiffusionPipeline):
             guidance=guidance,
             reference_timestep=reference_timestep,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.codec = codec_of(vae)
+        self.vae_scale_factor = self.codec.pixels
+        #: Encodes prompts where there is no `text_encoder`: its encoder is too large to be open beside the network.
+        self.prompt_encoder: PromptEncoder | None = None
         self.backend: Backend = TorchBackend(self)
 
     @classmethod
@@ -92,7 +100,13 @@ class MotionTransferPipeline(DiffusionPipeline):
         """
         where = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
         given = {name: options[name] for name in where if name in options}
-        import_backbones(cls.load_config(str(pretrained_model_name_or_path), **given))
+        index = cls.load_config(str(pretrained_model_name_or_path), **given)
+        import_backbones(index)
+        if index.get("vae", ["", ""])[1] == "AutoencoderKLWan" and isinstance(options.get("dtype"), torch.dtype):
+            options["dtype"] = {"default": options["dtype"], "vae": torch.float32}  # as it was trained
+        apart = index.get("text_encoder", ["", ""])[1] in LARGE_TEXT_ENCODERS and "text_encoder" not in options
+        if apart:
+            options["text_encoder"] = None
         pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -101,7 +115,18 @@ class MotionTransferPipeline(DiffusionPipeline):
         parts = {name: part for name, part in pipe.components.items() if name not in options}
         networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
         check_loaded(networks, folder, options.get("variant"))
+        if apart:
+            pipe.prompt_encoder = PromptEncoder.of_model(pretrained_model_name_or_path, **given)
         return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write a model folder, as `DiffusionPipeline.save_pretrained`, with the text encoder that is not open."""
+        super().save_pretrained(str(save_directory), **options)
+        if self.prompt_encoder is not None:
+            source, index = self.prompt_encoder.model, Path(save_directory) / "model_index.json"
+            shutil.copytree(source / "text_encoder", Path(save_directory) / "text_encoder")
+            listed = json.loads((source / "model_index.json").read_bytes())["text_encoder"]
+            index.write_text(json.dumps(json.loads(index.read_bytes()) | {"text_encoder": listed}, indent=2) + "\n")
 
     @property
     def size_multiple(self) -> int:
@@ -139,11 +164,13 @@ class MotionTransferPipeline(DiffusionPipeline):
                 f"reference frames have shape {pixels.shape}, expected (frames, height, width, 3) with height and "
                 f"width multiples of {step}"
             )
+        if not self.unet.facts.takes_frames(len(pixels)):
+            raise ValueError(f"a reference has {len(pixels)} frames, allowed are {self.unet.facts.allowed_frames()}")
         generator = noise_generator(seed)
         latents = self.encode_frames(pixels, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timestep = torch.tensor([self.config.reference_timestep], device=latents.device)
-        noisy = DDIMScheduler.from_config(self.scheduler.config).add_noise(latents, noise, timestep)
+        noisy = add_noise(self.scheduler, latents, noise, timestep)
         features = self.backend.encode_reference(noisy, timestep, self.encode_prompts([""]))
         count, height, width, _ = pixels.shape
         return Motion(features, count, height, width, seed)
@@ -162,6 +189,7 @@ class MotionTransferPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] = "",
         scheduler: str = "ddim",
         guidance_until: float = 1.0,
+        motion_until: float = 1.0,
         cache_interval: int = 1,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[NDArray[np.uint8]]:
@@ -182,6 +210,8 @@ class MotionTransferPipeline(DiffusionPipeline):
             guidance_until: part of the steps, from the first, that are guided; the others take half the time. Guidance
                 matters where the layout comes about (Castillo et al. 2023, arXiv 2312.12487, section 4; Kynkäänniemi
                 et al. 2024, arXiv 2404.07724, limit it to an interval).
+            motion_until: part of the steps, from the first, in which the reference is attended to; the others cost less
+                and have less of it to take over.
             cache_interval: what lies below the network's highest resolution is computed in every n-th step only, and
                 reused in between (DeepCache, Ma et al. 2023, arXiv 2312.00858, section 3.2).
             on_step: called with (steps done, steps) after each.
@@ -190,8 +220,8 @@ class MotionTransferPipeline(DiffusionPipeline):
             One array a clip, RGB, (frames, height, width, 3).
 
         Raises:
-            ValueError: if lists differ in length or motions in shape, `guidance_until` is not from 0 to 1, or
-                `cache_interval` not positive.
+            ValueError: if lists differ in length or motions in shape, `guidance_until` or `motion_until` is not from 0
+                to 1, or `cache_interval` not positive.
             EmtError: for an unknown scheduler, a prompt with words that the model does not know, a backend that cannot
                 reuse features, or a result that is not finite.
         """
@@ -208,10 +238,10 @@ class MotionTransferPipeline(DiffusionPipeline):
         guidance = self.config.guidance if guidance is None else guidance
         guided = guidance != 1
 
-        if not 0 <= guidance_until <= 1 or cache_interval < 1:
+        if not (0 <= guidance_until <= 1 and 0 <= motion_until <= 1) or cache_interval < 1:
             raise ValueError(
-                f"guidance_until is {guidance_until} and cache_interval {cache_interval}, "
-                "allowed are 0 to 1 and positive whole numbers"
+                f"guidance_until is {guidance_until}, motion_until {motion_until} and cache_interval {cache_interval}, "
+                "allowed are 0 to 1, 0 to 1 and positive whole numbers"
             )
         if cache_interval > 1 and not self.backend.reuses:
             problem = f"the engine {self.backend.name} computes the whole network in every step, not every n-th"
@@ -229,19 +259,23 @@ class MotionTransferPipeline(DiffusionPipeline):
 
         generators = [noise_generator(s) for s in seeds]
         noise = self.initial_noise(generators, frames, height, width)
-        latents = noise.to(self._execution_device) * sampler.init_noise_sigma  # the sampler's state stays in float32
+        # The sampler's state stays in float32. A flow begins with noise as it is.
+        latents = noise.to(self._execution_device) * getattr(sampler, "init_noise_sigma", 1.0)
         step_options: dict[str, Any] = {}
         if "generator" in inspect.signature(sampler.step).parameters:
             step_options["generator"] = generators
+        scales = hasattr(sampler, "scale_model_input")  # Euler's method for flows has nothing to scale
 
         guided_steps = math.ceil(guidance_until * len(timesteps)) if guided else 0
+        moved_steps = math.ceil(motion_until * len(timesteps))
         denoise = DeepFeatureReuse(self.backend, cache_interval)
         for i, timestep in enumerate(sampler.timesteps):
             guided = i < guided_steps
-            scaled = sampler.scale_model_input(latents, timestep)
+            scaled = sampler.scale_model_input(latents, timestep) if scales else latents
             sample = torch.cat([scaled, scaled]) if guided else scaled
             known = text_features if guided else plain_features
-            prediction = denoise(sample.to(self.unet.dtype), timesteps[i], known, moved).float()
+            reference = moved if i < moved_steps else None
+            prediction = denoise(sample.to(self.unet.dtype), timesteps[i], known, reference).float()
             if guided:
                 away, towards = prediction.chunk(2)
                 prediction = away + guidance * (towards - away)
@@ -250,7 +284,7 @@ class MotionTransferPipeline(DiffusionPipeline):
                 on_step(i + 1, len(sampler.timesteps))
 
         check_finite(latents, seeds)
-        del moved, prediction, sample, denoise
+        del moved, reference, prediction, sample, denoise
         return self.decode_clips(list(latents))
 
     # --------------------------------------------------------------------------------------------------- the parts
@@ -261,6 +295,8 @@ class MotionTransferPipeline(DiffusionPipeline):
         Raises:
             EmtError: if the model's vocabulary is one of whole words and lacks some of a prompt.
         """
+        if self.prompt_encoder is not None:
+            return self.prompt_encoder(prompts).to(self._execution_device, self.unet.dtype)
         limit = self.tokenizer.model_max_length
         for prompt in prompts:
             self.check_words(prompt)
@@ -281,35 +317,32 @@ class MotionTransferPipeline(DiffusionPipeline):
             vocabulary.check(prompt, f"It knows: {known}")
 
     def encode_frames(self, frames: NDArray[np.uint8], generator: torch.Generator) -> Tensor:
-        """Sampled latents of RGB frames (frames, height, width, 3): (1, channels, frames, height/8, width/8)."""
-        images = torch.from_numpy(np.ascontiguousarray(frames)).to(self._execution_device).permute(0, 3, 1, 2)
-        mean, std = self.backend.encode_images((images / 127.5 - 1).to(self.vae.dtype))
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
-        latents = (mean + std * noise) * self.vae.config.scaling_factor
-        return latents.transpose(0, 1).unsqueeze(0).to(self.unet.dtype)
+        """Latents of RGB frames (frames, height, width, 3): (1, channels, latent frames, height/8, width/8)."""
+        images = torch.from_numpy(np.ascontiguousarray(frames)).to(self._execution_device)
+        return self.codec.encode(self.backend, images, generator).to(self.unet.dtype)
 
     def decode_latents(self, latents: Tensor) -> NDArray[np.uint8]:
-        """RGB frames (frames, height, width, 3) of latents (channels, frames, height/8, width/8)."""
+        """RGB frames (frames, height, width, 3) of latents (channels, latent frames, height/8, width/8)."""
         return self.decode_clips([latents])[0]
 
     def decode_clips(self, clips: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
-        """`decode_latents` of several clips, one of which is copied to the host while the next one is decoded."""
+        """`decode_latents` of several clips, parts of which are copied to the host while others are decoded."""
         decoded = []
         for latents in clips:
-            latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
-            images = ((self.backend.decode_images(latents).float() + 1) * 127.5).clamp(0, 255).round()
-            images = images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-            # Into pinned memory a copy needs no wait, so that the next clip is being decoded meanwhile.
-            frames = torch.empty(images.shape, dtype=torch.uint8, pin_memory=images.is_cuda)
-            decoded.append(frames.copy_(images, non_blocking=True))
+            parts = []
+            for images in self.codec.decode(self.backend, latents):
+                # Into pinned memory a copy needs no wait, so that the next part is being decoded meanwhile.
+                part = torch.empty(images.shape, dtype=torch.uint8, pin_memory=images.is_cuda)
+                parts.append(part.copy_(images, non_blocking=True))
+            decoded.append(parts)
         if clips[0].is_cuda:
             torch.cuda.synchronize(clips[0].device)
-        return [frames.numpy() for frames in decoded]
+        return [(parts[0] if len(parts) == 1 else torch.cat(parts)).numpy() for parts in decoded]
 
     def initial_noise(self, generators: Sequence[torch.Generator], frames: int, height: int, width: int) -> Tensor:
-        """Noise for a clip of each generator: (clips, channels, frames, height/8, width/8), float32, on the CPU."""
+        """Noise for a clip of each generator: (clips, channels, latent frames, height/8, width/8), on the CPU."""
         factor = self.vae_scale_factor
-        shape = (self.unet.latent_channels, frames, height // factor, width // factor)
+        shape = (self.unet.latent_channels, self.codec.latent_frames(frames), height // factor, width // factor)
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def shape_of(self, motions: Sequence[Motion]) -> tuple[int, int, int]:
@@ -324,10 +357,8 @@ class MotionTransferPipeline(DiffusionPipeline):
         return shapes.pop() if shapes else (self.config.frames, self.config.height, self.config.width)
 
     def _sampler(self, name: str) -> Any:
-        if name not in SCHEDULERS:
-            raise EmtError(f"there is no scheduler {name!r}", f"Allowed: {', '.join(SCHEDULERS)}.")
         # A fresh one each time: multistep solvers carry state from clip to clip.
-        return SCHEDULERS[name].from_config(self.scheduler.config)
+        return make_sampler(name, self.scheduler)
 
 
 def _broadcast(name: str, values: list[T], count: int) -> list[T]:

@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
@@ -30,6 +31,49 @@ SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     "euler": EulerDiscreteScheduler,
     "lcm": LCMScheduler,
 }
+
+
+#: Of a flow; DDIM without added noise is Euler's method there.
+FLOW_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": FlowMatchEulerDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": FlowMatchEulerDiscreteScheduler,
+}
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """True if a scheduler's model predicts the velocity of a flow, `noise − clip`, and not noise."""
+    return scheduler.config.get("prediction_type") == "flow_prediction" or isinstance(
+        scheduler, FlowMatchEulerDiscreteScheduler
+    )
+
+
+def make_sampler(name: str, scheduler: SchedulerMixin) -> Any:
+    """A new sampler of the kind `name`, for the model whose scheduler this is.
+
+    Raises:
+        EmtError: for a name that is not of `SCHEDULERS`, or not of `FLOW_SCHEDULERS` if the model has a flow.
+    """
+    flow = is_flow(scheduler)
+    allowed = FLOW_SCHEDULERS if flow else SCHEDULERS
+    if name not in allowed:
+        what = "the flow of this model has no scheduler" if flow and name in SCHEDULERS else "there is no scheduler"
+        raise EmtError(f"{what} {name!r}", f"Allowed: {', '.join(allowed)}.")
+    if not flow:
+        return allowed[name].from_config(scheduler.config)
+    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+    if allowed[name] is FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return allowed[name](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Noisy latents of a timestep of 1000, (n,), in the terms of a model's scheduler."""
+    if is_flow(scheduler):
+        sigma = (timestep.float() / 1000).view(-1, *[1] * (latents.ndim - 1))
+        return ((1 - sigma) * latents.float() + sigma * noise.float()).to(latents.dtype)
+    return DDIMScheduler.from_config(scheduler.config).add_noise(latents, noise, timestep)
 
 
 class NonFiniteError(EmtError):

@@ -24,7 +24,7 @@ from recipes.train_dit import weights_of
 LIMIT = 24 * 2**20
 """Bytes that the weights may take, with those that are shared."""
 SHIFT = 3.0
-"""How far the sampler's noise levels are shifted towards noise."""
+"""Shift of the sampler's noise levels towards noise."""
 
 
 def assemble(

@@ -44,7 +44,7 @@ TINY = TransformerSizes(heads=2, head_channels=16, inner=48, layers=3, rank=4, s
 
 @dataclass
 class SharedParts:
-    """What the transformer works with, from a model folder; nothing of it is trained."""
+    """Autoencoder, text encoder and tokenizer of a model folder; nothing of them is trained."""
 
     vae: AutoencoderKL
     text: CLIPTextModel

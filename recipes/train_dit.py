@@ -39,7 +39,7 @@ from recipes.stage import Stage, compiled, save_on_signals, stage_parser, train
 
 
 class Defaults(NamedTuple):
-    """What a stage trains with where nothing else is given."""
+    """Defaults of a stage."""
 
     minutes: float
     batch: int

@@ -41,7 +41,7 @@ def test_without_json_it_prints_a_table(tmp_path):
         (["--size", "512"], "Give width and height"),
         (["--size", "33x32"], "multiple of 8"),
         (["--engine", "somewhere"], "--engine needs --model"),
-        (["--frames", "99"], "less than or equal to 32"),
+        (["--frames", "99"], "less than or equal to 81"),
     ],
 )
 def test_bad_usage(tmp_path, arguments, told):

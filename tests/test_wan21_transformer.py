@@ -20,7 +20,10 @@ from wan21_testing import (
     transformer_like,
 )
 
-from emt.backbones.wan21.transformer import WanMotionTransferTransformer, default_reference_blocks
+from emt.backbone import Execution
+from emt.backbones.wan21.facts import default_reference_blocks
+from emt.backbones.wan21.transformer import WanMotionTransferTransformer, with_strength
+from emt.features import Motion
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ class TestReference:
         sample, timestep, text = inputs()
         motion, alone = motion_of(model), model(sample, timestep, text)
         far = [
-            relative_error(model(sample, timestep, text, model.prepare(motion, s)), alone) for s in (3, 1, 0.1, 1e-4)
+            relative_error(model(sample, timestep, text, with_strength(motion, s)), alone) for s in (3, 1, 0.1, 1e-4)
         ]
         assert far == sorted(far, reverse=True)
         assert far[-1] < 1e-4
@@ -118,9 +121,9 @@ class TestReference:
     def test_each_of_several_references_has_its_own_strength(self, model):
         sample, timestep, text = inputs(2)
         motion = motion_of(model, 2)
-        both = model(sample, timestep, text, model.prepare(motion, torch.tensor([0.5, 2.0])))
+        both = model(sample, timestep, text, with_strength(motion, torch.tensor([0.5, 2.0])))
         for i, strength in enumerate((0.5, 2.0)):
-            one = model(sample, timestep, text, model.prepare(motion, strength))
+            one = model(sample, timestep, text, with_strength(motion, strength))
             torch.testing.assert_close(both[i], one[i])
 
     @given(n=st.integers(1, 3), times=st.integers(1, 2), neighbours=st.sampled_from([None, 0, 1]))
@@ -132,7 +135,8 @@ class TestReference:
         motion = motion_of(model, n)
         together = model(sample, timestep, text, motion)
         for i in range(n * times):
-            one = type(motion)({path: hidden[i % n : i % n + 1] for path, hidden in motion.layers.items()})
+            layers = {path: tuple(x[i % n : i % n + 1] for x in layer) for path, layer in motion.layers.items()}
+            one = type(motion)(layers)
             alone = model(sample[i : i + 1], timestep[i : i + 1], text[i : i + 1], one)
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
@@ -148,7 +152,7 @@ class TestReference:
         model = small_transformer(reference_blocks=[2], reference_neighbours=neighbours)
         sample, timestep, text = inputs(1, frames=6)
         motion, other = motion_of(model, frames=6), motion_of(model, frames=6)
-        other.layers["blocks.2"][:, 4] += 1
+        other.layers["blocks.2"][0][:, 4] += 1
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):
                 a, b = (model(sample, timestep, text, m) for m in (motion, other))
@@ -179,7 +183,7 @@ class TestReference:
         for hook in hooks:
             hook.remove()
         assert motion.layers.keys() == seen.keys()
-        for path, hidden in motion.layers.items():
+        for path, (hidden, _) in motion.layers.items():
             assert hidden.shape == (2, 3, 2, 3, 32)
             torch.testing.assert_close(hidden.flatten(1, 3), seen[path])
 
@@ -197,8 +201,8 @@ class TestReference:
         sample, timestep, text = inputs()
         prediction, features, hidden = model.denoise_with_hidden_states(sample, timestep, text)
         assert torch.equal(prediction, model(sample, timestep, text))
-        for path, read in model.encode_reference(sample, timestep, text).layers.items():
-            assert torch.equal(features.layers[path], read)
+        for path, (read, _) in model.encode_reference(sample, timestep, text).layers.items():
+            assert torch.equal(features.layers[path][0], read)
         assert {path: h.shape for path, h in hidden.items()} == {f"blocks.{i}": (2, 3, 2, 3, 32) for i in range(3)}
 
 
@@ -283,13 +287,13 @@ class TestGivenWrong:
     def test_motion_of_another_network(self, model):
         sample, timestep, text = inputs()
         other = motion_of(small_transformer(reference_blocks=[0]))
-        with pytest.raises(ValueError, match=r"read in \['blocks.0'\], this network takes it in"):
+        with pytest.raises(ValueError, match=r"read in \['blocks.0'\], but this network takes it in"):
             model(sample, timestep, text, other)
 
     @pytest.mark.parametrize("strength", [0, -1.0, torch.tensor([1.0, 0.0])])
     def test_strength(self, model, strength):
         with pytest.raises(ValueError, match="positive numbers"):
-            model.prepare(motion_of(model, 2), strength)
+            with_strength(motion_of(model, 2), strength)
 
 
 @torch.no_grad()
@@ -302,11 +306,52 @@ def test_saved_and_opened_it_predicts_the_same(model, tmp_path):
 
 
 @torch.no_grad()
-def test_motion_moves_between_devices_and_dtypes(model):
-    motion = motion_of(model)
-    half = motion.to(dtype=torch.bfloat16)
-    assert {h.dtype for h in half.layers.values()} == {torch.bfloat16}
-    assert half.to("cpu", torch.float32).layers.keys() == motion.layers.keys()
+def test_a_motion_is_saved_and_read_again(model, tmp_path):
+    motion = Motion(with_strength(motion_of(model), 0.5), 9, 32, 48, seed=3)
+    motion.save(tmp_path / "motion.safetensors")
+    read = Motion.load(tmp_path / "motion.safetensors")
+    sample, timestep, text = inputs()
+    expected = model(sample, timestep, text, motion.features)
+    torch.testing.assert_close(model(sample, timestep, text, read.features), expected, atol=1e-5, rtol=1e-5)
+
+
+class TestExecution:
+    @torch.no_grad()
+    def test_a_feed_forward_layer_in_parts_is_the_same(self, model):
+        sample, timestep, text = inputs()
+        expected = model(sample, timestep, text)
+        for tokens in (1, 7, 18, 36):
+            got = model(sample, timestep, text, execution=Execution(feed_forward_tokens=tokens))
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_projections_in_one_matmul_are_the_same(self):
+        model = small_transformer()
+        sample, timestep, text = inputs()
+        motion = motion_of(model)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        expected = model(sample, timestep, text, motion)
+        model.fuse_projections()
+        model.fuse_projections()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        torch.testing.assert_close(model(sample, timestep, text, motion), expected, atol=1e-6, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_a_layer_is_prepared_as_all_are(self, model):
+        motion = motion_of(model, 2)
+        prepared = model.prepare(motion)
+        assert list(prepared.layers) == model.reference_layers() == ["blocks.1", "blocks.2"]
+        for path, (layer,) in prepared.layers.items():
+            (one,) = model.prepare_layer(path, motion.layers[path])
+            assert torch.equal(one.key, layer.key)
+            assert torch.equal(one.scaler, layer.scaler)
+
+
+def test_limits_follow_from_the_configuration(model):
+    assert model.facts.max_frames == 81
+    assert [n for n in range(1, 22) if model.facts.takes_frames(n)] == [5, 9, 13, 17, 21]
+    assert model.facts.grid_step == 2
+    assert (model.latent_channels, model.text_width) == (4, 12)
 
 
 def test_blocks_that_take_the_reference():

@@ -82,7 +82,7 @@ class TestLayouts:
     def test_the_networks_are_the_published_ones(self, tmp_path, parts, given):
         report = import_weights(tmp_path / "model", **given, dtype="fp32")
         theirs, vae, text_encoder = parts
-        ours = WanMotionTransferTransformer.from_pretrained(report.folder / "transformer")
+        ours = WanMotionTransferTransformer.from_pretrained(report.folder / "unet")
         sample, timestep, text = inputs(channels=16)
         text = torch.nn.functional.pad(text, (0, 20))
         assert torch.equal(ours(sample, timestep, text), theirs.eval()(sample, timestep, text, return_dict=False)[0])
@@ -105,7 +105,7 @@ class TestStored:
     @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
     def test_what_diffusers_keeps_in_float32_stays_so(self, tmp_path, diffusers_folder, name, dtype):
         import_weights(tmp_path / "model", base=diffusers_folder, dtype=name)
-        weights = stored(tmp_path / "model" / "transformer")
+        weights = stored(tmp_path / "model" / "unet")
         kept = {n for n in weights if any(part in n for part in WanTransformer3DModel._keep_in_fp32_modules)}
         assert {weights[n].dtype for n in kept} == {torch.float32}
         assert {weights[n].dtype for n in weights.keys() - kept} == {dtype}
@@ -115,7 +115,7 @@ class TestStored:
     def test_an_import_is_repeatable(self, tmp_path, diffusers_folder):
         for name in ("a", "b"):
             import_weights(tmp_path / name, base=diffusers_folder)
-        a, b = (stored(tmp_path / name / "transformer") for name in "ab")
+        a, b = (stored(tmp_path / name / "unet") for name in "ab")
         assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
 
     def test_shards_are_written_one_by_one(self, tmp_path, monkeypatch):
@@ -285,7 +285,7 @@ class TestAdapter:
     @torch.no_grad()
     def test_without_one_it_starts_untrained(self, tmp_path, diffusers_folder):
         import_weights(tmp_path / "model", base=diffusers_folder, dtype="fp32")
-        model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "transformer")
+        model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "unet")
         sample, timestep, text = inputs(channels=16)
         text = torch.nn.functional.pad(text, (0, 20))
         motion = model.encode_reference(sample, timestep, text)
@@ -296,13 +296,13 @@ class TestAdapter:
         sizes = {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 2}
         trained = small_transformer(reference_blocks=[1], reference_neighbours=1, adapter_rank=3, **sizes)
         if as_folder:
-            trained.save_pretrained(tmp_path / "run" / "transformer")
+            trained.save_pretrained(tmp_path / "run" / "unet")
             given = tmp_path / "run"
         else:
             given = tmp_path / "adapter.safetensors"
             save_adapter(trained, given)
         import_weights(tmp_path / "model", base=diffusers_folder, adapter=given, dtype="fp32")
-        model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "transformer")
+        model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "unet")
         assert model.config.reference_blocks == [1]
         assert model.config.reference_neighbours == 1
         own = dict(model.adapter_parameters())

@@ -6,7 +6,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from emt.backbones.wan21.transformer import MotionFeatures, WanMotionTransferTransformer
+from emt.backbones.wan21.transformer import WanMotionTransferTransformer
+from emt.features import MotionFeatures
 
 TEXT_TOKENS = 5
 SIZES = {

@@ -26,21 +26,25 @@ _CLIP_BYTES = 0.25
 def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) -> float:
     """Estimated peak memory in bytes for denoising clips together; a model, not a measurement."""
     pixels = settings.frames * settings.height * settings.width
-    weights = 2 * sum(model.parameters.values())
+    together = [n for part, n in model.parameters.items() if part != "text_encoder" or not model.encodes_prompts_apart]
+    weights = 2 * sum(together)
     return (1 if half else 2) * (weights + clips * model.facts.activation_bytes * pixels)
 
 
 def seconds(model: Model, settings: Settings, gpu: bool) -> float:
     """Estimated time of a job; a model, not a measurement."""
-    flop = model.facts.flop * model.parameters.get("unet", 0) * work(settings.as_dict())
+    facts, positions = model.facts, settings.frames * settings.height * settings.width / 64
+    pass_flop = facts.flop * model.parameters.get("unet", 0) + facts.attention_flop * positions  # for each position
+    flop = pass_flop * work(settings.as_dict())
     return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps * settings.best_of)
 
 
 def size_that_fits(model: Model, settings: Settings, available: float, half: bool) -> str:
     """Options of a smaller clip that should fit, of one that needs more than is available."""
     scale = max(1.0, available / memory(model, settings, half=half))  # the model said it would fit: it did not
+    unit = model.size_multiple
     for step in range(15, 0, -1):
-        width, height = (max(8, side * step // 16 // 8 * 8) for side in (settings.width, settings.height))
+        width, height = (max(unit, side * step // 16 // unit * unit) for side in (settings.width, settings.height))
         smaller = replace(settings, width=width, height=height)
         if scale * memory(model, smaller, half=half) < 0.9 * available:
             return f"--width {width} --height {height}"

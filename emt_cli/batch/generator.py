@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from emt.backends.base import Backend
     from emt.features import Motion
     from emt.pipeline import MotionTransferPipeline
+    from emt.prompts import PromptEncoder
     from emt.video import Clip
 
 
@@ -151,6 +152,7 @@ class Generator:
         engines: Chooses what executes the network; None for PyTorch.
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.
+        cache_dir: Folder of the caches, where encodings of prompts are kept, too; None for the user's.
         say: Is told what was chosen and why.
     """
 
@@ -164,8 +166,12 @@ class Generator:
         *,
         kernels: str = "auto",
         low_memory: bool = False,
+        cache_dir: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        #: Prompts that are known before the model is opened, for one whose text encoder is not open beside its network.
+        self.prompts: Collection[str] = ()
+        self.cache_dir = cache_dir
         self.model = model
         self.model_sha256 = model_sha256
         self.low_memory = low_memory
@@ -210,9 +216,28 @@ class Generator:
             device = self.device  # first: it takes its turn at importing
             if self._engines:
                 self._engines.check_match(device)
+            encoder = self._encode_prompts(device) if self.model.encodes_prompts_apart else None
             self._pipe = open_pipeline(self.model, device, low_memory=self.low_memory)
+            self._pipe.prompt_encoder = encoder
             self._torch = self._pipe.backend
         return self._pipe
+
+    def _encode_prompts(self, device: Device) -> PromptEncoder:
+        """Encode known prompts while the device has room for the text encoder."""
+        from emt.prompts import PromptEncoder
+
+        silence_libraries()
+        encoder = PromptEncoder.of_model(self.model.folder, self.cache_dir)
+        prompts = dict.fromkeys(["", *self.prompts])
+        try:
+            count = encoder.encode(prompts, device.torch_device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            count = encoder.encode(prompts, "cpu")
+        if count:
+            self._say(f"{count} prompts encoded; their encodings are kept for later runs")
+        return encoder
 
     def check(self, job: Job) -> None:
         """Raise EmtError unless the model, and the engine that the user named, can make a job's clip; needs no torch.

@@ -129,7 +129,7 @@ class Settings:
     The defaults are the published ones; a model's own override the first five (`emt.model_folder.DEFAULTS`).
     """
 
-    frames: Annotated[int, _clip("Frames; default: the model's.", min=2, max=32)] = 16
+    frames: Annotated[int, _clip("Frames; default: the model's.", min=2, max=81)] = 16
     height: Annotated[int, _clip("Height in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
     width: Annotated[int, _clip("Width in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
     steps: Annotated[int, _clip("Denoising steps; default: the model's.", min=1, max=500)] = 25

@@ -146,6 +146,7 @@ def open_session(
         engines,
         kernels=options.kernels,
         low_memory=options.low_memory,
+        cache_dir=options.cache_dir,
         say=say,
     )
     return Session(model, index, motions, generator, engines)

@@ -66,7 +66,7 @@ def bench(
         ),
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(help="Number of frames. Default: the model's.", min=2, max=32, show_default=False)
+        int | None, typer.Option(help="Number of frames. Default: the model's.", min=2, max=81, show_default=False)
     ] = None,
     steps: Annotated[
         int | None,
@@ -222,13 +222,10 @@ def _parts(
     """Times of the parts of a clip, and the output of a step."""
     import torch
 
-    scale, backend, dtype = pipe.vae_scale_factor, pipe.backend, pipe.unet.dtype
-    samples, height, width = 1 if settings.guidance == 1 else 2, settings.height, settings.width
-    generator = torch.Generator().manual_seed(0)
-    shape = (samples, pipe.unet.latent_channels, settings.frames, height // scale, width // scale)
-    sample = torch.randn(shape, generator=generator).to(device.torch_device, dtype)
-    images = torch.rand(settings.frames, 3, height, width, generator=generator).to(device.torch_device, pipe.vae.dtype)
-    unscaled, timestep = sample[0].transpose(0, 1).to(pipe.vae.dtype), torch.tensor(601, device=device.torch_device)
+    backend, samples, generator = pipe.backend, 1 if settings.guidance == 1 else 2, torch.Generator().manual_seed(0)
+    noise = pipe.initial_noise([generator] * samples, settings.frames, settings.height, settings.width)
+    sample, timestep = noise.to(device.torch_device, pipe.unet.dtype), torch.tensor(601, device=device.torch_device)
+    images = torch.from_numpy(clip).to(device.torch_device)
     with torch.no_grad():
         prompts = pipe.encode_prompts([""] * samples)
         text = pipe.unet.encode_text(prompts)
@@ -238,8 +235,8 @@ def _parts(
             "reference_pass_ms": lambda: backend.encode_reference(sample[:1].clone(), timestep[None], prompts[:1]),
             "step_ms": lambda: backend.denoise(sample, timestep, text, moved),
             "step_without_reference_ms": lambda: backend.denoise(sample, timestep, text, None),
-            "encode_ms": lambda: backend.encode_images(images),
-            "decode_ms": lambda: backend.decode_images(unscaled),
+            "encode_ms": lambda: pipe.codec.encode(backend, images, generator),
+            "decode_ms": lambda: list(pipe.codec.decode(backend, sample[0])),
         }
         return {name: 1e3 * median(_seconds(part, device)) for name, part in work.items()}, output
 

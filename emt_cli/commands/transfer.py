@@ -55,6 +55,9 @@ def transfer(options: TransferOptions) -> None:
         words = PromptWarnings(model.name, model.vocabulary, reporter.say)
         words.look(listed)
         session = open_session(SessionOptions.of(options), options.device, reporter.say, model)
+        jobs = [job for job in listed if isinstance(job, Job)]
+        texts = (text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
+        session.generator.prompts = list(dict.fromkeys(texts))
         how = RunOptions.of(options, numerics(options, engine_id(options.engine)))
         journal = Journal(options.out)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emt.backbone import Facts
+from emt.backbone import Facts, counts
 
 #: Arithmetic of a pass for each parameter and latent position: 35.3 TFLOP for a batch of two with guidance, 1.3 G
 #: parameters and 16 frames of 512×512.
@@ -21,21 +21,12 @@ def facts(config: Mapping[str, Any]) -> Facts:
     Raises:
         ValueError: a value is no positive number, or list of them.
     """
-    widths = _counts(config, "block_out_channels", [320, 640, 1280, 1280])
+    widths = counts(config, "block_out_channels", [320, 640, 1280, 1280])
     return Facts(
-        max_frames=_counts(config, "motion_max_frames", [32])[0],
+        max_frames=counts(config, "motion_max_frames", [32])[0],
         frame_step=1,
         grid_step=1,
         even_step=2 ** (len(widths) - 1),
         flop=_FLOP,
         activation_bytes=_ACTIVATION_BYTES * widths[0],
     )
-
-
-def _counts(config: Mapping[str, Any], name: str, default: list[int]) -> list[int]:
-    """Positive numbers of a configuration, one or a list of them."""
-    value = config.get(name, default)
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    if not values or not all(type(number) is int and number > 0 for number in values):
-        raise ValueError(f"{name} is {value!r:.100}")
-    return values

@@ -47,8 +47,8 @@ def read_adapter(given: str | Path) -> AdapterWeights:
     path = locate(given, "adapter")
     files = [path]
     if path.is_dir():
-        config, config_file = read_config(path / "transformer" / "config.json")
-        files = [config_file, *sorted((path / "transformer").glob("*.safetensors"))]
+        config, config_file = read_config(path / "unet" / "config.json")
+        files = [config_file, *sorted((path / "unet").glob("*.safetensors"))]
     checkpoints = [read_checkpoint(file) for file in files if file.suffix != ".json"]
     state = {name: t for c in checkpoints for name, t in c.state.items() if re.match(r"blocks\.\d+\.adapter\.", name)}
     blocks = sorted({int(name.split(".")[1]) for name in state})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +21,6 @@ from transformers import UMT5Config
 
 from emt.backbones.wan21.adapter_file import initial_adapter, read_adapter
 from emt.backbones.wan21.lora import LoraMerge
-from emt.backbones.wan21.model_index import write_model_index
 from emt.backbones.wan21.published import (
     at_most,
     check_part,
@@ -30,13 +29,29 @@ from emt.backbones.wan21.published import (
     read_tokenizer,
     read_vae,
 )
-from emt.backbones.wan21.sampling import flow_scheduler
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.checkpoints import Origin, Source
 from emt.errors import EmtError
 from emt.model_folder import model_card, new_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: What a clip is made with where nothing else is given: Wan 2.1 T2V-1.3B's.
+DEFAULTS: dict[str, Any] = {
+    "frames": 81,
+    "height": 480,
+    "width": 832,
+    "steps": 50,
+    "guidance": 5.0,
+    "reference_timestep": 100,
+}
+#: How far noise levels are shifted towards noise: as in the published folders for 480p; 5 is for 720p.
+FLOW_SHIFT = 3.0
+_PARTS = {
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "unet": ["emt.backbones.wan21.transformer", "WanMotionTransferTransformer"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
 _SHARD_BYTES = 4_000_000_000
 _SIZES = {(1536, 30): "T2V-1.3B", (5120, 40): "T2V-14B"}
 
@@ -131,10 +146,10 @@ def import_weights(
             origins.append(merge.read(path, scale))
 
         step("Writing the transformer")
-        model.save_config(partial / "transformer")
+        model.save_config(partial / "unet")
         kept = tuple(model._keep_in_fp32_modules)
         write_weights(
-            partial / "transformer" / "diffusion_pytorch_model",
+            partial / "unet" / "diffusion_pytorch_model",
             transformer.state | adapter_state,
             lambda name: torch.float32 if any(part in name for part in kept) else stored,
             merge,
@@ -150,7 +165,10 @@ def import_weights(
         write_weights(partial / "vae" / "diffusion_pytorch_model", latents.state, lambda _: torch.float32)
         words.save_pretrained(partial / "tokenizer")
         flow_scheduler().save_pretrained(partial / "scheduler")
-        write_model_index(partial)
+        tokenizer_class = json.loads((partial / "tokenizer" / "tokenizer_config.json").read_text())["tokenizer_class"]
+        index = {"_class_name": "MotionTransferPipeline", "tokenizer": ["transformers", tokenizer_class]}
+        index |= _PARTS | DEFAULTS
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         step("Hashing the sources")
         sources = tuple(origin.hashed() for origin in origins)
         (partial / "README.md").write_text(_card(sources, dtype), encoding="utf-8")
@@ -158,6 +176,11 @@ def import_weights(
     if on_progress:
         on_progress("Done", total, total)
     return ImportReport(Path(output), sources)
+
+
+def flow_scheduler(shift: float = FLOW_SHIFT) -> UniPCMultistepScheduler:
+    """Sampler of Wan's flow: UniPC over shifted noise levels (Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 def write_weights(

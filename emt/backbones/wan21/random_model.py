@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from emt.backbones.wan21.model_index import DEFAULTS, write_model_index
-from emt.backbones.wan21.sampling import flow_scheduler
+from emt.backbones.wan21.import_weights import DEFAULTS, flow_scheduler
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.checkpoints import allocate
 from emt.model_folder import model_card, new_folder
+from emt.pipeline import MotionTransferPipeline
 
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -96,19 +96,16 @@ def random_model(
         vocab_size=len(words), d_model=transformer.config.text_dim, feed_forward_proj="gated-gelu", **chosen["text"]
     )
     encoder = allocate(lambda: UMT5EncoderModel(text), torch.float32)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight
     for i, model in enumerate((transformer, vae, encoder)):
         draw_weights(model, seed + i)
     for model in (transformer, encoder):
         for name, p in model.named_parameters():
             if model is encoder or not any(part in name for part in transformer._keep_in_fp32_modules):
                 p.data = p.data.to(dtype)
+    pipe = MotionTransferPipeline(vae, encoder, words, transformer, flow_scheduler(), **DEFAULTS | defaults)
     with new_folder(Path(folder), overwrite=False) as partial:
-        transformer.save_pretrained(partial / "transformer")
-        vae.save_pretrained(partial / "vae")
-        encoder.save_pretrained(partial / "text_encoder")
-        words.save_pretrained(partial / "tokenizer")
-        flow_scheduler().save_pretrained(partial / "scheduler")
-        write_model_index(partial, **defaults)
+        pipe.save_pretrained(partial)
         card = model_card("Random weights", f"Nothing here is trained: size `{size}`, seed {seed}.")
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Path(folder)

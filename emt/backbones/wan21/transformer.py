@@ -9,122 +9,31 @@ trained is under `blocks.N.adapter`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from emt.backbone import PLAIN, Execution, Facts
 from emt.backbones.wan21.adapter import Adapter, PreparedReference
 from emt.backbones.wan21.attention import attention, attention_with_reference
+from emt.backbones.wan21.facts import default_reference_blocks, facts
+from emt.backbones.wan21.layers import (
+    Attention,
+    ConditionEmbedder,
+    FeedForward,
+    Float32LayerNorm,
+    Rotation,
+    rotate,
+    rotation_of,
+)
+from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 
-Rotation = tuple[Tensor, Tensor]
-
-
-@dataclass
-class TextFeatures:
-    """Cross-attention keys and values of prompts, constants over steps.
-
-    `layers` maps the path of a block to its keys and values, each (batch, heads, tokens, channels per head).
-    """
-
-    layers: dict[str, tuple[Tensor, Tensor]]
-
-
-@dataclass
-class MotionFeatures:
-    """The motion of n references: what `WanMotionTransferTransformer.encode_reference` read in one pass over them.
-
-    `layers` maps the path of a block that takes the reference to the hidden states that its self-attention projects,
-    (n, frames, height, width, channels) in patches. Keys and values are linear maps of them, which `prepare` computes:
-    kept in their stead, a motion is a third as large.
-    """
-
-    layers: dict[str, Tensor]
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MotionFeatures:
-        """The same features on another device or in another dtype."""
-        return MotionFeatures({path: hidden.to(device, dtype) for path, hidden in self.layers.items()})
-
-
-@dataclass
-class PreparedMotion:
-    """A reference's motion, ready for denoising, by path of the blocks that take it."""
-
-    layers: dict[str, PreparedReference]
-
-
-for _dataclass in (TextFeatures, MotionFeatures, PreparedReference, PreparedMotion):
-    torch.export.register_dataclass(_dataclass)
-
-
-class Float32LayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32, and passed on in it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, channels) → (…, channels), float32."""
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
-
-
-class Attention(nn.Module):
-    """Projections of multi-head attention; queries and keys are normed over all heads together."""
-
-    def __init__(self, channels: int, heads: int, eps: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.norm_q = nn.RMSNorm(channels, eps=eps)
-        self.norm_k = nn.RMSNorm(channels, eps=eps)
-
-    def query(self, x: Tensor) -> Tensor:
-        """(batch, tokens, channels) → the same, normed."""
-        return self.norm_q(self.to_q(x))
-
-    def key(self, x: Tensor) -> Tensor:
-        """(batch, tokens, channels) → the same, normed."""
-        return self.norm_k(self.to_k(x))
-
-    def split(self, x: Tensor) -> Tensor:
-        """(batch, tokens, channels) → (batch, heads, tokens, channels per head)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def out(self, x: Tensor) -> Tensor:
-        """(batch, heads, tokens, channels per head) → (batch, tokens, channels)."""
-        return self.to_out[0](x.transpose(1, 2).flatten(2))
-
-
-class GELUProjection(nn.Module):
-    """Linear layer and GELU, in its approximation by tanh."""
-
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, channels) → (…, inner)."""
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        # Published names count the dropout between the two: `net.0.proj` and `net.2`.
-        self.net = nn.Sequential(GELUProjection(channels, inner), nn.Identity(), nn.Linear(inner, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, channels) → (…, channels)."""
-        return self.net(x)
+torch.export.register_dataclass(PreparedReference)
 
 
 class Block(nn.Module):
@@ -164,10 +73,12 @@ class Block(nn.Module):
     ) -> Tensor:
         """(batch, tokens, channels) → the same, by attention to the clip's own tokens and those of a reference."""
         attn = self.attn1
-        query, key, value = attn.query(h), rotate(attn.split(attn.key(h)), rotation), attn.split(attn.to_v(h))
+        query, key, value = attn.project(h)
+        if reference is not None:
+            query = query + self.adapter.query(h)
+        query, key, value = rotate(attn.split(query), rotation), rotate(attn.split(key), rotation), attn.split(value)
         if reference is None:
-            return attn.out(attention(rotate(attn.split(query), rotation), key, value))
-        query = rotate(attn.split(query + self.adapter.query(h)), rotation)
+            return attn.out(attention(query, key, value))
         r = [_repeated(t, len(h)) for t in (reference.key, reference.value, reference.scaler, reference.strength)]
         bias = self.adapter.scaler(h, r[2]) + r[3]
         return attn.out(attention_with_reference(query, key, value, r[0], r[1], bias, frames, neighbours))
@@ -181,6 +92,7 @@ class Block(nn.Module):
         reference: PreparedReference | None,
         frames: int,
         neighbours: int | None,
+        ffn_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         """(batch, tokens, channels) → the same, and the hidden states that self-attention projects.
 
@@ -192,6 +104,7 @@ class Block(nn.Module):
             reference: None for none.
             frames: that the tokens are divided into.
             neighbours: reference frames on either side that a frame sees; None for all.
+            ffn_tokens: that inference takes through the feed-forward layer at once.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation.float()).split(1, 1)
 
@@ -201,83 +114,9 @@ class Block(nn.Module):
         query = self.attn2.split(self.attn2.query(self.norm2(x).to(x.dtype)))
         x = x + self.attn2.out(attention(query, *text))
 
-        ffn = self.ffn((self.norm3(x) * (1 + ffn_scale) + ffn_shift).to(x.dtype))
-        x = (x + ffn_gate * ffn).to(x.dtype)
+        ffn_out = self.ffn((self.norm3(x) * (1 + ffn_scale) + ffn_shift).to(x.dtype), ffn_tokens)
+        x = (x + ffn_gate * ffn_out).to(x.dtype)
         return x, h
-
-
-class TwoLayers(nn.Module):
-    """Linear layer, activation, linear layer."""
-
-    def __init__(self, in_channels: int, channels: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, channels)
-        self.activation = activation
-        self.linear_2 = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in_channels) → (…, channels)."""
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-class ConditionEmbedder(nn.Module):
-    """Embeddings of the noise level and of the prompt."""
-
-    def __init__(self, channels: int, freq_dim: int, text_dim: int) -> None:
-        super().__init__()
-        self.freq_dim = freq_dim
-        self.time_embedder = TwoLayers(freq_dim, channels, nn.SiLU())
-        self.time_proj = nn.Linear(channels, 6 * channels)
-        self.text_embedder = TwoLayers(text_dim, channels, nn.GELU(approximate="tanh"))
-
-    def forward(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Timesteps (batch,) → (batch, channels) for the last norm, and (batch, 6, channels) for the blocks."""
-        waves = get_timestep_embedding(timestep, self.freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-        time = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
-        return time, self.time_proj(F.silu(time)).unflatten(1, (6, -1))
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn pairs of channels by angles that grow with a token's place (Su et al. 2021, arXiv 2104.09864).
-
-    Args:
-        x: (batch, heads, tokens, channels).
-        rotation: cosines and sines, each (tokens, channels/2), float32.
-    """
-    cos, sin = rotation
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-def rotation_of(grid: tuple[int, int, int], channels: int, device: torch.device) -> Rotation:
-    """Rotations of a grid of tokens: two thirds of the channels turn with rows and columns, the others with frames.
-
-    Args:
-        grid: frames, height and width in patches.
-        channels: of a head.
-        device: to compute on.
-    """
-    spatial = channels // 6
-    pairs = (channels // 2 - 2 * spatial, spatial, spatial)
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    angles = []
-    for axis, (size, n) in enumerate(zip(grid, pairs, strict=True)):
-        rates = 1e4 ** -(torch.arange(n, dtype=dtype, device=device) / n)
-        shape = [1, 1, 1, n]
-        shape[axis] = size
-        places = torch.arange(size, dtype=dtype, device=device)
-        angles.append(torch.outer(places, rates).view(shape).expand(*grid, n))
-    table = torch.cat(angles, dim=-1).flatten(0, 2)
-    return table.cos().float(), table.sin().float()
-
-
-def default_reference_blocks(layers: int) -> range:
-    """Blocks that take the reference unless told otherwise: 4 to 18 of 30, as many in proportion of others.
-
-    Guidance reads motion best in the middle: in block 14 (FastVMT) or 15 of 30 and 20 of 42 (DiTFlow, Pondaven et al.
-    2025, arXiv 2412.07776); the last 65% can be left out (DeT); the deepest third is about appearance.
-    """
-    return range(round(layers * 4 / 30), max(round(layers * 19 / 30), 1))
 
 
 class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
@@ -299,6 +138,8 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             for all.
         adapter_rank: rank of the additions to queries, and to keys and values of the reference.
         scaler_channels: width of the scalers.
+        max_frames: most frames of a clip.
+        frames_per_latent: frames of every latent frame but the first, which is of one.
 
     Raises:
         ValueError: if a block does not exist, or a number is not allowed.
@@ -325,6 +166,8 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         reference_neighbours: int | None = None,
         adapter_rank: int = 64,
         scaler_channels: int = 256,
+        max_frames: int = 81,
+        frames_per_latent: int = 4,
     ) -> None:
         super().__init__()
         heads, channels = num_attention_heads, num_attention_heads * attention_head_dim
@@ -356,6 +199,8 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         text: Tensor | TextFeatures,
         motion: MotionFeatures | PreparedMotion | None = None,
+        *,
+        execution: Execution = PLAIN,
     ) -> Tensor:
         """Predict the velocity of a noisy clip, noise − clip, moved by a reference.
 
@@ -365,6 +210,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             text: the prompts' encoding, (batch, tokens, width), or `encode_text` of it.
             motion: the motion of n references, n a divisor of batch: sample i follows reference i mod n, so that the
                 two halves of guidance share one. None is the backbone alone, as if there were no adapter.
+            execution: how it is computed.
 
         Returns:
             (batch, out_channels, frames, height, width).
@@ -372,10 +218,16 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        return self._run(sample, timestep, text, motion)[0]
+        return self._run(sample, timestep, text, motion, execution)[0]
 
+    @apply_forward_hook
     def encode_reference(
-        self, latents: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        text: Tensor | TextFeatures,
+        *,
+        execution: Execution = PLAIN,
     ) -> MotionFeatures:
         """Read the motion of references in one pass of the backbone, as far as the last block that takes it.
 
@@ -383,12 +235,19 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             latents: the references' latents with noise of `timestep` added, (n, channels, frames, height, width).
             timestep: noise level of 1000, one for all or (n,).
             text: encoding of the empty prompt, (n, tokens, width), or `encode_text` of it.
+            execution: how it is computed.
+
+        Returns:
+            By path of the blocks that take the reference, the hidden states that their self-attention projects,
+            (n, frames, height, width, channels) in patches, and the logarithm of the reference's strength (n,), 0.
+            Keys and values are linear in hidden states: `prepare` computes them, and a motion is a third as large.
 
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        return self._run(latents, timestep, text, None, blocks=max(self._fused(), default=-1) + 1)[1]
+        return self._run(latents, timestep, text, None, execution, blocks=max(self._fused(), default=-1) + 1)[1]
 
+    @apply_forward_hook
     def denoise_with_hidden_states(
         self,
         sample: Tensor,
@@ -409,8 +268,9 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             of the block that made them.
         """
         hidden: dict[str, Tensor] = {}
-        return *self._run(sample, timestep, text, motion, hidden=hidden), hidden
+        return *self._run(sample, timestep, text, motion, PLAIN, hidden=hidden), hidden
 
+    @apply_forward_hook
     def encode_text(self, text: Tensor) -> TextFeatures:
         """Keys and values of all cross-attentions for prompts (batch, tokens, width)."""
         width = self.config.text_dim
@@ -419,33 +279,24 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         embedded = self.condition_embedder.text_embedder(text)
         return TextFeatures({block.path: block.encode_text(embedded) for block in self.blocks})
 
-    def prepare(self, motion: MotionFeatures, strength: float | Tensor = 1.0) -> PreparedMotion:
+    def prepare(self, features: MotionFeatures) -> PreparedMotion:
         """Compute what does not change from step to step.
 
-        Args:
-            motion: of n references.
-            strength: how much the reference counts beside what was learnt, positive, one for all or (n,).
-
         Raises:
-            ValueError: if the features are of other blocks than take a reference here, or a strength is not positive.
+            ValueError: if the features are of other blocks than take a reference here.
         """
-        fused: dict[str, Block] = {self.blocks[i].path: self.blocks[i] for i in self._fused()}
-        if fused.keys() != motion.layers.keys():
-            raise ValueError(
-                f"the motion was read in {sorted(motion.layers)}, this network takes it in {sorted(fused)}"
-            )
-        n, *grid, _ = next(iter(motion.layers.values())).shape
-        weight = torch.as_tensor(strength, dtype=torch.float32)
-        if not (weight > 0).all():
-            raise ValueError(
-                f"strength is {strength}, allowed are positive numbers; without a reference give no motion"
-            )
-        first = motion.layers[next(iter(fused))]
-        added = weight.log().expand(n).view(n, 1, 1).to(first.device, first.dtype)
-        rotation = self._rotation(grid, first.device)
-        return PreparedMotion(
-            {path: block.prepare(motion.layers[path].flatten(1, 3), rotation, added) for path, block in fused.items()}
-        )
+        read, taken = list(features.layers), self.reference_layers()
+        if set(read) != set(taken):
+            raise ValueError(f"the motion was read in {sorted(read)}, but this network takes it in {sorted(taken)}")
+        return PreparedMotion({path: self.prepare_layer(path, features.layers[path]) for path in taken})
+
+    @apply_forward_hook
+    def prepare_layer(self, path: str, features: tuple[Tensor, ...]) -> tuple[PreparedReference]:
+        """`prepare` for the block at `path`."""
+        hidden, strength = features
+        rotation = self._rotation(hidden.shape[1:4], hidden.device)
+        block = self.blocks[int(path.rpartition(".")[2])]
+        return (block.prepare(hidden.flatten(1, 3), rotation, strength.view(-1, 1, 1)),)
 
     def _run(
         self,
@@ -453,35 +304,40 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         text: Tensor | TextFeatures,
         motion: MotionFeatures | PreparedMotion | None,
+        execution: Execution,
         blocks: int | None = None,
         hidden: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, MotionFeatures]:
-        """The prediction, and hidden states of blocks that take the reference; only features of the first `blocks`."""
+        """The prediction, and features of blocks that take the reference; only of the first `blocks` if given."""
         if isinstance(text, Tensor):
             text = self.encode_text(text)
         if isinstance(motion, MotionFeatures):
             motion = self.prepare(motion)
-        references = {} if motion is None else motion.layers
+        self._check_inputs(sample, text)
         batch, _, frames, height, width = sample.shape
         _, down, across = self.config.patch_size
         grid = (frames, height // down, width // across)
-        self._check_inputs(sample, text, references, math.prod(grid))
 
         rotation = self._rotation(grid, sample.device)
         noise_level = torch.as_tensor(timestep, device=sample.device).expand(batch)
         time, modulation = self.condition_embedder(noise_level, self.patch_embedding.weight.dtype)
         x = self.patch_embedding(sample).flatten(2).transpose(1, 2).contiguous()  # (batch, tokens, channels)
 
-        features: dict[str, Tensor] = {}
+        features: dict[str, tuple[Tensor, ...]] = {}
         for block in self.blocks[:blocks]:
-            given = x, modulation, text.layers[block.path], rotation, references.get(block.path)
-            neighbours = self.config.reference_neighbours
+            reference = None
+            if motion is not None and block.adapter is not None:
+                (reference,) = motion.layers[block.path]
+                self._check_reference(reference, sample, grid)
+            given = x, modulation, text.layers[block.path], rotation, reference
+            options = frames, self.config.reference_neighbours, execution.feed_forward_tokens
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, h = self._gradient_checkpointing_func(block, *given, frames, neighbours)
+                x, h = self._gradient_checkpointing_func(block, *given, *options)
             else:
-                x, h = block(*given, frames, neighbours)
+                x, h = block(*given, *options)
             if block.adapter is not None:
-                features[block.path] = h.unflatten(1, grid)
+                read = h.unflatten(1, grid)
+                features[block.path] = (read.cpu() if execution.features_on_host else read, h.new_zeros(batch))
             if hidden is not None:
                 hidden[block.path] = x.unflatten(1, grid)
 
@@ -491,6 +347,30 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         return image.reshape(batch, -1, frames, height, width), MotionFeatures(features)
 
     # -------------------------------------------------------------------------------------------------- its parts
+
+    @property
+    def facts(self) -> Facts:
+        """Limits and costs."""
+        return facts(self.config)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that it denoises."""
+        return self.config.in_channels
+
+    @property
+    def text_width(self) -> int:
+        """Width of the prompts' encoding that it reads."""
+        return self.config.text_dim
+
+    def reference_layers(self) -> list[str]:
+        """Paths of the blocks that take a reference, in the order in which they run."""
+        return [self.blocks[i].path for i in self._fused()]
+
+    def fuse_projections(self) -> None:
+        """Let inference compute query, key and value of each self-attention in one matmul."""
+        for block in self.blocks:
+            block.attn1.fuse()
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained parameters: low-rank additions and scalers, by name in the state dict."""
@@ -510,12 +390,10 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         frames, height, width = grid
         return rotation_of((frames, height, width), self.config.attention_head_dim, device)
 
-    def _check_inputs(
-        self, sample: Tensor, text: TextFeatures, references: Mapping[str, PreparedReference], tokens: int
-    ) -> None:
+    def _check_inputs(self, sample: Tensor, text: TextFeatures) -> None:
         channels, (_, down, across) = self.config.in_channels, self.config.patch_size
         shape = tuple(sample.shape)
-        if sample.shape[1] != channels or sample.shape[3] % down or sample.shape[4] % across:
+        if sample.ndim != 5 or sample.shape[1] != channels or sample.shape[3] % down or sample.shape[4] % across:
             raise ValueError(
                 f"sample has shape {shape}, expected (batch, {channels}, frames, height, width) with height divisible "
                 f"by {down} and width by {across}"
@@ -523,14 +401,35 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         for key, _ in text.layers.values():
             if key.shape[0] != sample.shape[0]:
                 raise ValueError(f"text has batch {key.shape[0]}, sample has batch {sample.shape[0]} in shape {shape}")
-        for path, reference in references.items():
-            if sample.shape[0] % reference.key.shape[0]:
-                raise ValueError(f"{reference.key.shape[0]} motions do not divide the batch of sample, shape {shape}")
-            if reference.key.shape[2] != tokens:
-                raise ValueError(
-                    f"the motion has {reference.key.shape[2]} tokens in {path}, the sample has {tokens} in shape "
-                    f"{shape}: a sample and its reference have the same frames and size"
-                )
+
+    def _check_reference(self, reference: PreparedReference, sample: Tensor, grid: tuple[int, int, int]) -> None:
+        n, tokens = len(reference.key), reference.key.shape[2]
+        if len(sample) % n:
+            raise ValueError(f"{n} motions do not divide the batch of sample, shape {tuple(sample.shape)}")
+        if tokens != math.prod(grid):
+            raise ValueError(
+                f"the motion has {tokens} tokens, the sample {math.prod(grid)} in shape {tuple(sample.shape)}: a "
+                "sample and its reference have the same frames and size"
+            )
+
+
+def with_strength(features: MotionFeatures, strength: float | Tensor) -> MotionFeatures:
+    """Features of references that count more or less beside what was learnt.
+
+    Args:
+        features: of n references, as `encode_reference` gives them.
+        strength: positive, one for all or (n,); 1 changes nothing.
+
+    Raises:
+        ValueError: if a strength is not positive.
+    """
+    weight = torch.as_tensor(strength, dtype=torch.float32)
+    if not (weight > 0).all():
+        raise ValueError(f"strength is {strength}, allowed are positive numbers; without a reference give no motion")
+    layers = {}
+    for path, (hidden, added) in features.layers.items():
+        layers[path] = (hidden, added + weight.log().to(added))
+    return MotionFeatures(layers)
 
 
 def _repeated(x: Tensor, batch: int) -> Tensor:

@@ -5,23 +5,27 @@ Where all prompts are known, the encoder is not opened at all. Where it is, it i
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import html
 import json
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError, first_line
 from emt.storage import write_atomically
 
@@ -29,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 #: Tokens that the network reads; those after a prompt's own are zero.
 TOKENS = 512
+#: Bytes that all encodings on disk may take: some 5,000 prompts.
+LIMIT = 2_000_000_000
 
 
 def cleaned(prompt: str) -> str:
@@ -74,32 +80,53 @@ class PromptEncoder:
     Args:
         model: model folder, with `text_encoder` and `tokenizer`.
         cache: folder for encodings; None keeps them for this process only.
-        digest: of the text encoder and the tokenizer; encodings of another are not taken.
-        device: for the encoder.
+        index: hashes of files: encodings of another text encoder or tokenizer are not taken.
         tokens: that the network reads.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        cache: Path | None,
-        digest: str,
-        device: torch.device | str = "cpu",
-        tokens: int = TOKENS,
-    ) -> None:
-        self.model, self.cache, self.digest, self.device, self.tokens = model, cache, digest, device, tokens
+    def __init__(self, model: Path, cache: Path | None, index: ContentIndex, tokens: int = TOKENS) -> None:
+        self.model, self.cache, self.index, self.tokens = model, cache, index, tokens
         self._known: dict[str, Tensor] = {}
+
+    @classmethod
+    def of_model(cls, model: str | Path, caches: Path | None = None, **download: Any) -> PromptEncoder:
+        """The encoder of a model folder or hub id, which keeps encodings below `caches`, by default the user's."""
+        folder, caches = Path(model), caches or default_dir()
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(str(model), allow_patterns=["*.json", "text_encoder/*", "tokenizer/*"], **download)
+            )
+        return cls(folder, caches / "prompts", ContentIndex(caches))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the text encoder and the tokenizer."""
+        parts = [self.index.sha256(self.model / name) for name in ("text_encoder", "tokenizer")]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Encodings of prompts, padded: (prompts, tokens, width), on the CPU.
+
+        What is not known is encoded on the CPU: the network has the GPU.
+
+        Raises:
+            EmtError: if the text encoder cannot be opened.
+        """
+        self.encode(prompts, "cpu")
+        return padded([self._known[self._key(prompt)] for prompt in prompts], self.tokens)
+
+    def encode(self, prompts: Iterable[str], device: torch.device | str) -> int:
+        """Encode prompts that are not known yet on a device, and leave it as it was; returns how many there were.
+
+        Before the network is opened, that is the GPU.
 
         Raises:
             EmtError: if the text encoder cannot be opened.
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if self._find(prompt) is None]
         if missing:
-            self._encode(missing)
-        return padded([self._known[self._key(prompt)] for prompt in prompts], self.tokens)
+            self._encode(missing, device)
+        return len(missing)
 
     def _key(self, prompt: str) -> str:
         told = json.dumps([1, self.digest, self.tokens, cleaned(prompt)])
@@ -111,13 +138,14 @@ class PromptEncoder:
             path = self.cache / f"{key}.safetensors"
             try:
                 self._known[key] = load_file(path)["encoding"]
+                os.utime(path)  # its time of use, by which the oldest are dropped
             except FileNotFoundError:
                 pass
             except (OSError, SafetensorError, KeyError):
                 path.unlink(missing_ok=True)  # whatever is wrong with it, it can be made again
         return self._known.get(key)
 
-    def _encode(self, prompts: Sequence[str]) -> None:
+    def _encode(self, prompts: Sequence[str], device: torch.device | str) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.model / "tokenizer"), local_files_only=True)
             encoder: Any = UMT5EncoderModel.from_pretrained(
@@ -127,7 +155,7 @@ class PromptEncoder:
             raise EmtError(
                 f"the text encoder of {self.model} cannot be opened: {first_line(error)}", "Import the model again."
             ) from error
-        encoder.to(self.device).eval()
+        encoder.to(device).eval()
         for prompt in prompts:  # one by one, so that what is done when something happens stays done
             encoding = encode_prompts([prompt], tokenizer, encoder, self.tokens)[0]
             self._known[self._key(prompt)] = encoding
@@ -143,5 +171,17 @@ class PromptEncoder:
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             write_atomically(self.cache / f"{key}.safetensors", save({"encoding": encoding.contiguous()}))
+            self._drop_oldest(self.cache)
         except OSError as error:
             logger.warning("the encoding of a prompt is not kept in %s: %s", self.cache, error.strerror)
+
+    @staticmethod
+    def _drop_oldest(cache: Path) -> None:
+        """Remove the encodings that were not used for longest, as long as all together are too large."""
+        entries = sorted((status.st_mtime, status.st_size, e.path) for e in os.scandir(cache) if (status := e.stat()))
+        excess = sum(size for _, size, _ in entries) - LIMIT
+        for _, size, path in entries:
+            if excess <= 0:
+                break
+            os.unlink(path)
+            excess -= size

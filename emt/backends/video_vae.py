@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 #: Frames of a latent frame, but the first, and pixels of a latent.
@@ -44,6 +45,7 @@ def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
         ValueError: for a number of frames that is not 4n + 1.
     """
     count, cache, encoded = latent_frames(len(frames)), _cache(vae.encoder), []
+    _bring(vae)
     for i in range(count):
         chunk = frames[:1] if i == 0 else frames[FRAMES * (i - 1) + 1 : FRAMES * i + 1]
         pixels = chunk.to(vae.device).permute(3, 0, 1, 2).unsqueeze(0).to(vae.dtype) / 127.5 - 1
@@ -64,6 +66,7 @@ def decode_frames(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
     Yields:
         One frame, and then four at a time, uint8, (frames, height, width, 3), on the VAE's device.
     """
+    _bring(vae)
     mean, std = _statistics(vae)
     hidden, cache = (latents.float() * std + mean).to(vae.dtype), _cache(vae.decoder)
     for i in range(hidden.shape[2]):
@@ -71,6 +74,11 @@ def decode_frames(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
         pixels = vae.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
         images = ((pixels[0].float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
         yield images.permute(1, 2, 3, 0)
+
+
+@apply_forward_hook
+def _bring(vae: AutoencoderKLWan) -> None:
+    """Move the VAE to where it computes, if it is offloaded: its own methods would do so when they are called."""
 
 
 def _cache(network: nn.Module) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from diffusers import WanPipeline
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from emt.backbones.wan21 import text
+from emt import prompts
 from emt.backbones.wan21.random_model import random_model
-from emt.backbones.wan21.text import PromptEncoder, cleaned, encode_prompts, padded
+from emt.cache import ContentIndex
 from emt.errors import EmtError
+from emt.prompts import PromptEncoder, cleaned, encode_prompts, padded
 
 PROMPTS = ["a cat", "", "the “fox” in &amp; on   the\nsnow, ünïcode 猫"]
 
@@ -55,7 +57,7 @@ def opened(monkeypatch) -> list[str]:
     names = []
     original = UMT5EncoderModel.from_pretrained.__func__
     monkeypatch.setattr(
-        text.UMT5EncoderModel,
+        prompts.UMT5EncoderModel,
         "from_pretrained",
         classmethod(lambda cls, path, **options: names.append(path) or original(cls, path, **options)),
     )
@@ -63,45 +65,73 @@ def opened(monkeypatch) -> list[str]:
 
 
 class TestCache:
-    def test_the_encoder_is_opened_once_and_then_not_at_all(self, model, tmp_path, monkeypatch):
+    @pytest.fixture
+    def index(self, tmp_path) -> ContentIndex:
+        return ContentIndex(tmp_path / "index")
+
+    @pytest.fixture
+    def cache(self, tmp_path) -> Path:
+        return tmp_path / "cache"
+
+    def test_the_encoder_is_opened_once_and_then_not_at_all(self, model, cache, index, monkeypatch):
         names = opened(monkeypatch)
-        first = PromptEncoder(model, tmp_path, "digest")
+        first = PromptEncoder(model, cache, index)
         expected = first([*PROMPTS, PROMPTS[0]])
         assert expected.shape == (4, 512, 32)
         assert torch.equal(expected[0], expected[3])
         first(PROMPTS[:1])
-        again = PromptEncoder(model, tmp_path, "digest")
+        again = PromptEncoder(model, cache, index)
         assert torch.equal(again([*PROMPTS, PROMPTS[0]]), expected)
         assert names == [str(model / "text_encoder")]
 
-    def test_another_model_or_prompt_is_encoded_anew(self, model, tmp_path, monkeypatch):
+    def test_prompts_are_encoded_ahead(self, model, cache, index, monkeypatch):
         names = opened(monkeypatch)
-        PromptEncoder(model, tmp_path, "one")(["a cat"])
-        PromptEncoder(model, tmp_path, "two")(["a cat"])
-        PromptEncoder(model, tmp_path, "two")(["a cat", "a dog"])
-        PromptEncoder(model, tmp_path, "two")(["  a   dog "])  # the same once cleaned
+        encoder = PromptEncoder(model, cache, index)
+        assert encoder.encode(iter(PROMPTS), "cpu") == len(PROMPTS)
+        assert encoder.encode(PROMPTS, "cpu") == 0
+        encoder(PROMPTS)
+        assert len(names) == 1
+
+    def test_another_text_encoder_or_prompt_is_encoded_anew(self, model, cache, index, monkeypatch, tmp_path):
+        other = random_model(tmp_path / "other", seed=5)
+        names = opened(monkeypatch)
+        PromptEncoder(model, cache, index)(["a cat"])
+        PromptEncoder(other, cache, index)(["a cat"])
+        PromptEncoder(other, cache, index)(["a cat", "a dog"])
+        PromptEncoder(other, cache, index)(["  a   dog "])  # the same once cleaned
         assert len(names) == 3
 
     @pytest.mark.parametrize("damage", [b"", b"no safetensors"])
-    def test_a_damaged_entry_is_made_again(self, model, tmp_path, damage):
-        expected = PromptEncoder(model, tmp_path, "d")(["a cat"])
-        (entry,) = tmp_path.iterdir()
+    def test_a_damaged_entry_is_made_again(self, model, cache, index, damage):
+        expected = PromptEncoder(model, cache, index)(["a cat"])
+        (entry,) = cache.iterdir()
         entry.write_bytes(damage)
-        assert torch.equal(PromptEncoder(model, tmp_path, "d")(["a cat"]), expected)
+        assert torch.equal(PromptEncoder(model, cache, index)(["a cat"]), expected)
         assert len(entry.read_bytes()) > 100
 
-    def test_a_folder_that_cannot_be_written_costs_time_only(self, model, tmp_path, caplog):
+    def test_a_folder_that_cannot_be_written_costs_time_only(self, model, tmp_path, index, caplog):
         (tmp_path / "file").write_text("not a folder")
-        encode = PromptEncoder(model, tmp_path / "file", "d")
-        assert torch.equal(encode(["a cat"]), PromptEncoder(model, None, "d")(["a cat"]))
+        encode = PromptEncoder(model, tmp_path / "file", index)
+        assert torch.equal(encode(["a cat"]), PromptEncoder(model, None, index)(["a cat"]))
         assert "is not kept" in caplog.text
 
-    def test_padding_is_not_stored(self, model, tmp_path):
-        PromptEncoder(model, tmp_path, "d")(["a"])
-        (entry,) = tmp_path.iterdir()
+    def test_padding_is_not_stored(self, model, cache, index):
+        PromptEncoder(model, cache, index)(["a"])
+        (entry,) = cache.iterdir()
         assert entry.stat().st_size < 2000
 
-    def test_the_encoder_is_gone_afterwards(self, model, tmp_path, monkeypatch):
+    def test_what_was_not_used_for_longest_gives_way(self, model, cache, index, monkeypatch):
+        monkeypatch.setattr(prompts, "LIMIT", 3000)
+        encode = PromptEncoder(model, cache, index)
+        for age, prompt in enumerate(["aaaa", "bbbb", "cccc", "dddd"]):
+            encode([prompt])
+            for entry in cache.iterdir():
+                if entry.stat().st_mtime > 1e6:
+                    os.utime(entry, (age, age))
+        assert sum(entry.stat().st_size for entry in cache.iterdir()) <= 3000
+        assert 0 not in {entry.stat().st_mtime for entry in cache.iterdir()}
+
+    def test_the_encoder_is_gone_afterwards(self, model, cache, index, monkeypatch):
         made = []
         original = UMT5EncoderModel.__init__
 
@@ -110,10 +140,10 @@ class TestCache:
             made.append(weakref.ref(self))
 
         monkeypatch.setattr(UMT5EncoderModel, "__init__", remember)
-        PromptEncoder(model, tmp_path, "d")(["a"])
+        PromptEncoder(model, cache, index)(["a"])
         assert [encoder() for encoder in made] == [None]
 
 
 def test_a_model_without_a_text_encoder(tmp_path):
-    with pytest.raises(EmtError, match="cannot be opened"):
-        PromptEncoder(tmp_path, None, "d")(["a"])
+    with pytest.raises(EmtError, match="text_encoder"):
+        PromptEncoder(tmp_path, None, ContentIndex(tmp_path / "index"))(["a"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emt.backbones.wan21.random_model import draw_weights
-from emt.backbones.wan21.vae import decode_frames, encode_frames, latent_frames
+from emt.backends.video_vae import decode_frames, encode_frames, latent_frames
 
 
 @pytest.fixture(scope="module")

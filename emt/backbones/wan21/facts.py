@@ -1,0 +1,47 @@
+"""Limits and costs of the transformer, from its configuration alone; without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from emt.backbone import Facts, counts
+
+_HEADS = (("num_attention_heads", 12), ("attention_head_dim", 128))
+
+
+def default_reference_blocks(layers: int) -> range:
+    """Blocks that take the reference where none are given: 4 to 18 of 30, as many in proportion of others.
+
+    Guidance reads motion best in the middle: in block 14 (FastVMT) or 15 of 30 and 20 of 42 (DiTFlow, Pondaven et al.
+    2025, arXiv 2412.07776); the last 65% can be left out (DeT); the deepest third is about appearance.
+    """
+    return range(round(layers * 4 / 30), max(round(layers * 19 / 30), 1))
+
+
+def facts(config: Mapping[str, Any]) -> Facts:
+    """Limits and costs of a network with this configuration, by its arithmetic; its memory was not measured.
+
+    Raises:
+        ValueError: a value is no positive number, or list of them.
+    """
+    heads, head_channels = (counts(config, name, [n])[0] for name, n in _HEADS)
+    channels, layers = heads * head_channels, counts(config, "num_layers", [30])[0]
+    inner, scaler = counts(config, "ffn_dim", [8960])[0], counts(config, "scaler_channels", [256])[0]
+    down = counts(config, "patch_size", [1, 2, 2])[1]
+    frames = counts(config, "frames_per_latent", [4])[0]
+    blocks = config.get("reference_blocks")
+    references = len(default_reference_blocks(layers) if blocks is None else blocks)
+    positions = down * down * frames  # of a token
+    # Two samples' residual stream, its norm and projections, and the feed-forward layer; a reference's keys, values and
+    # features.
+    token_bytes = 2 * (24 * channels + 4 * inner) + references * (6 * channels + 2 * scaler)
+    return Facts(
+        max_frames=counts(config, "max_frames", [81])[0],
+        frame_step=frames,
+        grid_step=down,
+        even_step=down,
+        flop=2 / positions,
+        activation_bytes=token_bytes / (64 * positions),
+        attention_flop=4 * channels * layers / positions**2,
+    )

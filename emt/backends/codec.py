@@ -1,0 +1,98 @@
+"""Between a clip's frames and its latents: autoencoders of images, frame by frame, and of video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from emt.backends.base import Backend
+from emt.backends.video_vae import FRAMES, PIXELS, decode_frames, encode_frames, latent_frames
+
+
+class Codec(Protocol):
+    """Encodes and decodes clips by an autoencoder."""
+
+    #: Pixels of a latent in height and width.
+    pixels: int
+    #: Frames of every latent frame but the first, which is of one.
+    frames: int
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip.
+
+        Raises:
+            ValueError: for a number of frames that it does not encode.
+        """
+        ...
+
+    def encode(self, backend: Backend, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """Scaled latents (1, channels, latent frames, height/pixels, width/pixels) of RGB (frames, height, width, 3).
+
+        Args:
+            backend: executes an autoencoder of images.
+            frames: uint8, on any device.
+            generator: of what is sampled, on the CPU.
+        """
+        ...
+
+    def decode(self, backend: Backend, latents: Tensor) -> Iterator[Tensor]:
+        """RGB of scaled latents (channels, latent frames, …): uint8 (frames, height, width, 3), some at a time."""
+        ...
+
+
+class ImageCodec:
+    """Autoencoder of images, such as Stable Diffusion's, frame by frame; latents are sampled."""
+
+    frames = 1
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def latent_frames(self, frames: int) -> int:
+        """Every frame has its own."""
+        return frames
+
+    def encode(self, backend: Backend, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """As `Codec.encode`."""
+        images = frames.permute(0, 3, 1, 2)
+        mean, std = backend.encode_images((images / 127.5 - 1).to(self.vae.dtype))
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        latents = (mean + std * noise) * self.vae.config.scaling_factor
+        return latents.transpose(0, 1).unsqueeze(0)
+
+    def decode(self, backend: Backend, latents: Tensor) -> Iterator[Tensor]:
+        """As `Codec.decode`, all at once."""
+        latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
+        images = ((backend.decode_images(latents).float() + 1) * 127.5).clamp(0, 255).round()
+        yield images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class VideoCodec:
+    """Wan's autoencoder of video, a latent frame at a time; latents are the means (`emt.backends.video_vae`)."""
+
+    frames, pixels = FRAMES, PIXELS
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
+
+    def latent_frames(self, frames: int) -> int:
+        """n + 1 of 4n + 1 frames."""
+        return latent_frames(frames)
+
+    def encode(self, backend: Backend, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """As `Codec.encode`; nothing is sampled."""
+        return encode_frames(self.vae, frames)
+
+    def decode(self, backend: Backend, latents: Tensor) -> Iterator[Tensor]:
+        """As `Codec.decode`, one frame and then four at a time."""
+        return decode_frames(self.vae, latents.unsqueeze(0))
+
+
+def codec_of(vae: Any) -> Codec:
+    """The codec of an autoencoder of diffusers."""
+    return VideoCodec(vae) if isinstance(vae, AutoencoderKLWan) else ImageCodec(vae)

@@ -1,0 +1,283 @@
+"""From a reference clip to a clip on Wan's network, with parts of random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from program import console
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from emt.backbones.wan21.facts import facts
+from emt.backbones.wan21.random_model import random_model
+from emt.backbones.wan21.transformer import WanMotionTransferTransformer, with_strength
+from emt.backends.codec import VideoCodec
+from emt.backends.torch import TorchBackend
+from emt.errors import EmtError
+from emt.features import Motion
+from emt.model_folder import find_model
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.prompts import PromptEncoder
+from emt.sampling import add_noise, make_sampler
+from emt.train.objective import FlowObjective
+from emt.video import write_clip
+from emt_cli.batch.estimates import memory, seconds
+from emt_cli.batch.options import Settings
+
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    sizes = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "steps": 3}
+    return random_model(tmp_path_factory.mktemp("wan") / "model", **sizes)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> MotionTransferPipeline:
+    opened = load_pipeline(folder)
+    opened.prompt_encoder.cache = None
+    return opened
+
+
+def clip(seed: int = 0, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def motion(pipe) -> Motion:
+    return pipe.extract_motion(clip())
+
+
+def far(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean difference of two clips, in levels of 256."""
+    return np.abs(a.astype(int) - b.astype(int)).mean()
+
+
+class TestOpened:
+    def test_the_network_is_wan_s_and_the_text_encoder_is_not_open(self, pipe):
+        assert isinstance(pipe.unet, WanMotionTransferTransformer)
+        assert isinstance(pipe.codec, VideoCodec)
+        assert pipe.text_encoder is None
+        assert pipe.size_multiple == 16
+
+    def test_in_half_precision_the_vae_stays_in_float32(self, folder):
+        pipe = load_pipeline(folder, dtype=torch.bfloat16)
+        assert pipe.unet.dtype == torch.bfloat16
+        assert pipe.unet.blocks[0].scale_shift_table.dtype == torch.float32
+        assert pipe.vae.dtype == torch.float32
+        made = pipe("a cat", pipe.extract_motion(clip()))[0]
+        assert made.shape == (FRAMES, HEIGHT, WIDTH, 3)
+
+    def test_saved_it_has_its_text_encoder_and_makes_the_same_clips(self, pipe, motion, tmp_path):
+        pipe.save_pretrained(tmp_path / "copy")
+        index = json.loads((tmp_path / "copy" / "model_index.json").read_text())
+        assert index["unet"] == ["emt.backbones.wan21.transformer", "WanMotionTransferTransformer"]
+        again = load_pipeline(tmp_path / "copy")
+        again.prompt_encoder.cache = None
+        assert far(again("a cat", motion)[0], pipe("a cat", motion)[0]) == 0
+
+
+class TestAgainstDiffusers:
+    """Without a reference, a clip is what diffusers' own pipeline makes of the same weights and noise."""
+
+    @pytest.mark.parametrize("guidance", [1.0, 4.0])
+    def test_clips_are_those_of_its_pipeline(self, folder, pipe, guidance):
+        ours = pipe.unet
+        sizes = {
+            name: ours.config[name]
+            for name in ("num_attention_heads", "attention_head_dim", "text_dim", "freq_dim", "ffn_dim", "num_layers")
+        }
+        theirs = WanTransformer3DModel(**sizes).eval()
+        theirs.load_state_dict({n: t for n, t in ours.state_dict().items() if ".adapter." not in n})
+        text = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+        other = WanPipeline(tokenizer, text, pipe.vae, scheduler, theirs)
+        other.set_progress_bar_config(disable=True)
+        noise = pipe.initial_noise([torch.Generator().manual_seed(7)], FRAMES, HEIGHT, WIDTH)
+        expected = other(
+            prompt="a cat",
+            negative_prompt="blurred",
+            latents=noise.clone(),
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=FRAMES,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            output_type="np",
+        ).frames[0]
+        made = pipe("a cat", seed=7, negative_prompt="blurred", steps=4, guidance=guidance, scheduler="unipc")[0]
+        assert np.abs(made / 255 - expected).max() < 1.5 / 255
+
+
+class TestMotion:
+    def test_the_reference_shows_in_the_clip(self, pipe, motion):
+        alone, moved, other = (pipe("a cat", m)[0] for m in (None, motion, pipe.extract_motion(clip(1))))
+        assert far(moved, alone) > 1
+        assert far(moved, other) > 0.1
+
+    def test_it_is_one_frame_and_then_four_to_a_latent_frame(self, motion):
+        for hidden, _ in motion.features.layers.values():
+            assert hidden.shape[1:4] == (3, 2, 3)
+
+    def test_only_in_the_first_steps(self, pipe, motion):
+        alone, moved = (pipe("a cat", m, steps=4)[0] for m in (None, motion))
+        assert far(pipe("a cat", motion, steps=4, motion_until=1.0)[0], moved) == 0
+        assert far(pipe("a cat", motion, steps=4, motion_until=0.0)[0], alone) == 0
+        half = pipe("a cat", motion, steps=4, motion_until=0.5)[0]
+        assert far(half, moved) > 0.1
+        assert far(half, alone) > 0.1
+        with pytest.raises(ValueError, match="motion_until 2"):
+            pipe("a cat", motion, motion_until=2)
+
+    def test_the_weaker_it_is_the_nearer_is_the_clip_without_it(self, pipe, motion):
+        alone = pipe("a cat")[0]
+        features = [with_strength(motion.features, strength) for strength in (1.0, 0.1, 1e-4)]
+        distances = [far(pipe("a cat", Motion(f, FRAMES, HEIGHT, WIDTH, 0))[0], alone) for f in features]
+        assert distances == sorted(distances, reverse=True)
+        assert distances[-1] < distances[0] / 2
+
+    def test_a_batch_is_its_clips(self, pipe, motion):
+        other = pipe.extract_motion(clip(1))
+        together = pipe(["a cat", "a dog"], [motion, other], seed=[3, 4])
+        for made, prompt, one, seed in zip(together, ["a cat", "a dog"], [motion, other], [3, 4], strict=True):
+            assert far(made, pipe(prompt, one, seed=seed)[0]) < 0.1
+
+    @pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc", "dpm++"])
+    def test_every_sampler_of_a_flow(self, pipe, motion, scheduler):
+        made = pipe("a cat", motion, scheduler=scheduler)[0]
+        assert made.shape == (FRAMES, HEIGHT, WIDTH, 3)
+        assert far(made, np.full_like(made, 128)) > 1
+
+    def test_a_sampler_that_no_flow_has(self, pipe):
+        with pytest.raises(EmtError, match=r"(?s)flow of this model.*'lcm'.*Allowed: ddim"):
+            pipe("a cat", scheduler="lcm")
+
+    @pytest.mark.parametrize("frames", [8, 10, 85])
+    def test_a_number_of_frames_that_is_not_4n_plus_1(self, pipe, frames):
+        with pytest.raises(ValueError, match="5, 9, … up to 81"):
+            pipe.extract_motion(clip(frames=frames))
+
+    def test_sizes_are_multiples_of_16(self, pipe):
+        with pytest.raises(ValueError, match="multiples of 16"):
+            pipe.extract_motion(clip(height=24))
+
+
+class TestBackends:
+    """However calls are made, the clips are the same."""
+
+    class Recorder:
+        """Records what a CUDA graph records: a computation on the tensors that it read, and its result."""
+
+        def record(self, compute):
+            output = torch.full_like(compute(), float("nan"))
+            return lambda: output.copy_(compute()), output
+
+    @pytest.mark.parametrize("options", [{"recorder": Recorder}, {"low_memory": True}])
+    def test_they_make_the_same_clips(self, folder, pipe, options):
+        other = load_pipeline(folder)
+        other.prompt_encoder.cache = None
+        other.backend = TorchBackend(other, **options)
+        for seed in (0, 1, 2):  # a recorded reference pass is one that has been met
+            motions = [p.extract_motion(clip(seed)) for p in (pipe, other)]
+            a, b = (p(["a cat", "a dog"], m)[1] for p, m in zip((pipe, other), motions, strict=True))
+            assert far(a, b) < 0.1
+
+
+class TestFlow:
+    def test_noise_of_training_is_that_of_the_sampler(self, pipe):
+        g = torch.Generator().manual_seed(0)
+        latents, noise = torch.randn(2, 2, 4, 2, 4, 4, generator=g)
+        t = torch.tensor([100.0, 900.0])
+        noisy = FlowObjective().add_noise(latents, noise, t)
+        torch.testing.assert_close(noisy, add_noise(pipe.scheduler, latents, noise, t))
+        sampler = make_sampler("euler", pipe.scheduler)
+        sampler.set_timesteps(10)
+        expected = sampler.scale_noise(latents, sampler.timesteps[3:4], noise)
+        torch.testing.assert_close(FlowObjective().add_noise(latents, noise, sampler.timesteps[3].item()), expected)
+
+    @pytest.mark.parametrize("name", ["ddim", "unipc", "dpm++"])
+    def test_a_network_that_is_right_is_followed_to_the_clip(self, pipe, name):
+        """The velocity of one clip leads any noise to it."""
+        g = torch.Generator().manual_seed(1)
+        target, noise = torch.randn(2, 1, 4, 2, 4, 4, generator=g)
+        sampler = make_sampler(name, pipe.scheduler)
+        sampler.set_timesteps(8)
+        x = noise
+        for t, sigma in zip(sampler.timesteps, sampler.sigmas, strict=False):
+            x = sampler.step((x - target) / sigma, t, x).prev_sample
+        torch.testing.assert_close(x, target, atol=1e-3, rtol=1e-3)
+
+
+class TestProgram:
+    @pytest.fixture
+    def run(self, folder, tmp_path):
+        reference = write_clip(tmp_path / "reference.mp4", clip(), 8)
+
+        def run(command: str, *options: object):
+            return console(tmp_path, command, reference, "--model", folder, "-o", tmp_path / "out", *options)
+
+        return run
+
+    def test_transfer_makes_clips_and_plan_knows_them(self, run):
+        prompts = ["--prompt", "a cat", "--prompt", "a dog"]
+        planned = run("plan", *prompts)
+        assert planned.returncode == 0, planned.stderr
+        assert "2 to do" in planned.stdout + planned.stderr
+        done = run("transfer", *prompts)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.split()) == 2
+        assert "3 prompts encoded" in done.stderr  # and the empty one, of references and guidance
+        again = run("transfer", *prompts, "--seeds", "1")
+        assert again.returncode == 0, again.stderr
+        assert "prompts encoded" not in again.stderr
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--frames", "8"], "makes clips of 5, 9, … up to 81 frames"),
+            (["--frames", "80"], "makes clips of 5, 9, … up to 81 frames"),
+            (["--height", "40"], "makes clips of multiples of 16: --height 32"),
+            (["--scheduler", "lcm"], "Allowed: ddim, dpm++, unipc, euler"),
+        ],
+    )
+    def test_what_it_cannot_make_is_one_error(self, run, options, message):
+        done = run("transfer", "--prompt", "a cat", *options)
+        assert done.returncode == 1
+        assert message in " ".join(done.stderr.split())
+        assert "Traceback" not in done.stderr
+
+
+class TestEstimates:
+    """What a clip of the published size takes, by arithmetic; dit.md's figures for a pass are 18 and 283 TFLOP."""
+
+    @pytest.fixture
+    def full_size(self, monkeypatch, folder):
+        model = find_model(str(folder), download=False)
+        monkeypatch.setitem(
+            model.__dict__, "parameters", {"unet": int(1.44e9), "vae": 127_000_000, "text_encoder": 5.7e9}
+        )
+
+        monkeypatch.setitem(model.__dict__, "facts", facts({}))
+        return model
+
+    @pytest.mark.parametrize(("shape", "tflop"), [((17, 512, 512), 18), ((81, 480, 832), 283)])
+    def test_time_is_that_of_the_arithmetic(self, full_size, shape, tflop):
+        frames, height, width = shape
+        settings = Settings(frames=frames, height=height, width=width, steps=50, guidance=5.0)
+        passes = seconds(full_size, settings, gpu=True) * 336e12 / 100
+        assert passes == pytest.approx(tflop * 1e12, rel=0.15)
+
+    def test_the_text_encoder_is_not_in_memory_beside_the_network(self, full_size):
+        settings = Settings(frames=17, height=512, width=512, steps=50, guidance=5.0)
+        assert 3e9 < memory(full_size, settings) < 8e9
+
+
+def test_prompts_are_encoded_apart(pipe):
+    assert isinstance(pipe.prompt_encoder, PromptEncoder)
+    assert pipe.encode_prompts(["a cat", ""]).shape == (2, 512, 32)
