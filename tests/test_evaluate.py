@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emt.errors import EmtError
-from emt.evaluate import leakage, statistics
-from emt.evaluate.camera import camera_agreement, camera_from_tracklets, camera_motion, camera_share
+from emt.evaluate import leakage, motion, statistics
+from emt.evaluate.camera import CameraMotion, camera_agreement, camera_from_tracklets, camera_motion, camera_share
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.motion import motion_fidelity, tracklet_fidelity
 from emt.evaluate.tracks import TRACK_SIZE, Tracklets, track
@@ -355,3 +355,57 @@ def test_k9_clips_are_resampled_whole():
 
 def test_a_constant_has_no_correlation():
     assert statistics.pooled_pearson([(np.ones(4), np.arange(4.0))]).value == 0
+
+
+# ---- how far, how much, how alike ----------------------------------------------------------------------------------
+
+
+def points(speed: float, count: int = 40, frames: int = 9, direction: tuple[float, float] = (1.0, 0.0)) -> Tracklets:
+    """A grid of points that all move alike, in pixels of 256 a frame."""
+    start = np.stack(np.meshgrid(np.linspace(-60, 60, 8), np.linspace(-60, 60, count // 8)), -1).reshape(-1, 2)
+    moved = start[:, None] + speed * np.arange(frames)[:, None] * np.array(direction)
+    return Tracklets(moved.astype(np.float32), np.ones(moved.shape[:2], bool), 256, 256, changes=True)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.64, 1.0, 1.5])
+def test_the_gain_of_paths_is_how_far_points_go(share):
+    gain = motion.path_gain(motion.moving(points(4.0)), motion.moving(points(4.0 * share, direction=(0.0, 1.0))))
+    assert gain == pytest.approx(share, rel=1e-3)
+
+
+def test_the_gain_of_a_result_at_rest_is_0_and_of_a_reference_at_rest_there_is_none():
+    moves, rests = motion.moving(points(4.0)), motion.moving(points(0.0))
+    assert motion.path_gain(moves, rests) == 0
+    assert motion.path_gain(rests, moves) is None
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, -0.8])
+def test_the_gain_of_a_pan_is_beside_its_correlation(share):
+    curves = np.zeros((9, 4))
+    curves[:, 0] = np.linspace(0, 0.3, 9)
+    reference, result = (CameraMotion(factor * curves, np.ones(8, bool)) for factor in (1, share))
+    found = camera_agreement(reference, result)
+    assert found["pan_x_gain"] == pytest.approx(abs(share))
+    assert found["pan_x"] == pytest.approx(np.sign(share))
+    assert found["pan_y_gain"] is found["zoom_gain"] is found["roll_gain"] is None
+
+
+@pytest.mark.parametrize(("speed", "degree"), [(0.0, 0), (5.0, 0), (7.0, 1)])
+def test_the_dynamic_degree_is_1_from_6_256ths_of_the_frame_a_step(speed, degree):
+    assert motion.dynamic_degree(points(speed)) == degree
+
+
+def test_a_twentieth_of_the_points_in_a_quarter_of_the_steps_is_dynamic():
+    few = points(0.0, count=80)
+    few.points[:3, 3:5, 0] += 20 * np.array([1, 2])
+    few.points[:3, 5:, 0] += 40
+    assert motion.dynamic_degree(few) == 1
+    few.points[:3, 3:, 0] = few.points[:3, :1, 0] + 20
+    assert motion.dynamic_degree(few) == 0, "one step of eight"
+
+
+def test_likeness_to_the_reference_needs_no_model():
+    red, other = (np.full((3, 32, 32, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200)))
+    looks = [leakage.appearance(frames) for frames in (red, red, other)]
+    assert looks[0] @ looks[1] == pytest.approx(1, abs=1e-5)
+    assert looks[0] @ looks[2] < 0.1

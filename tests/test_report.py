@@ -5,6 +5,7 @@ The second part drives headless Chromium and is skipped where there is none (Deb
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from emt_cli.batch.jobs import Job, identify, output_name
 from emt_cli.batch.journal import Journal, read
 from emt_cli.batch.options import Format, Settings
 from emt_cli.batch.results import write_result
-from emt_cli.report.page import write_report
+from emt_cli.report.page import render, write_report
 
 SETTINGS = Settings(frames=8, height=64, width=64, steps=2)
 NASTY = (
@@ -214,7 +215,7 @@ def test_measures_are_shown_until_a_clip_is_made_anew(folder, walk):
     folder.log.append({**last, "mtime_ns": time.time_ns() + 10**9})
     data = embedded(write_report(folder.path))
     assert [job.get("metrics") for job in data["jobs"]] == [{"motion_fidelity": 0.5}, None]
-    assert data["summary"] == summary["summary"]
+    assert data["summaries"] == [summary["summary"]]
 
 
 def test_a_folder_without_a_journal_is_refused(tmp_path):
@@ -394,7 +395,7 @@ def test_k5_hostile_measures_leave_a_page_with_the_sound_ones(folder, walk, brow
     page = write_report(folder.path)
     data = embedded(page)
     assert [job.get("metrics") for job in data["jobs"]] == [{"motion_fidelity": 0.5}, None, None]
-    assert data["summary"] == {"motion_fidelity": {"value": 0.5}}
+    assert data["summaries"] == [{"motion_fidelity": {"value": 0.5}}]
     if browser_or_none:
         assert shown(opened(browser_or_none, page)) == 3
         assert browser_or_none.complaints == []
@@ -620,4 +621,143 @@ def test_500_jobs_are_there_at_once_with_a_handful_of_videos(browser, tmp_path, 
     choose(page, "#search", "robot 49")
     assert shown(page) == 15
     assert time.monotonic() - began < 1
+    assert page.complaints == []
+
+
+# ---- measures, comparison, widths and size ---------------------------------------------------------------------------
+
+
+def measured(out: Path, shift: float) -> Folder:
+    """A folder with four references, two prompts each; fidelity rises with the reference, of one there is no camera."""
+    folder, rows = Folder(out), []
+    for i in range(4):
+        clip = out.parent / "clips" / f"clip {i}.mp4"
+        if not clip.exists():
+            write_clip(clip, ball(48, 96, cycles=i + 1), 24)
+        for number, prompt in enumerate(("a slow fox", "a quick hare")):
+            settings = replace(SETTINGS, frames=24, fps=24, steps=2 if shift else 8)
+            result = folder.done(Job(clip, prompt, i, settings), ball(24, cycles=i + 1), 24, mtime_ns=0)
+            values = {"motion_fidelity": round(0.2 * i + 0.01 * number + shift, 3), "camera": 0.5 if i else None}
+            rows.append({"result": str(result), **values, "pan_x_gain": 0.64})
+    summary = {"motion_fidelity": {"value": 0.3 + shift, "low": 0.1, "high": 0.5, "clips": 8}}
+    (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"summary": summary}])))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    first, second = measured(root / "first", 0.0), measured(root / "second", 0.1)
+    clip = str(root / "clips" / "clip 3.mp4")
+    second.failed("out of memory", "Try less.", reference=clip, prompt="a whale", seed=9)
+    return first.path, second.path
+
+
+def cells(page: Browser, selector: str) -> list[str]:
+    return page(f"[...document.querySelectorAll('.card:not([hidden]) {selector}')].map(node => node.textContent)")
+
+
+@needs_browser
+def test_jobs_are_sorted_and_filtered_by_a_measure_that_is_explained(browser, two):
+    page = opened(browser, write_report(two[0]))
+    choose(page, "#sort", "motion_fidelity-")
+    assert cells(page, ".number") == [f"seed {seed}" for seed in (3, 3, 2, 2, 1, 1, 0, 0)]
+    assert cells(page, ".prompt")[:2] == ["a quick hare", "a slow fox"]
+    assert "as those of the reference do" in page("document.querySelector('#meaning').innerText")
+    choose(page, "#sort", "camera+")
+    assert cells(page, ".number")[-2:] == ["seed 0", "seed 0"], "what has no value comes last"
+    choose(page, "#sort", "")
+    choose(page, "#measure", "motion_fidelity")
+    choose(page, "#limit", "0.39")
+    assert cells(page, ".number") == ["seed 2"] * 2 + ["seed 3"] * 2
+    choose(page, "#relation", "-1")
+    assert shown(page) == 4
+    choose(page, "#measure", "pan_x_gain")
+    assert "1 is as far" in page("document.querySelector('#meaning').innerText")
+    assert shown(page) == 0
+    page("document.querySelector('#measures').open = true")
+    told = page("document.querySelector('#measures').innerText")
+    assert told.count("\n") >= 5
+    assert "motion fidelity" in told
+    assert page.complaints == []
+
+
+@needs_browser
+def test_two_folders_are_compared_side_by_side(browser, two):
+    first, second = two
+    ended = console(first.parent, "report", "first", "--compare", "second", "-o", "both.html")
+    assert (ended.returncode, ended.stdout) == (0, "both.html\n"), ended.stderr
+    page = opened(browser, first.parent / "both.html")
+    assert shown(page) == 9
+    assert page("document.querySelector('.totals').innerText").endswith("0.30 / 0.40")
+    captions = cells(page, "figcaption")
+    assert captions[:3] == ["reference", "first", "second"]
+    choose(page, "#search", "whale")
+    [text] = page("[...document.querySelectorAll('.card:not([hidden])')].map(node => node.innerText)")
+    assert "Not in this folder" in text
+    assert "out of memory" in text
+    choose(page, "#search", "slow")
+    choose(page, "#sort", "motion_fidelity~")
+    assert shown(page) == 4
+    assert cells(page, ".metrics dd")[0] == "0.00 / 0.10"
+    page.wait("document.querySelectorAll('video.ready').length >= 6 && !document.querySelector('video').paused", 30)
+    three = WATCHED.replace("p.length === 2", "p.length === 3")
+    apart = [max(frames) - min(frames) for frames in page(three)]
+    assert len(apart) > 60
+    assert sorted(min(a, 24 - a) for a in apart)[int(len(apart) * 0.95)] < 1, "all three play together"
+    page("document.querySelector('.prompt').click()")
+    text = page("document.querySelector('#dialog').innerText")
+    assert "8 / 2" in text, "steps of the two"
+    assert "How it was made: second" in text
+    page("document.querySelector('#dialog').close()")
+    assert page.complaints == []
+    assert not (second / "report").exists(), "what is kept for the page is in the first folder"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 768, 1280])
+@pytest.mark.parametrize("compare", [False, True])
+def test_nothing_hangs_over_at_any_width(browser, two, width, compare):
+    page = opened(browser, write_report(two[0], two[0].parent / "page.html", two[1] if compare else None))
+    browser.resize(width, 800)
+    try:
+        page.wait("document.querySelector('video.ready')")
+        visible = "e => e.checkVisibility() && e.getBoundingClientRect().width > 0"
+        boxes = f"[...document.querySelectorAll('header *, .bar *, .card *')].filter({visible})"
+        outside = (
+            f"{boxes}.filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+        )
+        assert page(outside) == []
+        assert page("document.documentElement.scrollWidth") <= width
+        assert page("document.querySelector('#scrub').getBoundingClientRect().width") >= 90, "the slider can be used"
+        page("document.querySelector('.prompt').click()")
+        inside = "document.querySelector('#dialog').scrollWidth <= document.querySelector('#dialog').clientWidth"
+        assert page(inside)
+        assert page("document.querySelector('#dialog #scrub').getBoundingClientRect().width") >= 90
+        page("document.querySelector('#dialog').close()")
+    finally:
+        browser.resize(1280, 800)
+
+
+@needs_browser
+def test_k8_20_000_results_open_in_3_seconds(browser, tmp_path, walk):
+    folder = Folder(tmp_path / "out")
+    folder.done(Job(walk, "robot", 0, SETTINGS), ball(8))
+    path = write_report(folder.path)
+    data = embedded(path)
+    [job] = data["jobs"]
+    (folder.path / "poster.jpg").write_bytes(base64.b64decode(job["result"]["poster"].partition(",")[2]))
+    job["result"]["poster"] = "poster.jpg"  # as of so many (`Gallery`)
+    data["jobs"] = [{**job, "prompt": f"robot {seed}", "seed": seed} for seed in range(20_000)]
+    path.write_bytes(render(data))
+    for _ in range(3):  # the machine may be busy
+        page = opened(browser, path)
+        took = page("performance.getEntriesByType('navigation')[0].domInteractive")
+        if took < 3000:
+            break
+    assert took < 3000, f"{took:.0f} ms"
+    assert shown(page) == 20_000
+    page.wait("document.querySelectorAll('video.ready').length > 4")
+    choose(page, "#search", "robot 1999")
+    assert shown(page) == 12
     assert page.complaints == []

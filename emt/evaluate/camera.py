@@ -128,7 +128,8 @@ def camera_agreement(reference: CameraMotion, result: CameraMotion) -> dict[str,
         curves, `None` where the reference's curve is at rest (there is nothing to follow) and 0 where only the
         result's is; with `_reference` and `_result` appended, the span of the curve in each clip. `camera` is the
         correlation of all four curves together, in equal units (how far a typical point of the frame moves), and
-        `None` where the reference's camera does not move.
+        `None` where the reference's camera does not move. With `_gain` appended, the result's span as a share of the
+        reference's, `None` where that is at rest.
     """
     values: dict[str, float | None] = {}
     for index, name in enumerate(CURVES):
@@ -138,6 +139,7 @@ def camera_agreement(reference: CameraMotion, result: CameraMotion) -> dict[str,
         values[name] = agreement if moves else None
         values[f"{name}_reference"] = float(reference.span[index])
         values[f"{name}_result"] = float(result.span[index])
+        values[f"{name}_gain"] = float(result.span[index] / reference.span[index]) if moves else None
     units = np.array([1, 1, REACH, REACH])
     moves = (reference.span > _REST).any()
     follows = (result.span > _REST).any()

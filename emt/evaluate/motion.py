@@ -15,10 +15,27 @@ _GROUP = 8  # tracklets that must move alike before they count as something that
 
 
 @dataclass(frozen=True)
-class _Paths:
-    velocity: np.ndarray  # (tracks, steps, 3) unit vectors; the third component stands for rest
-    steps: np.ndarray  # (tracks, steps) 1.0 where the track is seen in both frames of the step
-    own: np.ndarray  # (tracks,) bool: moves otherwise than the camera
+class Paths:
+    """The tracklets of a clip that move.
+
+    Attributes:
+        velocity: (tracks, steps, 3) unit vectors; the third component stands for rest.
+        steps: (tracks, steps) 1.0 where the track is seen in both frames of the step.
+        own: (tracks,) bool: moves otherwise than the camera.
+        speed: (tracks,) mean speed in pixels of `TRACK_SIZE` per frame.
+        changes: As `Tracklets.changes`.
+    """
+
+    velocity: np.ndarray
+    steps: np.ndarray
+    own: np.ndarray
+    speed: np.ndarray
+    changes: bool
+
+    @property
+    def groups(self) -> list[np.ndarray]:
+        """The tracklets that move with the camera and those that do not, (tracks,) bool, where they are enough."""
+        return [group for group in (self.own, ~self.own) if group.sum() >= _GROUP]
 
 
 def motion_fidelity(
@@ -67,11 +84,44 @@ def tracklet_fidelity(reference: Tracklets, result: Tracklets) -> float:
     As published, a tracklet may find its partner anywhere in the frame. So zooming in and out, or rolling either way,
     look alike to the score: every direction occurs somewhere. `emt.evaluate.camera` tells them apart.
     """
-    _check_lengths(reference.points.shape[1], result.points.shape[1])
-    first, second = _moving(reference), _moving(result)
-    if not len(first.own) and not len(second.own):
+    return path_fidelity(moving(reference), moving(result))
+
+
+def path_fidelity(reference: Paths, result: Paths) -> float:
+    """`tracklet_fidelity` of tracklets that move."""
+    _check_lengths(reference.steps.shape[1] + 1, result.steps.shape[1] + 1)
+    if not len(reference.own) and not len(result.own):
         return 0.0 if reference.changes or result.changes else 1.0
-    return 0.5 * (_direction(first, second) + _direction(second, first))
+    return 0.5 * (_direction(reference, result) + _direction(result, reference))
+
+
+def path_gain(reference: Paths, result: Paths) -> float | None:
+    """Distance that a result's moving points go, as a share of the reference's; None where that rests.
+
+    Where the camera moves and a subject moves otherwise, the two groups count half each, as in `tracklet_fidelity`.
+    """
+
+    def speed(paths: Paths) -> float:
+        if not len(paths.own):
+            return 0.0
+        return float(np.mean([paths.speed[group].mean() for group in paths.groups] or [paths.speed.mean()]))
+
+    return speed(result) / speed(reference) if len(reference.own) else None
+
+
+def dynamic_degree(tracklets: Tracklets) -> float:
+    """1 if much moves in a clip, else 0: VBench's dynamic degree, by tracked points instead of dense flow.
+
+    Much moves in a step if the fastest twentieth of the points goes more than 6/256 of the frame's shorter side on
+    average, and in a clip if it does in a quarter of the steps.
+    """
+    speed = np.linalg.norm(tracklets.velocity, axis=2)
+    limit = 6 / 256 * min(tracklets.height, tracklets.width)
+    fast = 0
+    for step in range(speed.shape[1]):
+        seen = np.sort(speed[tracklets.steps[:, step], step])
+        fast += bool(len(seen)) and seen[-max(1, len(seen) // 20) :].mean() > limit
+    return float(fast >= max(1, round(speed.shape[1] / 4)))
 
 
 def _check_lengths(reference: int, result: int) -> None:
@@ -82,7 +132,7 @@ def _check_lengths(reference: int, result: int) -> None:
         )
 
 
-def _moving(tracklets: Tracklets) -> _Paths:
+def moving(tracklets: Tracklets) -> Paths:
     """The tracklets that move, with unit displacements; none if too few move to be more than stray points."""
     velocity, seen = tracklets.velocity, tracklets.steps
     count = np.maximum(seen.sum(1), 1)
@@ -101,10 +151,12 @@ def _moving(tracklets: Tracklets) -> _Paths:
     rest = np.full((*velocity.shape[:2], 1), REST_SPEED, np.float32)
     unit = np.concatenate([velocity, rest], axis=2)
     unit /= np.linalg.norm(unit, axis=2, keepdims=True)
-    return _Paths(unit[moves], seen[moves].astype(np.float32), (relative > REST_SPEED)[moves])
+    mean = speed.sum(1) / count
+    own = relative > REST_SPEED
+    return Paths(unit[moves], seen[moves].astype(np.float32), own[moves], mean[moves], tracklets.changes)
 
 
-def _direction(scored: _Paths, other: _Paths) -> float:
+def _direction(scored: Paths, other: Paths) -> float:
     """Mean over one clip's moving tracklets of the best correlation with the other's."""
     if not len(scored.own):
         return 0.0
@@ -119,5 +171,4 @@ def _direction(scored: _Paths, other: _Paths) -> float:
         best = correlation.max(1)
     else:
         best = (velocity[..., 2] * steps).sum(1) / steps.sum(1)
-    groups = [group for group in (scored.own, ~scored.own) if group.sum() >= _GROUP]
-    return float(np.mean([best[group].mean() for group in groups])) if groups else float(best.mean())
+    return float(np.mean([best[group].mean() for group in scored.groups] or [best.mean()]))

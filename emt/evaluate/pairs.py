@@ -14,10 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from emt.errors import EmtError, first_line
-from emt.evaluate.camera import CURVES, CameraMotion, camera_agreement, camera_from_tracklets
+from emt.evaluate.camera import CameraMotion, camera_agreement, camera_from_tracklets
 from emt.evaluate.consistency import embedding_consistency, temporal_consistency
 from emt.evaluate.leakage import appearance, appearance_leakage
-from emt.evaluate.motion import tracklet_fidelity
+from emt.evaluate.measures import MEASURES
+from emt.evaluate.motion import dynamic_degree, moving, path_fidelity, path_gain
 from emt.evaluate.statistics import Estimate, mean
 from emt.evaluate.text import ImageTextModel, text_alignment
 from emt.evaluate.tracks import track
@@ -25,17 +26,6 @@ from emt.video import probe, read_clip
 
 if TYPE_CHECKING:
     from emt.evaluate.judge import Judge
-
-MEASURES: dict[str, str] = {
-    "temporal_consistency": "temporal consistency",
-    "text_alignment": "text alignment",
-    "motion_fidelity": "motion fidelity",
-    "seconds": "time, seconds",
-    "camera": "camera motion, Pearson",
-    **{name: f"camera {name.replace('_', ' ')}, Pearson" for name in CURVES},
-    "leakage": "leakage of the reference's appearance",
-}
-"""Names of the measures, in the order of the summary: first the columns of the paper's table, then the rest."""
 
 _SAMPLING = ("fit", "start", "duration", "stride")
 
@@ -186,9 +176,10 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 def _measure_motion(pair: Pair, reference: np.ndarray, result: np.ndarray, tracks: str, checkpoint: Path | None) -> Row:
     first, second = (track(frames, tracks, checkpoint) for frames in (reference, result))
-    cameras = camera_from_tracklets(first), camera_from_tracklets(second)
+    cameras, paths = (camera_from_tracklets(first), camera_from_tracklets(second)), (moving(first), moving(second))
     values: dict[str, float | None] = dict.fromkeys(MEASURES)
-    values |= {"motion_fidelity": tracklet_fidelity(first, second), "seconds": pair.seconds}
+    values |= {"motion_fidelity": path_fidelity(*paths), "path_gain": path_gain(*paths), "seconds": pair.seconds}
+    values |= {"dynamic_degree": dynamic_degree(second)}
     return Row(pair, values | camera_agreement(*cameras), cameras)
 
 
@@ -204,6 +195,7 @@ def _add_appearance(
     if isinstance(model, ImageTextModel):
         seen, had = model.embed_frames(result), model.embed_frames(reference)
         row.values["temporal_consistency"] = embedding_consistency(seen)
+        row.values["driving_similarity"] = float((seen * had).sum(1).mean())
         if prompt is not None:
             if prompt not in prompts:
                 prompts[prompt] = model.embed_prompts([prompt])[0]
@@ -211,7 +203,8 @@ def _add_appearance(
         row.looks = tuple(_unit(part.mean(0).cpu().numpy()) for part in (had, seen))  # type: ignore[assignment]
         return
     row.values["temporal_consistency"] = temporal_consistency(result)
-    row.looks = appearance(reference), appearance(result)
+    row.looks = looks = appearance(reference), appearance(result)
+    row.values["driving_similarity"] = float(looks[0] @ looks[1])
     if model is not None and prompt is not None:
         from emt.evaluate.judge import prompt_alignment
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from emt.errors import EmtError
 from emt.evaluate.camera import CURVES, CameraMotion
-from emt.evaluate.pairs import MEASURES, Row
+from emt.evaluate.measures import MEASURES
+from emt.evaluate.pairs import Row
 
 _UNITS = ("of the frame", "of the frame", "log", "radians")
 
@@ -60,7 +61,7 @@ def _summary(rows: Sequence[Row]):  # type: ignore[no-untyped-def]
         values = np.array([value for row in rows if (value := row.values[name]) is not None])
         axis.scatter(values, rng.uniform(-0.3, 0.3, len(values)), s=14, alpha=0.6, edgecolors="none")
         axis.axvline(values.mean(), color="black", linewidth=1)
-        axis.set_title(f"{MEASURES[name]}: {values.mean():.3f} ({len(values)} clips)", fontsize=9, loc="left")
+        axis.set_title(f"{MEASURES[name].title}: {values.mean():.3f} ({len(values)} clips)", fontsize=9, loc="left")
         axis.set_yticks([])
         axis.set_ylim(-0.6, 0.6)
         axis.tick_params(labelsize=8)

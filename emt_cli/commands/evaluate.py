@@ -96,10 +96,11 @@ def evaluate(
     ] = None,
     workers: Annotated[int, typer.Option(help="Number of threads that read and track clips.", min=1, max=256)] = 4,
 ) -> None:
-    """Measure motion fidelity, camera motion, temporal consistency, text alignment and leakage of results.
+    """Measure motion fidelity, camera motion, gains, consistency, text alignment and likeness of results.
 
     A row a result and a summary with 95% confidence intervals, as a table or as JSON Lines: the summary is the last
-    line. A pair that cannot be read is reported, the others go on, and the exit code is 1.
+    line. Measures of an output folder are kept in it for `emt report OUT`, which explains each. A pair that cannot be
+    read is reported, the others go on, and the exit code is 1.
     """
     pairs = list(_pairs(source, pair or [], frames))
     if not pairs:
@@ -310,7 +311,7 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from emt.evaluate.pairs import MEASURES
+    from emt.evaluate.measures import MEASURES
 
     console = Console()
     measured = sorted((row for row in rows if row.error is None), key=lambda row: row.values["motion_fidelity"] or 0.0)
@@ -333,11 +334,11 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
     )
     for title in ("measure", "mean", "95% interval", "clips"):
         totals.add_column(title, justify="left" if title == "measure" else "right", no_wrap=True)
-    for name, title in MEASURES.items():
+    for name, measure in MEASURES.items():
         estimate = summary[name]
         if estimate.clips:
             interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
-            totals.add_row(title, f"{estimate.value:.3f}", interval, str(estimate.clips))
+            totals.add_row(measure.title, f"{estimate.value:.3f}", interval, str(estimate.clips))
     console.print(totals)
 
 

@@ -18,6 +18,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page. Default: OUT/report.html.", show_default=False)
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another output folder: its results are shown beside those of the same reference, prompt and seed.",
+            metavar="OUT",
+            show_default=False,
+        ),
+    ] = None,
     sheet: Annotated[
         Path | None,
         typer.Option(
@@ -30,16 +38,17 @@ def report(
 ) -> None:
     """Write a page that shows references and results side by side, playing in sync.
 
-    It opens from disk, without a server or a network, as long as it stays where it is written. Measures are shown
-    where `emt evaluate OUT` has measured them.
+    It opens from disk, without a server or a network, as long as it stays where it is written. Where `emt evaluate OUT`
+    has measured the results, the page sorts and filters by each measure and explains it. With --compare it shows the
+    results of two output folders side by side.
     """
     if sheet is None:
-        typer.echo(os.fsencode(write_report(out, output)))
+        typer.echo(os.fsencode(write_report(out, output, compare)))
         return
     from emt_cli.report.sheet import check_sheet, write_sheet
 
-    if output is not None:
-        raise typer.BadParameter("--sheet is written instead of a page: leave --output out")
+    if output is not None or compare is not None:
+        raise typer.BadParameter("--sheet is written instead of a page: leave --output and --compare out")
     check_folder(out)
     check_sheet(sheet)
     write_sheet(sheet, sorted(journal.current(out), key=order_of), out, say)

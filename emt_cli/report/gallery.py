@@ -90,10 +90,12 @@ class Gallery:
     Args:
         out: The output folder.
         page: The page's folder, which paths are relative to.
+        kept: The output folder whose `report` keeps the first frames and copies; `out` if None.
     """
 
-    def __init__(self, out: Path, page: Path) -> None:
-        self.out, self.page, self.folder = out, page, out / FOLDER
+    def __init__(self, out: Path, page: Path, kept: Path | None = None) -> None:
+        self.out, self.page, self.kept = out, page, kept or out
+        self.folder = self.kept / FOLDER
         self.index = ContentIndex(default_dir())
         self._embedded = 0
 
@@ -152,7 +154,7 @@ class Gallery:
     def _known(self, key: str) -> dict[str, Any] | None:
         path = self.folder / f"{key}.json"
         try:
-            kept = json.loads(path.read_bytes()) if path.is_file() and is_inside(self.out, path) else None
+            kept = json.loads(path.read_bytes()) if path.is_file() and is_inside(self.kept, path) else None
         except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(kept, dict) or not _is_entry(kept):
@@ -165,7 +167,7 @@ class Gallery:
         if not copy:
             return entry
         path = self.folder / f"{key}.mp4"
-        return {**entry, "src": self._relative(path)} if path.is_file() and is_inside(self.out, path) else None
+        return {**entry, "src": self._relative(path)} if path.is_file() and is_inside(self.kept, path) else None
 
     def _keep(self, key: str, frames: np.ndarray, fps: float, *, copy: bool, count: int = 0) -> dict[str, Any]:
         """Make an entry and remember it, if the folder can be written to."""
@@ -185,7 +187,7 @@ class Gallery:
         entry["poster"] = _JPEG + base64.b64encode(data.getvalue()).decode()
         try:
             self.folder.mkdir(exist_ok=True)
-            if not is_inside(self.out, self.folder):
+            if not is_inside(self.kept, self.folder):
                 raise EmtError(f"{self.folder} is a link out of the folder.")
             if copy:
                 write_clip(self.folder / f"{key}.mp4", frames, fps)
@@ -203,7 +205,7 @@ class Gallery:
             with suppress(OSError, ValueError):
                 if not path.is_file():
                     write_atomically(path, base64.b64decode(poster.removeprefix(_JPEG)))
-                if is_inside(self.out, path):
+                if is_inside(self.kept, path):
                     entry["poster"] = self._relative(path)
         return entry
 

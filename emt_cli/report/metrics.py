@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from emt.evaluate import measures
+
 FILE_NAME = "metrics.jsonl"
 """In an output folder: the lines of `emt evaluate`."""
 
-MEASURES = ("motion_fidelity", "camera", "temporal_consistency", "text_alignment", "leakage")
+_FIRST = ("motion_fidelity", "camera")
+#: Measures that a report shows, in order; times are among the facts of a job.
+SHOWN = (*_FIRST, *(name for name in measures.MEASURES if name not in (*_FIRST, "seconds")))
 _LARGEST = 1e300  # of larger whole numbers no float can be made; that of infinity is none
 _ESTIMATE = ("value", "low", "high", "clips")
 
@@ -49,10 +53,10 @@ class Metrics:
             if not isinstance(row, dict):
                 continue
             if isinstance(row.get("summary"), dict):
-                found = {name: _numbers(row["summary"].get(name), _ESTIMATE) for name in MEASURES}
+                found = {name: _numbers(row["summary"].get(name), _ESTIMATE) for name in SHOWN}
                 summary = {name: estimate for name, estimate in found.items() if "value" in estimate}
             elif isinstance(row.get("result"), str):
-                rows[PurePath(row["result"]).parts[-2:]] = _numbers(row, MEASURES)
+                rows[PurePath(row["result"]).parts[-2:]] = _numbers(row, SHOWN)
         return cls(written, rows, summary)
 
     def of(self, line: Mapping[str, Any]) -> Mapping[str, float] | None:
