@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -24,6 +25,8 @@ from hypothesis import strategies as st
 from program import EMT, clip, console, environment
 from safetensors.torch import load_file, save_file
 from torch._inductor import config as inductor_config
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.exc import CppCompileError
 
 from emt.backbones.sd15.lora import merge_loras
 from emt.backbones.sd15.random_model import random_model
@@ -36,9 +39,10 @@ from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.storage import sha256_of
 from emt_cli.commands.build_engine import insistent_interrupts
+from emt_engines.attempts import repeat
 from emt_engines.build import build_engine, open_engine
 from emt_engines.choice import EngineChoice, list_engines
-from emt_engines.compiler_hooks import Phases, remembered_writes
+from emt_engines.compiler_hooks import Phases, declared_size_arrays, loses_declarations, remembered_writes
 from emt_engines.fingerprint import Host, Weights, code_sha256, weights_of
 from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once
 from emt_engines.manifest import FILE, FORMAT, Manifest, Part, Request, Size, TensorSpec
@@ -464,12 +468,95 @@ def test_images_at_once_divide_a_clip(frames, size, images):
 # ----------------------------------------------------------------------------------------------------- the compiler
 
 
-@pytest.mark.parametrize(("networks", "ending"), [(None, "exit code 1"), (KillsItself(), "signal SIGKILL")])
-def test_a_compiler_that_dies_is_named(model, tmp_path, networks, ending):
+class FailsOnce:
+    """In place of networks: raises in one process, and is not there to be made in the next."""
+
+    def __init__(self, seen: Path, error: Exception) -> None:
+        self.seen, self.error = seen, error
+
+    def make(self, device: str) -> None:
+        if not self.seen.exists():
+            self.seen.touch()
+            print("noise of a compiler", flush=True)
+            raise self.error
+        raise EmtError("the second attempt was made", "As it should be.")
+
+
+CXX_ERROR = CppCompileError(
+    ["g++", "wrapper.cpp"],
+    "wrapper.cpp: In function f:\nwrapper.cpp:7:3: error: ‘int_array_792’ was not declared\n" * 50,
+)
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "emt" / "logs"
+
+
+def test_a_compiler_that_dies_twice_is_reported_in_three_lines_with_its_log(model, tmp_path, logs, capfd):
     """Of those that compile parts side by side; a pool of processes would wait for it."""
-    job = _Job(networks, request_for(model), "vae_decoder", SIZE, tmp_path)
-    with pytest.raises(EmtError, match=f"compiling vae_decoder for 32x32 ended with {ending}"):
-        _side_by_side([job], 1, lambda what, done: None)
+    job = _Job(KillsItself(), request_for(model), "vae_decoder", SIZE, tmp_path)
+    said: list[str] = []
+    with pytest.raises(EmtError, match="decoder for 32x32 failed 2 times: its process ended with signal SIG") as caught:
+        _side_by_side([job], 1, lambda what, done: said.append(what))
+    assert len(said) == 1
+    assert said[0].endswith("trying once more")
+    [log] = logs.iterdir()
+    assert str(log) in caught.value.hint
+    assert str(caught.value).count("\n") < 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_compiler_error_is_tried_once_more(model, tmp_path, logs, capfd):
+    """What the first attempt printed is gone with it: the second one got further."""
+    job = _Job(FailsOnce(tmp_path / "seen", CXX_ERROR), request_for(model), "vae_decoder", SIZE, tmp_path)
+    said: list[str] = []
+    with pytest.raises(EmtError, match="the second attempt was made"):
+        _side_by_side([job], 1, lambda what, done: said.append(what))
+    assert said == [
+        "compiling vae_decoder for 32x32: CppCompileError: ‘int_array_792’ was not declared; trying once more"
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_step_in_this_process_is_tried_once_more_too(logs):
+    errors, said = [CXX_ERROR], []
+
+    def work() -> str:
+        if errors:
+            raise errors.pop()
+        return "made"
+
+    assert repeat("exporting denoise", work, said.append) == "made"
+    assert len(said) == 2
+    assert not list(logs.iterdir())
+    errors += [CXX_ERROR, ValueError("first line\nsecond line")]
+    with pytest.raises(EmtError, match="exporting denoise failed 2 times: CppCompileError: ‘int_array_792’") as caught:
+        repeat("exporting denoise", work, said.append)
+    [log] = logs.iterdir()
+    assert "second line" in log.read_text()
+    assert str(log) in caught.value.hint
+    with pytest.raises(EmtError, match="refused"):
+        repeat("exporting denoise", lambda: (_ for _ in ()).throw(EmtError("refused", "")), said.append)
+
+
+def test_every_size_array_that_generated_code_names_is_declared():
+    """PyTorch takes a buffer for another one that had its address: pull request 193628 says so of 2.10 to 2.13."""
+    if "2.10" <= ".".join(torch.__version__.split(".")[:2]) <= "2.13":
+        assert loses_declarations()
+    with declared_size_arrays():
+        assert not loses_declarations()
+        generator = object.__new__(CppWrapperCpu)
+        generator.int_array_id, generator.declared_int_array_vars = itertools.count(), set()
+        generator.codegen_int_array_var_cache = {}
+        for _ in range(1000):  # as short-lived as those of the code generator
+            lines: list[str] = []
+            name = generator.codegen_int_array_var("{2L, 3L}", lines.append, known_statically=True)
+            assert [name in line for line in lines] == [True]
+        kept: list[str] = []
+        names = {generator.codegen_int_array_var("{2L, 3L}", kept.append, known_statically=True) for _ in range(10)}
+        assert len(names) == len(kept) == 1, "a buffer that lives on has one declaration"
 
 
 def test_phases_are_told_and_timed():
@@ -732,6 +819,17 @@ def test_a_lora_and_another_and_the_first_again(network, pipe, tmp_path):
     a, b, again = made(first), made(second), made(first)
     assert torch.equal(a, again)
     assert (a - b).abs().max() > 0.01
+
+
+def test_k5_a_package_that_cannot_be_loaded_is_an_error_in_words(network, pipe, tmp_path):
+    """Its hash is right: only whoever reads it finds that it is none, or that the manifest says too little of it."""
+    own = Manifest.read(network)
+    [part] = [part for part in own.parts if part.name == "reference"]
+    (tmp_path / "no package.pt2").write_bytes(b"no archive")
+    for harmed in (replace(part, facts={}), replace(part, file="no package.pt2")):
+        backend = InductorBackend(tmp_path, replace(own, parts=(harmed,)), pipe)
+        with pytest.raises(EmtError, match="the engine's reference cannot be loaded"):
+            step(backend, pipe)
 
 
 @pytest.mark.parametrize("moved", [False, True])

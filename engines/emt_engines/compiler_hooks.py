@@ -1,8 +1,9 @@
-"""Watches and helps PyTorch's compiler: which phase it is in, and what it need not find out again."""
+"""Hooks into PyTorch's compiler: its phases, memoized analysis of Triton kernels, and a remedy for a fault of it."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,10 +23,10 @@ _PHASES = {
 
 
 class Phases:
-    """Times the phases of compiling one part, and tells of each when it begins.
+    """Times the phases of compiling one part, and reports each when it begins.
 
     Args:
-        tell: Is told the name of the phase that begins.
+        tell: Called with the name of the phase that begins.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -75,17 +76,17 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def remembered_writes() -> Iterator[None]:
-    """Let the compiler find out once, and not for every call, which arguments a Triton kernel writes to.
+    """Context manager: memoize the compiler's analysis of which arguments a Triton kernel writes to.
 
-    It translates the kernel for that, 0.1 s each time. A graph has some 350 calls, of some tens of kinds, and it asks
-    several times for each.
+    It translates the kernel for that, 0.1 s each time. A graph has some 350 calls, of some tens of kinds, and each is
+    analyzed several times.
     """
     if not INSTALLED:
         yield
         return
     from torch._higher_order_ops import triton_kernel_wrap
 
-    # Named anew in PyTorch 2.12, where it also tells what is read.
+    # PyTorch 2.12 has the second name, of a function that also finds what is read.
     names = [n for n in ("identify_mutated_tensors", "identify_accessed_tensors") if hasattr(triton_kernel_wrap, n)]
     with contextlib.ExitStack() as patches:
         for name in names:
@@ -115,7 +116,7 @@ def _remembering(find: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kind(argument: Any, constant: bool) -> Any:
-    """Triton's specialization key of an argument."""
+    """The properties of an argument that Triton's translation depends on."""
     from torch._inductor.ir import TensorBox
 
     if isinstance(argument, torch.Tensor):
@@ -127,3 +128,69 @@ def _kind(argument: Any, constant: bool) -> Any:
     if isinstance(argument, bool | int | float | str) or argument is None:
         return type(argument), argument
     return "symbol"
+
+
+@contextlib.contextmanager
+def declared_size_arrays() -> Iterator[None]:
+    """Context manager: all arrays of sizes that generated C++ names are declared in it, whatever PyTorch's version.
+
+    The code generator remembers the name of an array by the address of the function, or of the buffer, that the
+    declaration was written with (pytorch/pytorch#178147, #193621, #193628). Once that object is freed, another one at
+    the same address gets a name that was declared elsewhere, and the C++ does not compile. Here all of them are kept
+    alive as long as the generator is, so that their addresses differ.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    if not loses_declarations():
+        yield
+        return
+    name_array = CppWrapperCpu.codegen_int_array_var
+
+    def name_array_of_kept(self: Any, int_array: str, writeline: Any, *rest: Any, **options: Any) -> str:
+        kept = vars(self).setdefault("_emt_kept", {})
+        # A bound method is a new object at each access: the first one stands for all of its owner's.
+        owner = getattr(writeline, "__self__", writeline)
+        writeline = kept.setdefault((id(owner), getattr(writeline, "__name__", "")), writeline)
+        return name_array(self, int_array, writeline, *rest, **options)
+
+    with _replaced(CppWrapperCpu, "codegen_int_array_var", name_array_of_kept):
+        yield
+
+
+def loses_declarations() -> bool:
+    """Whether PyTorch's code generator takes a buffer of code for another one that had the same address."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    class Buffer:
+        def __init__(self, lines: list[str]) -> None:
+            self.lines = lines
+
+        def writeline(self, line: str) -> None:
+            self.lines.append(line)
+
+    def method(lines: list[str]) -> Callable[[str], None]:
+        return Buffer(lines).writeline
+
+    def closure(lines: list[str]) -> Callable[[str], None]:
+        return lambda line: lines.append(line)
+
+    def address(writeline: Any) -> int:
+        return id(getattr(writeline, "__self__", writeline))
+
+    for make in (method, closure):
+        generator: Any = object.__new__(CppWrapperCpu)
+        generator.int_array_id, generator.declared_int_array_vars = itertools.count(), set()
+        generator.codegen_int_array_var_cache = {}
+        for _ in range(100):  # the first try nearly always: freed memory goes to the next object of its size
+            writeline = make([])
+            freed = address(writeline)
+            generator.codegen_int_array_var("{1L, }", writeline, True)
+            del writeline
+            lines: list[str] = []
+            writeline = make(lines)
+            if address(writeline) == freed:
+                generator.codegen_int_array_var("{1L, }", writeline, True)
+                if not lines:
+                    return True
+                break
+    return False

@@ -24,7 +24,7 @@ from emt.storage import sha256_of
 _INSTRUCTIONS = re.compile(r"avx\w*|sse\w*|ssse3|amx\w*|fma|f16c|bmi\d|asimd\w*|neon|sve\w*|bf16|i8mm")
 
 #: Packages and modules whose code is compiled into every engine, whatever its backend.
-_COMPILED = ("emt.backbones", "emt.backends", "emt_kernels", "emt_engines.parts")
+_COMPILED = ("emt.backbones", "emt.backends", "emt.features", "emt_kernels", "emt_engines.parts")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
-"""AOTInductor: PyTorch's compiler, ahead of time, into packages that load in seconds.
+"""AOTInductor engines: PyTorch's compiler, ahead of time, into packages that load in seconds.
 
-A package has the compiled code of one part for one size, and no weights: it reads the model's own, where they lie. So
-it is small, all sizes share one set of weights, and what is merged into those, such as a LoRA, shows at once.
+A package has the compiled code of one part for one size, and no weights: it reads the model's own, in place. So it is
+small, all sizes share one set of weights, and what is merged into those, such as a LoRA, shows at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import importlib
 import inspect
@@ -18,6 +19,7 @@ import os
 import pkgutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -34,10 +36,11 @@ from emt.backends.base import Networks
 from emt.backends.cuda_graphs import Recorder
 from emt.backends.torch import TorchBackend
 from emt.backends.vae import VAE_PIXELS
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt.storage import sha256_of
-from emt_engines.compiler_hooks import Phases, remembered_writes
+from emt_engines.attempts import ATTEMPTS, failed, new_log, repeat, summary
+from emt_engines.compiler_hooks import Phases, declared_size_arrays, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
 from emt_engines.parts import Function, by_reference, features_of, function, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
@@ -76,10 +79,10 @@ class InductorBuilder:
     opset = None
 
     def check(self, request: Request) -> None:
-        """Raise EmtError unless it can be built here.
+        """Raise EmtError unless an engine for a request can be built here.
 
         Raises:
-            EmtError: a compiler is missing, PyTorch is too old, or a range of sizes is asked for.
+            EmtError: a compiler is missing, PyTorch is too old, or the request has a range of sizes.
         """
         ranges = [str(size) for size in request.sizes if not size.exact]
         if ranges:
@@ -103,7 +106,11 @@ class InductorBuilder:
         if workers == 1:
             parts: list[Part] = []
             for job in jobs:
-                parts.append(_compile(pipe, job, lambda what: progress(what, len(parts) / len(jobs))))
+
+                def tell(what: str) -> None:
+                    progress(what, len(parts) / len(jobs))
+
+                parts.append(repeat(job.step, functools.partial(_compile, pipe, job, tell), tell))
             return parts
         progress(f"compiling {len(jobs)} parts, {workers} at a time", 0.0)
         with _compile_threads(workers):
@@ -112,7 +119,7 @@ class InductorBuilder:
 
 @dataclass(frozen=True)
 class _Shell:
-    """Networks with any weights, in the place of a pipeline."""
+    """Networks with any weights, in place of a pipeline."""
 
     unet: Any
     vae: AutoencoderKL
@@ -158,6 +165,18 @@ class _Job:
     size: Size
     folder: Path
 
+    @property
+    def step(self) -> str:
+        """The job in words."""
+        return f"compiling {self.name} for {self.size}"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A compiler's error in another process, whose log has all of it."""
+
+    reason: str
+
 
 def _workers(pipe: MotionTransferPipeline, jobs: int) -> int:
     """Processes that compile at once: each keeps some cores busy and, on a GPU, has networks of its own there."""
@@ -184,21 +203,34 @@ def _compile_threads(workers: int) -> Iterator[None]:
 
 
 def _side_by_side(jobs: Sequence[_Job], workers: int, progress: Callable[[str, float], None]) -> list[Part]:
-    """Compile each part in a process of its own, some at a time.
+    """Compile each part in a process of its own, some at a time; a part whose process fails is compiled once more.
+
+    What the processes print goes to logs, which stay only if a part fails again.
 
     Raises:
-        EmtError: a process failed, or was ended by the system.
+        EmtError: a part cannot be compiled, or its process was ended by the system, twice.
     """
     context = multiprocessing.get_context("spawn")
-    waiting = list(enumerate(jobs))
+    logs = [new_log(job.step) for job in jobs]
+    waiting = list(range(len(jobs)))
+    attempts = [0] * len(jobs)
     running: dict[Connection, tuple[int, Any]] = {}
     found: dict[int, Part] = {}
+
+    def fail(number: int, reason: str) -> None:
+        if attempts[number] == ATTEMPTS:
+            raise failed(jobs[number].step, reason, logs[number])
+        waiting.append(number)
+        progress(f"{jobs[number].step}: {reason}; trying once more", len(found) / len(jobs))
+
     try:
         while len(found) < len(jobs):
             while waiting and len(running) < workers:
-                number, job = waiting.pop(0)
+                number = waiting.pop(0)
+                attempts[number] += 1
                 here, there = context.Pipe(duplex=False)
-                process = context.Process(target=_compile_apart, args=(there, job), daemon=True)
+                arguments = there, jobs[number], logs[number]
+                process = context.Process(target=_compile_apart, args=arguments, daemon=True)
                 process.start()
                 running[here] = number, process
                 there.close()  # so that its end is seen here when the process ends
@@ -207,22 +239,29 @@ def _side_by_side(jobs: Sequence[_Job], workers: int, progress: Callable[[str, f
                 try:
                     what = pipe.recv()
                 except EOFError:
-                    process.join()
-                    raise EmtError(
-                        f"compiling {jobs[number].name} for {jobs[number].size} ended with {_ending(process.exitcode)}",
-                        "What its process said is above.",
-                    ) from None
-                if isinstance(what, Part):
-                    found[number] = what
                     del running[pipe]
-                    process.kill()  # ending by itself it would wait, for seconds, for compilers that have nothing to do
                     process.join()
-                else:
+                    fail(number, f"its process ended with {_ending(process.exitcode)}")
+                    continue
+                if isinstance(what, str):
                     progress(what, len(found) / len(jobs))
+                    continue
+                del running[pipe]
+                process.kill()  # ending by itself it would wait, for seconds, for compilers that have nothing to do
+                process.join()
+                if isinstance(what, EmtError):
+                    raise what
+                if isinstance(what, _Failure):
+                    fail(number, what.reason)
+                else:
+                    found[number] = what
     finally:
         for _, process in running.values():
             process.kill()
             process.join()
+        for number, log in enumerate(logs):
+            if number in found or attempts[number] < ATTEMPTS:
+                log.unlink(missing_ok=True)
     return [found[i] for i in range(len(jobs))]
 
 
@@ -234,21 +273,32 @@ def _ending(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _compile_apart(pipe: Any, job: _Job) -> None:
-    """`_compile` in a process of its own, which tells of its phases, and its result, through a pipe."""
+def _compile_apart(pipe: Any, job: _Job, log: Path) -> None:
+    """Run `_compile` in a process of its own: it sends its phases, then a `Part`, an error or a `_Failure`."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):  # compilers and crashes write to these
+        os.dup2(file, stream)
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: who started this ends it
-    networks = job.networks.make(job.request.device)
-    pipe.send(_compile(networks, job, pipe.send))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent process ends this one
+    try:
+        networks = job.networks.make(job.request.device)
+        pipe.send(_compile(networks, job, pipe.send))
+    except EmtError as error:
+        pipe.send(error)
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        pipe.send(_Failure(summary(error)))
 
 
 @torch.no_grad()
 def _compile(pipe: Any, job: _Job, tell: Callable[[str], None]) -> Part:
-    phases = Phases(lambda phase: tell(f"compiling {job.name} for {job.size}: {phase}"))
+    phases = Phases(lambda phase: tell(f"{job.step}: {phase}"))
     _import_ops()
     with (
         TorchBackend(pipe, graphs=False).prepared() as execution,
         toolchain(job.request.device),
+        declared_size_arrays(),
         remembered_writes(),
         phases.of_compiler(),
     ):
@@ -358,7 +408,16 @@ class _Package:
 
     def __init__(self, folder: Path, part: Part, module: nn.Module, device: torch.device) -> None:
         self.part = part
-        self.model = _load_package(folder / part.file, device)
+        self._layout, self._orders = part.facts.get("layout"), part.facts.get("orders", ())
+        try:
+            if len(self._orders) != len(part.inputs):
+                raise TypeError("its manifest lacks how inputs are laid out")
+            self.model = _load_package(folder / part.file, device)
+        except (RuntimeError, TypeError) as error:
+            raise EmtError(
+                f"the engine's {part.name} cannot be loaded: {first_line(error)}",
+                "Build the engine again with emt build-engine, or use --engine torch.",
+            ) from error
         self._module = module
         paths = [name.rpartition(".") for name in sorted(self.model.get_constant_fqns())]
         self.weights: dict[str, Tensor] = {}
@@ -367,7 +426,7 @@ class _Package:
         self.bind()
 
     def bind(self) -> None:
-        """Have it read the weights where they lie now, if that is not where they lay.
+        """Point the package at the model's weights, if they have moved since the last call.
 
         Raises:
             EmtError: they are not laid out in memory as they were when it was compiled.
@@ -378,9 +437,9 @@ class _Package:
         self._pointers = pointers
         # Kept: the package only points at them.
         self.weights = {path: getattr(owner, name).detach() for owner, name, path in self._owners}
-        if _layout(self._module) != self.part.facts["layout"]:
+        if _layout(self._module) != self._layout:
             raise EmtError(
-                f"the engine's {self.part.name} was compiled for weights of other shapes, types or strides",
+                f"the engine's {self.part.name} was compiled for weights of other shapes, dtypes or strides",
                 "Build the engine again with emt build-engine.",
             )
         self.model.load_constants(self.weights, check_full_update=True, user_managed=True)
@@ -393,7 +452,7 @@ class _Package:
         """
         self.bind()
         given = []
-        for spec, order, x in zip(self.part.inputs, self.part.facts["orders"], inputs, strict=True):
+        for spec, order, x in zip(self.part.inputs, self._orders, inputs, strict=True):
             fits = len(spec.shape) == x.ndim and all(
                 wanted == found for wanted, found in zip(spec.shape, x.shape) if isinstance(wanted, int)
             )

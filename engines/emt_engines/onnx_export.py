@@ -9,6 +9,7 @@ name instead.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import math
@@ -25,6 +26,7 @@ from emt.backends.base import PipelineBackend
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt.storage import sha256_of
+from emt_engines.attempts import repeat
 from emt_engines.base import CannotRun
 from emt_engines.inductor import images_at_once
 from emt_engines.manifest import PIXELS, Manifest, Part, Request, TensorSpec
@@ -308,9 +310,13 @@ class OnnxBuilder:
         check_sizes(pipe, request)
         parts = []
         for i, name in enumerate(PARTS):
-            progress(f"exporting {name}", i / len(PARTS))
+
+            def say(what: str, done: float = i / len(PARTS)) -> None:
+                progress(what, done)
+
             file = folder / f"{name}.onnx"
-            inputs, outputs = export(pipe, name, request.frames, file)
+            work = functools.partial(export, pipe, name, request.frames, file)
+            inputs, outputs = repeat(f"exporting {name}", work, say)
             data = file.with_name(f"{file.name}.data")
             parts.append(
                 Part(
@@ -327,10 +333,10 @@ class OnnxBuilder:
 
 
 def check_sizes(pipe: MotionTransferPipeline, request: Request) -> None:
-    """Ensure that the network's levels halve all sizes evenly.
+    """Raise EmtError unless the network's levels halve all sizes evenly.
 
     Raises:
-        EmtError: naming those that they do not.
+        EmtError: names the sizes that they do not.
     """
     unit = pipe.vae_scale_factor * coarsest(pipe, "denoise")
     wrong = [str(s) for s in request.sizes if any(side % unit for side in (*s.least, *s.most))]

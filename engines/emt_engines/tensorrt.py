@@ -14,6 +14,7 @@ buffers of its own, so that a call allocates nothing, and is recorded as a CUDA 
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import tempfile
@@ -28,6 +29,7 @@ from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion
 from emt.storage import sha256_of
 from emt_engines import onnx_export
+from emt_engines.attempts import repeat
 from emt_engines.base import CannotRun
 from emt_engines.manifest import Manifest, Part, Request, Size, TensorSpec
 from emt_engines.onnx_export import OPSET, PARTS, FileBackend, OnnxBuilder, check_sizes, coarsest, ranges
@@ -45,7 +47,7 @@ logger = logging.getLogger(__name__)
 class _Builder:
     """Exports a part, has the library build an engine of it, and keeps that alone."""
 
-    kind: Product
+    product: Product
     name: str
     depends: tuple[str, ...]
     bound: bool
@@ -60,26 +62,30 @@ class _Builder:
             EmtError: a library is missing or too old.
         """
         OnnxBuilder().check(request)
-        self.kind.load()
+        self.product.load()
 
     def build(
         self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
         """Build an engine of each part into `folder`; see `emt_engines.base.Builder`."""
         check_sizes(pipe, request)
-        trt = self.kind.load()
+        trt = self.product.load()
         plugin = self.plugs and request.plugin
         parts = []
         for i, name in enumerate(PARTS):
-            progress(f"exporting {name}", i / len(PARTS))
+
+            def say(what: str, done: float = i / len(PARTS)) -> None:
+                progress(what, done)
+
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 source = Path(temporary) / f"{name}.onnx"
-                inputs, outputs = onnx_export.export(pipe, name, request.frames, source)
+                work = functools.partial(onnx_export.export, pipe, name, request.frames, source)
+                inputs, outputs = repeat(f"exporting {name}", work, say)
                 shapes = ranges(name, request)
                 unit = pipe.vae_scale_factor * (1 if name.startswith("vae") else coarsest(pipe, name))
                 profiles = [profile(inputs, size, unit, shapes) for size in request.sizes]
                 progress(f"building {name}", (i + 0.3) / len(PARTS))
-                plan = build(trt, source, profiles, self.kind.targets, plugin=plugin and name == "denoise")
+                plan = build(trt, source, profiles, self.product.targets, plugin=plugin and name == "denoise")
             file = folder / f"{name}.engine"
             file.write_bytes(plan)
             facts = {"profiles": profiles, "plugin": plugin and name == "denoise"}
@@ -90,7 +96,7 @@ class _Builder:
 class TensorRTBuilder(_Builder):
     """Builds with TensorRT, on the GPU that is to run the engine."""
 
-    kind, name = TENSORRT, TENSORRT.backend
+    product, name = TENSORRT, TENSORRT.backend
     depends, bound = ("tensorrt",), True
     plugs = True
 
@@ -101,9 +107,9 @@ class TensorRTBuilder(_Builder):
             EmtError: TensorRT is missing or too old, or there is no CUDA GPU.
         """
         super().check(request)
-        version = str(self.kind.load().__version__)
+        version = str(self.product.load().__version__)
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < (10, 10):
-            raise EmtError(f"TensorRT {version} is too old", self.kind.install)
+            raise EmtError(f"TensorRT {version} is too old", self.product.install)
         if not request.device.startswith("cuda"):
             raise EmtError(
                 f"TensorRT builds engines on the GPU that runs them, not on {request.device}",
@@ -114,7 +120,7 @@ class TensorRTBuilder(_Builder):
 class TensorRTRTXBuilder(_Builder):
     """Builds with TensorRT for RTX, anywhere."""
 
-    kind, name = RTX, RTX.backend
+    product, name = RTX, RTX.backend
     depends, bound = ("tensorrt-rtx",), False
 
 
@@ -232,7 +238,7 @@ def _allow_attention_in_steps(trt: Any, network: Any) -> None:
 
 
 def _log(trt: Any) -> Any:
-    """A logger of the library's kind, that keeps what goes wrong for an error's message."""
+    """A logger of the library's class that keeps errors for an EmtError's message."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -305,16 +311,16 @@ class _Backend(FileBackend):
         trt: The library's module, if not the one that is installed.
     """
 
-    kind: Product
+    product: Product
 
     def __init__(
         self, folder: Path, manifest: Manifest, pipe: MotionTransferPipeline, *, trt: Any | None = None
     ) -> None:
         super().__init__(folder, manifest, pipe)
         if trt is None:
-            refuse(self.kind, pipe.device)
+            refuse(self.product, pipe.device)
             try:
-                trt = self.kind.load()
+                trt = self.product.load()
             except EmtError as error:
                 raise CannotRun(error.problem, error.hint) from None
         self.trt = trt
@@ -394,18 +400,18 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def refuse(kind: Product, device: torch.device) -> None:
+def refuse(product: Product, device: torch.device) -> None:
     """Say so if a device cannot run a library's engines, before the library is asked.
 
     Raises:
         CannotRun: naming the device, and what can be used on it.
     """
     if device.type != "cuda":
-        raise CannotRun(f"engines of {kind.backend} run on a CUDA GPU, not on {device}", "Use --engine torch.")
+        raise CannotRun(f"engines of {product.backend} run on a CUDA GPU, not on {device}", "Use --engine torch.")
     capability = torch.cuda.get_device_capability(device)
-    if kind.refuses(capability):
+    if product.refuses(capability):
         raise CannotRun(
-            f"engines of {kind.backend} run on compute capability {kind.runs}; "
+            f"engines of {product.backend} run on compute capability {product.runs}; "
             f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}",
             "Use --engine torch here, or an engine of --backend inductor or tensorrt.",
         )
@@ -414,10 +420,10 @@ def refuse(kind: Product, device: torch.device) -> None:
 class TensorRTBackend(_Backend):
     """Runs engines of TensorRT."""
 
-    kind, name = TENSORRT, TENSORRT.backend
+    product, name = TENSORRT, TENSORRT.backend
 
 
 class TensorRTRTXBackend(_Backend):
     """Runs engines of TensorRT for RTX."""
 
-    kind, name = RTX, RTX.backend
+    product, name = RTX, RTX.backend
