@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 
 #: Networks by the class that `model_index.json` names: the module that it names with it, which diffusers opens only
-#: once it has been imported; and the module with their `Facts`, a function `facts(config)`, which imports no torch.
+#: once it has been imported; and the network's package, whose modules `module_of` gives.
 BACKBONES = {
-    "MotionTransferUNet": ("emt.unet", "emt.backbones.sd15.facts"),
-    "WanMotionTransferTransformer": ("emt.backbones.wan21.transformer", "emt.backbones.wan21.facts"),
+    "MotionTransferUNet": ("emt.unet", "emt.backbones.sd15"),
+    "WanMotionTransferTransformer": ("emt.backbones.wan21.transformer", "emt.backbones.wan21"),
 }
+#: The network of the published method, which is meant where no model is named.
+PUBLISHED = "MotionTransferUNet"
 
 #: Text encoders that are too large to be open beside a network, by the class that `model_index.json` names: prompts are
 #: encoded apart (`emt.prompts`).
@@ -84,7 +87,16 @@ def facts_of(name: str, config: Mapping[str, Any]) -> Facts:
         KeyError: there is no such network.
         ValueError: a value of the configuration makes no sense; it is named.
     """
-    return importlib.import_module(BACKBONES[name][1]).facts(config)
+    return module_of(name, "facts").facts(config)
+
+
+def module_of(network: str, name: str) -> ModuleType:
+    """A module of the package of a network: `facts`, which imports no torch, `import_weights`, `lora`, `random_model`.
+
+    Raises:
+        KeyError: there is no such network.
+    """
+    return importlib.import_module(f"{BACKBONES[network][1]}.{name}")
 
 
 def import_backbones(index: Mapping[str, Any]) -> None:

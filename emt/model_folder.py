@@ -69,20 +69,29 @@ class Model:
         }
 
     @cached_property
+    def network(self) -> str:
+        """Name of the network's class, one of `emt.backbone.BACKBONES`.
+
+        Raises:
+            EmtError: the network is of no known kind.
+        """
+        listed = _read_json(self.folder / "model_index.json").get("unet")
+        name = listed[-1] if isinstance(listed, list) and listed else None
+        if not isinstance(name, str) or name not in BACKBONES:
+            known = ", ".join(BACKBONES)
+            raise EmtError(f"the network of {self.name} is {name!r:.100}, known are: {known}", _HOW_TO_GET)
+        return name
+
+    @cached_property
     def facts(self) -> Facts:
         """Limits and costs of the network.
 
         Raises:
             EmtError: the network is of no known kind, or its configuration makes no sense.
         """
-        listed = _read_json(self.folder / "model_index.json").get("unet")
-        name = listed[-1] if isinstance(listed, list) and listed else None
         path = self.folder / "unet" / "config.json"
         try:
-            return facts_of(str(name), _read_json(path))
-        except KeyError:
-            known = ", ".join(BACKBONES)
-            raise EmtError(f"the network of {self.name} is {name!r:.100}, known are: {known}", _HOW_TO_GET) from None
+            return facts_of(self.network, _read_json(path))
         except ValueError as error:
             raise EmtError(f"{error} in {path}", _HOW_TO_GET) from None
 

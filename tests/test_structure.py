@@ -53,17 +53,8 @@ emt_cli.app
 recipes
 """
 
-#: Imports against the table, from a module to another, that are yet to be turned round.
-STILL_TO_MOVE: set[tuple[str, str]] = set()
-
 #: Files that may name a backbone's network or modules: the tables from which it is chosen.
 BACKBONE_TABLES = {"emt/__init__.py", "emt/backbone.py", "emt/unet.py"}
-#: Files outside emt/backbones that name one and are yet to ask the protocol.
-STILL_KNOWS_A_BACKBONE = {
-    "emt_cli/commands/bench.py",
-    "emt_cli/commands/build_engine.py",
-    "emt_cli/commands/import_weights.py",
-}
 
 #: Modules that answer at once, before anything is computed: they and all that they import leave torch alone.
 WITHOUT_TORCH = """
@@ -168,9 +159,7 @@ def test_nothing_imports_against_the_arrows():
     wrong = []
     for found in imports():
         source, target = place(found.source), place(found.target)
-        if (target[0] > source[0] or (target[0] == source[0] and target != source)) and (
-            (found.source, found.target) not in STILL_TO_MOVE
-        ):
+        if target[0] > source[0] or (target[0] == source[0] and target != source):
             wrong.append(f"{found.where} imports {found.target}; {found.source} may import: {allowed(found.source)}")
     assert not wrong, "\n".join(wrong)
 
@@ -194,8 +183,7 @@ def circles(edges: Iterable[tuple[str, str]]) -> list[set[str]]:
 
 def test_no_modules_import_each_other():
     """Not by way of others either, nor in function bodies, where a circle does no harm until somebody moves a line."""
-    edges = [(i.source, i.target) for i in imports() if (i.source, i.target) not in STILL_TO_MOVE]
-    for circle in circles(edges):
+    for circle in circles((i.source, i.target) for i in imports()):
         lines = [f"{i.where} imports {i.target}" for i in imports() if {i.source, i.target} <= circle]
         pytest.fail("a circle of imports:\n" + "\n".join(lines))
 
@@ -214,13 +202,13 @@ def test_a_backbone_is_chosen_from_a_table_and_known_nowhere_else():
     inside = ROOT / "emt" / "backbones"
     for module, path in modules().items():
         name = path.relative_to(ROOT).as_posix()
-        if inside in path.parents or name in BACKBONE_TABLES | STILL_KNOWS_A_BACKBONE or module.startswith("recipes"):
+        if inside in path.parents or name in BACKBONE_TABLES or module.startswith("recipes"):
             continue
         found = re.search(networks, path.read_text(encoding="utf-8"))
         assert not found, f"{name} names {found[0]}: ask emt.backbone, which {BACKBONE_TABLES} fill"
 
 
-@pytest.mark.parametrize("module", [name for name in WITHOUT_TORCH.split() if name in modules()])
+@pytest.mark.parametrize("module", WITHOUT_TORCH.split())
 def test_what_needs_no_torch_imports_none(module):
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

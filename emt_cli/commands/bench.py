@@ -130,12 +130,14 @@ def _found(name: str | None, device: Device) -> Iterator[Model]:
         return
     import torch
 
-    from emt.backbones.sd15.random_model import random_model
+    from emt.backbone import PUBLISHED, module_of
     from emt_cli.batch.generator import silence_libraries
 
     silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        random = random_model(Path(folder) / "random", size="sd15", dtype=torch.float16)
+        random = module_of(PUBLISHED, "random_model").random_model(
+            Path(folder) / "random", size="sd15", dtype=torch.float16
+        )
         yield find_model(str(random), download=False)
 
 

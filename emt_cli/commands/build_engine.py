@@ -113,13 +113,13 @@ def build_engine(
     width, height = defaults["width"], defaults["height"]
     target = Device.open(device, precision.value)
 
-    from emt.backbones.sd15.import_weights import parse_lora
-    from emt.backbones.sd15.lora import find_lora, merge_loras
+    from emt.backbone import module_of
     from emt_engines.build import build_engine as build
     from emt_engines.build import check_target
     from emt_engines.registry import load_builder
 
-    loras = [(find_lora(path), scale) for path, scale in map(parse_lora, lora or [])]
+    weights, adapters = (module_of(found.network, name) for name in ("import_weights", "lora"))
+    loras = [(adapters.find_lora(path), scale) for path, scale in map(weights.parse_lora, lora or [])]
     request = Request(
         backend=backend.value,
         precision=target.precision,
@@ -148,7 +148,7 @@ def build_engine(
             if not console.is_terminal:
                 print(printable(what), file=sys.stderr, flush=True)
 
-        pipe = open_pipeline(found, target, prepare=lambda pipe: merge_loras(pipe, loras))
+        pipe = open_pipeline(found, target, prepare=lambda pipe: adapters.merge_loras(pipe, loras))
         with insistent_interrupts():
             manifest = build(pipe, request, folder, progress)
     parity = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"

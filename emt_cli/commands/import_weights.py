@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from emt.backbones.sd15.published import PUBLISHED
+from emt.backbone import PUBLISHED, module_of
 from emt_cli.batch.options import UsageError
 
 _FILES = "Files"
+_PUBLISHED_FILES = module_of(PUBLISHED, "published").PUBLISHED
 _LOG_INTERVAL = 5.0  # seconds
 
 
@@ -130,7 +131,7 @@ def import_weights(
     opened in its making: what does not fit is named.
     """
     if published:
-        addresses = {file.option: file.address for file in PUBLISHED}
+        addresses = {file.option: file.address for file in _PUBLISHED_FILES}
         base, motion_module = base or addresses["base"], motion_module or addresses["motion_module"]
         adapter, dreambooth = adapter or addresses["adapter"], dreambooth or addresses["dreambooth"]
     if base is None or motion_module is None:
@@ -141,8 +142,7 @@ def import_weights(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from emt.backbones.sd15 import import_weights as importer
-
+    importer = module_of(PUBLISHED, "import_weights")
     disable_progress_bar()  # it would write over ours
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
