@@ -158,7 +158,7 @@ def declared_size_arrays() -> Iterator[None]:
 
 
 def loses_declarations() -> bool:
-    """Whether PyTorch's code generator takes a buffer of code for another one that had the same address."""
+    """Return whether PyTorch's code generator takes a buffer of code for another one that had the same address."""
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     class Buffer:
