@@ -30,6 +30,7 @@ from torch._inductor.exc import CppCompileError
 
 from emt.backbones.sd15.lora import merge_loras
 from emt.backbones.sd15.random_model import random_model
+from emt.backbones.wan21.random_model import random_model as wan_model
 from emt.backends.base import Backend
 from emt.backends.torch import TorchBackend
 from emt.cache import ContentIndex
@@ -351,6 +352,14 @@ def test_k5_weights_that_cannot_be_hashed_are_an_error_that_names_the_model(mode
         weights.write_bytes(struct.pack("<Q", 9) + b'{"a": []}')
     with pytest.raises(EmtError, match=f"the weights of {other} cannot be read"):
         weights_of(other)
+
+
+def test_a_network_of_which_no_engines_are_built_is_refused(tmp_path):
+    folder = wan_model(tmp_path / "wan")
+    done = console(tmp_path, "build-engine", "--model", folder, "--device", "cpu")
+    assert done.returncode == 1
+    assert "no engines are built of the network of" in done.stderr
+    assert "leave the engine out" in done.stderr
 
 
 def test_the_command_of_a_request_is_one_that_build_engine_takes(tmp_path):

@@ -99,6 +99,7 @@ def build_engine(
     from emt_cli.text import printable
     from emt_engines.choice import engines_dir, model_weights
     from emt_engines.manifest import Request, Size
+    from emt_engines.registry import check_network, load_builder
 
     try:
         clips = parse_batch(batch)
@@ -109,6 +110,7 @@ def build_engine(
     except EmtError as error:
         raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
     found = find_model(model, download=True)
+    check_network(found.name, found.network)
     defaults = parse_defaults(found.defaults)
     width, height = defaults["width"], defaults["height"]
     target = Device.open(device, precision.value)
@@ -116,7 +118,6 @@ def build_engine(
     from emt.backbone import module_of
     from emt_engines.build import build_engine as build
     from emt_engines.build import check_target
-    from emt_engines.registry import load_builder
 
     weights, adapters = (module_of(found.network, name) for name in ("import_weights", "lora"))
     loras = [(adapters.find_lora(path), scale) for path, scale in map(weights.parse_lora, lora or [])]

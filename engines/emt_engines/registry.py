@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from emt.backbone import PUBLISHED
 from emt.errors import EmtError
 
 
@@ -37,6 +38,19 @@ BACKENDS = {
     "tensorrt": Entry("emt_engines.tensorrt", "TensorRTBuilder", "TensorRTBackend", _TENSORRT),
     "tensorrt-rtx": Entry("emt_engines.tensorrt", "TensorRTRTXBuilder", "TensorRTRTXBackend", _TENSORRT),
 }
+
+
+def check_network(name: str, network: str) -> None:
+    """Raise EmtError unless engines are built of a network.
+
+    Args:
+        name: What the user calls the model.
+        network: Of `emt.backbone.BACKBONES`.
+    """
+    if network != PUBLISHED:
+        raise EmtError(
+            f"no engines are built of the network of {name}, {network}", "PyTorch runs it: leave the engine out."
+        )
 
 
 def find(backend: str) -> Entry:
