@@ -23,6 +23,8 @@ from emt.storage import check_readable, sha256_of
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
 
+# Entries of what training programs save that hold the tensors; the second of textual inversion.
+_STATES = ("state_dict", "string_to_param")
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _MOST_LINES = 4  # of keys in a message, which is read in a terminal
 
@@ -153,6 +155,13 @@ class _InertDict:
         return {}
 
 
+class _Parameters:
+    """Stand-in for torch's dictionary of parameters, of which it keeps the tensors."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.tensors = state.get("_parameters") if isinstance(state, dict) else None
+
+
 # Training code of Stable Diffusion leaves these in its files. None of them is imported, and none is called.
 _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *(
@@ -171,6 +180,7 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         for name in ("Float64", "Float32", "Float16", "Int64", "Int32", "Int16", "Int8", "UInt8", "Bool")
     ),
     (_Inert, "_codecs.encode"),
+    (_Parameters, "torch.nn.modules.container.ParameterDict"),
 ]
 
 
@@ -298,10 +308,13 @@ def _format(head: bytes) -> str:
 def _inner(content: Any) -> Any:
     """The dictionary of tensors within what a training program saved."""
     for _ in range(8):  # a pickle can hold itself
+        if isinstance(content, _Parameters):
+            content = content.tensors
         if not isinstance(content, dict):
             break
-        if isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
+        named = next((content[name] for name in _STATES if isinstance(content.get(name), (dict, _Parameters))), None)
+        if named is not None:
+            content = named
             continue
         within = [x for x in content.values() if isinstance(x, dict) and _any_tensor(x)]
         if _any_tensor(content) or len(within) != 1:

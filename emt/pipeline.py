@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.loaders import TextualInversionLoaderMixin
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class MotionTransferPipeline(DiffusionPipeline):
+class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
     """Motion transfer with an adapted text-to-video network (EfficientMT, arXiv 2503.19369).
 
     The numbers are the model's defaults; those of this signature are the published ones.
@@ -298,6 +299,8 @@ class MotionTransferPipeline(DiffusionPipeline):
         if self.prompt_encoder is not None:
             return self.prompt_encoder(prompts).to(self._execution_device, self.unet.dtype)
         limit = self.tokenizer.model_max_length
+        # A word of a textual inversion stands for as many tokens as it has vectors.
+        prompts = [self.maybe_convert_prompt(prompt, self.tokenizer) for prompt in prompts]
         for prompt in prompts:
             self.check_words(prompt)
             tokens = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
@@ -306,7 +309,7 @@ class MotionTransferPipeline(DiffusionPipeline):
                     "the prompt has %d tokens, the model reads the first %d: %s…", tokens, limit, prompt[:60]
                 )
         ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+            prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         ).input_ids
         return self.text_encoder(ids.to(self._execution_device))[0].to(self.unet.dtype)
 

@@ -1,0 +1,87 @@
+"""Textual inversion embeddings (Gal et al. 2022, arXiv 2208.01618): words with vectors of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from emt.backbones.sd15.checkpoint_kinds import EMBEDDING, SD2, SDXL, describe, wrong_kind
+from emt.checkpoints import read_checkpoint
+from emt.errors import EmtError
+from emt.hub import OnFetch, locate
+
+if TYPE_CHECKING:
+    from emt.pipeline import MotionTransferPipeline
+
+_WIDTHS = {1024: SD2, 1280: SDXL}
+
+
+def parse_embedding(value: str) -> tuple[str, Path]:
+    """`NAME=FILE` → the word and the file, a path or hf:// address.
+
+    Raises:
+        EmtError: if the name is none, or is no single word.
+    """
+    name, equals, path = value.partition("=")
+    if not equals or not path or not re.fullmatch(r"[^\s,=]+", name):
+        raise EmtError(
+            f"--embedding {value}: not a word and a file",
+            "Write --embedding NAME=FILE, with a NAME without spaces, and use it in prompts.",
+        )
+    return name, Path(path)
+
+
+def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None = None) -> Tensor:
+    """Read the vectors of an embedding, (vectors, width), float32.
+
+    The files of the web UI (`string_to_param`, or `emb_params` in safetensors) and those of diffusers (a tensor by its
+    word).
+
+    Args:
+        given: path or hf:// address.
+        width: of the text encoder's embeddings.
+        on_fetch: called while it is fetched.
+
+    Raises:
+        EmtError: if it cannot be read, holds several words, or is of another network.
+    """
+    path = locate(given, "embedding", on_fetch=on_fetch)
+    state = read_checkpoint(path).state
+    if "clip_g" in state:
+        raise EmtError(f"the embedding {path} is of {SDXL}", "Give one of Stable Diffusion 1.5.")
+    if (kind := describe(state)) != EMBEDDING and any(tensor.ndim > 2 for tensor in state.values()):
+        raise wrong_kind(path, kind, EMBEDDING)
+    if len(state) != 1:
+        raise EmtError(
+            f"the embedding {path} holds {len(state)} words: {', '.join(sorted(state)[:8])}", "Give a file of one."
+        )
+    (vectors,) = state.values()
+    vectors = vectors.float().reshape(-1, vectors.shape[-1] if vectors.ndim else 1)
+    if vectors.shape[1] != width:
+        of = f", as {_WIDTHS[vectors.shape[1]]} has" if vectors.shape[1] in _WIDTHS else ""
+        raise EmtError(
+            f"the embedding {path} has width {vectors.shape[1]}{of}; the text encoder has {width}",
+            "Give an embedding of the same model.",
+        )
+    if not len(vectors) or not torch.isfinite(vectors).all():
+        raise EmtError(f"the embedding {path} has no vectors, or some that are not finite", "Download it again.")
+    return vectors
+
+
+def add_embeddings(pipe: MotionTransferPipeline, embeddings: Mapping[str, Tensor]) -> None:
+    """Teach the tokenizer and text encoder of a pipeline words with vectors, (vectors, width) each, in place.
+
+    Prompts name a word once for all of its vectors.
+
+    Raises:
+        EmtError: if the tokenizer has a word already, or two embeddings have the same.
+    """
+    for name, vectors in embeddings.items():
+        if name in pipe.tokenizer.get_vocab():
+            raise EmtError(f"--embedding {name}=…: the model has a word {name!r}", "Give the embedding another name.")
+        pipe.load_textual_inversion({name: vectors}, token=name)
