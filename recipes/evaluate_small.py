@@ -23,6 +23,7 @@ from emt.evaluate.judge import Judge
 from emt.evaluate.truth import Truth, draw_cases, evaluate_truth, format_truth
 from emt.features import Motion
 from emt.pipeline import MotionTransferPipeline
+from emt.sampling import add_noise
 from emt.synthetic.renderer import Appearances, Motions, World
 from recipes.networks import SMALL, TINY, make_world
 
@@ -51,7 +52,7 @@ def read_motions(pipeline: MotionTransferPipeline, clips: Tensor, seed: int) -> 
     latents = latents.unflatten(0, clips.shape[:2]).transpose(1, 2)
     noise = torch.randn(latents.shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
     timestep = torch.full((len(clips),), pipeline.config.reference_timestep, device=device)
-    noisy = pipeline.scheduler.add_noise(latents.to(dtype), noise, timestep)
+    noisy = add_noise(pipeline.scheduler, latents.to(dtype), noise, timestep)
     empty = pipeline.encode_prompts([""]).expand(len(clips), -1, -1)
     features = pipeline.unet.encode_reference(noisy, timestep, empty)
     return Motion(features, clips.shape[1], *clips.shape[3:], seed=seed)

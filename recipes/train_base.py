@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from emt.backbones.sd15.motion_module import MotionFeatures, MotionModule
+from emt.backbones.sd15.motion_module import MotionModule
 from emt.backbones.sd15.unet import MotionTransferUNet
+from emt.features import MotionFeatures
 from emt.train.objective import Objective
 from recipes.distributed import leave, rank, wait_for_ranks
 from recipes.latents import Clips, tokenize, with_noise
