@@ -10,10 +10,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from program import lines, transfer
 
 from emt.errors import EmtError
 from emt.storage import check_readable
+from emt.video import write_clip
 from emt_cli.batch import inputs
 from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Job, Rejected
@@ -415,6 +418,15 @@ def test_k2_each_kind_of_syntax_is_named_once():
     assert len(said) == 2
     assert "(fox:1.3), (wolf:1.2), BREAK" in said[0]
     assert "<lora:x:1>" in said[1]
+
+
+def test_k2_syntax_that_is_not_honoured_is_in_the_record(tmp_path):
+    reference = clip(tmp_path / "a.mp4")
+    write_clip(reference, np.zeros((4, 32, 32, 3), np.uint8), 8)
+    ask = ["--prompt", "a (fox:1.3)", "--prompt", "a fox", "--json", "--out", "out"]
+    said = {line["prompt"]: line.get("warnings") for line in lines(transfer(tmp_path, reference, *ask))}
+    assert said["a fox"] is None
+    assert said["a (fox:1.3)"] == ["read as plain text, not as weights, LoRAs, breaks or choices: (fox:1.3)"]
 
 
 @pytest.mark.parametrize("prompt", ["a fox (red) in snow", "12:30 at the station", "a < b > c", "break dance", "C++"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from emt.errors import EmtError
 from emt_cli.batch.best_of import Candidate
 from emt_cli.batch.generator import playback_rate
+from emt_cli.batch.inputs import syntax_warnings
 from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.results import write_result
 from emt_cli.batch.session import RunOptions, Session
@@ -123,7 +124,8 @@ class Finisher:
         try:
             record = self.generator.record(task.job, task.identity, task.reference.sha256, batch)
             record |= task.candidates.record() if task.candidates else {}
-            record |= {"warnings": warnings} if (warnings := [*task.reference.warnings, *task.warnings]) else {}
+            warnings = [*task.reference.warnings, *task.warnings, *syntax_warnings(task.job)]
+            record |= {"warnings": warnings} if warnings else {}
             reason = ""
             if self.filter:
                 begun = time.monotonic()

@@ -11,7 +11,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -206,7 +206,7 @@ def _checked(fields: Any, origin: str = "") -> _Line | Rejected:
 def _read_file(path: Path) -> list[_Line | Rejected]:
     """The lines of a prompts file, or of a pipe."""
     kind, named = path.suffix.lower(), f"--prompts {str(path)!r}"
-    if kind not in (*_LINES, *_JOB_LINES, *_CELLS):
+    if kind not in (*_LINES, *_JOB_LINES, *_CELLS) and os.path.lexists(path):
         raise UsageError(f"{named} is a {kind} file, which is not read", _PROMPT_FILES)
     try:
         text = read_text(path)
@@ -498,14 +498,10 @@ class PromptWarnings:
             self._look_at_words(prompts, self.vocabulary)
 
     def _look_at_syntax(self, prompts: Iterable[str]) -> None:
-        found: dict[str, None] = {}
-        for prompt in prompts:
-            found |= {match[0]: None for kind, match in unread_syntax(prompt) if kind not in self._syntax}
+        found = {part: kind for prompt in prompts for kind, part in unread_syntax(prompt) if kind not in self._syntax}
+        self._syntax |= set(found.values())
         if found:
-            self._syntax |= {kind for text in found for kind, _ in unread_syntax(text)}
-            more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            named = ", ".join(shorten(text, 60, placeholder=" …") for text in list(found)[:_NAMED])
-            self._say(f"warning: read as plain text, not as weights, LoRAs, breaks or choices: {named}{more}")
+            self._say(f"warning: {_read_as_text(found)}")
 
     def _look_at_words(self, prompts: Iterable[str], vocabulary: Vocabulary) -> None:
         """Warn of unknown words; the first time with the known ones."""
@@ -537,8 +533,20 @@ _SYNTAX = {
 }
 
 
-def unread_syntax(prompt: str) -> Iterator[tuple[str, re.Match[str]]]:
-    """Parts of a prompt that mean something else in other programs, each with the kind of its syntax."""
+def unread_syntax(prompt: str) -> Iterator[tuple[str, str]]:
+    """Parts of a prompt that mean something else in other programs: the kind of syntax, and the part."""
     for kind, pattern in _SYNTAX.items():
         for match in pattern.finditer(prompt):
-            yield kind, match
+            yield kind, match[0]
+
+
+def syntax_warnings(job: Job) -> list[str]:
+    """One line for a job's record if its prompts have syntax of other programs, else none."""
+    parts = {part for text in (job.prompt, job.settings.negative_prompt) for _, part in unread_syntax(text)}
+    return [_read_as_text(sorted(parts))] if parts else []
+
+
+def _read_as_text(parts: Collection[str]) -> str:
+    more = f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
+    named = ", ".join(shorten(part, 60, placeholder=" …") for part in list(parts)[:_NAMED])
+    return f"read as plain text, not as weights, LoRAs, breaks or choices: {named}{more}"
