@@ -9,7 +9,8 @@ traceback. Files that ffmpeg itself cannot read back (many codecs have no place 
 all the same) must be refused, or read as badly with a warning where ffmpeg has one; they are counted, and not in the
 table. Neither is EXR in a video: it holds linear light, which ffmpeg alone leaves dark.
 
-With --markdown, the table between the lines `<!-- containers -->` and `<!-- end -->` of that file is replaced.
+With --markdown, the rows of the suffixes that were tried are put into the table between the lines
+`<!-- containers -->` and `<!-- end -->` of that file.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main() -> None:
     """Make, read, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="names of ffmpeg's muxers, separated by commas")
-    parser.add_argument("--markdown", type=Path, help="file whose table is replaced")
+    parser.add_argument("--markdown", type=Path, help="file with the table")
     options = parser.parse_args()
     begun, found = time.monotonic(), Findings()
     with tempfile.TemporaryDirectory(prefix="emt-containers-") as folder:
@@ -80,9 +81,10 @@ def main() -> None:
         f" {len(found.violations)} violations, {time.monotonic() - begun:.0f} s"
     )
     if options.markdown:
-        text = options.markdown.read_text()
-        parts = re.split(r"(<!-- containers -->\n|<!-- end -->)", text)
-        options.markdown.write_text("".join([*parts[:2], table, *parts[3:]]))
+        before, start, old, end, after = re.split(r"(<!-- containers -->\n|<!-- end -->)", options.markdown.read_text())
+        title, rows = table.splitlines()[:2], table.splitlines()[2:]
+        rows += [row for row in old.splitlines()[2:] if row.split("|")[1] not in {new.split("|")[1] for new in rows}]
+        options.markdown.write_text("".join([before, start, "\n".join([*title, *sorted(rows)]), "\n", end, after]))
     sys.exit(bool(found.violations))
 
 

@@ -268,14 +268,17 @@ def test_k2_a_fourth_byte_of_zeros_is_no_transparency(tmp_path: Path, name: str,
 # ------------------------------------------------------------------------------------------- fields
 
 
-def woven(count: int = 12, height: int = 96, width: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of a bar that moves 6 pixels a field, as whole pictures of each top field's time, and interlaced."""
+def woven(
+    count: int = 12, height: int = 96, width: int = 160, bottom_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of a bar that moves 6 pixels a field, as whole pictures of each first field's time, and interlaced."""
     fields = np.full((2 * count, height, width, 3), 60, np.uint8)
     for k, field in enumerate(fields):
         field[:, 6 * k % (width - 20) : 6 * k % (width - 20) + 20] = 200
     frames = fields[::2].copy()
     interlaced = frames.copy()
-    interlaced[:, 1::2] = fields[1::2, 1::2]
+    later = slice(0, None, 2) if bottom_first else slice(1, None, 2)  # lines of the second field
+    interlaced[:, later] = fields[1::2, later]
     return frames, interlaced
 
 
@@ -296,13 +299,17 @@ def comb(frames: np.ndarray) -> float:
         ("a.avi", ["-c:v", "mpeg4", "-q:v", "2", "-flags", "+ildct+ilme"]),
         ("ffv1.mkv", ["-c:v", "ffv1"]),
         ("mjpeg.mov", ["-c:v", "mjpeg", "-q:v", "2", "-field_order", "tt"]),  # only the container says it
+        ("bottom.mov", ["-c:v", "mjpeg", "-q:v", "2", "-field_order", "bb"]),
+        ("bottom.mkv", ["-c:v", "ffv1", "-field_order", "bb"]),
         ("utvideo.mov", ["-c:v", "utvideo", "-pix_fmt", "yuv422p", "-field_order", "tt"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_k2_interlaced_video_is_deinterlaced(tmp_path: Path, name: str, output: list[str]) -> None:
-    whole, interlaced = woven()
-    clip = read_clip(encode(tmp_path / name, interlaced, "-vf", "setfield=tff", *output), frames=12)
+    bottom_first = "bb" in output
+    whole, interlaced = woven(bottom_first=bottom_first)
+    order = "setfield=bff" if bottom_first else "setfield=tff"
+    clip = read_clip(encode(tmp_path / name, interlaced, "-vf", order, *output), frames=12)
     assert clip.info.frames == 12
     assert comb(clip.frames) < comb(interlaced) / 8
     edges = np.abs(clip.frames[2:-2].astype(int) - whole[2:-2]).mean()

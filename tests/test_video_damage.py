@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import struct
+import subprocess
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from clips import EXACT, encode, ffmpeg, numbered, numbers
@@ -111,13 +113,46 @@ def test_k2_a_cut_at_the_end_of_a_picture_is_noticed(tmp_path: Path, whole: Path
 
 
 def test_k2_a_header_that_gives_more_than_there_is(tmp_path: Path) -> None:
+    # FLV has nothing else to say how long it is.
+    path = encode(tmp_path / "a.flv", numbered(20), "-c:v", "libx264", "-qp", "1", "-pix_fmt", "yuv420p")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"duration") + 9
+    data[at : at + 8] = struct.pack(">d", 20)
+    path.write_bytes(data)
+    assert "0.80 s of its 20.00 s" in probe(path).warnings[0]
+    assert numbers(read_clip(path, frames=20).frames) == list(range(20))
+
+
+def test_a_header_is_not_believed_against_the_files_structure(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mkv", numbered(20))
     data = bytearray(path.read_bytes())
     at = data.index(b"\x44\x89\x88") + 3
     data[at : at + 8] = struct.pack(">d", 20_000)  # ms
     path.write_bytes(data)
-    assert "0.80 s of its 20.00 s" in probe(path).warnings[0]
-    assert numbers(read_clip(path, frames=20).frames) == list(range(20))
+    assert probe(path).warnings == ()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".gif", ".ts", ".wmv"])
+def test_what_is_appended_to_a_file_is_nothing_missing(tmp_path: Path, whole: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes((whole / f"clip{suffix}").read_bytes() + b"\xa5" * 100)
+    assert probe(path).warnings == ()
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("matroska", X264), ("flv", X264), ("avi", ["-c:v", "mpeg4"])])
+def test_a_stream_that_was_saved_is_whole(tmp_path: Path, kind: str, codec: list[str]) -> None:
+    # Its header was written before its length was known.
+    path = tmp_path / f"a.{'mkv' if kind == 'matroska' else kind}"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "testsrc=s=64x48:r=24:d=2", *codec]
+    path.write_bytes(subprocess.run([*command, "-f", kind, "-"], capture_output=True, check=True).stdout)
+    assert all_frames(path).warnings == ()
+
+
+def test_a_recording_that_starts_between_key_frames_is_whole(tmp_path: Path, whole: Path) -> None:
+    data = (whole / "clip.ts").read_bytes()
+    path = tmp_path / "a.ts"
+    path.write_bytes(data[len(data) // 3 // 188 * 188 :])
+    assert all_frames(path).warnings == ()
 
 
 def test_sound_that_outlasts_the_picture_is_nothing_missing(tmp_path: Path) -> None:

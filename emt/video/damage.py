@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -15,12 +16,15 @@ _LOST = re.compile(
 )
 _BAD_PICTURE = re.compile(r"corrupt decoded frame|Error submitting packet|Decoding error|Error while decoding stream")
 # Said of good streams too.
-_HARMLESS = re.compile(r"mmco: unref short failure|co located POCs unavailable|missing picture in access unit")
+_HARMLESS = re.compile(
+    r"mmco: unref short failure|co located POCs unavailable|missing picture in access unit"
+    r"|non-existing [SP]PS|no frame!|decode_slice_header error"  # before the first key frame of a recording
+)
 _NO_DECODER = re.compile(r"Parsed_|swscaler|\[(?:vf|af|vost|aost|out|graph|in)#|framecrc|rawvideo @|auto_")
 
 
-def ends_early(path: Path, size: int) -> bool:
-    """Return whether a file ends before its own structure says.
+def ends_early(path: Path, size: int) -> bool | None:
+    """Return whether a file ends before its own structure says; None if it says nothing of its end.
 
     MP4 and MOV, Matroska, AVI, ASF (WMV), Ogg, GIF and MPEG-TS say it.
 
@@ -32,47 +36,51 @@ def ends_early(path: Path, size: int) -> bool:
         with path.open("rb") as file:
             head = file.read(1024)
             if re.match(rb"....(?:ftyp|moov|mdat|free|wide|skip|styp)", head, re.DOTALL):
-                return _boxes_end(file, size) > size
+                return _boxes_end_early(file, size)
             if re.match(rb"RIFF....AVI ", head, re.DOTALL):
-                return _chunks_end(file, size) > size
+                return _chunks_end_early(file, size)
             if head.startswith(b"\x1a\x45\xdf\xa3"):
-                return _segment_end(head) > size
+                return _beyond(_segment_end(head), size)
             if head.startswith(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"):
-                return _asf_size(file) > size
-            file.seek(max(0, size - (1 << 17)))  # more than an Ogg page
-            tail = file.read()
-    except OSError:
-        return False
-    if head.startswith(b"GIF8"):
-        return not tail.rstrip(b"\0\r\n ").endswith(b"\0;")
-    if head.startswith(b"OggS"):
-        page = tail[max(0, tail.rfind(b"OggS")) :]
-        segments = page[26] if len(page) > 26 else 0
-        length = 27 + segments + sum(page[27 : 27 + segments])
-        return len(page) < length or not page[5] & 4  # no mark of the stream's end
-    for packet, offset in ((188, 0), (192, 4)):
-        if len(head) > 4 * packet and all(head[offset + k * packet] == 0x47 for k in range(4)):
-            return size % packet != 0
-    return False
+                return _beyond(_asf_size(file), size)
+            if head.startswith(b"GIF8"):
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    return _gif_ends_early(data)
+            if head.startswith(b"OggS"):
+                file.seek(max(0, size - (1 << 17)))  # more than a page
+                return _ogg_ends_early(file.read())
+            for packet, sync in ((188, 0), (192, 4)):
+                if len(head) > 4 * packet and all(head[sync + k * packet] == 0x47 for k in range(4)):
+                    file.seek(size // packet * packet)
+                    rest = file.read()
+                    return True if rest and (len(rest) <= sync or rest[sync] == 0x47) else None
+    except (OSError, ValueError):
+        pass
+    return None
 
 
-def _boxes_end(file: BinaryIO, size: int) -> int:
-    """End of the last box of an MP4 or MOV file, by its header."""
-    end = 0
+def _beyond(end: int, size: int) -> bool | None:
+    return end > size if end else None
+
+
+def _boxes_end_early(file: BinaryIO, size: int) -> bool | None:
+    """Return whether the last box of an MP4 or MOV file is not whole; None if there may be more fragments."""
+    end, fragments = 0, False
     while end + 8 <= size:
         file.seek(end)
         header = file.read(16)
-        length = int.from_bytes(header[:4], "big")
+        length, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if length == 1:
             length = int.from_bytes(header[8:16], "big")
-        if length == 0 or not header[4:8].isalnum():  # up to the end; or something else that was appended
+        if length == 0 or not kind.isalnum():  # up to the end; or something else that was appended
             break
+        fragments |= kind == b"moof"
         end += max(length, 8)
-    return end
+    return True if end > size else None if fragments else False
 
 
-def _chunks_end(file: BinaryIO, size: int) -> int:
-    """End of the last RIFF chunk of an AVI file, by its header; 0 if the file was not finished."""
+def _chunks_end_early(file: BinaryIO, size: int) -> bool:
+    """Return whether the last RIFF chunk of an AVI file is not whole. One that was never finished has no length."""
     end = 0
     while end + 12 <= size:
         file.seek(end)
@@ -81,7 +89,34 @@ def _chunks_end(file: BinaryIO, size: int) -> int:
         if header[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
             break
         end += 8 + length
-    return end
+    return end > size
+
+
+def _gif_ends_early(data: mmap.mmap) -> bool:
+    """Return whether a GIF file ends before its trailer; whatever follows that."""
+    at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+    while at < len(data):
+        if data[at] == 0x3B:
+            return False
+        if data[at] == 0x2C and at + 9 < len(data):
+            flags = data[at + 9]
+            at += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        elif data[at] == 0x21:
+            at += 2
+        else:
+            return True
+        while at < len(data) and data[at]:  # blocks, up to an empty one
+            at += 1 + data[at]
+        at += 1
+    return True
+
+
+def _ogg_ends_early(tail: bytes) -> bool:
+    """Return whether the last page of an Ogg file is not whole, or not marked as its stream's last."""
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    segments = page[26] if len(page) > 26 else 0
+    length = 27 + segments + sum(page[27 : 27 + segments])
+    return len(page) < length or not page[5] & 4
 
 
 def _segment_end(head: bytes) -> int:

@@ -315,9 +315,10 @@ class _Listing:
         slack = max(0.5, 3 / info.fps)
         # Some containers count from 0, others from the first frame.
         missing = given - max(found, float(times[-1]) + found / info.frames) > slack
-        cut = signs_of_a_cut(self.log) or ends_early(self.path, self.path.stat().st_size)
-        if missing and not cut:
-            missing = cut = self._nothing_else_lasts(given - slack)
+        early = ends_early(self.path, self.path.stat().st_size)
+        cut = signs_of_a_cut(self.log) or early is True
+        if missing and not cut:  # the word of a header against a structure that is whole is worth nothing
+            missing = cut = early is None and self._nothing_else_lasts(given - slack)
         again = "Copy or download it again."
         if missing and (cut or lost_packets(self.log)):
             return f"{path} is cut short: {found:.2f} s of its {given:.2f} s are there. {again}"
