@@ -192,7 +192,9 @@ def decoded(path: Path, *filters: str) -> subprocess.CompletedProcess[bytes]:
 
 def complaints(process: subprocess.CompletedProcess[bytes]) -> bytes:
     """Errors that ffmpeg reports, without what it says of times or of itself."""
-    harmless = rb"(?m)^.*(?:davs2 info|non monotonically increasing dts to muxer).*$|\x1b\[[\d;]*m|\s"
+    harmless = (
+        rb"(?m)^.*(?:davs2 info|non monotonically increasing dts to muxer|Last message repeated).*$|\x1b\[[\d;]*m|\s"
+    )
     return re.sub(harmless, b"", process.stderr)
 
 

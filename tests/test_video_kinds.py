@@ -373,6 +373,15 @@ def test_k6_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch
     assert most == [1]
 
 
+def test_k6_the_work_for_an_animation_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = animation(tmp_path / "a.webp")
+    monkeypatch.setattr(emt.video.pictures, "_MOST_WORK", 12 * 32 * 24 - 1)
+    with pytest.raises(EmtError, match=r"a\.webp has 12 frames of 32x24, too many for an animation"):
+        probe(path)
+    monkeypatch.setattr(emt.video.pictures, "_MOST_WORK", 12 * 32 * 24)
+    assert probe(path).frames == 12
+
+
 def test_k6_text_in_a_picture_is_bounded(tmp_path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "x" * (80 << 20), zip=True)

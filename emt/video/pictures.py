@@ -21,7 +21,7 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".
 """Suffixes of images that make up a folder of frames."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-_MOST_FRAMES = 20_000  # of an animation: all of them are decoded in turn
+_MOST_WORK = 1 << 32  # pixels of all frames of an animation, which are decoded in turn: about a minute
 _LARGE = 1 << 24  # pixels; larger pictures are decoded one at a time, so that parallel readers hold one of them
 _one_at_a_time = threading.Lock()
 
@@ -173,8 +173,9 @@ class Animation:
         """
         with picture(path, ("PNG", "WEBP")) as image:
             size, count = _upright_size(image), int(getattr(image, "n_frames", 1))
-            if count > _MOST_FRAMES:
-                raise EmtError(f"{show(path)} has {count:,} frames.", f"Animations of up to {_MOST_FRAMES:,} are read.")
+            if count * image.width * image.height > _MOST_WORK:
+                many = f"{count:,} frames of {size[0]}x{size[1]}"
+                raise EmtError(f"{show(path)} has {many}, too many for an animation.", "Convert it to .mp4.")
             first = 1 if count > 1 and image.info.get("default_image") else 0
             lengths = []
             for number in range(first, count):
