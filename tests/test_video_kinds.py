@@ -344,7 +344,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def test_k6_video_of_too_many_pixels_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.mkv"
-    ffmpeg("-f", "lavfi", "-i", "color=gray:s=9000x8000", "-frames:v", "1", "-c:v", "ffv1", path)
+    ffmpeg(
+        "-f", "lavfi", "-i", "color=gray:s=9000x8000", "-frames:v", "1", "-c:v", "rawvideo", "-pix_fmt", "gray", path
+    )
     with pytest.raises(EmtError, match=r"a\.mkv is 9000x8000, too large") as error:
         read_clip(path, frames=1, size=(8, 8))
     assert "67,108,864 pixels" in error.value.hint
