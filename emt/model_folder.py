@@ -35,7 +35,16 @@ _HOW_TO_GET = f"Leave --model out for the small model, or name a model folder wi
 _CONTENT = (".safetensors", ".json", ".txt", ".model")
 
 #: Settings that a model may set for itself in `model_index.json`, and the published ones.
-DEFAULTS: Mapping[str, Any] = {"frames": 16, "height": 512, "width": 512, "steps": 25, "guidance": 6.0}
+DEFAULTS: Mapping[str, Any] = {
+    "frames": 16,
+    "height": 512,
+    "width": 512,
+    "steps": 25,
+    "guidance": 6.0,
+    "scheduler": "ddim",
+}
+#: Names of settings in `model_index.json` that differ: its "scheduler" is a part of the model.
+_LISTED = {"scheduler": "sampler"}
 _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
 
 
@@ -167,7 +176,7 @@ def find_model(name: str | None, *, download: bool) -> Model:
         missing += _missing_shards(folder / part)
     if missing or "unet" not in listed:
         raise EmtError(f"the model {name} lacks {', '.join(missing) or 'a unet'} (in {folder})", _HOW_TO_GET)
-    return Model(name, folder, {name: listed.get(name, value) for name, value in DEFAULTS.items()})
+    return Model(name, folder, {name: listed.get(_LISTED.get(name, name), value) for name, value in DEFAULTS.items()})
 
 
 def _locate(name: str, download: bool) -> Path:

@@ -56,6 +56,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         steps: of the sampler.
         guidance: classifier-free guidance scale.
         reference_timestep: noise level at which the reference is read, of 1000.
+        sampler: a name of `SCHEDULERS`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -74,6 +75,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         steps: int = 25,
         guidance: float = 6.0,
         reference_timestep: int = 400,
+        sampler: str = "ddim",
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
@@ -84,6 +86,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             steps=steps,
             guidance=guidance,
             reference_timestep=reference_timestep,
+            **({} if sampler == "ddim" else {"sampler": sampler}),  # so that other versions open the folder, too
         )
         self.codec = codec_of(vae)
         self.vae_scale_factor = self.codec.pixels
@@ -188,7 +191,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         guidance: float | None = None,
         seed: int | Sequence[int] = 0,
         negative_prompt: str | Sequence[str] = "",
-        scheduler: str = "ddim",
+        scheduler: str | None = None,
         guidance_until: float = 1.0,
         motion_until: float = 1.0,
         cache_interval: int = 1,
@@ -207,7 +210,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             guidance: classifier-free guidance scale; 1 is without; None for the model's default.
             seed: of the initial noise.
             negative_prompt: what guidance leads away from.
-            scheduler: a name of `SCHEDULERS`.
+            scheduler: a name of `SCHEDULERS`; None for the model's default.
             guidance_until: part of the steps, from the first, that are guided; the others take half the time. Guidance
                 matters where the layout comes about (Castillo et al. 2023, arXiv 2312.12487, section 4; Kynkäänniemi
                 et al. 2024, arXiv 2404.07724, limit it to an interval).
@@ -226,6 +229,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             EmtError: for an unknown scheduler, a prompt with words that the model does not know, a backend that cannot
                 reuse features, or a result that is not finite.
         """
+        scheduler = self.config.get("sampler", "ddim") if scheduler is None else scheduler
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count = max(len(prompts), *(len(x) for x in (motion, seed) if isinstance(x, Sequence)), 1)
         prompts = _broadcast("prompt", prompts, count)

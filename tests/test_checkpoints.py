@@ -32,11 +32,13 @@ from weight_files import (
 )
 
 from emt import EmtError
+from emt.backbones.sd15.few_steps import find_few_steps
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.stable_diffusion import StableDiffusion, apply_dreambooth, read_base, read_vae
 from emt.checkpoints import read_checkpoint, read_config
 from emt.features import Motion, MotionFeatures
+from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 
 DEEP = "[" * 100_000
@@ -725,3 +727,45 @@ def test_k4_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(EmtError, match="is neither a file nor a folder"):
         read_motion_module(tmp_path / "pipe.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------- distilled weights
+
+
+@pytest.mark.parametrize(
+    ("names", "sampling"),
+    [
+        (["animatediff_lightning_4step_diffusers.safetensors"], ("euler", 4, 1.0, "trailing")),
+        (["hf://a/Lightning/animatediff_lightning_8step_comfyui.safetensors"], ("euler", 8, 1.0, "trailing")),
+        (["AnimateLCM_sd15_t2v.ckpt"], ("lcm", 6, 1.5, None)),
+        (["hf://wangfuyun/AnimateLCM"], ("lcm", 6, 1.5, None)),
+        (["v3_sd15_mm.ckpt", "hf://latent-consistency/lcm-lora-sdv1-5"], ("lcm", 6, 1.0, None)),
+        (["v3_sd15_mm.ckpt", "LCM_LoRA_SD15.safetensors"], ("lcm", 6, 1.0, None)),
+        (["v3_sd15_mm.ckpt", "talcmatte.safetensors", "lightning_strikes.safetensors"], None),
+    ],
+)  # fmt: skip
+def test_distilled_weights_are_told_by_their_published_names(names: list[str], sampling: Any) -> None:
+    found = find_few_steps(names)
+    assert (found and (found.sampler, found.steps, found.guidance, found.spacing)) == sampling
+
+
+def test_distilled_weights_set_the_sampling_of_their_model(files: Files, tmp_path: Path) -> None:
+    path = tmp_path / "animatediff_lightning_4step_comfyui.safetensors"
+    save_file(files.motion | positions(files.motion, 32), path)
+    folder = files.run(tmp_path / "m", motion_module=path).folder
+    model = find_model(str(folder), download=False)
+    defaults = {name: model.defaults[name] for name in ("scheduler", "steps", "guidance")}
+    assert defaults == {"scheduler": "euler", "steps": 4, "guidance": 1.0}
+    assert load_pipeline(folder).scheduler.config.timestep_spacing == "trailing"
+    assert "**sampling** `AnimateDiff-Lightning`: euler, 4 steps, guidance 1" in (folder / "README.md").read_text()
+    assert find_model(str(random_model(tmp_path / "r")), download=False).defaults["scheduler"] == "ddim"
+
+
+@torch.no_grad()
+def test_a_models_own_sampling_is_what_a_call_without_options_does(tmp_path: Path) -> None:
+    pipe = load_pipeline(random_model(tmp_path / "m", frames=2, height=16, width=16, steps=3, sampler="lcm"))
+    steps: list[int] = []
+    own = pipe("a fox", guidance=1, on_step=lambda _, total: steps.append(total))[0]
+    assert steps == [3, 3, 3]
+    assert np.array_equal(own, pipe("a fox", guidance=1, scheduler="lcm")[0])
+    assert not np.array_equal(own, pipe("a fox", guidance=1, scheduler="ddim")[0])

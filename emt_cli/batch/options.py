@@ -126,7 +126,7 @@ def _clip(help: str, **limits: Any) -> Field:
 class Settings:
     """Settings of one clip: all that decides its frames, besides its reference, prompt and seed.
 
-    The defaults are the published ones; a model's own override the first five (`emt.model_folder.DEFAULTS`).
+    The defaults are the published ones; a model's own override the first six (`emt.model_folder.DEFAULTS`).
     """
 
     frames: Annotated[int, _clip("Frames; default: the model's.", min=2, max=81)] = 16
@@ -136,7 +136,7 @@ class Settings:
     guidance: Annotated[
         float, _clip("Classifier-free guidance, 1 for none; default: the model's.", min=1.0, max=50.0)
     ] = 6.0
-    scheduler: Annotated[Scheduler, _clip("Sampler. Default: ddim.")] = Scheduler.DDIM
+    scheduler: Annotated[Scheduler, _clip("Sampler; default: the model's, ddim for most.")] = Scheduler.DDIM
     preset: Annotated[
         Preset,
         _clip(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTraine
 
 from emt.backbones.sd15.adapter_checkpoint import AdapterCheckpoint, read_adapter
 from emt.backbones.sd15.checkpoint_kinds import SDXL, unet_guess
+from emt.backbones.sd15.few_steps import find_few_steps
 from emt.backbones.sd15.lora import LoraMerge
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.stable_diffusion import (
@@ -92,6 +94,9 @@ def import_weights(
     on_progress: Progress | None = None,
 ) -> ImportReport:
     """Make one model folder, which `MotionTransferPipeline.from_pretrained` opens, from the published files.
+
+    AnimateLCM, AnimateDiff-Lightning and LoRAs of latent consistency, told by their names, set their sampler, steps and
+    guidance as the model's defaults.
 
     Each source is a path, `hf://owner/name/file`, or `hf://owner/name` where a repository is the folder or holds one
     file of weights; what is fetched stays in the hub's cache. The folder appears under its name only once it is
@@ -212,8 +217,16 @@ def _assemble(
     _fill(text_encoder, merge.states["text_encoder"], f"text encoder of {model.text_encoder.where}")
     for name, part in (("UNet", unet), ("VAE", vae), ("text encoder", text_encoder)):
         _check_finite(name, part, dtype)
-    scheduler = animatediff_scheduler(model.prediction_type)
-    return MotionTransferPipeline(vae, text_encoder, words, unet, scheduler), [*origins, words_origin]
+    sources = [o for kind in ("motion module", "LoRA", "DreamBooth model") for o in origins if o.kind == kind]
+    few = find_few_steps(name for source in sources for name in (source.name, *(path.name for path in source.files)))
+    defaults: dict[str, Any] = {}
+    if few is not None:
+        defaults = {"sampler": few.sampler, "steps": few.steps, "guidance": few.guidance}
+        note = f"{few.sampler}, {few.steps} steps, guidance {few.guidance:g}; options of a clip change them"
+        origins.append(Origin("sampling", few.title, [], note))
+    scheduler = animatediff_scheduler(model.prediction_type, few.spacing if few else None)
+    pipe = MotionTransferPipeline(vae, text_encoder, words, unet, scheduler, **defaults)
+    return pipe, [*origins, words_origin]
 
 
 def parse_lora(value: str) -> tuple[Path, float]:

@@ -19,7 +19,7 @@ from emt.checkpoints import allocate
 from emt.model_folder import model_card, new_folder
 from emt.pipeline import MotionTransferPipeline
 
-_PIPELINE_DEFAULTS = ("frames", "height", "width", "steps", "guidance", "reference_timestep")
+_PIPELINE_DEFAULTS = ("frames", "height", "width", "steps", "guidance", "reference_timestep", "sampler")
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "unet": {
@@ -60,7 +60,7 @@ def random_model(
         dtype: of the stored weights.
         seed: of the weights.
         **sizes: arguments of `MotionTransferUNet` and defaults of `MotionTransferPipeline` (frames, height, width,
-            steps, guidance, reference_timestep) that differ from the size's.
+            steps, guidance, reference_timestep, sampler) that differ from the size's.
 
     Raises:
         EmtError: if the folder is in use.

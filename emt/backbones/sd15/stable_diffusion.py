@@ -461,8 +461,13 @@ def _diffusers_vae_config(state: State) -> dict[str, Any]:
     )
 
 
-def animatediff_scheduler(prediction_type: str) -> DDIMScheduler:
-    """AnimateDiff's sampler: linear betas, where Stable Diffusion's are linear in the square root."""
+def animatediff_scheduler(prediction_type: str, spacing: str | None = None) -> DDIMScheduler:
+    """AnimateDiff's sampler: linear betas, where Stable Diffusion's are linear in the square root.
+
+    Args:
+        prediction_type: "epsilon" or "v_prediction".
+        spacing: of the timesteps, as diffusers calls it; None for its default.
+    """
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -471,4 +476,5 @@ def animatediff_scheduler(prediction_type: str) -> DDIMScheduler:
         steps_offset=1,
         clip_sample=False,
         prediction_type=prediction_type,
+        **({} if spacing is None else {"timestep_spacing": spacing}),
     )
