@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -331,6 +332,9 @@ def write_motion(kind: str, files: Files, folder: Path) -> Path:
         path = folder / "pipe"
     elif kind == "a model folder of this program":
         path = files.run(folder / "model").folder
+    elif kind == "a network of this program that denoises with layers of its own":
+        own = {f"denoising.{k}": v + 1 for k, v in motion.items()}
+        save_file(own | files.base.unet | motion | own_names(files.adapter), path)
     return path
 
 
@@ -346,6 +350,7 @@ MOTION_KINDS = [
     "a pipeline's folder",
     "diffusers' network with motion",
     "a model folder of this program",
+    "a network of this program that denoises with layers of its own",
 ]
 
 
@@ -769,3 +774,12 @@ def test_a_models_own_sampling_is_what_a_call_without_options_does(tmp_path: Pat
     assert steps == [3, 3, 3]
     assert np.array_equal(own, pipe("a fox", guidance=1, scheduler="lcm")[0])
     assert not np.array_equal(own, pipe("a fox", guidance=1, scheduler="ddim")[0])
+
+
+def test_every_row_of_the_documentation_has_its_test() -> None:
+    folder = Path(__file__).parent
+    text = (folder.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    defined = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("test_*.py"))
+    named = re.findall(r"\| (test_\w+) \|$", text, re.MULTILINE)
+    assert len(named) > 45
+    assert [name for name in named if f"def {name}(" not in defined] == []

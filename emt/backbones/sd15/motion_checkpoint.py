@@ -120,8 +120,8 @@ def _extract(state: State, path: Path) -> tuple[State, list[str]]:
     if not matches or not (own or kind in (MOTION_MODULE, SINGLE_FILE)):
         raise wrong_kind(path, kind, MOTION_MODULE)
     prefixes = Counter(match["prefix"] for match in matches.values())
-    # A copy of averaged weights beside the ones in use is left.
-    prefix = min(prefixes, key=lambda prefix: ("ema" in prefix, -prefixes[prefix]))
+    # Averaged weights, and layers that denoising has of its own in a network of this program, are left.
+    prefix = min(prefixes, key=lambda prefix: ("ema" in prefix or "denoising." in prefix, -prefixes[prefix]))
     taken = {
         name: published_motion_name(match["name"])
         for name, match in matches.items()
