@@ -247,7 +247,7 @@ def _step(
 def _track_cotracker(frames: np.ndarray, checkpoint: str | Path | None) -> Tracklets:
     """A regular grid of points tracked by CoTracker from weights that the user has.
 
-    Written to its documented interface; not run by the authors of this project, who had neither package nor weights.
+    Its trained weights were not at hand: it was run with the package as of January 2025 (82e02e8) and random weights.
     """
     try:
         from cotracker.predictor import CoTrackerPredictor
