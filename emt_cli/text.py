@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePath
 
 from emt_cli.streams import print_last
 
@@ -34,3 +37,10 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """A number of bytes as people say it."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """A short name for each path: the file's, with its folder's where two files share it."""
+    distinct = sorted(set(paths))
+    count = Counter(PurePath(path).name for path in distinct)
+    return {path: "/".join(PurePath(path).parts[-1 if count[PurePath(path).name] == 1 else -2 :]) for path in distinct}

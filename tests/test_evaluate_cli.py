@@ -341,3 +341,14 @@ def test_names_that_are_no_unicode_are_printed(clips, tmp_path, capfdbinary):
     odd = tmp_path / "odd\udc80.mp4"
     odd.write_bytes((clips / "follows.mp4").read_bytes())
     run("--pair", f"{clips / 'right.mp4'}={odd}", "--json", "--text-model", "none")
+
+
+def test_the_table_tells_results_of_one_name_apart(folder):
+    (folder / "b").mkdir()
+    (folder / "b" / "x-0.mp4").write_bytes((folder / "a" / "x-0.mp4").read_bytes())
+    line = json.loads((folder / "journal.jsonl").read_text())
+    with open(folder / "journal.jsonl", "a") as file:
+        file.write(json.dumps({**line, "output": "b/x-0.mp4"}) + "\n")
+    output = run(folder, "--text-model", "none")
+    assert "a/x-0.mp4" in output
+    assert "b/x-0.mp4" in output

@@ -58,7 +58,7 @@ class Row:
 
     Attributes:
         pair: What was measured.
-        values: One value for each of `MEASURES` (`None` where it cannot be told), and the spans of the camera's curves.
+        values: One value for each of `MEASURES` (`None` where there is none), and the spans of the camera's curves.
         cameras: The reference's and the result's camera motion, for plots.
         error: Why the pair could not be measured; then `values` is empty.
     """

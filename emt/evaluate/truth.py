@@ -79,7 +79,7 @@ def evaluate_truth(
     camera: Tensor | None = None,
     seed: int = 0,
 ) -> Truth:
-    """Measure generated clips against the motion that they should play and the appearance that they were asked for.
+    """Measure generated clips against the motion that they should play and the requested appearance.
 
     Args:
         judge: Reads the clips; of the same vocabulary as the world.
@@ -136,7 +136,7 @@ def compare(
     - *Camera* curves (cumulative pan, zoom, roll) are those of clips whose camera moves, one by one and all four
       together, as pixels that a typical point of the frame moves (`emt.evaluate.camera.camera_agreement`); where it
       does not move, the root-mean-square pan found is reported.
-    - An attribute is *right* if the judge's first choice over the clip is the one asked for, for each subject.
+    - An attribute is *right* if the judge's first choice over the clip is the requested one, for each subject.
     - It *leaks* if the first choice is the reference's instead, where the two differ.
 
     Args:

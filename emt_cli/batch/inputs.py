@@ -102,7 +102,7 @@ def expand(
 
     Returns:
         The jobs that are named, those of one shape and one reference next to each other; and those that
-        arrive on standard input, if it was asked for, line by line as they do.
+        arrive on standard input, if it was named, line by line as they do.
 
     Raises:
         UsageError: the command line makes no sense (no prompts file, unequal `--pair`, nothing to do).

@@ -113,14 +113,14 @@ def _python() -> Finding:
 def _driver() -> Finding:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except FileNotFoundError:
         return Finding("driver", "limited", "no NVIDIA driver: clips are made on the CPU, slowly", _GPU_HINT)
     except subprocess.TimeoutExpired:
         return Finding("driver", "broken", "nvidia-smi does not answer", "Restart the machine or its driver.")
-    if told.returncode:
-        return Finding("driver", "broken", f"nvidia-smi: {(told.stderr or told.stdout).strip()}", _GPU_HINT)
-    return Finding("driver", "ok", "; ".join(told.stdout.strip().splitlines()))
+    if answer.returncode:
+        return Finding("driver", "broken", f"nvidia-smi: {(answer.stderr or answer.stdout).strip()}", _GPU_HINT)
+    return Finding("driver", "ok", "; ".join(answer.stdout.strip().splitlines()))
 
 
 _GPU_HINT = "On a machine with an NVIDIA GPU, install its driver: https://www.nvidia.com/drivers"
@@ -205,11 +205,11 @@ def _ffmpeg() -> Finding:
 
     try:
         program = imageio_ffmpeg.get_ffmpeg_exe()
-        told = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, timeout=20)
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         mend = f"{sys.executable} -m pip install --force-reinstall imageio-ffmpeg"
         return Finding("ffmpeg", "broken", f"does not run: {error}", mend)
-    missing = [codec for codec in ("libx264", "libvpx-vp9") if codec not in told.stdout]
+    missing = [codec for codec in ("libx264", "libvpx-vp9") if codec not in answer.stdout]
     if missing:
         mend = "Unset IMAGEIO_FFMPEG_EXE, or let it name an ffmpeg that has them."
         return Finding("ffmpeg", "broken", f"{program} lacks {', '.join(missing)}", mend)

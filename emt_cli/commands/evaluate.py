@@ -21,7 +21,7 @@ from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_text
 from emt_cli.batch.records import dumps
 from emt_cli.report.metrics import FILE_NAME as METRICS
-from emt_cli.text import message, printable, say
+from emt_cli.text import message, printable, say, short_names
 
 if TYPE_CHECKING:
     from emt.evaluate.judge import Judge
@@ -267,8 +267,8 @@ def _number(value: Any, where: str) -> float:
             raise ValueError
         return number
     except (TypeError, ValueError, OverflowError):
-        told = f"{where}: {value!r:.100} is not a number."
-        raise EmtError(told, "seconds, start, duration and stride are numbers.") from None
+        problem = f"{where}: {value!r:.100} is not a number."
+        raise EmtError(problem, "seconds, start, duration and stride are numbers.") from None
 
 
 def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel | Judge | None:
@@ -324,10 +324,11 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
         table.add_column("prompt", overflow="fold")
     for title in _COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
+    names = short_names(str(row.pair.result) for row in measured)
     for row in measured[:_SHOWN]:
         cells = [_cell(row.values[name]) for name in _COLUMNS]
         prompt = [Text(printable(row.pair.prompt or ""))] if wide else []
-        table.add_row(Text(printable(row.pair.result.name)), *prompt, *cells)
+        table.add_row(Text(printable(names[str(row.pair.result)])), *prompt, *cells)
     console.print(table)
     totals = Table(
         title=f"{len(measured)} clips, mean and 95% confidence interval", title_justify="left", box=box.SIMPLE_HEAD

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
@@ -25,6 +25,7 @@ from emt_cli.batch.records import dumps
 from emt_cli.report.gallery import SAMPLING, Gallery
 from emt_cli.report.metrics import FILE_NAME as METRICS
 from emt_cli.report.metrics import SHOWN, Metrics
+from emt_cli.text import short_names
 
 FILE_NAME = "report.html"
 
@@ -114,7 +115,7 @@ def _collect(outs: Sequence[Path], page: Path) -> dict[str, Any]:
     """Content of the page, as JSON values."""
     folders = [_Folder(out, page, outs[0]) for out in outs]
     rows = _side_by_side([folder.lines for folder in folders])
-    labels = _labels(line["reference"] for folder in folders for line in folder.lines if line.get("reference"))
+    labels = short_names(line["reference"] for folder in folders for line in folder.lines if line.get("reference"))
     wanted: list[dict[str, Mapping[str, Any]]] = [{} for _ in folders]
     keys: list[str] = []
     for row in rows:
@@ -138,7 +139,7 @@ def _collect(outs: Sequence[Path], page: Path) -> dict[str, Any]:
         if known.get("reference"):
             job |= {"reference": labels[known["reference"]], "path": known["reference"], "media": place[key]}
         jobs.append(_short(job))
-    names = _labels(str(out.absolute()) for out in outs)
+    names = short_names(str(out.absolute()) for out in outs)
     return {
         "folders": [names[str(out.absolute())] for out in outs],
         "measures": [{"name": name, **asdict(MEASURES[name])} for name in SHOWN],
@@ -189,13 +190,6 @@ def order_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """By reference (none comes last), prompt and seed: jobs end in an order that depends on the machine."""
     texts = (str(line.get(key) or "") for key in ("reference", "prompt"))
     return not line.get("reference"), *texts, line.get("seed") or 0, str(line.get("output") or line.get("origin") or "")
-
-
-def _labels(paths: Iterable[str]) -> dict[str, str]:
-    """A short name for each path: the file's, with its folder's where two files share it."""
-    distinct = sorted(set(paths))
-    count = Counter(PurePath(path).name for path in distinct)
-    return {path: "/".join(PurePath(path).parts[-1 if count[PurePath(path).name] == 1 else -2 :]) for path in distinct}
 
 
 def _reference_key(line: Mapping[str, Any]) -> str:
