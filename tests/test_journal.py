@@ -20,6 +20,7 @@ from emt_cli.batch.jobs import Job
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import Settings
 from emt_cli.batch.results import read_record, sidecar, state_on_disk, write_result
+from emt_cli.text import printable
 
 # ---- journal ------------------------------------------------------------------------------------------------------
 
@@ -231,3 +232,12 @@ def test_a_clip_cut_short_afterwards_is_made_again(result):
     content = clip.read_bytes()
     clip.write_bytes(content[: len(content) * 3 // 4])
     assert state_on_disk(line, clip, job, "one") == "open"
+
+
+def test_k6_lines_hold_nothing_that_a_terminal_obeys():
+    value = {"prompt": "".join(map(chr, range(0x250))) + "\u200e\u202e\u2028\u2066\udc80 ein Löwe 🦁"}
+    line = records.dumps(value)
+    assert json.loads(line) == value
+    text = line.decode()
+    assert printable(text) == text
+    assert "ein Löwe 🦁" in text

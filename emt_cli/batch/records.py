@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+#: Characters that JSON leaves as they are and terminals obey: control characters of C1, directions, line separators.
+_UNSAFE = re.compile(r"[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _DEEPEST = 16  # lists and objects in each other
 _LARGEST = 1e300  # of numbers
 _MISSING = object()
 
 
 def dumps(value: Any) -> bytes:
-    """One line of JSON in UTF-8; what is not valid Unicode (bytes of odd file names) stays as JSON escapes."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    """One line of JSON in UTF-8, safe for a terminal.
+
+    Bytes of odd file names, which are no Unicode, and characters that a terminal obeys are JSON escapes.
+    """
+    text = _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+    return text.encode("utf-8", "backslashreplace")
 
 
 def parse(content: bytes | str) -> dict[str, Any]:
