@@ -19,7 +19,7 @@ from emt.errors import EmtError
 
 
 class UsageError(EmtError):
-    """The command line makes no sense: exit code 2."""
+    """Invalid command line: exit code 2."""
 
 
 @contextmanager
@@ -129,49 +129,55 @@ class Settings:
     The defaults are the published ones; a model's own override the first six (`emt.model_folder.DEFAULTS`).
     """
 
-    frames: Annotated[int, _clip("Frames; default: the model's.", min=2, max=81)] = 16
-    height: Annotated[int, _clip("Height in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
-    width: Annotated[int, _clip("Width in pixels, a multiple of 8; default: the model's.", min=8, max=4096)] = 512
-    steps: Annotated[int, _clip("Denoising steps; default: the model's.", min=1, max=500)] = 25
+    frames: Annotated[int, _clip("Number of frames. Default: the model's.", min=2, max=81)] = 16
+    height: Annotated[int, _clip("Height in pixels, a multiple of 8. Default: the model's.", min=8, max=4096)] = 512
+    width: Annotated[int, _clip("Width in pixels, a multiple of 8. Default: the model's.", min=8, max=4096)] = 512
+    steps: Annotated[int, _clip("Number of denoising steps. Default: the model's.", min=1, max=500)] = 25
     guidance: Annotated[
-        float, _clip("Classifier-free guidance, 1 for none; default: the model's.", min=1.0, max=50.0)
+        float, _clip("Classifier-free guidance scale; 1 disables it. Default: the model's.", min=1.0, max=50.0)
     ] = 6.0
-    scheduler: Annotated[Scheduler, _clip("Sampler; default: the model's, ddim for most.")] = Scheduler.DDIM
+    scheduler: Annotated[Scheduler, _clip("Sampler. Default: the model's, ddim for most.")] = Scheduler.DDIM
     preset: Annotated[
         Preset,
         _clip(
-            "exact: the model's own defaults. fast: fewer steps of a better sampler, guidance in the first ones only, "
-            "deep features reused: less to compute, and an approximation. Options given besides win over it."
+            "Sampling defaults. exact: the model's own. fast: an approximation in less time, by fewer steps of a "
+            "better sampler, guidance in the first steps only and reuse of deep features. Explicit options take precedence."
         ),
     ] = Preset.EXACT
     guidance_until: Annotated[
-        float, _clip("Part of the steps, from the first, that are guided. Default: 1.", min=0.0, max=1.0)
+        float, _clip("Fraction of the steps, from the first, that use guidance. Default: 1.", min=0.0, max=1.0)
     ] = 1.0
     cache_interval: Annotated[
         int,
         _clip(
-            "Compute the lower resolutions of the network in every n-th step only. Default: 1; torch only.",
+            "Compute the lower resolutions of the network in every N-th step only. Default: 1; not with an engine.",
             min=1,
             max=20,
         ),
     ] = 1
-    negative_prompt: Annotated[str, _clip("What the clip must not show.")] = ""
-    fit: Annotated[Fit, _clip("How the reference is brought to the clip's size. Default: crop.")] = Fit.CROP
-    start: Annotated[float, _clip("Where in the reference to start, in seconds. Default: 0.", min=0.0)] = 0.0
-    duration: Annotated[
-        float | None, _clip("How much of the reference to use, in seconds. Default: all.", min=0.001)
-    ] = None
+    negative_prompt: Annotated[str, _clip("Text prompt of what the clip must not show.")] = ""
+    fit: Annotated[Fit, _clip("How to fit the reference to the size of the clip. Default: crop.")] = Fit.CROP
+    start: Annotated[float, _clip("Position in the reference to start from, in seconds. Default: 0.", min=0.0)] = 0.0
+    duration: Annotated[float | None, _clip("Length of the reference to use, in seconds. Default: all.", min=0.001)] = (
+        None
+    )
     stride: Annotated[
         int | None,
-        _clip("Take every n-th frame of the reference. Default: spread evenly.", min=1, max=1000),
+        _clip("Use every N-th frame of the reference. Default: frames spread evenly.", min=1, max=1000),
     ] = None
     fps: Annotated[
-        float | None, _clip("Frames per second of the result. Default: the reference's pace.", min=0.1, max=240.0)
+        float | None,
+        _clip("Frame rate of the result, in frames per second. Default: the reference's pace.", min=0.1, max=240.0),
     ] = None
-    format: Annotated[Format, _clip("Format of the result. Default: mp4.")] = Format.MP4
+    format: Annotated[Format, _clip("File format of the result. Default: mp4.")] = Format.MP4
     best_of: Annotated[
         int,
-        _clip("Make so many clips, with the seed and those after it, and keep the truest motion.", min=1, max=64),
+        _clip(
+            "Generate N candidates with consecutive seeds and keep the one with the highest motion fidelity. "
+            "Default: 1.",
+            min=1,
+            max=64,
+        ),
     ] = 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -192,91 +198,93 @@ class TransferOptions:
     references: Annotated[
         list[str] | None,
         Field(
-            "Clips, folders of clips, globs, or - for jobs as JSON Lines on standard input.",
+            "Reference clips, folders of clips or globs; - reads jobs as JSON Lines from standard input.",
             positional=True,
             show_default=False,
         ),
     ] = None
-    prompt: Annotated[list[str] | None, Field("What the new clip shows; may be repeated.", _JOBS)] = None
+    prompt: Annotated[list[str] | None, Field("Text prompt of what the new clip shows; may be repeated.", _JOBS)] = None
     prompts: Annotated[
         list[Path] | None,
         Field(
-            "File of prompts: a line each (# comments), or .csv/.jsonl with any field of a job: reference, "
+            "File of prompts: one per line (# starts a comment), or .csv/.jsonl with any field of a job: reference, "
             "prompt, seed and the options under “The clip”. Without any prompts, clip.txt beside clip.mp4 is read.",
             _JOBS,
         ),
     ] = None
-    seeds: Annotated[str, Field("Seeds, as in 0,7,10-15.", _JOBS)] = "0"
+    seeds: Annotated[str, Field("Random seeds: numbers and ranges, as in 0,7,10-15.", _JOBS)] = "0"
     pair: Annotated[
         bool,
-        Field("First reference with first prompt, and so on, not all.", _JOBS),
+        Field(
+            "Match references and prompts one to one, in order, instead of every reference with every prompt.", _JOBS
+        ),
     ] = False
     recursive: Annotated[
         bool,
-        Field("Search folders of folders.", _JOBS, short="-r"),
+        Field("Search subfolders for clips too.", _JOBS, short="-r"),
     ] = False
     out: Annotated[
         Path,
-        Field("Folder of the results.", _JOBS, short="-o"),
+        Field("Output folder.", _JOBS, short="-o"),
     ] = Path("out")
-    overwrite: Annotated[bool, Field("Make finished clips again; they are replaced.", _JOBS)] = False
+    overwrite: Annotated[bool, Field("Generate finished clips again and replace them.", _JOBS)] = False
     model: Annotated[
         str | None,
         Field(
-            "Model folder (emt import-weights makes one) or hub id. Default: demo, the small model; "
+            "Model folder (emt import-weights makes one) or hub id. Default: demo, a small model; "
             "emt doctor lists the words that it knows.",
             _RUN,
             show_default=False,
         ),
     ] = None
-    device: Annotated[str, Field("auto, cuda, cuda:N, mps or cpu.", _RUN, metavar="DEVICE")] = "auto"
+    device: Annotated[str, Field("Device to run on: auto, cuda, cuda:N, mps or cpu.", _RUN, metavar="DEVICE")] = "auto"
     precision: Annotated[
         Precision,
         Field(
-            "auto is fp16 on a GPU and fp32 on a CPU; fp8 is fp16 with the widest products in float8, an "
-            "approximation, on GPUs of compute capability 8.9 or newer and without engines.",
+            "Dtype of the network. auto: fp16 on a GPU, fp32 on a CPU. fp8: fp16 with the widest matmuls in float8, an "
+            "approximation, on GPUs of compute capability 8.9 or newer and without an engine.",
             _RUN,
         ),
     ] = Precision.AUTO
     engine: Annotated[
         str,
         Field(
-            "What executes the network: the folder of an engine (see emt build-engine); torch; or auto, an engine "
-            "of the cache if one matches, else torch.",
+            "Engine to run the network with: its folder (see emt build-engine), torch for none, or auto for a "
+            "matching one from the engine cache, else torch.",
             _RUN,
             metavar="DIR|auto|torch",
         ),
     ] = "auto"
     kernels: Annotated[
         Kernels,
-        Field("triton: fused GPU kernels; reference: PyTorch's own; auto: triton where they run.", _RUN),
+        Field("GPU kernels. triton: fused ones; reference: PyTorch's own; auto: triton where it runs.", _RUN),
     ] = Kernels.AUTO
     memory: Annotated[
         Memory,
         Field(
-            "low: as little GPU memory as can be, more slowly; a little over 4 GiB for 16 frames of 512x512 in "
-            "fp16. Runs without engines.",
+            "Use of GPU memory. low: the least possible, at lower speed and without an engine: a little over 4 GiB for "
+            "16 frames of 512x512 in fp16.",
             _RUN,
         ),
     ] = Memory.AUTO
     batch_size: Annotated[
         str,
         Field(
-            "Clips denoised together, 1 to 64; auto measures what fits (up to 8) on a GPU and is 1 on a CPU.",
+            "Number of clips to denoise together, 1 to 64. auto: as many as fit on a GPU, up to 8; 1 on a CPU.",
             _RUN,
             metavar="N|auto",
         ),
     ] = "auto"
     cache_dir: Annotated[
         Path | None,
-        Field(
-            "Folder that keeps encoded references. Default: emt in the user's cache folder.", _RUN, show_default=False
-        ),
+        Field("Folder of the reference cache. Default: emt in the user's cache folder.", _RUN, show_default=False),
     ] = None
-    cache_size: Annotated[float, Field("Most it may hold, in GB; 0 keeps none.", _RUN, min=0.0)] = 20.0
-    json: Annotated[bool, Field("One JSON line a job on standard output.", _RUN)] = False
-    report: Annotated[bool, Field("Write OUT/report.html at the end.", _RUN)] = False
-    dry_run: Annotated[bool, Field("Print the plan and stop, as `emt plan`.", _RUN)] = False
+    cache_size: Annotated[float, Field("Maximum size of the reference cache in GB; 0 disables it.", _RUN, min=0.0)] = (
+        20.0
+    )
+    json: Annotated[bool, Field("Print one JSON line per job on standard output.", _RUN)] = False
+    report: Annotated[bool, Field("Write a gallery of the results, OUT/report.html, at the end.", _RUN)] = False
+    dry_run: Annotated[bool, Field("Print the plan and stop, as `emt plan` does.", _RUN)] = False
     settings: Mapping[str, Any] = field(default_factory=dict)  # the settings given on the command line, by name
 
     def check(self) -> None:

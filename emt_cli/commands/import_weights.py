@@ -18,7 +18,7 @@ _LOG_INTERVAL = 5.0  # seconds
 
 
 class StoredType(str, Enum):
-    """Number types that a model folder can be stored in."""
+    """Dtypes that a model folder can be stored in."""
 
     FP16 = "fp16"
     FP32 = "fp32"
@@ -37,7 +37,7 @@ def import_weights(
         bool,
         typer.Option(
             "--published",
-            help="Fetch and import the published set below (9 GB); other options replace parts of it.",
+            help="Download and import the published set listed above (9 GB); other options replace parts of it.",
             rich_help_panel=_FILES,
         ),
     ] = False,
@@ -45,7 +45,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Stable Diffusion 1.5: a diffusers folder, a hub id, or one .safetensors/.ckpt file.",
+            help="Stable Diffusion 1.5 weights: a diffusers folder, a hub id, or one .safetensors/.ckpt file.",
             rich_help_panel=_FILES,
         ),
     ] = None,
@@ -53,7 +53,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="AnimateDiff motion module: its file, a diffusers MotionAdapter, or a network that has one.",
+            help="AnimateDiff motion module: its checkpoint, a diffusers MotionAdapter, or a network with one.",
             rich_help_panel=_FILES,
         ),
     ] = None,
@@ -61,7 +61,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Motion transfer adapter; without it, it starts from the motion module's own projections.",
+            help="Motion-transfer adapter. Default: an untrained one, with the motion module's projections.",
             rich_help_panel=_FILES,
         ),
     ] = None,
@@ -69,7 +69,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Single file whose UNet, VAE and text encoder replace the base's, e.g. Realistic Vision.",
+            help="Single-file checkpoint whose UNet, VAE and text encoder replace the base's, e.g. Realistic Vision.",
             rich_help_panel=_FILES,
         ),
     ] = None,
@@ -77,7 +77,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="VAE that replaces the others', e.g. vae-ft-mse-840000-ema-pruned.safetensors.",
+            help="VAE to use instead of the base's or --dreambooth's, e.g. vae-ft-mse-840000-ema-pruned.safetensors.",
             rich_help_panel=_FILES,
         ),
     ] = None,
@@ -85,7 +85,7 @@ def import_weights(
         list[str] | None,
         typer.Option(
             metavar="SOURCE[:SCALE]",
-            help="LoRA to merge into the weights, at scale 1 if none is given; may be repeated.",
+            help="LoRA to merge into the weights; the default scale is 1. May be repeated.",
             rich_help_panel=_FILES,
         ),
     ] = None,
@@ -93,7 +93,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Tokenizer folder, where the base is a single file. [default: openai/clip-vit-large-patch14]",
+            help="Tokenizer folder, needed if the base is a single file. [default: openai/clip-vit-large-patch14]",
             rich_help_panel=_FILES,
             show_default=False,
         ),
@@ -101,11 +101,11 @@ def import_weights(
     prediction_type: Annotated[
         PredictionType | None,
         typer.Option(
-            help="What the UNet was trained to predict, where its file does not say so. [default: by the file]",
+            help="Prediction target that the UNet was trained for, if its file lacks it. [default: by the file]",
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[StoredType, typer.Option(help="Number type to store.")] = StoredType.FP16,
+    dtype: Annotated[StoredType, typer.Option(help="Dtype of the stored weights.")] = StoredType.FP16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Make one model folder from Stable Diffusion 1.5, an AnimateDiff motion module and the adapter.
