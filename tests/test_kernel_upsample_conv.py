@@ -1,0 +1,84 @@
+"""Upsampling and convolution as four small convolutions: against float64, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_testing import compiled, kernel_test, needs_triton, poisoned_memory
+
+from emt_kernels import upsample_conv as module
+from emt_kernels.upsample_conv import Plan, phase_weights, upsample_conv_reference
+
+few = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+def tensors(shape: tuple[int, int, int, int], outputs: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, (outputs, shape[1], 3, 3), (outputs,))
+    return [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+
+
+def test_the_four_convolutions_are_the_one() -> None:
+    """In float64, with PyTorch's own convolutions in the places of the kernel."""
+    x, weight, bias = tensors((2, 3, 4, 5), 6, torch.float64, "cpu")
+    phases = phase_weights(weight).double()
+    found = torch.empty(2, 6, 8, 10, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    for phase in range(4):
+        a, b = divmod(phase, 2)
+        kernel = phases[phase].unflatten(0, (2, 2)).permute(3, 2, 0, 1)
+        found[:, :, a::2, b::2] = torch.nn.functional.conv2d(padded[:, :, a : a + 5, b : b + 6], kernel, bias)
+    torch.testing.assert_close(found, upsample_conv_reference(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@kernel_test
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 6), st.integers(1, 6)),
+    outputs=st.integers(1, 40),
+    dtype=st.sampled_from(["float16", "float32"]),
+    channels_last=st.booleans(),
+)
+@few
+def test_any_shape(
+    device: str, shape: tuple[int, int, int, int], outputs: int, dtype: str, channels_last: bool
+) -> None:
+    x, weight, bias = tensors(shape, outputs, getattr(torch, dtype), device)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    phases = phase_weights(weight)
+    with poisoned_memory():
+        y = module.launch(x, phases, bias, Plan(16, 16, 16, 4, 2))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    exact = upsample_conv_reference(*(t.double() for t in (x, weight, bias)))
+    terms = upsample_conv_reference(*(t.double().abs() for t in (x, weight, bias)))
+    eps = torch.finfo(y.dtype).eps  # of the result, and of weights that were added
+    assert ((y.double() - exact).abs() <= eps * (exact.abs() + terms) + 1e-5 * terms).all()
+
+
+def test_other_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(6, 3, 1, 1\)"):
+        phase_weights(torch.zeros(6, 3, 1, 1))
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_it_compiles_for_real_gpus(capability: int) -> None:
+    chosen = Plan()
+    constants = {"ROWS": chosen.rows, "COLUMNS": chosen.columns, "DEPTH": chosen.depth, "GROUP": 8}
+    pointers = dict.fromkeys(("x", "weight", "bias", "out"), "fp16")
+    made = compiled(
+        module._upsample_conv,
+        pointers,
+        constants,
+        capability,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+        multiples=("pixels", "inputs", "outputs"),
+    )
+    assert made.asm["cubin"]
+    ptx = made.asm["ptx"]
+    assert ("wgmma" if capability == 90 else "mma.sync") in ptx
+    assert "cp.async" in ptx
+    assert made.metadata.shared <= 164 * 1024
