@@ -141,7 +141,8 @@ class Settings:
         Preset,
         _clip(
             "Sampling defaults. exact: the model's own. fast: an approximation in less time, by fewer steps of a "
-            "better sampler, guidance in the first steps only and reuse of deep features. Explicit options take precedence."
+            "better sampler, guidance in the first steps only and reuse of deep features. Explicit options take "
+            "precedence."
         ),
     ] = Preset.EXACT
     guidance_until: Annotated[
