@@ -122,7 +122,7 @@ def make_plan(options: TransferOptions) -> Plan:
     known = journal.Known()
     past = estimates.PastTimings.read(_remembering(journal.lines(options.out), known), model_sha256, device)
     source = (
-        f"{past.jobs} earlier clips on this device"
+        f"{past.jobs} earlier clip{'' if past.jobs == 1 else 's'} on this device"
         if past
         else "a rough model of the arithmetic, as nothing was made here with this model on this device"
     )
