@@ -84,11 +84,11 @@ def measure(options: argparse.Namespace) -> None:
             kept = options.folder / f"caches-{way}"
             if caches == "empty caches":
                 shutil.rmtree(kept, ignore_errors=True)
-            told = start(options, way, kept, end)
-            if told is None:
+            line = start(options, way, kept, end)
+            if line is None:
                 print(f"{way}, {caches}: left out", flush=True)
                 break
-            row = json.loads(told)
+            row = json.loads(line)
             print(f"{f'{way}, {caches}':22}" + "".join(f"{row[name]:9.2f}" for name in COLUMNS), flush=True)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/containers.py [--only mp4,mpegts] [--markdown docs/reading-video.md]
 
-Each clip has numbered frames. One counts as read if it has the frames that the same ffmpeg decodes when it is asked
+Each clip has numbered frames. One counts as read if it has the frames that the same ffmpeg decodes when requested
 for all of them without any of this project's options, in the same order and colours, and without a warning; as refused
 if there is one error that names the file. All else is a violation: wrong frames, a warning about a whole clip, a
 traceback. Files that ffmpeg itself cannot read back (many codecs have no place in many containers, and it writes them

@@ -4,7 +4,7 @@
     python benchmarks/kernels.py temporal_attention_plans group_norm_silu_plans geglu_linear_plans
     python benchmarks/kernels.py --skip-compile group_norm_one_read_plans upsample_conv_plans    # not in the network
 
-A row tells milliseconds, the memory traffic that the operation cannot avoid per second, that rate as a share of a
+A row lists milliseconds, the memory traffic that the operation cannot avoid per second, that rate as a share of a
 measured device copy's, the two references' milliseconds, the relative error against the reference in float32, and
 the seconds of the first call, which compiles. Everything is timed within a CUDA graph that calls the operation on
 many inputs in turn, more than the cache holds. The second form times every way to divide the work, not only the one
@@ -217,13 +217,13 @@ def geglu_cases() -> Iterator[Case]:
         yield Case(f"geglu {shape}", inputs, geglu, geglu_reference, 3 * torch.Size(shape).numel())
 
 
-def product_and_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def matmul_and_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Separate matmul and `geglu`, which `geglu_linear` replaces."""
     return geglu(F.linear(x, weight, bias))
 
 
 def geglu_linear_cases() -> Iterator[Case]:
-    """The same layers with their product, by one kernel and by two, in the parts that inference takes at once."""
+    """The same layers with their matmul, by one kernel and by two, in the parts that inference takes at once."""
     for channels, tokens in ((320, 32768), (640, 32768), (1280, 8192), (1280, 2048)):
 
         def inputs(channels: int = channels, tokens: int = tokens) -> tuple[Any, ...]:
@@ -233,11 +233,11 @@ def geglu_linear_cases() -> Iterator[Case]:
         name = f"{tokens}×{channels}"
         traffic = 2 * (5 * tokens * channels + 8 * channels * channels)
         yield Case(f"geglu_linear {name}", inputs, geglu_linear, geglu_linear_reference, traffic)
-        yield Case(f"product and geglu {name}", inputs, product_and_geglu, geglu_linear_reference, traffic, alone=True)
+        yield Case(f"matmul and geglu {name}", inputs, matmul_and_geglu, geglu_linear_reference, traffic, alone=True)
 
 
 def geglu_linear_plan_cases() -> Iterator[Case]:
-    """The product and `geglu`, then the one kernel under every plan; names end with the plan."""
+    """The matmul and `geglu`, then the one kernel under every plan; names end with the plan."""
     plan = geglu_linear_module.Plan
     plans = [
         plan(128, 64, 64, 4, 3, 0, True),

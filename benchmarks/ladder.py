@@ -91,8 +91,8 @@ LADDER = (
     Rung("layer-norm", "+ kernel: layer_norm", ("layer_norm",)),
     Rung("geglu", "+ kernel: geglu", ("geglu",)),
     Rung("cudnn", "+ cuDNN's attention within a frame", ("cudnn",)),
-    Rung("fused-qkv", "+ one product for query, key and value", ("fuse",)),
-    Rung("residuals", "+ residuals in products", ("residuals",)),
+    Rung("fused-qkv", "+ one matmul for query, key and value", ("fuse",)),
+    Rung("residuals", "+ residual adds in matmuls", ("residuals",)),
     Rung("conv-biases", "+ biases of convolutions in norms", ("conv-biases",)),
     Rung("geglu-linear", "+ kernel: geglu_linear", ("fuses",)),
     Rung("graph", "+ CUDA graph of the step", ("graph",)),
@@ -142,7 +142,7 @@ class Bench:
         return self._pipe
 
     def inputs(self, pipe: MotionTransferPipeline, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
-        """A guided batch of two at the size of `motion`, its timestep and its text."""
+        """A batch of two with classifier-free guidance at the size of `motion`, its timestep and its text."""
         scale = pipe.vae_scale_factor
         shape = (2, 4, motion.frames, motion.height // scale, motion.width // scale)
         sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(pipe.device, pipe.unet.dtype)
@@ -291,7 +291,7 @@ KINDS = {
     "geglu": r"geglu",
     "spatial attention": r"flash|fmha|sdpa|attention|mha",
     "convolution": r"conv|fprop|xmma_.*nhwc|implicit|dgrad",
-    "matrix product": r"gemm|cutlass|nvjet|cublas|wgmma|s161616|splitK",
+    "matmul": r"gemm|cutlass|nvjet|cublas|wgmma|s161616|splitK",
     "copy": r"[cC]opy|Cat|Memcpy|Memset|FillFunctor",
     "elementwise": r"elementwise|vectorized|upsample|softmax|reduce|index",
 }
@@ -303,7 +303,7 @@ OPERATORS = {
     "geglu": r"emt::geglu",
     "spatial attention": r"scaled_dot_product",
     "convolution": r"convolution",
-    "matrix product": r"aten::(mm|addmm|bmm|linear|_scaled_mm)",
+    "matmul": r"aten::(mm|addmm|bmm|linear|_scaled_mm)",
     "copy": r"aten::(cat|copy_|clone|_to_copy|contiguous)",
 }
 #: Products that add in place: as many operations as those that do not.
@@ -340,13 +340,13 @@ class Count(TorchDispatchMode):
 
 
 def ceilings() -> dict[str, float]:
-    """Ceilings of this GPU: bytes a second of a large copy, read plus written; operations a second of a product."""
+    """Ceilings of this GPU: bytes a second of a large copy, read plus written; operations a second of a matmul."""
     half = {"device": "cuda", "dtype": torch.float16}
     source, target = torch.randn(2**30, **half), torch.empty(2**30, **half)
     copy = 2 * source.numel() * source.element_size() / median_ms(lambda: target.copy_(source))
     x, y = torch.randn(8192, 8192, **half), torch.randn(8192, 8192, **half)
-    product = 2 * 8192**3 / median_ms(lambda: x @ y)
-    return {"copy_TB_s": copy * 1e3 / 1e12, "product_TFLOP_s": product * 1e3 / 1e12}
+    matmul = 2 * 8192**3 / median_ms(lambda: x @ y)
+    return {"copy_TB_s": copy * 1e3 / 1e12, "matmul_TFLOP_s": matmul * 1e3 / 1e12}
 
 
 def durations(work: Callable[[], object], repeats: int, enough: float = math.inf) -> list[float]:
@@ -418,7 +418,7 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
     for kind, row in rows.items():
         row["TFLOP"], row["GB"] = count.flop[kind] / 1e12, count.bytes[kind] / 1e9
         seconds = row["ms"] / 1e3
-        row["share_of_product"] = row["TFLOP"] / seconds / limits["product_TFLOP_s"]
+        row["share_of_matmul"] = row["TFLOP"] / seconds / limits["matmul_TFLOP_s"]
         row["share_of_copy"] = row["GB"] / 1e3 / seconds / limits["copy_TB_s"]
     longest.sort(reverse=True)
     return {
@@ -446,12 +446,12 @@ def show(row: dict[str, Any]) -> None:
 def show_parts(parts: dict[str, Any]) -> None:
     """Print the last rung's kinds of kernels against the ceilings."""
     limits = parts["ceilings"]
-    print(f"\nceilings: copy {limits['copy_TB_s']:.2f} TB/s, fp16 product {limits['product_TFLOP_s']:.0f} TFLOP/s")
-    print(f"  {'kind':20} {'ms':>8} {'kernels':>8} {'TFLOP':>8} {'GB':>8} {'of product':>11} {'of copy':>9}")
+    print(f"\nceilings: copy {limits['copy_TB_s']:.2f} TB/s, fp16 matmul {limits['matmul_TFLOP_s']:.0f} TFLOP/s")
+    print(f"  {'kind':20} {'ms':>8} {'kernels':>8} {'TFLOP':>8} {'GB':>8} {'of matmul':>11} {'of copy':>9}")
     for kind, row in sorted(parts["kinds"].items(), key=lambda item: -item[1]["ms"]):
         print(
             f"  {kind:20} {row['ms']:8.2f} {row['kernels']:8.0f} {row['TFLOP']:8.2f} {row['GB']:8.2f} "
-            f"{row['share_of_product']:10.0%} {row['share_of_copy']:9.0%}"
+            f"{row['share_of_matmul']:10.0%} {row['share_of_copy']:9.0%}"
         )
     print("  step, ms, by tokens at once in feed-forward layers:")
     for tokens, took in parts["tokens_at_once_ms"].items():
@@ -482,12 +482,12 @@ def main() -> None:
 
     versions = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{versions}; 16 frames of {options.size}×{options.size}, guidance, DDIM 25 steps")
-    told: dict[str, Any] = {"versions": versions, "rows": []}
+    results: dict[str, Any] = {"versions": versions, "rows": []}
 
-    def tell(**more: Any) -> None:
-        told.update(more)
+    def save(**more: Any) -> None:
+        results.update(more)
         if options.output:
-            options.output.write_text(json.dumps(told, indent=1))
+            options.output.write_text(json.dumps(results, indent=1))
 
     def climb(rung: Rung) -> None:
         try:
@@ -496,10 +496,10 @@ def main() -> None:
             traceback.print_exc()
             return
         row["relative_change"] = ((bench.outputs[rung.name] - truth).norm() / truth.norm()).item()
-        told["rows"].append(row)
-        told["rows"].sort(key=lambda row: [rung.name for rung in LADDER].index(row["rung"]))
+        results["rows"].append(row)
+        results["rows"].sort(key=lambda row: [rung.name for rung in LADDER].index(row["rung"]))
         show(row)
-        tell()
+        save()
 
     def disassemble(rung: Rung, name: str) -> None:
         try:
@@ -508,7 +508,7 @@ def main() -> None:
             traceback.print_exc()
             return
         show_parts(parts)
-        tell(**{name: parts})
+        save(**{name: parts})
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -520,7 +520,7 @@ def main() -> None:
             climb(last)
             disassemble(last, "parts")
         if "low-memory" in chosen:
-            tell(low_memory=low_memory(model, options.clip, options.size))
+            save(low_memory=low_memory(model, options.clip, options.size))
         rest = [rung for rung in LADDER if rung.name in chosen and rung is not last]
         for rung in rest:
             climb(rung)

@@ -83,10 +83,10 @@ def main() -> None:
             size = "sd15" if options.device.startswith("cuda") else "tiny"
             dtype = torch.float16 if size == "sd15" else torch.float32
             model = random_model(Path(folder) / "random", size=size, dtype=dtype)
-        told = measure(model, names, options)
+        rows = measure(model, names, options)
     if options.output:
-        options.output.write_text(json.dumps(told, indent=1))
-    good = [row for row in told if row["loss"]["value"] is not None and row["loss"]["value"] < LOSS]
+        options.output.write_text(json.dumps(rows, indent=1))
+    good = [row for row in rows if row["loss"]["value"] is not None and row["loss"]["value"] < LOSS]
     if good:
         best = min(good, key=lambda row: row["seconds"])
         print(f"\nfastest with a loss under {LOSS:.0%}: {best['name']} {CANDIDATES[best['name']]}")
@@ -113,7 +113,7 @@ def measure(model: Path, names: list[str], options: argparse.Namespace) -> list[
         jobs = jobs[:1] * TIMED
     print(f"{model}: {len(jobs)} clips of {pipe.config.frames} frames of {size[0]}×{size[1]} each")
     print(f"{'':34} {'s/clip':>8}  {'motion fidelity':24} {'loss, %':24} {'change':>8}")
-    told: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     exact: list[np.ndarray] = []
     baseline = np.array([])
     for name in names:
@@ -147,10 +147,10 @@ def measure(model: Path, names: list[str], options: argparse.Namespace) -> list[
             "change": statistics.mean(changes),
             "clips": len(jobs),
         }
-        told.append(row)
+        rows.append(row)
         percent = f"{100 * loss.value:.1f} [{100 * loss.low:.1f}, {100 * loss.high:.1f}]" if trained else "–"
         print(f"{name:34} {row['seconds']:8.3f}  {fidelity!s:24} {percent:24} {row['change']:8.3f}", flush=True)
-    return told
+    return rows
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
     main_process = os.environ.get("RANK", "0") == "0"
-    told: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         diffusers.utils.logging.disable_progress_bar()
@@ -144,7 +144,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             if found is None or not main_process:
                 continue
-            told.append(found)
+            rows.append(found)
             peak = "–" if found["peak_gib"] is None else f"{found['peak_gib']:.1f}"
             print(
                 f"| {row.replace('c', ', checkpointed')} | {found['gpus']} | "
@@ -153,7 +153,7 @@ def main() -> None:
                 flush=True,
             )
             if options.output:
-                options.output.write_text(json.dumps(told, indent=1) + "\n")
+                options.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

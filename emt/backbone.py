@@ -2,7 +2,7 @@
 
 A backbone is a video network with an adapter: it reads the motion of a reference in one pass, and denoises clips with
 it. Nothing outside its own folder below `emt.backbones` names its classes. Nothing here imports torch, so that a plan
-over thousands of jobs can ask for a network's limits and costs.
+over thousands of jobs can look up a network's limits and costs.
 """
 
 from __future__ import annotations

@@ -346,7 +346,7 @@ def check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torc
         part: of the network, and the file; for messages.
         given: the weights.
         wanted: shapes by name.
-        guess: what the file may be instead, where the caller can tell.
+        guess: what the file may be instead, if the caller knows.
 
     Raises:
         EmtError: if they differ; it counts the keys that do and names the first of each kind.

@@ -25,7 +25,7 @@ def contact_sheet(
         columns: Blocks beside each other at most.
         frames: Frames of a clip at most, from its first to its last.
         lines: Lines of a caption at most; what they cannot hold is left out.
-        labels: What the rows of every block are, told at the left edge.
+        labels: Names of the rows of every block, written at the left edge.
     """
     clips = [clip for _, own in blocks for clip in own]
     count = min(frames, max(map(len, clips)))

@@ -42,7 +42,7 @@ class Device:
             kernels: auto, triton or reference; chosen for the whole process.
 
         Raises:
-            EmtError: this machine has no such device, or Triton's kernels or fp8 are asked for and do not run on it.
+            EmtError: this machine has no such device, or Triton's kernels or fp8 are requested and do not run on it.
         """
         import torch
 
@@ -53,11 +53,11 @@ class Device:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if int(place.split(":")[1]) >= count:
                 found = f"PyTorch finds {count} CUDA device{'' if count == 1 else 's'}"
-                raise EmtError(f"there is no device {device}: {found}", "Use --device cpu, or ask `emt doctor`.")
+                raise EmtError(f"there is no device {device}: {found}", "Use --device cpu, or run `emt doctor`.")
             name = torch.cuda.get_device_name(place)
         elif device == "mps":
             if not torch.backends.mps.is_available():
-                raise EmtError("there is no device mps on this machine", "Use --device cpu, or ask `emt doctor`.")
+                raise EmtError("there is no device mps on this machine", "Use --device cpu, or run `emt doctor`.")
             place, name = "mps", "mps"
         else:
             place, name = "cpu", "cpu"
@@ -74,7 +74,7 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision as torch names it; that of all but the widest products with fp8."""
+        """The precision as torch names it; with fp8, that of all but the widest matmuls."""
         import torch
 
         half = torch.float16
@@ -88,7 +88,7 @@ class Device:
             torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def synchronize(self) -> None:
-        """Wait until all that was asked of the device is done, so that the clock tells the truth."""
+        """Wait until the device has done all of its work, so that wall-clock timings are true."""
         if self.is_gpu:
             import torch
 
@@ -141,18 +141,18 @@ def check_fp8(device: torch.device | str) -> None:
     raise EmtError(f"{problem} (the device is {device})", "Allowed here are --precision auto, fp32, fp16 and bf16.")
 
 
-def _choose_kernels(place: str, asked: str) -> tuple[str, str]:
+def _choose_kernels(torch_device: str, requested: str) -> tuple[str, str]:
     """Kernels that run on a device, and why."""
     from emt_kernels.selection import select
 
     try:
-        if place.startswith("cuda"):
-            return select(asked)  # type: ignore[arg-type]
-        if asked == "triton":
-            raise RuntimeError(f"Triton's kernels need a CUDA GPU, the device is {place}")
+        if torch_device.startswith("cuda"):
+            return select(requested)  # type: ignore[arg-type]
+        if requested == "triton":
+            raise RuntimeError(f"Triton's kernels need a CUDA GPU, the device is {torch_device}")
     except RuntimeError as error:
-        raise EmtError(str(error), "Use --kernels auto, or ask `emt doctor`.") from None
-    return "reference", "asked for" if asked == "reference" else f"the device is {place}"
+        raise EmtError(str(error), "Use --kernels auto, or run `emt doctor`.") from None
+    return "reference", "requested" if requested == "reference" else f"the device is {torch_device}"
 
 
 def _system_memory() -> int:
@@ -165,7 +165,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a computation failed for want of memory, on a GPU or on a CPU."""
     import torch
 
-    told = str(error)
+    message = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in told or "can't allocate memory" in told)
+        isinstance(error, RuntimeError) and ("not enough memory" in message or "can't allocate memory" in message)
     )

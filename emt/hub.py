@@ -81,7 +81,7 @@ def locate(
         folder: chooses the files of a folder; None where a single file is meant. A repository that is no such folder
             must hold a single file of weights.
         hint: of messages, where another than the usual one helps.
-        on_fetch: told of progress.
+        on_fetch: Called with the progress.
 
     Raises:
         EmtError: if there is nothing of the name, or it cannot be fetched.
@@ -112,7 +112,7 @@ def locate(
 
 def _fetch(place: HubPath, kind: str, choose: Choose | None, on_fetch: OnFetch | None) -> Path:
     """The path in the cache of a file, or of a folder with the chosen files."""
-    # The list is asked for first: without a network it fails at once, where a file would be tried for half a minute.
+    # The list is requested first: without a network it fails at once, where a file would be tried for half a minute.
     names, online = _list(place)
     if PurePosixPath(place.path).suffix in CHECKPOINT_SUFFIXES:
         return _fetch_file(place, place.path, on_fetch, online=online)
@@ -197,7 +197,7 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
     reasons: list[tuple[type[Exception], str]] = [
-        (errors.GatedRepoError, "its owner asks that terms be accepted on its page; then log in with `hf auth login`"),
+        (errors.GatedRepoError, "its terms must be accepted on its page; then log in with `hf auth login`"),
         (errors.RepositoryNotFoundError, "there is no such repository, or it is private (`hf auth login`)"),
         (errors.RevisionNotFoundError, "there is no such branch, tag or commit"),
         (errors.LocalEntryNotFoundError, "it is not in the cache, and there is no network or HF_HUB_OFFLINE is set"),

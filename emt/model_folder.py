@@ -277,7 +277,7 @@ def new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
-        # The lock goes with the process that holds it: what a killed import left can be told from one at work.
+        # The lock goes with the process that holds it: what a killed import left is distinguishable from one at work.
         lock = os.open(partial, os.O_RDONLY)
         try:
             try:

@@ -129,8 +129,8 @@ class PromptEncoder:
         return len(missing)
 
     def _key(self, prompt: str) -> str:
-        told = json.dumps([1, self.digest, self.tokens, cleaned(prompt)])
-        return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
+        content = json.dumps([1, self.digest, self.tokens, cleaned(prompt)])
+        return hashlib.sha256(content.encode("utf-8", "backslashreplace")).hexdigest()
 
     def _find(self, prompt: str) -> Tensor | None:
         key = self._key(prompt)

@@ -92,7 +92,7 @@ class NonFiniteError(EmtError):
 
 
 def noise_generator(seed: int) -> torch.Generator:
-    """Random numbers of a seed, the same on every device; whole numbers of any size are told apart.
+    """Random numbers of a seed, the same on every device; whole numbers of any size are distinct seeds.
 
     The generator itself reads 32 bits of a seed. Of larger seeds a hash is taken, so that they are not the same clip as
     their last 32 bits.

@@ -91,9 +91,9 @@ class Vocabulary:
     def check(self, prompt: str, hint: str = "emt doctor lists those that it knows.") -> None:
         """Raise EmtError with `hint` unless the model knows all words of a prompt."""
         if unknown := self.unknown(prompt):
-            asked, named = shorten(prompt, 200, placeholder=" …"), ", ".join(dict.fromkeys(unknown))
+            shown, named = shorten(prompt, 200, placeholder=" …"), ", ".join(dict.fromkeys(unknown))
             raise EmtError(
-                f"the prompt {asked!r} has words that the model does not know: {named}",
+                f"the prompt {shown!r} has words that the model does not know: {named}",
                 hint,
             )
 

@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "up-block-1": ("reference in up block 1 only", ["--fusion-blocks", "1"]),
     "unfiltered": ("without pair filter", ["--mismatched", "0.3"]),
 }
-"""Name of the result, row of the table, and what `recipes.train_adapter` is told."""
+"""Name of the result, row of the table, and arguments of `recipes.train_adapter`."""
 
 COLUMNS = {
     "temporal_consistency": "temporal consistency",
@@ -151,7 +151,7 @@ class Row:
         clips = play(self.pipeline, cases.references if self.reference else None, cases.captions, 0, batch, **how)
         pairs = zip(tracklets, _frames(clips), strict=True)
         self.tracked = [pool.submit(_measure, reference.result(), frames) for reference, frames in pairs]
-        self.truth = evaluate_truth(judge, clips, cases.motions, cases.asked, cases.worn)
+        self.truth = evaluate_truth(judge, clips, cases.motions, cases.requested, cases.worn)
         self.alignment = prompt_alignments(judge, clips, cases.captions)
 
     def estimates(self) -> dict[str, Estimate]:
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         train_variants(names, o)
         print(f"[ablations] trained after {time.monotonic() - started:.0f} s", flush=True)
-    # Training has asked for plain PyTorch.
+    # Training has selected plain PyTorch.
     selection.select("auto")
     cases = Cases.draw(make_world(torch.device(o.device), TINY if o.tiny else SMALL), o.clips, o.seed)
     rows = evaluate(load_rows(names, o), judge, cases, o)

@@ -159,7 +159,7 @@ def adapter_loss(
     """Loss of denoising targets that move as their references do, plus that of telling how they move.
 
     The reference pass runs the frozen backbone, without gradients. Of a target everything can be read at any noise
-    level, since its reference tells.
+    level, since its reference shows it.
 
     Args:
         model: the network, with its adapter.

@@ -93,20 +93,20 @@ class Cases:
     """Held-out clips: n motions, prompted in one appearance and played by references in another."""
 
     motions: Motions
-    asked: Appearances
+    requested: Appearances
     worn: Appearances  # by the references
     references: Tensor  # (n, frames, 3, height, width) uint8
-    exact: Tensor  # what is asked for, rendered
+    exact: Tensor  # what is requested, rendered
     captions: list[str]
 
     @classmethod
     def draw(cls, world: World, clips: int, seed: int, *, held_out: bool = True) -> Cases:
         """So many cases; `held_out` as for `draw_cases`."""
         generator = torch.Generator(world.device).manual_seed(1000 + seed)
-        motions, asked, worn = draw_cases(world, clips, generator, held_out=held_out)
-        exact = world.render(motions, asked, generator=generator).cpu()
+        motions, requested, worn = draw_cases(world, clips, generator, held_out=held_out)
+        exact = world.render(motions, requested, generator=generator).cpu()
         references = world.render(motions, worn, generator=generator).cpu()
-        return cls(motions, asked, worn, references, exact, world.captions(asked, motions))
+        return cls(motions, requested, worn, references, exact, world.captions(requested, motions))
 
 
 def evaluate(
@@ -123,11 +123,12 @@ def evaluate(
 ) -> tuple[dict[str, Truth], Image.Image]:
     """The columns of the table by name, and a contact sheet of the first clips."""
     cases = [Cases.draw(world, clips, seed, held_out=held_out) for seed in range(seeds)]
-    motions, asked, worn = (joined([getattr(case, name) for case in cases]) for name in ("motions", "asked", "worn"))
+    names = ("motions", "requested", "worn")
+    motions, requested, worn = (joined([getattr(case, name) for case in cases]) for name in names)
     exact = torch.cat([case.exact for case in cases])
 
     def measured(videos: Tensor) -> Truth:
-        return evaluate_truth(judge, videos, motions, asked, worn)
+        return evaluate_truth(judge, videos, motions, requested, worn)
 
     runs = list(enumerate(cases))
     adapted = torch.cat([play(pipeline, c.references, c.captions, seed, batch, **how) for seed, c in runs])

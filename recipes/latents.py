@@ -28,7 +28,7 @@ def latents_path(out: Path, rank: int) -> Path:
 
 
 SUBJECT_WEIGHT = 3.0
-"""Extra weight of the loss where a subject is: subjects are a tenth of the picture and most of what prompts ask for."""
+"""Extra weight of the loss where a subject is: they are a tenth of the picture, and prompts describe mostly them."""
 
 
 @dataclass
@@ -127,12 +127,12 @@ class Clips:
         worn = torch.where(chance[0] < realistic, rendered, looks[:, -1])
         source = torch.where(chance[1] < mismatched, self._index(len(self.latents), n, generator), motion)
         references = {"latents": self.latents[source, worn], **self.truth(source, worn)}
-        motion, asked = motion.repeat(targets), looks[:, :targets].T.flatten()
+        motion, requested = motion.repeat(targets), looks[:, :targets].T.flatten()
         return references, {
-            "latents": self.latents[motion, asked],
-            "tokens": self._captions(motion, asked, generator, drop),
+            "latents": self.latents[motion, requested],
+            "tokens": self._captions(motion, requested, generator, drop),
             "subject": SUBJECT_WEIGHT * self.subjects[motion][:, None].float(),
-            **self.truth(motion, asked),
+            **self.truth(motion, requested),
         }
 
     def truth(self, motion: Tensor, view: Tensor) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ REFERENCE_TIMESTEP = 20
 """Noise level at which the small model reads references.
 
 The published 400 is meant for latents of 64×64. Of 16×16, with a sixteenth of the values to average over, it leaves
-less than is needed: what a backbone itself sees at 400 tells paths (correlation 0.999 with the truth), but not how
+less than is needed: what a backbone itself sees at 400 shows paths (correlation 0.999 with the truth), but not how
 subjects turn (0.1; 0.97 at 50), and the camera's way only in part (0.77).
 """
 

@@ -256,7 +256,7 @@ class GraphTrainer:
             with torch.cuda.graph(first, stream=stream):
                 self._update()
             return [first]
-        # Thread-local: NCCL's watchdog, a thread of its own, may ask for events meanwhile.
+        # Thread-local: NCCL's watchdog, a thread of its own, may query events meanwhile.
         with torch.cuda.graph(first, stream=stream, capture_error_mode="thread_local"):
             loss = self._backward()
         with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode="thread_local"):

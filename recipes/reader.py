@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class MotionReader(nn.Module):
     """Linear maps from what layers of a backbone pass on to how everything moves and how subjects are held.
 
-    A small backbone that only denoises tells its adapter where things are, and not how they move (recipes/README.md).
+    A small backbone that only denoises shows its adapter where things are, and not how they move (recipes/README.md).
     The maps read hidden states as they are: through a layer norm, as the adapter has them, a network does not begin to
     learn what moves. They are thrown away after training.
 
@@ -51,7 +51,7 @@ class MotionReader(nn.Module):
             hidden: of noisy clips, after each layer: (batch·frames, channels, height, width).
             displacement: (batch, frames, 2, height, width), pixels.
             pose: (batch, frames, 4, height, width), `Motions.poses`: read where subjects are.
-            upright: (batch,) 1 where sine and cosine of the rotation can be told, 0 where subjects have no upright.
+            upright: (batch,) 1 where sine and cosine of the rotation are defined, 0 where subjects have no upright.
             share: (batch,) of each clip in the sum; what noise hides cannot be read.
         """
         batch = displacement.shape[:2]

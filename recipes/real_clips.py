@@ -4,9 +4,9 @@
     python -m recipes.real_clips --clips walk.mp4 pan.mp4 --prompts "a red car over the city" --seeds 2 --out build/real
 
 Every reference is played with every prompt and seed. Writes OUT/clips, OUT/pairs.jsonl (for `emt evaluate`),
-OUT/real_clips.md, .jsonl and .png. Clips whose motion is mostly the camera's are told from those of subjects by their
-tracked points, and the correlation of global motion is averaged over the former. A clip takes about 20 seconds on two
-CPU cores, measuring a pair two seconds of a core.
+OUT/real_clips.md, .jsonl and .png. Clips whose motion is mostly the camera's are separated from those of subjects
+by their tracked points, and the correlation of global motion is averaged over the former. A clip takes about 20 seconds
+on two CPU cores, measuring a pair two seconds of a core.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def show(references: Sequence[Reference], rows: Sequence[Row]) -> Image.Image:
             if row.pair.reference != reference.path or row.error is not None:
                 continue
             camera = row.values["camera"]
-            told = f"fidelity {row.values['motion_fidelity']:.2f}"
-            told += f", camera {camera:.2f}" if camera is not None else ""
+            label = f"fidelity {row.values['motion_fidelity']:.2f}"
+            label += f", camera {camera:.2f}" if camera is not None else ""
             frames = read_clip(row.pair.result, frames=len(reference.clip.frames)).frames
-            blocks.append((f"  {told}: {row.pair.prompt}", [frames]))
+            blocks.append((f"  {label}: {row.pair.prompt}", [frames]))
     return contact_sheet(blocks)
 
 

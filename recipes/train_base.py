@@ -136,8 +136,8 @@ def video_loss(
 ) -> Tensor:
     """`motion_loss` of clips, plus the like of targets which move as the first of them do.
 
-    Gradients go through the references' features too: the backbone learns to tell what the adapter needs to know.
-    Of a target everything can be read at any noise level, since its reference tells.
+    Gradients go through the references' features too: the backbone learns to encode what the adapter needs.
+    Of a target everything can be read at any noise level, since its reference shows it.
 
     Args:
         unet: with an adapter.
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unet.load_state_dict(
                 unet.state_dict() | {key: value for key, value in learnt.items() if ".scaler." not in key}
             )
-        # Half open throughout: while features tell little yet, scalers that learn close those of the finer level.
+        # Half open throughout: while features say little yet, scalers that learn close those of the finer level.
         for key, parameter in unet.named_parameters():
             parameter.requires_grad_(".scaler." not in key)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)

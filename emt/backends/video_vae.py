@@ -32,7 +32,7 @@ def latent_frames(frames: int) -> int:
 
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Normalized latents of a clip, the means of what the VAE tells of them.
+    """Normalized latents of a clip, the means of the VAE's posterior.
 
     Args:
         vae: on the device to compute on.

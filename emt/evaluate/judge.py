@@ -27,7 +27,7 @@ from emt.storage import apply_umask
 from emt.synthetic.motions import discs
 
 SIZE = 128  # side of the frames that the judge sees
-STRIDE = 4  # pixels between the cells that say what lies at them
+STRIDE = 4  # pixels between the cells that are classified
 GRID = SIZE // STRIDE
 _REACH = 5  # cells that the search for the camera's motion reaches: 20 pixels a frame
 USUAL_SIDE = 32.0  # sprite side at which log size is 0
@@ -38,7 +38,7 @@ SHIPPED = Path(__file__).with_name("judge.safetensors")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that a judge tells apart."""
+    """The words that a judge distinguishes."""
 
     subjects: tuple[str, ...]
     colours: tuple[str, ...]
@@ -82,7 +82,7 @@ class Reading:
 class Maps:
     """Outputs of the network for each frame; `GRID` × `GRID` cells."""
 
-    heat: Tensor  # (n, cells) logits: the centre of a subject lies here
+    heat: Tensor  # (n, cells) logits: the centre of a subject is here
     offset: Tensor  # (n, 2, cells) from the cell's centre to the subject's, in cells
     size: Tensor  # (n, cells) log(side / 32)
     scene: Tensor  # (n, scenes) logits
@@ -120,7 +120,7 @@ class Judge(nn.Module):
     a dense prediction of how the scene moves, so zoom and roll come out of geometry.
 
     Args:
-        vocabulary: The words to tell apart.
+        vocabulary: The words to distinguish.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -233,15 +233,15 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def observe(
-        self, clips: Tensor, subjects: Tensor, asked: Tensor | None = None, batch: int = 16, *, align: bool = False
+        self, clips: Tensor, subjects: Tensor, requested: Tensor | None = None, batch: int = 16, *, align: bool = False
     ) -> Reading:
         """Read whole clips.
 
         Args:
             clips: (n, frames, 3, height, width) uint8 or float in [0, 1]; other sizes than 128 are resized.
             subjects: (n,) how many subjects to find, 1 or 2.
-            asked: (n, 2, 2) subject and colour (indices) that each of two subjects should be: which of the two found
-                is called the first. What is found does not depend on it.
+            requested: (n, 2, 2) subject and colour (indices) that each of two subjects should be: which of the two
+                found is called the first. What is found does not depend on it.
             batch: Clips read at once.
             align: Make the camera exact by aligning frames (`emt.evaluate.alignment`), from what the network sees. A
                 clip takes a second on a CPU.
@@ -254,7 +254,7 @@ class Judge(nn.Module):
                 self._observe(
                     self._prepare(clips[part]),
                     subjects[part].to(self.device),
-                    None if asked is None else asked[part].to(self.device),
+                    None if requested is None else requested[part].to(self.device),
                     align,
                 )
             )
@@ -268,7 +268,7 @@ class Judge(nn.Module):
             clips = resized.unflatten(0, clips.shape[:2])
         return clips
 
-    def _observe(self, clips: Tensor, subjects: Tensor, asked: Tensor | None, align: bool) -> Reading:
+    def _observe(self, clips: Tensor, subjects: Tensor, requested: Tensor | None, align: bool) -> Reading:
         n, frames = clips.shape[:2]
         flat = clips.flatten(0, 1)
         maps = self(flat)
@@ -283,7 +283,7 @@ class Judge(nn.Module):
             return field.unflatten(0, (n, frames))
 
         # Which peak each subject is: (n, frames, 2).
-        order = _assign(by_clip(heat), by_clip(subject), by_clip(colour), subjects, asked)
+        order = _assign(by_clip(heat), by_clip(subject), by_clip(colour), subjects, requested)
 
         def pick(field: Tensor) -> Tensor:
             index = order[(...,) + (None,) * (field.ndim - 2)].expand(*order.shape, *field.shape[2:])
@@ -403,19 +403,19 @@ def _refine(maps: Maps, cell: Tensor) -> Tensor:
     return (summed[:, :2] / summed[:, 2:].clamp(min=1e-9)).transpose(1, 2)
 
 
-def _assign(heat: Tensor, subject: Tensor, colour: Tensor, subjects: Tensor, asked: Tensor | None) -> Tensor:
+def _assign(heat: Tensor, subject: Tensor, colour: Tensor, subjects: Tensor, requested: Tensor | None) -> Tensor:
     """Which peaks are the subjects: (n, frames, 2).
 
-    One subject is the highest peak. Two are the pair of peaks, in the order, that heat and (where asked for) subject
+    One subject is the highest peak. Two are the pair of peaks, in the order, that heat and (where requested) subject
     and colour speak for most.
     """
     log_heat = heat.clamp(min=1e-4).log()
     pairs = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [1, 2], [2, 1]], device=heat.device)
     score = log_heat[..., pairs].sum(-1)  # (n, frames, 6)
-    if asked is not None:
+    if requested is not None:
         for slot in range(2):
             words = [
-                field.gather(-1, asked[:, None, None, slot, i, None].expand(*field.shape[:3], 1))[..., 0]
+                field.gather(-1, requested[:, None, None, slot, i, None].expand(*field.shape[:3], 1))[..., 0]
                 for i, field in enumerate((subject, colour))
             ]
             liking = ((words[0] + words[1]) / 2 + 0.02).log()
@@ -471,8 +471,8 @@ def prompt_alignments(judge: Judge, clips: Tensor, prompts: Sequence[str]) -> li
     Returns:
         Numbers in [0, 1]; `None` where the prompt names no subject that the judge knows.
     """
-    asked = [read_prompt(prompt, judge.vocabulary) for prompt in prompts]
-    known = [(place, prompt) for place, prompt in enumerate(asked) if prompt is not None]
+    requested = [read_prompt(prompt, judge.vocabulary) for prompt in prompts]
+    known = [(place, prompt) for place, prompt in enumerate(requested) if prompt is not None]
     values: list[float | None] = [None] * len(prompts)
     if not known:
         return values

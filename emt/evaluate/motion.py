@@ -82,7 +82,7 @@ def tracklet_fidelity(reference: Tracklets, result: Tracklets) -> float:
     - Tracklets may be lost or begin late: steps seen in both are compared, at least half of the scored tracklet's.
 
     As published, a tracklet may find its partner anywhere in the frame. So zooming in and out, or rolling either way,
-    look alike to the score: every direction occurs somewhere. `emt.evaluate.camera` tells them apart.
+    look alike to the score: every direction occurs somewhere. `emt.evaluate.camera` distinguishes them.
     """
     return path_fidelity(moving(reference), moving(result))
 

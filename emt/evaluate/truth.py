@@ -108,8 +108,8 @@ def evaluate_truth(
             f"{motions.position.shape[1]} frames in {len(appearances)} appearances.",
             "Give one motion and one appearance for each clip.",
         )
-    asked = torch.stack([appearances.subject, appearances.colour], -1)
-    seen = judge.observe(clips, motions.subjects, asked, align=camera is None)
+    requested = torch.stack([appearances.subject, appearances.colour], -1)
+    seen = judge.observe(clips, motions.subjects, requested, align=camera is None)
     if camera is not None:
         seen = replace(seen, camera=camera)
     return compare(seen, motions, appearances, reference, readable=judge.readable > 0, seed=seed)
@@ -209,7 +209,7 @@ def _pair(true: Tensor, found: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def unwrap(angle: Tensor) -> Tensor:
     """Angles (frames, …) as a continuous curve that starts at 0.
 
-    How often it has gone round is told by the shortest turns of the mean direction of five frames: a single frame that
+    The number of revolutions is found from the shortest turns of the mean direction of five frames: a single frame that
     was misread is off by half a turn at most, and adds no whole one to all that follow.
     """
     directions = F.pad(torch.polar(torch.ones_like(angle), angle).movedim(0, -1), (2, 2))
@@ -232,14 +232,14 @@ def judge_floor(judge: Judge, world: World, clips: int = 256, *, seed: int = 1, 
 def draw_cases(
     world: World, clips: int, generator: torch.Generator, *, held_out: bool = True
 ) -> tuple[Motions, Appearances, Appearances]:
-    """Motions, and for each two appearances: the one to ask for and the reference's.
+    """Motions, and for each two appearances: the one to request and the reference's.
 
-    A third have two subjects, half a moving camera. `held_out` asks for families of motion and combinations
+    A third have two subjects, half a moving camera. `held_out` requests families of motion and combinations
     of subject, colour and scene that training never shows; references are dressed in trained combinations.
     """
     motions = world.motions(clips, generator, held_out=held_out, two_subjects=0.33, camera=0.5)
-    asked = world.appearances(motions, generator, held_out=held_out)
-    return motions, asked, world.appearances(motions, generator, held_out=False)
+    requested = world.appearances(motions, generator, held_out=held_out)
+    return motions, requested, world.appearances(motions, generator, held_out=False)
 
 
 def verdict(name: str, value: float, floor: float | None = None) -> str:

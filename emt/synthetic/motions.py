@@ -346,7 +346,7 @@ def _draw(names: tuple[str, ...], family: Tensor, make: Callable[[str], Tensor],
 def _cost(path: Tensor, two: Tensor) -> Tensor:
     """By how many pixels placements leave the frame, overlap, start level or grow too large or small: (n, candidates).
 
-    `path` stacks x, y, scale and rotation, each (n, candidates, 2, frames); `two` (n,) tells whether the second counts.
+    `path` stacks x, y, scale and rotation, each (n, candidates, 2, frames); `two` (n,) says whether the second counts.
     """
     x, y, scale, _ = path.unbind(0)
     reach = 0.42 * scale
@@ -468,7 +468,7 @@ def draw_motions(
     # Among equals the first: an order that does not depend on how a device breaks ties.
     best = (cost + 1e-4 * torch.arange(k, device=device)).argmin(1)
     row = torch.arange(n, device=device)[:, None]
-    # Captions are all that tells two subjects apart: the first one named is the one that starts further left.
+    # Captions alone distinguish two subjects: the first one named is the one that starts further left.
     start = x[row[:, 0], best, :, 0]  # (n, 2)
     swapped = (two & (start[:, 1] < start[:, 0])).long()
     order = torch.stack([swapped, 1 - swapped], -1)

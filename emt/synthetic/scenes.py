@@ -1,7 +1,7 @@
 """The scenes of the rendered world, painted as canvases larger than the frame.
 
 Landscapes have their horizon above the middle and rows of waves, dunes, trees or houses below it, so that every part of
-a canvas tells what it is and shows how the camera moves. Colours are muted, for subjects to stand out.
+a canvas shows what it is and how the camera moves. Colours are muted, for subjects to stand out.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def _spread(length: int, sigma: float, like: Tensor) -> Tensor:
 def blur(image: Tensor, sigma: float) -> Tensor:
     """Gaussian blur over the last two dimensions (…, height, width), edges repeated."""
     height, width = image.shape[-2:]
-    # Two matrix products: on small pictures far quicker than convolving channel by channel.
+    # Two matmuls: on small pictures far quicker than convolving channel by channel.
     return _spread(height, sigma, image) @ image @ _spread(width, sigma, image).mT
 
 

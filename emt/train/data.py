@@ -84,12 +84,12 @@ def find_pairs(
     """
     if not root.is_dir():
         raise EmtError(f"{root} is not a folder of pairs", PAIRS_LAYOUT)
-    told = _read_metadata(root, say)
+    shared = _read_metadata(root, say)
     pairs = []
     for motion in _listed(root):
         if not motion.is_dir():
             continue
-        records = told | _read_metadata(motion, say)
+        records = shared | _read_metadata(motion, say)
         try:
             clips = [path for path in _listed(motion) if is_clip(path)]
         except OSError as error:
@@ -183,8 +183,8 @@ class PairDataset(Dataset[Sample]):
     @cached_property
     def fingerprint(self) -> str:
         """Hash over the list of pairs."""
-        told = json.dumps([[str(p.reference), str(p.target), p.caption] for p in self.pairs])
-        return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
+        content = json.dumps([[str(p.reference), str(p.target), p.caption] for p in self.pairs])
+        return hashlib.sha256(content.encode("utf-8", "backslashreplace")).hexdigest()
 
     def pair(self, place: int, further: int = 0) -> Pair:
         """The pair whose turn it is at a place, or one further on in the same epoch."""
@@ -285,13 +285,13 @@ def write_pairs(
                 fresh = [clip for clip in clips if not (folder / clip.file).is_file()]
                 paths = [folder / clip.file for clip in fresh]
                 list(pool.map(write_clip, paths, [clip.frames for clip in fresh], [rendering.fps] * len(fresh)))
-                told = [{"file": clip.file, "caption": clip.caption, "role": clip.role} for clip in clips]
-                write_text(folder / METADATA, "".join(json.dumps(record) + "\n" for record in told))
+                records = [{"file": clip.file, "caption": clip.caption, "role": clip.role} for clip in clips]
+                write_text(folder / METADATA, "".join(json.dumps(record) + "\n" for record in records))
             yield number + 1, missing
 
 
 def _claim(out: Path, rendering: Rendering) -> None:
-    """Record how the pairs of a folder are made, or see that they were made in the same way."""
+    """Record how the pairs of a folder are made, or ensure that they were made in the same way."""
     path = out / SETTINGS
     wanted = asdict(rendering)
     try:

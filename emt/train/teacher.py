@@ -241,7 +241,7 @@ class Verdict:
 class Filter:
     """Thresholds for a teacher's clip to be trained on (EfficientMT filters its pairs by both measures).
 
-    The authors do not tell their thresholds. These are drawn from the rendered world, where the truth is known, two
+    The authors do not publish their thresholds. These are drawn from the rendered world, where the truth is known, two
     looks of 24 motions: clips of the same motion have a fidelity of at least 0.89, of different motions 0.78 or less
     in nine of ten cases; the consistency of clean clips is at least 0.94, with noise of 10 grey levels that differs
     from frame to frame 0.73, of 20 0.51, and near 0 where the content alternates. Five of six real clips at 16 frames

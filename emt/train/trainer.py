@@ -310,7 +310,7 @@ class Trainer:
         return True
 
     def _train_step(self, batches: Iterator[list[Sample]], stop: Callable[[], bool]) -> tuple[float, float, bool]:
-        """One step of the optimizer; its loss and gradient's norm, and whether some process was told to stop."""
+        """One step of the optimizer; its loss and gradient's norm, and whether some process was requested to stop."""
         total = torch.zeros((), device=self.accelerator.device)
         for part in range(self.settings.accumulate):
             samples = next(batches)
@@ -327,9 +327,9 @@ class Trainer:
             total += loss.detach()
         self.step += 1
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT)
-        # Processes see the same averaged gradients; the mean loss and the wish to stop they tell each other.
-        told = self.accelerator.reduce(torch.stack([total, norm, total.new_tensor(float(stop()))]), "mean").tolist()
-        if math.isfinite(told[0]) and math.isfinite(told[1]):
+        # Processes see the same averaged gradients; the mean loss and requests to stop are reduced.
+        reduced = self.accelerator.reduce(torch.stack([total, norm, total.new_tensor(float(stop()))]), "mean").tolist()
+        if math.isfinite(reduced[0]) and math.isfinite(reduced[1]):
             self.optimizer.step()
             self.ema.step(self.trained.values())
             self._skipped_in_a_row = 0
@@ -337,14 +337,14 @@ class Trainer:
             self.skipped += 1
             self._skipped_in_a_row += 1
         self.optimizer.zero_grad()
-        return told[0], told[1], told[2] > 0
+        return reduced[0], reduced[1], reduced[2] > 0
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def _described(self) -> dict[str, Any]:
         """Everything that determines the losses of a run."""
-        told: dict[str, Any] = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
-        return told | {"processes": self.accelerator.num_processes, "pairs": self.dataset.fingerprint}
+        described: dict[str, Any] = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
+        return described | {"processes": self.accelerator.num_processes, "pairs": self.dataset.fingerprint}
 
     def save_checkpoint(self) -> None:
         """Write RUN/checkpoints/step-N, whole or not at all, and remove those that are not kept.

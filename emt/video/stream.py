@@ -1,6 +1,6 @@
 """Video files, through two or three ffmpeg processes.
 
-The first demuxes the whole file without decoding it, which tells when every frame is presented (containers lie about
+The first demuxes the whole file without decoding it, which shows when every frame is presented (containers lie about
 counts, and rates vary), and decodes one frame for its real size and colours. The next decodes, and selects, crops,
 scales and converts inside ffmpeg, so that this process only ever holds the frames that are wanted, at the size that is
 wanted. Where decoded frames and packets do not agree, one more counts what is really decoded.

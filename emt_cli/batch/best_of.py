@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A clip that was made for a job: its seed, its place in a batch, and its score, 1 for the same motion."""
+    """A clip that was made for a job: its seed, its index in a batch, and its score, 1 for the same motion."""
 
     seed: int
     frames: np.ndarray
@@ -47,7 +47,7 @@ class BestOf:
         self.timings: Counter[str] = Counter()  # seconds, of all candidates
         self.peak = 0  # bytes
         self.error: EmtError | None = None  # of the last candidate that failed
-        self._told: dict[int, dict[str, Any]] = {}
+        self._results: dict[int, dict[str, Any]] = {}
         self._guard = threading.Lock()
 
     def add(self, candidate: Candidate, timings: Mapping[str, float], peak: int) -> bool:
@@ -56,17 +56,17 @@ class BestOf:
         with self._guard:
             self.timings.update(timings)
             self.peak = max(self.peak, peak)
-            self._told[candidate.seed] = {"seed": candidate.seed, "motion_fidelity": candidate.fidelity}
+            self._results[candidate.seed] = {"seed": candidate.seed, "motion_fidelity": candidate.fidelity}
             if self.best is None or self._rank(candidate) > self._rank(self.best):
                 self.best = candidate
-            return len(self._told) == len(self.jobs)
+            return len(self._results) == len(self.jobs)
 
     def fail(self, seed: int, error: EmtError) -> bool:
         """A candidate failed; returns whether it was the last that was missing."""
         with self._guard:
             self.error = error
-            self._told[seed] = {"seed": seed, "error": error.problem}
-            return len(self._told) == len(self.jobs)
+            self._results[seed] = {"seed": seed, "error": error.problem}
+            return len(self._results) == len(self.jobs)
 
     def _rank(self, candidate: Candidate) -> tuple[float, int]:
         return candidate.fidelity, -self._order.index(candidate.seed)
@@ -77,8 +77,8 @@ class BestOf:
 
     def record(self) -> dict[str, Any]:
         """Fields of a record: `first_seed`, the job's own, and all candidates in the order of their seeds."""
-        told = [self._told[seed] for seed in self._order if seed in self._told]
-        return {"best_of": {"first_seed": self.job.seed, "candidates": told}}
+        results = [self._results[seed] for seed in self._order if seed in self._results]
+        return {"best_of": {"first_seed": self.job.seed, "candidates": results}}
 
 
 def check_tracking(job: Job) -> None:
@@ -90,9 +90,9 @@ def check_tracking(job: Job) -> None:
 
 
 def describe_choice(line: Mapping[str, Any]) -> str:
-    """The choice that a journal line tells of, in words; empty if there was none."""
-    told = line.get("best_of")
-    if not told:
+    """The choice that a journal line records, in words; empty if there was none."""
+    choice = line.get("best_of")
+    if not choice:
         return ""
-    scores = {candidate["seed"]: candidate.get("motion_fidelity") for candidate in told["candidates"]}
+    scores = {candidate["seed"]: candidate.get("motion_fidelity") for candidate in choice["candidates"]}
     return f"best of {len(scores)}: seed {line['seed']}, motion fidelity {scores[line['seed']]:.3f}"

@@ -1,6 +1,6 @@
 """Estimates of what a job takes, before it is run: memory, seconds, bytes on disk; a model, not a measurement.
 
-Nothing here imports torch: a plan over thousands of jobs asks for each.
+Nothing here imports torch: a plan over thousands of jobs makes one for each.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """A job as records tell of it."""
+    """A job as records describe it."""
     line = {
         "reference": str(job.reference),
         "prompt": job.prompt,
@@ -57,7 +57,7 @@ def read_reference(job: Job, path: Path | None = None) -> Clip:
 
 
 def playback_rate(job: Job, reference_fps: float) -> float:
-    """Frames per second of a result: as asked, or the reference's pace, as far as the format can."""
+    """Frames per second of a result: as requested, or the reference's pace, as far as the format can."""
     fastest = 50.0 if job.settings.format.value == "gif" else 240.0
     return job.settings.fps or min(max(reference_fps, 0.1), fastest)
 
@@ -153,7 +153,7 @@ class Generator:
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.
         cache_dir: Folder of the caches, where encodings of prompts are kept, too; None for the user's.
-        say: Is told what was chosen and why.
+        say: Called with what was chosen and why.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Generator:
         self.model = model
         self.model_sha256 = model_sha256
         self.low_memory = low_memory
-        self._asked = device, precision, kernels
+        self._requested = device, precision, kernels
         self._say = say
         self._guard = threading.Lock()
         self._device: Device | None = None
@@ -188,7 +188,7 @@ class Generator:
 
     @property
     def device(self) -> Device:
-        """The device; threads may ask.
+        """The device, opened on first use; thread-safe.
 
         Raises:
             EmtError: there is none such.
@@ -197,7 +197,7 @@ class Generator:
             if self._device is None:
                 import emt.pipeline  # noqa: F401  (here, since two threads that import it at once trip over each other)
 
-                device = Device.open(*self._asked)
+                device = Device.open(*self._requested)
                 if self.low_memory and not device.is_gpu:
                     problem = f"--memory low spares the memory of CUDA GPUs, the device is {device.torch_device}"
                     raise EmtError(problem, "Leave it out.")
@@ -207,7 +207,7 @@ class Generator:
             return self._device
 
     def load(self) -> MotionTransferPipeline:
-        """The pipeline, loaded when it is first asked for.
+        """The pipeline, loaded on first use.
 
         Raises:
             EmtError: there is no such device, or the model cannot be opened on it.
@@ -314,7 +314,7 @@ class Generator:
 
         def stepped_to(done: int, steps: int) -> None:
             nonlocal stepped, wait_for_last
-            # One step ahead of the device is enough to keep it busy; further ahead, progress would tell of the future.
+            # One step ahead of the device is enough to keep it busy; further ahead, progress would be too early.
             wait_for_last()
             wait_for_last = self.device.mark()
             if done == steps:

@@ -46,7 +46,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_NAMED = 8  # unknown words that a warning names, and folders of which notes tell
+_NAMED = 8  # unknown words that a warning names, and folders that notes name
 _LONGEST = 700  # characters of a line of known ones
 
 
@@ -517,7 +517,7 @@ class PromptWarnings:
             named.append(f"“{word}”" + (f" ({' or '.join(near)}?)" if near else ""))
         more = f" and {len(new) - _NAMED} more words of the prompts" if len(new) > _NAMED else ""
         warning = f"warning: the model {self.model} does not know {', '.join(named)}{more}"
-        self._say(f"{warning}. It knows, as emt doctor tells, too:" if known else warning)
+        self._say(f"{warning}. Words that it knows (emt doctor lists all):" if known else warning)
         for line in known:
             self._say(f"  {line}")
 

@@ -28,7 +28,7 @@ process was started, phases (where they went; they add up to the whole), device,
 between the first and the last batch in which the device waited for data).
 
 **What a crash leaves.** For each job the order is: clip (written beside, synced, renamed), sidecar `<clip>.json` (the
-same way), journal line (one write, synced). So a line never tells of a clip that is not whole; a clip without a
+same way), journal line (one write, synced). So a line never names a clip that is not whole; a clip without a
 line carries its job's identity in its metadata and is adopted by the next run; and a torn last line is cut off
 when the journal is next opened for writing. One process at a time may be a writer: it holds a lock on `OUT/.lock`
 (others on `OUT/.lock-<writer>`), which the system drops when the process ends in whatever way.

@@ -52,13 +52,13 @@ class Listener(Protocol):
 
 
 class Outcomes:
-    """Writes down how jobs end, and tells a listener. Threads may share it.
+    """Writes down how jobs end, and notifies a listener. Threads may share it.
 
     A line is in the journal before anybody hears of it.
 
     Args:
         journal: Of the output folder.
-        listener: Is told.
+        listener: Called with each outcome.
 
     Attributes:
         counts: Jobs by state: done, skipped, dropped, failed.

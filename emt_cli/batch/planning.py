@@ -193,7 +193,7 @@ def _planned(
             needed = (item.settings.frames - 1) * (item.settings.stride or 1) + 1
             if frames < needed:
                 problem = f"{item.reference.name} has {count(frames, 'frame')}, but {needed} are needed"
-                raise EmtError(problem, "Name a longer clip, or ask for fewer --frames.")
+                raise EmtError(problem, "Name a longer clip, or use fewer --frames.")
         except EmtError as error:
             line.state, line.error = "problem", error
         if not line.error:
@@ -230,13 +230,13 @@ def _disk_problems(out: Path, needed: float) -> list[str]:
 
 
 def find_gpu() -> tuple[str, float]:
-    """Name and memory in bytes of the first NVIDIA GPU, as its driver tells; an empty name without one."""
+    """Name and memory in bytes of the first NVIDIA GPU, by its driver; an empty name without one."""
     import subprocess
 
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        name, memory = told.splitlines()[0].rsplit(",", 1)
+        output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        name, memory = output.splitlines()[0].rsplit(",", 1)
         return name.strip(), float(memory) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return "", 0.0

@@ -147,8 +147,8 @@ def complete(out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
                 state = "kept" if (out / output).exists() else "gone"
             if state == "kept":
                 clips.append(line)
-        told = {key: line.get(key) for key in ("reference", "prompt", "seed", *MEASURES)}
-        report.append({"file": output, "state": state, "reason": line.get("error", ""), **told})
+        fields = {key: line.get(key) for key in ("reference", "prompt", "seed", *MEASURES)}
+        report.append({"file": output, "state": state, "reason": line.get("error", ""), **fields})
     report.sort(key=lambda row: (row["reference"] or "", row["prompt"] or "", row["seed"] or 0))
     try:
         for folder, lines in kept.items():

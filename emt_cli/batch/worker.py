@@ -163,7 +163,7 @@ class Worker:
 
     Args:
         session: The model on it.
-        outcomes: Says when to end; its listener is told of steps and phases.
+        outcomes: Says when to end; its listener is called with steps and phases.
         finisher: Takes frames.
         options: Of the run.
 

@@ -16,7 +16,7 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
     """Give a command one parameter for each option and setting; it is called with the `TransferOptions`.
 
     Settings left out on the command line are absent from `TransferOptions.settings`, so that a model's own
-    defaults can be told from what the user gave. A value that is not allowed is a `UsageError`.
+    defaults can be distinguished from what the user gave. A value that is not allowed is a `UsageError`.
     """
 
     def run(**given: Any) -> None:

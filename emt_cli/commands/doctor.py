@@ -99,7 +99,7 @@ def examine(model: str | None = None, out: Path = Path("out"), cache_dir: Path |
             findings.append(check())
         except EmtError as error:
             findings.append(Finding(name, "broken", error.problem, error.hint))
-        except Exception as error:  # a broken installation can fail in any way; that is what is asked about
+        except Exception as error:  # a broken installation can fail in any way; doctor is to find out how
             findings.append(Finding(name, "broken", f"{type(error).__name__}: {error}"))
     return findings
 

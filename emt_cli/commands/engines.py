@@ -154,7 +154,7 @@ def prune(
     older_than: Annotated[
         float | None, typer.Option(help="Days; remove engines built before that too.", min=0, show_default=False)
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without confirmation.")] = False,
     cache_dir: _Cache = None,
     json: _Json = False,
 ) -> None:

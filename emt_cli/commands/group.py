@@ -59,8 +59,8 @@ class LazyGroup(TyperGroup):
             return typer.main.get_command(function)
         single = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
         # A terminal has its own width: only paragraphs are kept of the lines that a docstring has.
-        told = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        single.command(cmd_name, help=told, epilog=f"Example: {EXAMPLES[cmd_name]}", context_settings=_HELP)(function)
+        text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
+        single.command(cmd_name, help=text, epilog=f"Example: {EXAMPLES[cmd_name]}", context_settings=_HELP)(function)
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -182,7 +182,7 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
     place = Device.open(device, "fp32").torch_device
     console = Console(stderr=True)
     columns = (TextColumn("motions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    made, told = 0, time.monotonic()
+    made, printed = 0, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=motions)
 
@@ -193,8 +193,8 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
         for done, fresh in write_pairs(out, motions, rendering, make_world, workers=rendering.appearances):
             made += fresh
             progress.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() - told > _PLAIN_SECONDS:
-                told = time.monotonic()
+            if not console.is_terminal and time.monotonic() - printed > _PLAIN_SECONDS:
+                printed = time.monotonic()
                 print(f"{done} of {motions} motions", file=sys.stderr, flush=True)
     print(f"{made} motions made, {motions - made} were there", file=sys.stderr)
 

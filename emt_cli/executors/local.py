@@ -23,7 +23,7 @@ class LocalExecutor:
     Args:
         session: The model on its device.
         journal: The folder's journal, locked for this process.
-        listener: Is told of the progress.
+        listener: Called with the progress.
         options: Of the run.
     """
 
@@ -69,7 +69,7 @@ class LocalExecutor:
         line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
         if worker.device_wait is not None:
             line |= {"device": self.generator.device.name, "device_wait": round(worker.device_wait, 4)}
-        with suppress(OSError):  # a full disk, of which each job has told
+        with suppress(OSError):  # a full disk, which each job has reported
             self.journal.append(line)
         if not self.listener.gone:
             self.listener.ended(line)

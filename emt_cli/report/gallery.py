@@ -224,7 +224,7 @@ def _noted(show: Callable[[Any], dict[str, Any]], what: Any) -> dict[str, Any]:
 
 
 def _is_entry(kept: dict[str, Any]) -> bool:
-    """Return whether a kept entry is as `Gallery` writes them; a page must not ask for what another one says."""
+    """Return whether a kept entry is as `Gallery` writes them; a page must not request what another one names."""
     sizes = (kept.get(name) for name in ("frames", "width", "height"))
     if not all(type(number) is int and number > 0 for number in sizes):
         return False

@@ -103,7 +103,7 @@ class _Folder:
         return shown
 
     def job(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """State of a job, its result and all that a reader may ask about them."""
+        """State of a job, its result and all that a reader may want to know about them."""
         job = {key: line.get(key) for key in ("state", "error", "hint", "origin", "output", "settings")}
         job["result"] = self.results[line["output"]] if line["state"] == "done" else None
         job["made"] = {key: line[key] for key in _MADE if line.get(key) is not None}

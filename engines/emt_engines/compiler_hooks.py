@@ -26,11 +26,11 @@ class Phases:
     """Times the phases of compiling one part, and reports each when it begins.
 
     Args:
-        tell: Called with the name of the phase that begins.
+        report: Called with the name of the phase that begins.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
         self._seconds: dict[str, float] = {}
         self._now, self._since = "", time.monotonic()
 
@@ -43,7 +43,7 @@ class Phases:
             self._seconds[self._now] = self._seconds.get(self._now, 0.0) + now - self._since
         self._now, self._since = phase, now
         if phase:
-            self._tell(phase)
+            self._report(phase)
 
     def summary(self) -> str:
         """Seconds of all phases; ends the last one."""

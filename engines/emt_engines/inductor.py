@@ -107,10 +107,10 @@ class InductorBuilder:
             parts: list[Part] = []
             for job in jobs:
 
-                def tell(what: str) -> None:
+                def report(what: str) -> None:
                     progress(what, len(parts) / len(jobs))
 
-                parts.append(repeat(job.step, functools.partial(_compile, pipe, job, tell), tell))
+                parts.append(repeat(job.step, functools.partial(_compile, pipe, job, report), report))
             return parts
         progress(f"compiling {len(jobs)} parts, {workers} at a time", 0.0)
         with _compile_threads(workers):
@@ -292,8 +292,8 @@ def _compile_apart(pipe: Any, job: _Job, log: Path) -> None:
 
 
 @torch.no_grad()
-def _compile(pipe: Any, job: _Job, tell: Callable[[str], None]) -> Part:
-    phases = Phases(lambda phase: tell(f"{job.step}: {phase}"))
+def _compile(pipe: Any, job: _Job, report: Callable[[str], None]) -> Part:
+    phases = Phases(lambda phase: report(f"{job.step}: {phase}"))
     _import_ops()
     with (
         TorchBackend(pipe, graphs=False).prepared() as execution,
@@ -303,7 +303,7 @@ def _compile(pipe: Any, job: _Job, tell: Callable[[str], None]) -> Part:
         phases.of_compiler(),
     ):
         part = _package(pipe, execution, job, phases)
-    tell(f"compiled {job.name} for {job.size}: {phases.summary()}")
+    report(f"compiled {job.name} for {job.size}: {phases.summary()}")
     return part
 
 
@@ -573,9 +573,9 @@ class InductorBackend(TorchBackend):
         for part in self.manifest.parts:
             if part.name == name and all(part.shapes[d][0] <= n <= part.shapes[d][1] for d, n in shape.items()):
                 return part
-        asked = ", ".join(f"{dimension} {n}" for dimension, n in shape.items())
+        requested = ", ".join(f"{dimension} {n}" for dimension, n in shape.items())
         raise EmtError(
-            f"the engine has no {name} for {asked}; its sizes are {', '.join(map(str, self.manifest.sizes))} of "
+            f"the engine has no {name} for {requested}; its sizes are {', '.join(map(str, self.manifest.sizes))} of "
             f"{self.manifest.frames} frames, up to {2 * self.manifest.batch[1]} samples",
             "Build one that has it with emt build-engine.",
         )

@@ -268,7 +268,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of operators of packages that are not installed, and warns of its own code's age."""
+    """The exporter reports operators of packages that are not installed, and warns of its own code's age."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -423,13 +423,13 @@ class FileBackend(PipelineBackend):
         part = self.parts[name]
         first = next(iter(inputs.values()))
         pixels = 1 if name == "vae_encoder" else self.pipe.vae_scale_factor
-        asked = {"width": first.shape[-1] * pixels, "height": first.shape[-2] * pixels}
-        asked["images" if name.startswith("vae") else "samples"] = first.shape[0]
+        requested = {"width": first.shape[-1] * pixels, "height": first.shape[-2] * pixels}
+        requested["images" if name.startswith("vae") else "samples"] = first.shape[0]
         if first.ndim == 5:
-            asked["frames"] = first.shape[2]
-        wrong = [d for d, (low, high) in part.shapes.items() if not low <= asked[d] <= high]
+            requested["frames"] = first.shape[2]
+        wrong = [d for d, (low, high) in part.shapes.items() if not low <= requested[d] <= high]
         if wrong:
-            given = ", ".join(f"{d} {asked[d]}" for d in wrong)
+            given = ", ".join(f"{d} {requested[d]}" for d in wrong)
             allowed = ", ".join(f"{d} from {part.shapes[d][0]} to {part.shapes[d][1]}" for d in wrong)
             raise EmtError(
                 f"the engine's {name} takes no {given}, only {allowed}", "Build one that does with emt build-engine."

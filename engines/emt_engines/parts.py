@@ -188,11 +188,11 @@ class Function:
         return bool(self.varying) and not name.startswith("motion/")
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
-        """The inputs as a manifest tells of them."""
+        """The inputs as a manifest describes them."""
         return tuple(self._spec(name, x, self.varies(name)) for name, x in self.inputs.items())
 
     def output_specs(self, outputs: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
-        """The outputs, of which `outputs` are examples, as a manifest tells of them."""
+        """The outputs, of which `outputs` are examples, as a manifest describes them."""
         return tuple(self._spec(name, x, bool(self.varying)) for name, x in zip(self.outputs, outputs, strict=True))
 
     def _spec(self, name: str, x: Tensor, varies: bool) -> TensorSpec:

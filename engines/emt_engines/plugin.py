@@ -32,7 +32,7 @@ EXTRAS = ("batch", "tokens", "references")
 #: PTX for compute capability 8.0 runs on all later GPUs; PTX 8.0 is read by drivers from 525 (CUDA 12.0) on, the oldest
 #: that TensorRT 10 supports.
 _CAPABILITY, _PTX = 80, 80
-#: What a program has without the driver being asked for more, which nothing says that TensorRT does.
+#: Shared memory that a program has without opting in to more at the driver, which TensorRT is not documented to do.
 _SHARED_MEMORY = 48 * 1024
 
 if INSTALLED:

@@ -262,7 +262,7 @@ def _log(trt: Any) -> Any:
 class _Call:
     """A part at one shape: an execution context, and the buffers that it reads and writes.
 
-    Inputs are copied into buffers, but for those of motion, a GiB, which are read where they lie.
+    Inputs are copied into buffers, but for those of motion, a GiB, which are read in place.
     """
 
     def __init__(self, engine: Any, profile: int, part: Part, inputs: Mapping[str, Tensor], stream: int) -> None:
@@ -401,7 +401,7 @@ def _stream(device: torch.device) -> int:
 
 
 def refuse(product: Product, device: torch.device) -> None:
-    """Say so if a device cannot run a library's engines, before the library is asked.
+    """Raise `CannotRun` if a device cannot run a library's engines, before the library is loaded.
 
     Raises:
         CannotRun: naming the device, and what can be used on it.

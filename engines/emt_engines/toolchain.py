@@ -51,7 +51,7 @@ def links_statically(command: str) -> bool:
 
 
 def _loaded() -> dict[str, str]:
-    """Paths of the shared libraries in this process that a compiler may miss, by the names that it asks for."""
+    """Paths of the shared libraries in this process that a compiler may miss, by the names that it looks for."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return {}
@@ -65,7 +65,7 @@ def _loaded() -> dict[str, str]:
 def toolchain(device: str) -> Iterator[None]:
     """Lets PyTorch's compiler find CUDA's headers, and link the libraries that this process has loaded.
 
-    Of the driver's library many places lack the name that a linker asks for. Where a compiler lacks that of the C++
+    Of the driver's library many places lack the name that a linker looks for. Where a compiler lacks that of the C++
     library, it takes the static one without a word, and the package has a second copy of it inside: which crashes, or
     hangs, as soon as its locales meet those of the first, in the constructor of the package.
     """

@@ -1,4 +1,4 @@
-"""Kinds of files that people have for Stable Diffusion, told apart by the names and shapes in them."""
+"""Kinds of files that people have for Stable Diffusion, distinguished by the names and shapes in them."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def _is_vectors(state: Mapping[str, Tensor]) -> bool:
 
 def other_version(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str | None:
     """The network that a file is of, if it shows signs of another one than Stable Diffusion 1.5."""
-    told = f"{(metadata or {}).get('ss_base_model_version', '')} {(metadata or {}).get('modelspec.architecture', '')}"
+    named = f"{(metadata or {}).get('ss_base_model_version', '')} {(metadata or {}).get('modelspec.architecture', '')}"
     for sign, version in (("xl", SDXL), ("sd_v2", SD2), ("diffusion-v2", SD2), ("flux", "Flux")):
-        if sign in told.lower():
+        if sign in named.lower():
             return version
     for pattern, version in _SIGNS:
         if any(re.search(pattern, name) for name in state):

@@ -26,7 +26,7 @@ class FewSteps:
     spacing: str | None = None
 
 
-# The tensors of distilled weights have the names and shapes of all others: what tells them is the file's name.
+# The tensors of distilled weights have the names and shapes of all others: only the file's name identifies them.
 _LIGHTNING = re.compile(r"lightning[ _-]?(\d)[ _-]?step", re.IGNORECASE)
 _LCM = re.compile(r"animatelcm|(^|[^a-z])lcm([^a-z]|$)", re.IGNORECASE)
 

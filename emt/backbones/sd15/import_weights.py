@@ -95,7 +95,7 @@ def import_weights(
 ) -> ImportReport:
     """Make one model folder, which `MotionTransferPipeline.from_pretrained` opens, from the published files.
 
-    AnimateLCM, AnimateDiff-Lightning and LoRAs of latent consistency, told by their names, set their sampler, steps and
+    AnimateLCM, AnimateDiff-Lightning and latent-consistency LoRAs, recognized by name, set their sampler, steps and
     guidance as the model's defaults.
 
     Each source is a path, `hf://owner/name/file`, or `hf://owner/name` where a repository is the folder or holds one
@@ -261,7 +261,7 @@ def _read_tokenizer(
     folder = locate(name, "tokenizer", tokenizer_files, hint=hint, on_fetch=on_fetch)
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     try:
-        # Never with code of the folder's own, about which transformers asks on the terminal otherwise.
+        # Never with code of the folder's own, for which transformers prompts on the terminal otherwise.
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError("it makes no tokenizer")

@@ -124,7 +124,7 @@ class LoraLayer:
 
     def _per_axis(self, magnitude: Tensor, weight: Tensor) -> tuple[Tensor, int]:
         """Magnitudes in a shape that multiplies a weight, and the axis that each belongs to: outputs or inputs."""
-        # Vectors are of outputs; in two dimensions and more the one that is not 1 tells, as (1, in) or (out, 1).
+        # Vectors are of outputs; in two dimensions and more the one that is not 1 decides, as (1, in) or (out, 1).
         of_inputs = "dora_scale" in self.tensors and magnitude.ndim > 1 and magnitude.shape[0] == 1
         axis = 1 if of_inputs and weight.shape[0] != 1 else 0
         shape = [1] * weight.ndim

@@ -142,7 +142,7 @@ def renamed(state: Mapping[str, Tensor], name_of: Callable[[str], str], where: s
     return result
 
 
-# What tells networks of the family apart, by words in their names of weights.
+# Networks of the family, distinguished by words in their names of weights.
 _FAMILY = {
     "vace_blocks": "Wan 2.1 VACE",
     "face_adapter": "Wan 2.2 Animate",

@@ -125,7 +125,7 @@ def transformer_config(state: State, settings: dict[str, Any], where: str) -> di
         where: the weights are, for errors.
 
     Raises:
-        EmtError: if a weight that the shapes are told from is missing, or heads are not known.
+        EmtError: if a weight that the shapes are inferred from is missing, or heads are not known.
     """
     try:
         channels, in_channels, *patch = state["patch_embedding.weight"].shape
@@ -150,7 +150,7 @@ def transformer_config(state: State, settings: dict[str, Any], where: str) -> di
 
 
 def read_text_encoder(base: Base, given: str | Path | None) -> Part:
-    """UMT5 by transformers' names; its configuration is told from the shapes.
+    """UMT5 by transformers' names; its configuration is inferred from the shapes.
 
     Raises:
         EmtError: if it is no UMT5.
