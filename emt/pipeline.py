@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
@@ -27,8 +26,9 @@ from emt.backends.torch import TorchBackend
 from emt.checkpoints import check_loaded
 from emt.errors import EmtError
 from emt.features import Motion, joined
+from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
 from emt.prompts import PromptEncoder
-from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator
+from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
 from emt.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             motion: how they move (`extract_motion`); motions of a batch have one shape. None generates without a
                 reference, at the model's default size.
             steps: of the sampler; None for the model's default.
-            guidance: classifier-free guidance scale; 1 is without; None for the model's default.
+            guidance: classifier-free guidance scale; 1 is without; None for the sampler's or the model's default.
             seed: of the initial noise.
             negative_prompt: what guidance leads away from.
             scheduler: a name of `SCHEDULERS`; None for the model's default.
@@ -240,7 +240,9 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         motions = [motion] if isinstance(motion, Motion) else list(motion or [])
         if len(motions) > 1:
             motions = _broadcast("motion", motions, count)
-        guidance = self.config.guidance if guidance is None else guidance
+        if guidance is None:
+            own = {} if scheduler == self.config.get("sampler", "ddim") else SCHEDULER_DEFAULTS.get(scheduler, {})
+            guidance = own.get("guidance", self.config.guidance)
         guided = guidance != 1
 
         if not (0 <= guidance_until <= 1 and 0 <= motion_until <= 1) or cache_interval < 1:
@@ -252,45 +254,60 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             problem = f"the engine {self.backend.name} computes the whole network in every step, not every n-th"
             raise EmtError(problem, "Use --cache-interval 1, or --engine torch.")
 
-        text = self.encode_prompts(negatives + prompts if guided else prompts)
-        text_features = self.unet.encode_text(text)
-        plain_features = self.unet.encode_text(text[-count:]) if guided and guidance_until < 1 else text_features
-        frames, height, width = self.shape_of(motions)
-        moved = self.backend.prepare_motion(joined(motions)) if motions else None
-        # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
-        sampler = self._sampler(scheduler)
-        sampler.set_timesteps(self.config.steps if steps is None else steps, device="cpu")
-        timesteps = sampler.timesteps.to(self._execution_device)
-
+        shape = self.shape_of(motions)
+        sampler = self.make_sampler(scheduler, self.config.steps if steps is None else steps)
         generators = [noise_generator(s) for s in seeds]
-        noise = self.initial_noise(generators, frames, height, width)
-        # The sampler's state stays in float32. A flow begins with noise as it is.
-        latents = noise.to(self._execution_device) * getattr(sampler, "init_noise_sigma", 1.0)
-        step_options: dict[str, Any] = {}
-        if "generator" in inspect.signature(sampler.step).parameters:
-            step_options["generator"] = generators
-        scales = hasattr(sampler, "scale_model_input")  # Euler's method for flows has nothing to scale
+        if guidance > (most := MOST_GUIDANCE.get(scheduler, guidance)):
+            logger.warning("guidance %g with %s burns colours: use up to %g", guidance, scheduler, most)
 
-        guided_steps = math.ceil(guidance_until * len(timesteps)) if guided else 0
-        moved_steps = math.ceil(motion_until * len(timesteps))
-        denoise = DeepFeatureReuse(self.backend, cache_interval)
-        for i, timestep in enumerate(sampler.timesteps):
-            guided = i < guided_steps
-            scaled = sampler.scale_model_input(latents, timestep) if scales else latents
-            sample = torch.cat([scaled, scaled]) if guided else scaled
-            known = text_features if guided else plain_features
-            reference = moved if i < moved_steps else None
-            prediction = denoise(sample.to(self.unet.dtype), timesteps[i], known, reference).float()
-            if guided:
-                away, towards = prediction.chunk(2)
-                prediction = away + guidance * (towards - away)
-            latents = sampler.step(prediction, timestep, latents, **step_options).prev_sample
-            if on_step:
-                on_step(i + 1, len(sampler.timesteps))
-
+        count = len(sampler.timesteps)
+        plain = guided and guidance_until < 1
+        moved_steps = math.ceil(motion_until * count)
+        # What steps need of prompts and motions is let go before the clips are decoded.
+        latents = run_sampler(
+            self._network(prompts, negatives, motions, guided, plain, moved_steps, cache_interval),
+            sampler,
+            self.initial_noise(generators, *shape).to(self._execution_device),
+            guidance,
+            guided_steps=math.ceil(guidance_until * count),
+            generators=generators,
+            on_step=on_step,
+        )
         check_finite(latents, seeds)
-        del moved, reference, prediction, sample, denoise
         return self.decode_clips(list(latents))
+
+    def _network(
+        self,
+        prompts: list[str],
+        negatives: list[str],
+        motions: list[Motion],
+        guided: bool,
+        plain: bool,
+        moved_steps: int,
+        cache_interval: int,
+    ) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
+        """The network with prompts and motions, as `run_sampler` takes it.
+
+        Args:
+            prompts: of the clips.
+            negatives: negative prompts.
+            motions: of the references, or none.
+            guided: whether there are steps with guidance.
+            plain: whether there are steps without, too.
+            moved_steps: steps with the motion, the first ones.
+            cache_interval: as `__call__` has it.
+        """
+        text = self.encode_prompts(negatives + prompts if guided else prompts)
+        features = self.unet.encode_text(text)
+        alone = self.unet.encode_text(text[-len(prompts) :]) if plain else features
+        moved = self.backend.prepare_motion(joined(motions)) if motions else None
+        denoise = DeepFeatureReuse(self.backend, cache_interval)
+
+        def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+            known, reference = features if guided else alone, moved if step < moved_steps else None
+            return denoise(sample.to(self.unet.dtype), timestep, known, reference)
+
+        return predict
 
     # --------------------------------------------------------------------------------------------------- the parts
 
@@ -363,9 +380,9 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             raise ValueError(f"motions of one batch have one shape (frames, height, width), got {sorted(shapes)}")
         return shapes.pop() if shapes else (self.config.frames, self.config.height, self.config.width)
 
-    def _sampler(self, name: str) -> Any:
-        # A fresh one each time: multistep solvers carry state from clip to clip.
-        return make_sampler(name, self.scheduler)
+    def make_sampler(self, name: str, steps: int) -> Any:
+        """`emt.sampling.make_sampler` of the model."""
+        return make_sampler(name, self.scheduler, steps)
 
 
 def _broadcast(name: str, values: list[T], count: int) -> list[T]:

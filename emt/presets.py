@@ -14,6 +14,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 8, "scheduler": "dpm++", "guidance_until": 0.5, "cache_interval": 2},
 }
 
+#: Defaults of a sampler, in place of the model's: models of latent consistency have guidance distilled into them
+#: (Luo et al. 2023, arXiv 2310.04378).
+SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {"lcm": {"guidance": 1.0}}
+#: Guidance above which a sampler burns colours.
+MOST_GUIDANCE = {"lcm": 2.0}
+
 
 def preset_values(name: str, steps: int) -> dict[str, Any]:
     """Settings of a preset for a model whose own number of steps is `steps`, which it does not exceed."""

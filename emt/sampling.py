@@ -1,11 +1,14 @@
-"""Sampling: the solvers, the check of what they end with, and the reuse of deep features between steps."""
+"""Sampling: the solvers and their timesteps, the steps with guidance, and the reuse of deep features between them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -24,8 +27,53 @@ if TYPE_CHECKING:
     from emt.backends.base import Backend
     from emt.features import PreparedMotion, TextFeatures
 
+#: Steps up to which the spacing of a sampler matters.
+_COARSE = 60
+
+
+class DDIM(DDIMScheduler):
+    """DDIM with even steps from the end of the schedule, whatever their number.
+
+    diffusers takes steps of a whole number of timesteps, 1000 // n: of 334 steps the first is at timestep 667, and of
+    201 the last at −1. Where that is off by more than a few percent of a step, timesteps are spread evenly, and each
+    step leads to the next one.
+    """
+
+    _even = False
+    num_inference_steps: Any
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Choose the timesteps for a number of steps."""
+        super().set_timesteps(num_inference_steps, device)
+        total = self.config.num_train_timesteps
+        self._even = bool(total % num_inference_steps) and num_inference_steps**2 > total
+        if not self._even:
+            return
+        places = np.arange(num_inference_steps)[::-1] * (total / num_inference_steps)
+        if self.config.timestep_spacing == "leading":
+            timesteps = places.round().astype(np.int64)
+            timesteps += min(self.config.steps_offset, total - 1 - timesteps[0])
+        else:
+            timesteps = (places + total / num_inference_steps).round().astype(np.int64) - 1
+        self.timesteps = torch.from_numpy(timesteps).to(device)
+
+    def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, **options: Any) -> Any:
+        """Take the step from a timestep to the next one."""
+        if not self._even:
+            return super().step(model_output, timestep, sample, **options)
+        steps, here = self.num_inference_steps, int(timestep)
+        later = self.timesteps[self.timesteps < here]
+        following = int(later[0]) if len(later) else -1
+        try:
+            # DDIMScheduler steps to the timestep `here - num_train_timesteps // num_inference_steps`.
+            self.num_inference_steps = Fraction(self.config.num_train_timesteps, here - following)
+            return super().step(model_output, timestep, sample, **options)
+        finally:
+            self.num_inference_steps = steps
+
+
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    "ddim": DDIMScheduler,
+    "ddim": DDIM,
     "dpm++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
     "euler": EulerDiscreteScheduler,
@@ -49,23 +97,91 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     )
 
 
-def make_sampler(name: str, scheduler: SchedulerMixin) -> Any:
-    """A new sampler of the kind `name`, for the model whose scheduler this is.
+def make_sampler(name: str, scheduler: SchedulerMixin, steps: int) -> Any:
+    """Make a sampler with its timesteps, from noise to image, on the CPU; a new one for each clip, as it keeps state.
+
+    The spacing does not depend on how the model was opened: `dpm++`, `unipc` and `euler` begin at the end of the
+    schedule ("trailing", Lin et al. 2023, arXiv 2305.08891, table 2), `lcm` has the timesteps of its distillation.
+    `ddim` has the model's own spacing; of one step, it takes the last timestep, not the first.
+
+    Args:
+        name: of the kind of sampler.
+        scheduler: the model's.
+        steps: to take.
 
     Raises:
-        EmtError: for a name that is not of `SCHEDULERS`, or not of `FLOW_SCHEDULERS` if the model has a flow.
+        EmtError: for a name that is not of `SCHEDULERS`, or not of `FLOW_SCHEDULERS` if the model has a flow; for steps
+            that it does not take.
     """
     flow = is_flow(scheduler)
     allowed = FLOW_SCHEDULERS if flow else SCHEDULERS
     if name not in allowed:
         what = "the flow of this model has no scheduler" if flow and name in SCHEDULERS else "there is no scheduler"
         raise EmtError(f"{what} {name!r}", f"Allowed: {', '.join(allowed)}.")
-    if not flow:
-        return allowed[name].from_config(scheduler.config)
     shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
-    if allowed[name] is FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
-    return allowed[name](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    if not flow:
+        spacing = {}
+        if name in ("dpm++", "unipc", "euler") or (name, steps) == ("ddim", 1):
+            # Of some larger numbers of steps, "trailing" has one more, at timestep −1; fine steps are alike in both.
+            spacing = {"timestep_spacing": "trailing" if steps <= _COARSE else "linspace"}
+        sampler = allowed[name].from_config(scheduler.config, **spacing)
+    elif allowed[name] is FlowMatchEulerDiscreteScheduler:
+        sampler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    else:
+        sampler = allowed[name](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    try:
+        sampler.set_timesteps(steps, device="cpu")
+    except ValueError as error:
+        raise EmtError(f"{name} does not take {steps} steps: {error}", "Use fewer steps.") from None
+    return sampler
+
+
+def run_sampler(
+    predict: Callable[[Tensor, Tensor, int, bool], Tensor],
+    sampler: Any,
+    noise: Tensor,
+    guidance: float,
+    *,
+    guided_steps: int | None = None,
+    generators: Sequence[torch.Generator] = (),
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Denoise with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
+
+    Args:
+        predict: the network, of a sample, a timestep on its device, the number of the step, and whether the batch is
+            doubled for guidance: then the first half is without the prompt, or with the negative one, the second half
+            with it.
+        sampler: of `make_sampler`.
+        noise: (clips, …), float32.
+        guidance: scale; 1 is without.
+        guided_steps: steps with guidance, the first ones; None for all.
+        generators: of each clip, for samplers that add noise.
+        on_step: called with (steps done, steps) after each.
+
+    Returns:
+        Latents, as the noise.
+    """
+    steps = len(sampler.timesteps)
+    guided_steps = 0 if guidance == 1 else steps if guided_steps is None else guided_steps
+    # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
+    timesteps = sampler.timesteps.to(noise.device)
+    latents = noise * getattr(sampler, "init_noise_sigma", 1.0)  # a flow begins with noise as it is
+    options: dict[str, Any] = {}
+    if "generator" in inspect.signature(sampler.step).parameters:
+        options["generator"] = list(generators)
+    scales = hasattr(sampler, "scale_model_input")  # Euler's method for flows has nothing to scale
+    for i, timestep in enumerate(sampler.timesteps):
+        guided = i < guided_steps
+        scaled = sampler.scale_model_input(latents, timestep) if scales else latents
+        prediction = predict(torch.cat([scaled, scaled]) if guided else scaled, timesteps[i], i, guided).float()
+        if guided:
+            away, towards = prediction.chunk(2)
+            prediction = away + guidance * (towards - away)
+        latents = sampler.step(prediction, timestep, latents, **options).prev_sample
+        if on_step:
+            on_step(i + 1, steps)
+    return latents
 
 
 def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:

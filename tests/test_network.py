@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emt.backbone import PLAIN, Execution
 from emt.backbones.sd15.layers import sinusoidal_positions
+from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
+from emt.sampling import make_sampler, run_sampler
 from emt.train.objective import Objective
 
 TEXT_TOKENS, TEXT_WIDTH = 5, 8
@@ -153,12 +155,14 @@ class TestPublishedOutputs:
 
     @torch.no_grad()
     def test_five_sampler_steps_with_guidance(self, denoise, published):
-        scheduler = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
-        scheduler.set_timesteps(5)
-        latents = published["sample"][:1]
-        for t in scheduler.timesteps:
-            away, towards = denoise(torch.cat([latents] * 2), t, published["text"], True).chunk(2)
-            latents = scheduler.step(away + 6 * (towards - away), t, latents).prev_sample
+        """With the pipeline's own sampler and guidance."""
+        sampler = make_sampler("ddim", animatediff_scheduler("epsilon"), 5)
+
+        def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+            assert guided
+            return denoise(sample, timestep, published["text"], True)
+
+        latents = run_sampler(predict, sampler, published["sample"][:1], guidance=6.0)
         assert relative_error(latents, published["five_steps"]) < 1e-4
 
     @torch.no_grad()
@@ -327,6 +331,36 @@ class TestReadableModule:
         prepared = scaler.prepare(reference.unflatten(2, (height, width)), added)
         actual = scaler(own + added[:, None], prepared)
         torch.testing.assert_close(actual, expected)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("path", "eps"),
+        [
+            ("up_blocks.0.resnets.0.norm1", 1e-5),
+            ("up_blocks.0.resnets.0.norm2", 1e-5),
+            ("up_blocks.0.attentions.0.norm", 1e-6),
+            ("up_blocks.0.motion_modules.0.temporal_transformer.norm", 1e-6),
+            ("conv_norm_out", 1e-5),
+            ("up_blocks.0.attentions.0.transformer_blocks.0.norm1", 1e-5),
+            ("up_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.ff_norm", 1e-5),
+        ],
+    )
+    def test_k9_norms_add_the_published_epsilon(self, path, eps):
+        """An input whose deviation is √eps comes out at √½ of what a much larger one comes out at."""
+        norm = tiny_unet().get_submodule(path)
+        channels = norm.weight.shape[0]
+        shape = (2, channels, 16, 16) if isinstance(norm, nn.GroupNorm) else (64, channels)
+        norm.weight.data.fill_(1.0)
+        norm.bias.data.zero_()
+        norm.silu = False
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        large, small = (norm.double()(x * deviation) for deviation in (1.0, eps**0.5))
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
+        variances = x.reshape(len(x), groups, -1).var(-1, unbiased=False, keepdim=True)
+        ratio = ((variances + eps) / (variances + 1)).sqrt()
+        # norm(√eps·x) = √eps·(x − mean) / √(eps·variance + eps), and norm(x) = (x − mean) / √(variance + eps).
+        expected = large.reshape(len(x), groups, -1) * ratio
+        torch.testing.assert_close(small.reshape(len(x), groups, -1), expected, rtol=1e-5, atol=1e-7)
 
     def test_adapter_parameters_are_the_published_trained_ones(self, unet):
         trained = {name.replace(".adapter.", ".") for name, _ in unet.adapter_parameters()}

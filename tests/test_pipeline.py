@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from emt.backbones.sd15.random_model import random_model
@@ -136,7 +140,81 @@ class TestGeneration:
         assert pipe("a cat", motion, steps=2)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
 
 
+class TestGuidance:
+    def test_k9_without_guidance_towards_the_prompt_it_is_the_negative_one(self, pipe, motion):
+        (clip,) = pipe("a cat", motion, steps=2, guidance=0.0, negative_prompt="a wet dog")
+        (negative,) = pipe("a wet dog", motion, steps=2, guidance=1.0)
+        (positive,) = pipe("a cat", motion, steps=2, guidance=1.0)
+        assert np.abs(clip.astype(int) - negative.astype(int)).max() <= 1
+        assert np.abs(clip.astype(int) - positive.astype(int)).max() > 1
+
+    def test_k2_lcm_has_its_own_guidance(self, pipe, motion, caplog):
+        (default,) = pipe("a cat", motion, steps=2, scheduler="lcm")
+        (without,) = pipe("a cat", motion, steps=2, scheduler="lcm", guidance=1.0)
+        np.testing.assert_array_equal(default, without)
+        assert not caplog.text
+        with caplog.at_level(logging.WARNING):
+            pipe("a cat", motion, steps=2, scheduler="lcm", guidance=6.0)
+        assert "guidance 6 with lcm burns colours" in caplog.text
+
+
+class TestOverflowingVAE:
+    """Some VAEs of Stable Diffusion 1.5 have activations that half precision does not hold."""
+
+    @staticmethod
+    def with_vae(folder: Path, target: Path, name: str, factor: float) -> Path:
+        shutil.copytree(folder, target)
+        file = target / "vae" / "diffusion_pytorch_model.safetensors"
+        state = load_file(file)
+        state[name] *= factor
+        save_file(state, file, {"format": "pt"})
+        return target
+
+    @pytest.mark.parametrize("side", ["decoder", "encoder"])
+    def test_k2_it_is_computed_in_float32_with_a_word(self, folder, tmp_path, side, caplog):
+        model = self.with_vae(folder, tmp_path / "m", f"{side}.conv_in.weight", 3e4)
+        exact, half = load_pipeline(model), load_pipeline(model, dtype=torch.float16)
+        with caplog.at_level(logging.WARNING):
+            (clip,) = half("a cat", half.extract_motion(reference()), steps=2)
+        assert "the VAE overflows in fp16: it is computed in fp32" in caplog.text
+        (wanted,) = exact("a cat", exact.extract_motion(reference()), steps=2)
+        assert wanted.std() > 5
+        assert np.abs(clip.astype(int) - wanted.astype(int)).mean() < 3
+        assert half.vae.dtype == torch.float16
+
+    @pytest.mark.parametrize(("name", "factor"), [("decoder.conv_in.weight", math.inf), ("decoder.conv_out.weight", 0)])
+    def test_k2_one_that_makes_no_pictures_at_all_is_named(self, folder, tmp_path, name, factor):
+        model = self.with_vae(folder, tmp_path / "m", name, factor)
+        for dtype in (torch.float32, torch.float16):
+            pipe = load_pipeline(model, dtype=dtype)
+            with pytest.raises(EmtError, match=r"the VAE .*m/vae makes no pictures"):
+                pipe("a cat", steps=1)
+
+    def test_k2_an_encoder_that_gives_nan_is_named(self, folder, tmp_path):
+        pipe = load_pipeline(self.with_vae(folder, tmp_path / "m", "encoder.conv_in.weight", math.nan))
+        with pytest.raises(EmtError, match="makes no pictures"):
+            pipe.extract_motion(reference())
+
+
 class TestMotion:
+    @pytest.mark.parametrize("timestep", [0, 250])
+    def test_k9_the_reference_is_read_at_the_models_noise_level(self, folder, timestep):
+        pipe = load_pipeline(folder)
+        pipe.register_to_config(reference_timestep=timestep)
+        features = pipe.extract_motion(reference(), seed=3).features
+        generator = torch.Generator().manual_seed(3)
+        latents = pipe.encode_frames(reference(), generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        share = pipe.scheduler.alphas_cumprod[timestep]
+        noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
+        with torch.no_grad():
+            expected = pipe.unet.encode_reference(noisy, timestep, pipe.encode_prompts([""]))
+            other = pipe.unet.encode_reference(noisy, timestep + 100, pipe.encode_prompts([""]))
+        for path, layer in expected.layers.items():
+            for found, wanted, at_another in zip(features.layers[path], layer, other.layers[path], strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+                assert not torch.allclose(found, at_another, rtol=1e-4, atol=1e-4)
+
     def test_the_seed_samples_latents_and_noise(self, pipe, motion):
         same, other = pipe.extract_motion(reference()), pipe.extract_motion(reference(), seed=1)
         for path, (feature, _) in motion.features.layers.items():
@@ -213,8 +291,6 @@ class TestErrors:
 
     @pytest.mark.parametrize("damage", ["no index", "no weights", "cut weights", "not json"])
     def test_a_damaged_model_folder(self, folder, tmp_path, damage):
-        import shutil
-
         model = tmp_path / "model"
         shutil.copytree(folder, model)
         weights = model / "unet" / "diffusion_pytorch_model.safetensors"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from program import FRAMES, clip, console, emt, environment, journal, model, transfer
+from safetensors.torch import load_file, save_file
 from test_backend import Recorder
 
 from emt.backbones.sd15.random_model import random_model
@@ -243,3 +246,28 @@ def test_candidates_are_measured_and_one_is_chosen(tmp_path, monkeypatch, capsys
     assert -1 <= fast["fidelity"]["value"] <= 1
     assert fast["seconds"] > 0
     assert "fast " in capsys.readouterr().out
+
+
+def test_k2_lcm_has_its_own_default_of_guidance(tmp_path):
+    assert settings_of(tmp_path, scheduler="lcm").guidance == 1
+    assert settings_of(tmp_path, scheduler="lcm", guidance=1.5).guidance == 1.5
+    assert settings_of(tmp_path, {"scheduler": "lcm"}).guidance == 1
+    assert settings_of(tmp_path, {"scheduler": "ddim"}, scheduler="lcm").guidance == 3
+
+
+def test_k2_a_vae_that_overflows_is_told_on_stderr_and_in_the_journal(tmp_path):
+    folder = shutil.copytree(model(), tmp_path / "model")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.weight"] *= 3e4
+    state["encoder.conv_in.weight"] *= 3e4
+    save_file(state, file, {"format": "pt"})
+    reference = clip(tmp_path / "x.mp4", frames=FRAMES)
+    options = ["--prompt", "a cat", "--precision", "fp16", "--model", folder, "--out", "out", "--format", "png"]
+    ended = transfer(tmp_path, reference, *options)
+    assert ended.code == 0, ended.err
+    (line,) = journal(tmp_path / "out")
+    (made,) = ended.out.split()
+    for told in (ended.err, *line["warnings"]):
+        assert "the VAE overflows in fp16: it is computed in fp32" in told
+    assert np.asarray(Image.open(sorted((tmp_path / made).glob("*.png"))[0])).std() > 5

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from emt.backends.base import Backend
+from emt.backends.vae import are_pictures, as_pixels, decode_exactly, encode_exactly, is_finite
 from emt.backends.video_vae import FRAMES, PIXELS, decode_frames, encode_frames, latent_frames
 
 
@@ -58,18 +59,30 @@ class ImageCodec:
         return frames
 
     def encode(self, backend: Backend, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Codec.encode`."""
-        images = frames.permute(0, 3, 1, 2)
-        mean, std = backend.encode_images((images / 127.5 - 1).to(self.vae.dtype))
+        """As `Codec.encode`; in float32, with a warning, where the autoencoder overflows in half precision.
+
+        Raises:
+            EmtError: the latents are not finite in float32 either.
+        """
+        images = frames.permute(0, 3, 1, 2) / 127.5 - 1
+        mean, std = backend.encode_images(images.to(self.vae.dtype))
+        if not is_finite(mean, std):
+            mean, std = encode_exactly(self.vae, images)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         latents = (mean + std * noise) * self.vae.config.scaling_factor
         return latents.transpose(0, 1).unsqueeze(0)
 
     def decode(self, backend: Backend, latents: Tensor) -> Iterator[Tensor]:
-        """As `Codec.decode`, all at once."""
-        latents = (latents / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)
-        images = ((backend.decode_images(latents).float() + 1) * 127.5).clamp(0, 255).round()
-        yield images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        """As `Codec.decode`, all at once; in float32, with a warning, where half precision makes no pictures.
+
+        Raises:
+            EmtError: there are no pictures in float32 either.
+        """
+        latents = (latents / self.vae.config.scaling_factor).transpose(0, 1)
+        images = backend.decode_images(latents.to(self.vae.dtype))
+        if not are_pictures(images):
+            images = decode_exactly(self.vae, latents)
+        yield as_pixels(images).permute(0, 2, 3, 1).contiguous()
 
 
 class VideoCodec:

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -177,8 +176,7 @@ class Teacher:
         both = encode(pipe.encode_prompts([*(negative_prompts or [""] * count), *prompts]))
         away = TextFeatures({path: (key[:count], value[:count]) for path, (key, value) in both.layers.items()})
 
-        sampler = DDIMScheduler.from_config(pipe.scheduler.config)
-        sampler.set_timesteps(steps, device=pipe.device)
+        sampler = pipe.make_sampler("ddim", steps)
         generators = [noise_generator(seed) for seed in seeds]
         latents = pipe.initial_noise(generators, frames, height, width).to(pipe.device)
         weight = self.guidance.weight * latents[0].numel() / PUBLISHED_VALUES

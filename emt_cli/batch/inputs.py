@@ -19,7 +19,7 @@ from textwrap import shorten
 from typing import Any
 
 from emt.errors import EmtError
-from emt.presets import preset_values
+from emt.presets import SCHEDULER_DEFAULTS, preset_values
 from emt.vocabulary import Vocabulary
 from emt_cli.batch.jobs import Item, Job, Rejected
 from emt_cli.batch.options import (
@@ -87,7 +87,11 @@ class _Base:
         given = {**self.given, **own}
         preset = preset_values(given.get("preset", Preset.EXACT).value, self.defaults.get("steps", Settings.steps))
         preset = {name: parse_field(name, value) for name, value in preset.items()}
-        return Settings(**{**self.defaults, **preset, **given})
+        models = self.defaults.get("scheduler", Settings.scheduler)
+        chosen = {"scheduler": models, **preset, **given}["scheduler"]
+        own = {} if chosen is models else SCHEDULER_DEFAULTS.get(chosen.value, {})
+        own = {name: parse_field(name, value) for name, value in own.items()}
+        return Settings(**{**self.defaults, **own, **preset, **given})
 
 
 def expand(

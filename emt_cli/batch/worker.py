@@ -238,8 +238,10 @@ class Worker:
                     return False
                 reference.fps, reference.warnings = found.fps, found.warnings
                 begun = time.monotonic()
-                with self.phases("encoding"):
+                with self.phases("encoding"), heard_warnings() as heard:
                     reference.motion = self.generator.encode(task.job, found.content)
+                self.outcomes.warn(heard)
+                reference.warnings = (*reference.warnings, *heard)
                 reference.seconds["reference"] = time.monotonic() - begun
                 if not found.kept:
                     with self.phases("writing"):

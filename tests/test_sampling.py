@@ -1,0 +1,114 @@
+"""Samplers: where they begin, that a step lands where the next one starts, and that opening a model changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
+from emt.errors import EmtError
+from emt.sampling import SCHEDULERS, make_sampler, run_sampler
+
+SHAPE = (2, 4, 3, 5, 5)
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def scheduler(request):
+    return animatediff_scheduler(request.param)
+
+
+@pytest.fixture(scope="module", params=["leading", "trailing"])
+def spaced(request):
+    return DDIMScheduler.from_config(animatediff_scheduler("epsilon").config, timestep_spacing=request.param)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8, 25])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_k2_a_sampler_is_the_same_however_the_model_was_opened(tmp_path, scheduler, name, steps):
+    scheduler.save_pretrained(tmp_path)
+    opened = DDIMScheduler.from_pretrained(tmp_path)
+    made, again = make_sampler(name, scheduler, steps), make_sampler(name, opened, steps)
+    assert made.timesteps.tolist() == again.timesteps.tolist()
+    assert made.config.prediction_type == again.config.prediction_type == scheduler.config.prediction_type
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 25, 50])
+@pytest.mark.parametrize("name", ["dpm++", "unipc", "euler", "lcm"])
+def test_samplers_begin_at_the_end_of_the_schedule(name, steps):
+    assert int(make_sampler(name, animatediff_scheduler("epsilon"), steps).timesteps[0]) == 999
+
+
+def test_k2_one_step_of_ddim_is_not_the_first_noise(spaced):
+    assert make_sampler("ddim", spaced, 1).timesteps.tolist() == [999]
+    image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    latents = run_sampler(knowing(image, spaced), make_sampler("ddim", spaced, 1), torch.randn(SHAPE), 1.0)
+    assert (latents - image).abs().max() < 0.02 * 999
+
+
+@pytest.mark.parametrize("steps", [32, 61, 150, 201, 251, 333, 334, 400, 499, 500])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "unipc", "euler"])
+def test_k2_more_steps_do_not_begin_later_and_are_as_many(spaced, name, steps):
+    timesteps = make_sampler(name, spaced, steps).timesteps
+    assert len(timesteps) == steps
+    assert int(timesteps[0]) >= 999 - 1000 / steps
+    assert int(timesteps[-1]) >= 0
+    assert (timesteps.diff() < 0).all()
+
+
+@pytest.mark.parametrize("steps", [10, 25, 40, 100])
+def test_steps_that_divide_the_schedule_are_the_published_ones(steps):
+    published = DDIMScheduler(1000, 0.00085, 0.012, "linear", steps_offset=1, clip_sample=False)
+    published.set_timesteps(steps)
+    assert make_sampler("ddim", published, steps).timesteps.tolist() == published.timesteps.tolist()
+
+
+def knowing(image: Tensor, scheduler: DDIMScheduler):
+    """A network that knows the image: it predicts the noise that is in a sample, exactly."""
+
+    def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+        signal = scheduler.alphas_cumprod[int(timestep)]
+        return (sample - signal.sqrt() * image) / (1 - signal).sqrt()
+
+    return predict
+
+
+@pytest.mark.parametrize("steps", [25, 150, 334])
+def test_each_step_lands_at_the_timestep_of_the_next_one(steps):
+    """With the true noise predicted, every sample is the image and the first noise in that timestep's shares."""
+    scheduler = animatediff_scheduler("epsilon")
+    generator = torch.Generator().manual_seed(0)
+    image, noise = torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
+    sampler = make_sampler("ddim", scheduler, steps)
+    predict = knowing(image, scheduler)
+    sample = scheduler.add_noise(image, noise, sampler.timesteps[0])
+    for here, following in zip(sampler.timesteps, sampler.timesteps[1:]):
+        sample = sampler.step(predict(sample, here, 0, False), here, sample).prev_sample
+        torch.testing.assert_close(sample, scheduler.add_noise(image, noise, following), rtol=1e-3, atol=1e-3)
+    last = sampler.timesteps[-1]
+    torch.testing.assert_close(
+        sampler.step(predict(sample, last, 0, False), last, sample).prev_sample, image, atol=0.04, rtol=0
+    )
+
+
+def test_guidance_leads_from_the_first_half_to_the_second():
+    """The halves of a doubled batch have one order: away from what the first predicts, towards the second."""
+    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
+    without, with_prompt = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+
+    def clip(guidance: float, alone: Tensor = with_prompt) -> Tensor:
+        sampler = make_sampler("ddim", animatediff_scheduler("epsilon"), 4)
+        both = torch.cat([without, with_prompt])
+        return run_sampler(lambda x, t, i, guided: both if guided else alone, sampler, noise, guidance)
+
+    away, towards = clip(1.0, without), clip(1.0)
+    torch.testing.assert_close(clip(0.0), away)
+    torch.testing.assert_close(clip(3.0), away + 3 * (towards - away))
+
+
+def test_steps_that_a_sampler_does_not_take_are_an_error():
+    with pytest.raises(EmtError, match="lcm does not take 51 steps"):
+        make_sampler("lcm", animatediff_scheduler("epsilon"), 51)
+    with pytest.raises(EmtError, match="no scheduler 'heun'"):
+        make_sampler("heun", animatediff_scheduler("epsilon"), 5)
