@@ -134,7 +134,7 @@ def test_recorded_calls_give_the_same_clips(pipe, motion):
 
 def test_numbers_that_make_no_sense_are_refused(pipe, motion):
     for wrong in ({"guidance_until": 1.5}, {"guidance_until": -0.1}, {"cache_interval": 0}):
-        with pytest.raises(ValueError, match="allowed are 0 to 1 and positive"):
+        with pytest.raises(ValueError, match="allowed are 0 to 1, 0 to 1 and positive"):
             pipe("a cat", motion, **wrong)
 
 

@@ -196,8 +196,7 @@ class TestFlow:
         t = torch.tensor([100.0, 900.0])
         noisy = FlowObjective().add_noise(latents, noise, t)
         torch.testing.assert_close(noisy, add_noise(pipe.scheduler, latents, noise, t))
-        sampler = make_sampler("euler", pipe.scheduler)
-        sampler.set_timesteps(10)
+        sampler = make_sampler("euler", pipe.scheduler, 10)
         expected = sampler.scale_noise(latents, sampler.timesteps[3:4], noise)
         torch.testing.assert_close(FlowObjective().add_noise(latents, noise, sampler.timesteps[3].item()), expected)
 
@@ -206,8 +205,7 @@ class TestFlow:
         """The velocity of one clip leads any noise to it."""
         g = torch.Generator().manual_seed(1)
         target, noise = torch.randn(2, 1, 4, 2, 4, 4, generator=g)
-        sampler = make_sampler(name, pipe.scheduler)
-        sampler.set_timesteps(8)
+        sampler = make_sampler(name, pipe.scheduler, 8)
         x = noise
         for t, sigma in zip(sampler.timesteps, sampler.sigmas, strict=False):
             x = sampler.step((x - target) / sigma, t, x).prev_sample
