@@ -3,7 +3,7 @@
     python benchmarks/bad_inputs.py
 
 Files that are damaged, empty, of another kind, or no files at all; names of every sort; prompts, settings and job
-lines that make no sense; command lines likewise. Each must end in one clear error or in a clip that decodes: never
+lines that make no sense; command lines likewise; files of weights and model folders (`bad_weights`). Each must end in one clear error or in a clip that decodes: never
 in a traceback, never in a hang, never to the harm of the good jobs of the same run. Prints a summary, and ends with
 exit code 1 if one did not.
 """
@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import bad_weights
 import imageio_ffmpeg
 import numpy as np
 from preloaded import Ended, emt
@@ -50,6 +51,7 @@ def main(command_line: list[str] | None = None) -> None:
         test.job_lines()
         test.prompt_files()
         test.command_lines()
+        test.weights()
     print(f"{sum(test.told.values())} bad inputs in {time.monotonic() - begun:.0f} s: {dict(test.told)}")
     print(f"{test.neighbours} good jobs beside them, {len(test.violations)} violations")
     for violation in test.violations:
@@ -134,6 +136,14 @@ class Test:
                 place = path.encode("utf-8", "backslashreplace").decode()  # as JSON has names that are not Unicode
                 self.judge("reference", name, [x for x in lines if _name(x["reference"]) == place])
             self.good("reference", [x for x in lines if x["reference"] in map(str, good)], 2)
+
+    def weights(self) -> None:
+        """Files of weights and model folders, in this process: opening each in one of its own would take hours."""
+        for kind, what, read in self.chosen(list(bad_weights.cases(self.work / "model", self.work / "w", self.chance))):
+            received, wrong = bad_weights.attempt(read)
+            self.told[f"{kind} {received}"] += 1
+            if wrong:
+                self.violations.append(f"{kind} {what:.300}: {wrong:.500}")
 
     def make_references(self) -> Iterator[tuple[str, str]]:
         """(what it is, path) of each bad reference."""

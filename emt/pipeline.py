@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.loaders import TextualInversionLoaderMixin
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -405,7 +405,9 @@ def load_pipeline(
         raise EmtError(f"{model} is not a model folder: it has no model_index.json", hint)
     try:
         pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype)
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise EmtError(f"the model {model} cannot be opened: {error}", hint) from error
+    except EmtError:
+        raise
+    except Exception as error:  # damaged configurations fail in any way in the parsers of diffusers and transformers
+        raise EmtError(f"the model {model} cannot be opened: {shorten(str(error), 400)}", hint) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

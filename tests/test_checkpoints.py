@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -494,8 +495,6 @@ WEIGHTS = {
 
 def changed(model: Path, target: Path, part: str, change: Any) -> Path:
     """A copy of a model folder with the weights of one part changed."""
-    import shutil
-
     shutil.copytree(model, target)
     file = target / part / WEIGHTS[part]
     save_file(change(load_file(file)), file, {"format": "pt"})
@@ -539,6 +538,30 @@ def test_k2_weights_that_were_opened_with_other_values_are_noticed(model: Path, 
         EmtError, match=r"text_encoder .* was opened with other weights(.|\n)*not loaded: (.|\n)*install"
     ):
         load_pipeline(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("text_encoder/config.json", "hidden_size", 1e300),
+        ("text_encoder/config.json", "num_hidden_layers", {}),
+        ("tokenizer/tokenizer.json", "normalizer", -1),
+        ("tokenizer/tokenizer.json", "version", None),
+        ("model_index.json", "vae", []),
+        ("model_index.json", "text_encoder", "x"),
+        ("unet/config.json", "block_out_channels", "x"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "many"),
+    ],
+)
+def test_k5_a_model_folder_with_a_damaged_configuration(
+    file: str, name: str, value: Any, model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    config = json.loads((model / file).read_text())
+    (tmp_path / "m" / file).write_text(json.dumps(config | {name: value}))
+    with pytest.raises(EmtError, match=r"the model .* cannot be opened") as caught:
+        load_pipeline(tmp_path / "m")
+    assert lines(caught) <= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -61,6 +61,8 @@ def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None
             f"the embedding {path} holds {len(state)} words: {', '.join(sorted(state)[:8])}", "Give a file of one."
         )
     (vectors,) = state.values()
+    if not vectors.numel() or not vectors.is_floating_point() or not torch.isfinite(vectors.float()).all():
+        raise EmtError(f"the embedding {path} has no vectors, or some that are not finite", "Download it again.")
     vectors = vectors.float().reshape(-1, vectors.shape[-1] if vectors.ndim else 1)
     if vectors.shape[1] != width:
         of = f", as {_WIDTHS[vectors.shape[1]]} has" if vectors.shape[1] in _WIDTHS else ""
@@ -68,8 +70,6 @@ def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None
             f"the embedding {path} has width {vectors.shape[1]}{of}; the text encoder has {width}",
             "Give an embedding of the same model.",
         )
-    if not len(vectors) or not torch.isfinite(vectors).all():
-        raise EmtError(f"the embedding {path} has no vectors, or some that are not finite", "Download it again.")
     return vectors
 
 
