@@ -163,9 +163,10 @@ def _system_memory() -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a computation failed for want of memory, on a GPU or on a CPU."""
-    import torch
-
+    torch = sys.modules.get("torch")  # what has not been imported raises nothing
+    if isinstance(error, MemoryError) or (
+        torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ()))
+    ):
+        return True
     message = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in message or "can't allocate memory" in message)
-    )
+    return isinstance(error, RuntimeError) and ("not enough memory" in message or "can't allocate memory" in message)

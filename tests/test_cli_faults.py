@@ -30,6 +30,11 @@ class Faulty(Generator):
 
     fits = 64
 
+    def check(self, job):
+        if job.prompt == "odd":
+            raise RecursionError("maximum recursion depth exceeded")
+        super().check(job)
+
     def generate(self, jobs, motions, on_step):
         if len(jobs) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -94,6 +99,22 @@ def test_any_other_failure_is_one_line(run, batch_size):
     assert summary.counts == {"done": 2, "failed": 1}
     assert told["bug"]["error"] == "RuntimeError: expected scalar type Half but found Float"
     assert "Traceback" not in err
+
+
+def test_k5_whatever_is_wrong_with_one_job_before_the_device_leaves_the_others(run):
+    """Errors of any kind: of the libraries that read files, or of this program."""
+    summary, told, err = run("a", "odd", "b")
+    assert summary.counts == {"done": 2, "failed": 1}
+    assert told["odd"]["error"] == "RecursionError: maximum recursion depth exceeded"
+    assert "Traceback" not in err
+
+
+def test_k5_a_listener_that_fails_loses_no_journal_line(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(ProgressReporter, "result", lambda self, line: 1 / 0)
+    summary, told, err = run("a", "b")
+    assert summary.counts == {"done": 2}
+    assert {line["state"] for line in told.values()} == {"done"}
+    assert "ZeroDivisionError" in err
 
 
 def test_a_size_that_should_fit_is_smaller_by_the_memory_that_is_there():

@@ -81,7 +81,7 @@ class Feeder:
             if self._ended_before(line, place.state):
                 return None
             return Task(job, identity, place.output, Reference(job, sha256))
-        except (EmtError, OSError) as error:
+        except Exception as error:  # whatever is wrong with one job leaves the others
             self.outcomes.failed(line, self.generator.explain(error, job))
         return None
 

@@ -83,6 +83,9 @@ class Finisher:
             work = self._queue.get()
             try:
                 work()
+            except Exception as error:  # a fault of this program's; the thread goes on with other jobs
+                self.outcomes.listener.say(f"a job has been lost: {type(error).__name__}: {error}")
+                self.outcomes.counts["failed"] += 1
             finally:
                 del work  # the frames
                 self._queue.task_done()

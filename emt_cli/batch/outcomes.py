@@ -153,9 +153,12 @@ class Outcomes:
 
     def _tell(self, line: dict[str, Any]) -> None:
         self.counts[line["state"]] += 1
-        self.listener.job(line)
         there = line["state"] in ("done", "skipped")
-        self.listener.result({**line, "path": os.fspath(self.out / line["output"])} if there else line)
+        try:
+            self.listener.job(line)
+            self.listener.result({**line, "path": os.fspath(self.out / line["output"])} if there else line)
+        except Exception as error:  # a fault of the listener's: the journal has how the job ended, and keeps it
+            self.listener.say(f"a result was not delivered: {type(error).__name__}: {error}")
 
 
 def _like(line: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
