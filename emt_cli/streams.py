@@ -17,6 +17,7 @@ OUTPUT = "standard output"
 """File name of errors that writing there raises."""
 
 _CHUNK = 4096  # PIPE_BUF of Linux: a pipe that can be written to takes so many bytes without waiting
+_GATHERING = 0.002  # seconds
 _POLL = 0.2  # seconds between looks at whether to give up
 _LAST_WORDS = 2.0  # seconds that a line at the end of the program waits for its reader
 
@@ -53,7 +54,8 @@ class Stream:
                 return
             self._waiting.append(content)
             self._size += len(content)
-            self._changed.notify_all()
+            if len(self._waiting) == 1:
+                self._changed.notify_all()
 
     def hurry(self) -> None:
         """Let nobody wait from here on."""
@@ -84,9 +86,10 @@ class Stream:
             with self._changed:
                 while not self._waiting:
                     self._changed.wait()
-                content = self._waiting.popleft()
-                while self._waiting and len(content) < _CHUNK:
-                    content += self._waiting.popleft()
+            time.sleep(_GATHERING)  # with each line written as it comes, the threads would do little but take turns
+            with self._changed:
+                content = b"".join(self._waiting)
+                self._waiting.clear()
             try:
                 _write(descriptor, content)
             except OSError as error:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MARKS = {"done": "done", "skipped": "have", "failed": "FAILED", "dropped": "dropped"}
 _TABLE_ROWS = 40
+_EACH = 20  # jobs in a row that are done already, up to which each has its line
 _WHILE = 1.0  # seconds after which a phase is worth a line
 _MESSAGES, _RESULTS = 1 << 20, 1 << 25  # bytes that may wait for who reads standard error, and standard output
 _LAST_MESSAGES = 2.0  # seconds that messages wait at the end
@@ -62,6 +63,7 @@ class ProgressReporter:
         self._bars: Progress | None = None
         self._started = time.monotonic()
         self._counts: Counter[str] = Counter()
+        self._skipped = 0  # in a row, so far
         self._rows: dict[str, list[dict[str, Any]]] = {}  # the first jobs of each state
         self._phase = ("", 0.0)
         self._phases_said: set[str] = set()
@@ -140,10 +142,14 @@ class ProgressReporter:
             if len(self._rows.setdefault(state, [])) < _TABLE_ROWS:
                 self._rows[state].append(line)
             self._draw()
-            if state == "failed" or not self._bars:
+            if state == "skipped" and not self._bars:
+                self._skipped += 1
+            if state == "failed" or (not self._bars and (state != "skipped" or self._skipped <= _EACH)):
+                self._say_skipped()
                 place = f"[{count}/{self.total}]" if self.total else f"[{count}]"
                 note = _note(line)
                 self.say(f"{place} {MARKS[state]} {_title(line)}" + (f": {note}" if note else ""))
+                self._skipped = self._skipped if state == "skipped" else 0
             if self._bars:
                 made = self._counts["done"] + self._counts["dropped"]
                 minutes = (time.monotonic() - self._started) / 60
@@ -151,6 +157,11 @@ class ProgressReporter:
                 if made and self.total:
                     note += f", {duration((self.total - count) * minutes / made * 60)} left"
                 self._bars.update(self._jobs, completed=count, total=self.total, note=note)
+
+    def _say_skipped(self) -> None:
+        """One line for the many jobs in a row that are done already."""
+        if self._skipped > _EACH:
+            self.say(f"… and {self._skipped - _EACH:,} more that are there")
 
     def step(self, prompts: list[str], done: int, steps: int, memory: int) -> None:
         """The running batch has done so many of its steps; `memory` in bytes."""
@@ -162,6 +173,7 @@ class ProgressReporter:
 
     def ended(self, line: dict[str, Any]) -> None:
         """The end of a run: its journal line. Waits until who reads standard output has all results."""
+        self._say_skipped()
         bars = self._bars is not None
         self._stop_bars()
         if bars and self._rows:

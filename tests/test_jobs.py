@@ -6,14 +6,15 @@ import io
 import json
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from emt.errors import EmtError
-from emt_cli.batch.jobs import Job, identify, output_name, slug
+from emt_cli.batch import jobs
+from emt_cli.batch.jobs import Job, identify, slug
 from emt_cli.batch.options import (
     SETTING_NAMES,
     Format,
@@ -27,6 +28,10 @@ from emt_cli.text import printable
 
 PROMPTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
 JOB = Job(Path("/clips/dance.mp4"), "a red star", 0, Settings())
+
+
+def output_name(job: Job, reference: str) -> PurePosixPath:
+    return PurePosixPath(jobs.output_name(job, reference))
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
@@ -81,6 +86,14 @@ def test_settings_of_a_jobs_own_line_are_part_of_its_name_and_those_of_the_run_a
     quick = replace(JOB, settings=Settings(steps=5))
     assert output_name(quick, "a" * 64) == output_name(JOB, "a" * 64)
     assert output_name(replace(quick, overrides=("steps",)), "a" * 64) != output_name(JOB, "a" * 64)
+
+
+@pytest.mark.parametrize("format", Format)
+def test_k3_a_job_made_otherwise_has_a_name_beside_the_plain_one(format):
+    plain = jobs.output_name(replace(JOB, settings=Settings(format=format)), "a" * 64)
+    own = jobs.own_name(plain, "0123456789abcdef")
+    assert PurePosixPath(own).suffix == PurePosixPath(plain).suffix
+    assert PurePosixPath(own).stem == f"{PurePosixPath(plain).stem}_0123456789"
 
 
 def test_slugs_are_cut_between_words():

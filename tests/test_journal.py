@@ -11,15 +11,20 @@ import time
 from pathlib import Path
 
 import numpy as np
+import program
 import pytest
 
 from emt.errors import EmtError
 from emt.video import write_clip
 from emt_cli.batch import journal, records
-from emt_cli.batch.jobs import Job
+from emt_cli.batch.feeder import Feeder
+from emt_cli.batch.jobs import Job, identify, output_name
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import Settings
+from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.results import read_record, sidecar, state_on_disk, write_result
+from emt_cli.batch.session import RunOptions, SessionOptions, open_session
+from emt_cli.terminal import ProgressReporter
 from emt_cli.text import printable
 
 # ---- journal ------------------------------------------------------------------------------------------------------
@@ -192,6 +197,41 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EmtError, match="cannot write"):
         Journal(tmp_path / "file")
+
+
+def test_k8_a_long_list_that_is_done_is_looked_through_at_once(tmp_path):
+    """2,000 jobs, of which the last is open: 100,000 of them take 5 s of a processor."""
+    reference = program.clip(tmp_path / "a.mp4")
+    session = open_session(SessionOptions(model=str(program.model()), cache_dir=tmp_path / "cache"))
+    jobs = [Job(reference, "x", seed, Settings(frames=4)) for seed in range(2000)]
+    sha256, clips = session.index.sha256(reference), tmp_path / "out"
+    lines = []
+    for job in jobs[:-1]:
+        output = output_name(job, sha256)
+        (clips / output).parent.mkdir(parents=True, exist_ok=True)
+        (clips / output).write_bytes(b"x")
+        line = {"event": "job", "state": "done", "output": output, "settings": job.settings.as_dict(), "bytes": 1}
+        line |= {"id": identify(job, reference=sha256, model=session.generator.model_sha256, precision="auto")}
+        lines.append(line | {"mtime_ns": (clips / output).stat().st_mtime_ns, "prompt": "x" * 1000})
+    (clips / journal.FILE_NAME).write_bytes(b"".join(records.dumps(line) + b"\n" for line in lines))
+    begun = time.process_time()
+    with ProgressReporter() as reporter:
+        outcomes = Outcomes(Journal(clips), reporter)
+        task = next(Feeder(session, outcomes, RunOptions()).tasks(jobs))
+    assert time.process_time() - begun < 1
+    assert task.job is jobs[-1]
+    assert outcomes.counts == {"skipped": 1999}
+
+
+def test_k7_many_jobs_that_are_done_have_a_line_together(capfd):
+    with ProgressReporter() as reporter:
+        for n in range(100):
+            reporter.job({"state": "skipped", "output": f"{n}.mp4"})
+        reporter.job({"state": "done", "output": "new.mp4"})
+        reporter.job({"state": "skipped", "output": "last.mp4"})
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 23
+    assert said[-3:] == ["… and 80 more that are there", "[101] done new.mp4", "[102] have last.mp4"]
 
 
 # ---- results ------------------------------------------------------------------------------------------------------

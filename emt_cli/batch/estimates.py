@@ -74,6 +74,9 @@ class PastTimings:
         size: Bytes of a clip, per pixel of all frames.
     """
 
+    #: Fields of journal lines that it is drawn from.
+    FIELDS = ("state", "model_sha256", "device", "settings", "timings", "peak_memory", "bytes")
+
     device: str
     jobs: int
     seconds: float

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
@@ -14,9 +14,11 @@ from emt_cli.batch.generator import describe
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
 from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.records import dumps
-from emt_cli.batch.results import find_place, is_untouched, read_record, sidecar
+from emt_cli.batch.results import Place, find_place, read_record, sidecar
 from emt_cli.batch.session import RunOptions, Session
 from emt_cli.batch.tasks import Reference, Task
+
+_FRESH = 1.0  # seconds
 
 
 class Feeder:
@@ -31,7 +33,8 @@ class Feeder:
     def __init__(self, session: Session, outcomes: Outcomes, options: RunOptions) -> None:
         self.generator, self.index = session.generator, session.index
         self.outcomes, self.options = outcomes, options
-        self._seen: dict[PurePosixPath, tuple[str, PurePosixPath]] = {}  # by name: identity, and where its clip goes
+        self._hashed: tuple[Path | None, str, float] = (None, "", 0.0)
+        self._seen: dict[str, tuple[str, str]] = {}  # by name: identity, and where its clip goes
 
     def tasks(self, items: Iterable[Item]) -> Iterator[Task | None]:
         """The tasks of items; consecutive ones with the same sampling of the same content share a reference.
@@ -60,15 +63,15 @@ class Feeder:
         """The task of a job, or None if it is already done, a duplicate, or invalid (then reported)."""
         line = {"event": "job", **describe(job)}
         try:
-            sha256 = line["reference_sha256"] = self.index.sha256(job.reference)
+            sha256 = line["reference_sha256"] = self._hash(job.reference)
             self.generator.check(job)
             how = {"precision": self.options.numerics, "method": self.options.method}
             identity = identify(job, reference=sha256, model=self.generator.model_sha256, **how)
             output = output_name(job, sha256)
-            line |= {"id": identity, "output": str(output)}
+            line |= {"id": identity, "output": output}
             first, there = self._seen.get(output, ("", output))
             if first == identity:
-                self.outcomes.duplicate({**line, "output": str(there)})
+                self.outcomes.duplicate({**line, "output": there})
                 return None
             if first:
                 raise EmtError(f"another job of this run makes {output} too", "Give one of them another seed.")
@@ -77,26 +80,34 @@ class Feeder:
             journal = self.outcomes.journal
             place = find_place(self.outcomes.out, journal.known, job, output, identity, self.options.overwrite)
             self._seen[output] = identity, place.output
-            line["output"] = str(place.output)
-            if self._ended_before(line, place.state):
+            line["output"] = place.output
+            if self._ended_before(line, place):
                 return None
             return Task(job, identity, place.output, Reference(job, sha256))
         except Exception as error:  # whatever is wrong with one job leaves the others
             self.outcomes.failed(line, self.generator.explain(error, job))
         return None
 
-    def _ended_before(self, line: dict[str, Any], state: str) -> bool:
+    def _hash(self, reference: Path) -> str:
+        """Hash of a reference's content; for consecutive jobs of the same one it is looked at once in `_FRESH` s."""
+        path, sha256, when = self._hashed
+        if path != reference or time.monotonic() - when > _FRESH:
+            sha256 = self.index.sha256(reference)
+            self._hashed = reference, sha256, time.monotonic()
+        return sha256
+
+    def _ended_before(self, line: dict[str, Any], place: Place) -> bool:
         """Return whether earlier runs leave nothing to do for a job, which is reported then.
 
         Args:
             line: The job as journal lines describe it.
-            state: Of its place.
+            place: Where its clip is or goes.
         """
         if self.options.overwrite:
             return False
-        known, clip = self.outcomes.journal.known, self.outcomes.out / line["output"]
+        known, state = self.outcomes.journal.known, place.state
         if state == "made":
-            self._adopt(line, clip)
+            self._adopt(line, self.outcomes.out / place.output)
         if self.options.filter and (reason := self._fails_filter(line, state)):
             if state == "open":
                 self.outcomes.unchanged(line, "dropped", reason)
@@ -106,8 +117,8 @@ class Feeder:
         if state == "open":
             return False
         made = known.done[line["output"]]
-        if not is_untouched(made, status := os.stat(clip)):
-            self.outcomes.seen(line, status)
+        if place.looked and state == "done":
+            self.outcomes.seen(line, place.looked)
         self.outcomes.unchanged(
             {**line, **{key: made[key] for key in ("seed", "best_of") if "best_of" in made}}, "skipped"
         )

@@ -8,11 +8,12 @@ job, another name that follows from the identity is taken (`emt_cli.batch.result
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
@@ -128,7 +129,7 @@ def slug(text: str, limit: int = 80) -> str:
     return name
 
 
-def output_name(job: Job, reference: str) -> PurePosixPath:
+def output_name(job: Job, reference: str) -> str:
     """Path of a job's clip in the output folder: `<reference>/<prompt>-<seed>.<format>`.
 
     Distinct jobs get distinct names, whatever the prompts: a prompt that its slug does not spell exactly has a
@@ -140,25 +141,30 @@ def output_name(job: Job, reference: str) -> PurePosixPath:
         job: The job.
         reference: SHA-256 of the reference's content.
     """
-    folder = f"{slug(job.reference.stem) or 'clip'}_{digest(reference, job.reference.suffix.lower())[:8]}"
-    name = slug(job.prompt)
-    if name.replace("-", " ") != job.prompt:
-        name = f"{name or 'prompt'}_{digest(job.prompt)[:10]}"
     own = {key: value for key, value in job.settings.as_dict().items() if key in job.overrides and key != "format"}
     suffix = f"_{digest(own)[:10]}" if own else ""
     extension = "" if job.settings.format is Format.PNG else f".{job.settings.format.value}"
-    return PurePosixPath(folder) / f"{name}-{job.seed}{suffix}{extension}"
+    folder = _folder_name(job.reference.stem, job.reference.suffix, reference)
+    return f"{folder}/{_prompt_name(job.prompt)}-{job.seed}{suffix}{extension}"
 
 
-def own_name(output: PurePosixPath, identity: str) -> PurePosixPath:
+@functools.lru_cache(maxsize=1 << 12)
+def _folder_name(stem: str, suffix: str, reference: str) -> str:
+    return f"{slug(stem) or 'clip'}_{digest(reference, suffix.lower())[:8]}"
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _prompt_name(prompt: str) -> str:
+    name = slug(prompt)
+    return name if name.replace("-", " ") == prompt else f"{name or 'prompt'}_{digest(prompt)[:10]}"
+
+
+def own_name(output: str, identity: str) -> str:
     """Path of a job's clip if another job's is at `output`: the same prompt and seed with other settings, model, ….
 
     Args:
         output: The job's `output_name`.
         identity: Its identity.
     """
-    suffix = output.suffix if output.suffix in _SUFFIXES else ""
-    return output.with_name(f"{output.name.removesuffix(suffix)}_{identity[:10]}{suffix}")
-
-
-_SUFFIXES = {f".{format.value}" for format in Format if format is not Format.PNG}
+    stem, dot, extension = output.rpartition(".")  # no slug has a dot
+    return f"{stem}_{identity[:10]}{dot}{extension}" if dot else f"{output}_{identity[:10]}"

@@ -42,7 +42,8 @@ import heapq
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,20 @@ def exists(out: Path) -> bool:
     return bool(_files(out))
 
 
-def lines(out: Path) -> Iterator[dict[str, Any]]:
+def lines(out: Path, only: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
     """The lines of a folder's journal, of all writers, oldest first, their fields checked (`emt_cli.batch.records`).
 
     Lines that are not whole, and those of clips outside of the folder, are left out.
 
+    Args:
+        out: The folder.
+        only: Names of the fields that are needed; None for all.
+
     Raises:
         EmtError: the journal is there but may not be read.
     """
-    return (line for _, line in heapq.merge(*(_timed(path) for path in _files(out)), key=lambda pair: pair[0]))
+    files = [_timed(path, only and {*only, "state", "output", "finished"}) for path in _files(out)]
+    return (line for _, line in (heapq.merge(*files, key=lambda pair: pair[0]) if len(files) > 1 else chain(*files)))
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -112,13 +118,13 @@ def _files(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name != FILE_NAME)
 
 
-def _timed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _timed(path: Path, only: Collection[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Lines of a file with the time of each; in the order of the file, whatever its clock did."""
     latest = ""
     try:
         with open(path, "rb") as file:
             for content in file:
-                line = parse(content)
+                line = parse(content, only)
                 if line.get("state") in ("done", "dropped") and "output" not in line:
                     continue
                 if line:
@@ -139,6 +145,9 @@ class Known:
         failed: By output: id and error of a job whose last word is that it failed.
     """
 
+    _KEPT = ("id", "bytes", "mtime_ns", "motion_fidelity", "temporal_consistency")
+    FIELDS = (*_KEPT, "event", "state", "output", "best_of", "seed", "error")
+
     def __init__(self) -> None:
         self.done: dict[str, dict[str, Any]] = {}
         self.dropped: dict[str, dict[str, Any]] = {}
@@ -154,7 +163,7 @@ class Known:
             if known and known.get("id") == line.get("id"):
                 known |= {name: line[name] for name in ("bytes", "mtime_ns") if name in line}
             return
-        kept = {name: line[name] for name in _KEPT if name in line}
+        kept = {name: line[name] for name in self._KEPT if name in line}
         if "best_of" in line and "seed" in line:
             kept |= {"best_of": line["best_of"], "seed": line["seed"]}
         if state == "failed":
@@ -165,9 +174,6 @@ class Known:
             self.done[output] = kept
         elif state == "dropped":
             self.dropped[output] = kept
-
-
-_KEPT = ("id", "bytes", "mtime_ns", "motion_fidelity", "temporal_consistency")
 
 
 class Journal:
@@ -201,7 +207,7 @@ class Journal:
         except OSError as error:
             raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
         self.known = Known()
-        for line in lines(out):
+        for line in lines(out, Known.FIELDS):
             self.known.add(line)
 
     def _repair(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -183,6 +184,10 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
+        return dict(self._values)
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value.value if isinstance(value, Enum) else value for name, value in values}
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from emt.cache import ContentIndex, default_dir
@@ -120,7 +120,8 @@ def make_plan(options: TransferOptions) -> Plan:
     gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
     device = gpu or "cpu"
     known = journal.Known()
-    past = estimates.PastTimings.read(_remembering(journal.lines(options.out), known), model_sha256, device)
+    fields = (*journal.Known.FIELDS, *estimates.PastTimings.FIELDS)
+    past = estimates.PastTimings.read(_remembering(journal.lines(options.out, fields), known), model_sha256, device)
     source = (
         f"{past.jobs} earlier clip{'' if past.jobs == 1 else 's'} on this device"
         if past
@@ -171,7 +172,7 @@ def _planned(
     references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looked = dict(zip(references, pool.map(lambda path: _look(path, index), references)))
-    seen: set[PurePosixPath] = set()
+    seen: set[str] = set()
     for item in items:
         if isinstance(item, Rejected):
             yield PlannedJob(item, "problem", error=item.error)
@@ -186,7 +187,7 @@ def _planned(
             continue
         seen.add(output)
         identity = identify(item, reference=sha256, model=model_sha256, precision=precision)
-        line = PlannedJob(item, "open", str(output), identity)
+        line = PlannedJob(item, "open", output, identity)
         try:
             model.check(item.prompt, item.settings.as_dict())
             check_tracking(item)
@@ -198,7 +199,7 @@ def _planned(
             line.state, line.error = "problem", error
         if not line.error:
             place = find_place(options.out, known, item, output, identity, options.overwrite)
-            line.output, line.state = str(place.output), "done" if place.state == "made" else place.state
+            line.output, line.state = place.output, "done" if place.state == "made" else place.state
             failed = known.failed.get(line.output, {})
             if place.state == "open" and failed.get("id") == identity:
                 line.state, line.error = "failed", EmtError(failed["error"], "It is tried again.")

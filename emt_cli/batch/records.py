@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
-from pathlib import PurePosixPath, PureWindowsPath
+from collections.abc import Callable, Collection
 from typing import Any
 
 #: Characters that JSON leaves as they are and terminals obey: control characters of C1, directions, line separators.
 _UNSAFE = re.compile(r"[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+#: An absolute path, of Windows too, a way up, or no path at all.
+_OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
 _DEEPEST = 16  # lists and objects in each other
 _LARGEST = 1e300  # of numbers
 _MISSING = object()
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 def dumps(value: Any) -> bytes:
@@ -25,16 +27,23 @@ def dumps(value: Any) -> bytes:
 
     Bytes of odd file names, which are no Unicode, and characters that a terminal obeys are JSON escapes.
     """
-    text = _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+    text = _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", _ENCODER.encode(value))
     return text.encode("utf-8", "backslashreplace")
 
 
-def parse(content: bytes | str) -> dict[str, Any]:
-    """A JSON object, its fields checked; empty if it is none."""
+def parse(content: bytes | str, only: Collection[str] | None = None) -> dict[str, Any]:
+    """A JSON object, its fields checked; empty if it is none.
+
+    Args:
+        content: Its text.
+        only: Names of the fields that are needed; None for all.
+    """
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deep to be read
         return {}
+    if only is not None and isinstance(value, dict):
+        value = {name: value[name] for name in only if name in value}
     return check(value)
 
 
@@ -54,10 +63,7 @@ def check(value: Any) -> dict[str, Any]:
 
 def is_output(text: Any) -> bool:
     """Return whether a text is the path of a clip in an output folder: relative, and not out of it."""
-    if not isinstance(text, str) or not text or "\0" in text:
-        return False
-    parts = (*PurePosixPath(text).parts, *PureWindowsPath(text).parts)
-    return ".." not in parts and not PurePosixPath(text).is_absolute() and not PureWindowsPath(text).anchor
+    return isinstance(text, str) and text != "" and not _OUTSIDE.search(text)
 
 
 def _any(value: Any, depth: int = 0) -> Any:

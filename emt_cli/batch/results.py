@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
@@ -65,8 +65,8 @@ def _found(clip: Path) -> tuple[str, int]:
         return "", 0
 
 
-def state_on_disk(line: Mapping[str, Any] | None, clip: Path, job: Job, identity: str) -> str:
-    """Return whether a job is done: `done`, `made` (a clip that the journal does not know of), or `open`.
+def state_on_disk(line: Mapping[str, Any] | None, clip: Path | str, job: Job, identity: str) -> str:
+    """State of a job by its clip: `done`, `made` (a clip that the journal does not know of), or `open`.
 
     Args:
         line: The last line of the journal that calls this clip done, if there is one.
@@ -74,16 +74,23 @@ def state_on_disk(line: Mapping[str, Any] | None, clip: Path, job: Job, identity
         job: The job.
         identity: Its identity.
     """
+    return _state_on_disk(line, clip, job, identity)[0]
+
+
+def _state_on_disk(
+    line: Mapping[str, Any] | None, clip: Path | str, job: Job, identity: str
+) -> tuple[str, os.stat_result | None]:
+    """The state, and the status of a clip that is whole but not as the journal left it."""
     try:
         status = os.stat(clip)
     except (OSError, ValueError):
-        return "open"
+        return "open", None
     listed = line is not None and line.get("id") == identity
     if listed and line and is_untouched(line, status):
-        return "done"
-    if not is_whole(clip, job, identity):
-        return "open"
-    return "done" if listed else "made"
+        return "done", None
+    if not is_whole(Path(clip), job, identity):
+        return "open", None
+    return ("done" if listed else "made"), status
 
 
 def is_untouched(line: Mapping[str, Any], status: os.stat_result) -> bool:
@@ -115,13 +122,15 @@ class Place:
         output: Path in the output folder.
         state: `done`, `made` (not yet in the journal), `replaces` (a finished clip is there, which is made again or
             gives way, as the user said), or `open`.
+        looked: Status of a clip that had to be read to see whether it is whole; None where its journal line did.
     """
 
-    output: PurePosixPath
+    output: str
     state: str
+    looked: os.stat_result | None = None
 
 
-def find_place(out: Path, known: Known, job: Job, output: PurePosixPath, identity: str, overwrite: bool) -> Place:
+def find_place(out: Path, known: Known, job: Job, output: str, identity: str, overwrite: bool) -> Place:
     """Find where a job's clip is or goes. No finished clip is ever replaced unless the user says so.
 
     Args:
@@ -132,13 +141,14 @@ def find_place(out: Path, known: Known, job: Job, output: PurePosixPath, identit
         identity: Its identity.
         overwrite: Whether finished clips are to be made again.
     """
-    if not os.path.lexists((out / output).parent):
-        return Place(output, "open")  # the usual case of a new reference, at the price of one look
+    folder = os.fspath(out)
+    state, looked = _state_on_disk(known.done.get(output), os.path.join(folder, output), job, identity)
+    if state != "open":
+        return Place(output, "replaces" if overwrite else state, looked)
     own = own_name(output, identity)
-    for name in (output, own):
-        state = state_on_disk(known.done.get(str(name)), out / name, job, identity)
-        if state != "open":
-            return Place(name, "replaces" if overwrite else state)
-    if not is_anothers(known.done.get(str(output)), out / output, identity):
+    state, looked = _state_on_disk(known.done.get(own), os.path.join(folder, own), job, identity)
+    if state != "open":
+        return Place(own, "replaces" if overwrite else state, looked)
+    if not is_anothers(known.done.get(output), out / output, identity):
         return Place(output, "open")
     return Place(output, "replaces") if overwrite else Place(own, "open")

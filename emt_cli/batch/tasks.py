@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emt.cache import ContentIndex
@@ -99,7 +98,7 @@ class Task:
 
     job: Job
     identity: str
-    output: PurePosixPath
+    output: str
     reference: Reference
     candidates: BestOf | None = None
     warnings: tuple[str, ...] = ()
@@ -107,7 +106,7 @@ class Task:
     @property
     def line(self) -> dict[str, Any]:
         """The job as journal lines describe it."""
-        named = {"id": self.identity, "output": str(self.output), "reference_sha256": self.reference.sha256}
+        named = {"id": self.identity, "output": self.output, "reference_sha256": self.reference.sha256}
         return {"event": "job", **named, **describe(self.job)}
 
     def split(self) -> list[Task]:
