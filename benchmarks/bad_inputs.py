@@ -3,9 +3,9 @@
     python benchmarks/bad_inputs.py
 
 Files that are damaged, empty, of another kind, or no files at all; names of every sort; prompts, settings and job
-lines that make no sense; command lines likewise; files of weights and model folders (`bad_weights`). Each must end in one clear error or in a clip that decodes: never
-in a traceback, never in a hang, never to the harm of the good jobs of the same run. Prints a summary, and ends with
-exit code 1 if one did not.
+lines that make no sense; command lines likewise; files of weights and model folders (`bad_weights`). Each must end in
+one clear error or in a clip that decodes: never in a traceback, never in a hang, never to the harm of the good jobs of
+the same run. Prints a summary, and ends with exit code 1 if one did not.
 """
 
 from __future__ import annotations
