@@ -49,7 +49,7 @@ STEPS = 2
 
 
 @dataclass(frozen=True)
-class Row:
+class Combination:
     """A request: clips at once, sizes and the number of frames as `emt build-engine` takes them."""
 
     batch: str
@@ -96,9 +96,9 @@ def pairwise(values: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     return chosen
 
 
-def rows(size: str) -> list[Row]:
+def rows(size: str) -> list[Combination]:
     """The requests for a size of the network."""
-    return [Row(*values) for values in pairwise(VALUES[size])]
+    return [Combination(*values) for values in pairwise(VALUES[size])]
 
 
 def write_lora(path: Path, pipe: MotionTransferPipeline) -> Path:
@@ -115,7 +115,7 @@ def write_lora(path: Path, pipe: MotionTransferPipeline) -> Path:
     return path
 
 
-def request_of(row: Row, device: str, model: Path, lora: Path) -> Request:
+def request_of(row: Combination, device: str, model: Path, lora: Path) -> Request:
     """The request of a row."""
     low, _, high = row.batch.partition("..")
     loras = [(lora, SCALE)] if row.lora else []
@@ -172,7 +172,7 @@ def make_clips(pipe: MotionTransferPipeline, size: Size, frames: int, count: int
         raise EmtError(f"a clip of {width}x{height} is of one colour")
 
 
-def run(row: Row, model: Path, lora: Path, device: str, folder: Path) -> dict[str, Any]:
+def run(row: Combination, model: Path, lora: Path, device: str, folder: Path) -> dict[str, Any]:
     """Build, verify and run the engine of a row; returns what the table shows of it."""
     pipe = load_pipeline(model, "cpu", DTYPES[row.precision])
     request = request_of(row, device, model, lora)

@@ -28,7 +28,7 @@ import torch
 import transformers.utils.logging
 
 from emt.backbones.sd15.random_model import random_model
-from emt.train.trainer import Settings, Trainer
+from emt.train.trainer import Trainer, TrainingSettings
 from emt.video import write_clip
 
 SIDE, FRAMES = 512, 16
@@ -56,7 +56,7 @@ def write_pairs(root: Path, side: int, frames: int) -> Path:
 
 def time_steps(model: Path, pairs: Path, run: Path, row: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train until enough steps are timed."""
-    settings = Settings(
+    settings = TrainingSettings(
         batch_size=int(row.removesuffix("c")),
         gradient_checkpointing=row.endswith("c"),
         precision="bf16",

@@ -122,7 +122,7 @@ def _frames(clips: Tensor) -> list[np.ndarray]:
 
 
 @dataclasses.dataclass
-class Row:
+class Variant:
     """A row of the table: a model, and what has been measured of it."""
 
     name: str
@@ -166,7 +166,7 @@ class Row:
         }
 
 
-def load_rows(names: Sequence[str], o: argparse.Namespace) -> list[Row]:
+def load_rows(names: Sequence[str], o: argparse.Namespace) -> list[Variant]:
     """The models to measure: the backbone, the variants, and the model itself where it is.
 
     Raises:
@@ -175,9 +175,9 @@ def load_rows(names: Sequence[str], o: argparse.Namespace) -> list[Row]:
     device = torch.device(o.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
 
-    def load(name: str, folder: Path, adapter: Path) -> Row:
+    def load(name: str, folder: Path, adapter: Path) -> Variant:
         pipeline = MotionTransferPipeline.from_pretrained(folder, dtype=dtype).to(device)
-        return Row(name, trained_steps(adapter), pipeline)
+        return Variant(name, trained_steps(adapter), pipeline)
 
     rows = []
     for name in names:
@@ -189,11 +189,11 @@ def load_rows(names: Sequence[str], o: argparse.Namespace) -> list[Row]:
         rows.append(load("full method, all steps", model, o.out / "adapter.safetensors"))
     if not rows:
         raise EmtError("There is nothing to measure.", "Train the variants first, without --evaluate-only.")
-    return [Row("backbone without reference", 0, rows[0].pipeline, reference=False), *rows]
+    return [Variant("backbone without reference", 0, rows[0].pipeline, reference=False), *rows]
 
 
 @torch.no_grad()
-def evaluate(rows: Sequence[Row], judge: Judge, cases: Cases, o: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def evaluate(rows: Sequence[Variant], judge: Judge, cases: Cases, o: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The rows of the table by name: the steps of the training, and all measures."""
     how = {"steps": o.sampler_steps}
     for row in rows:  # while nothing else runs

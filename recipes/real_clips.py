@@ -44,7 +44,7 @@ TARGET = 0.7
 
 
 @dataclass(frozen=True)
-class Reference:
+class RealClip:
     """A real clip, as the model sees it."""
 
     path: Path
@@ -70,7 +70,7 @@ def find_clips(given: Sequence[Path]) -> list[Path]:
 
 def make(
     pipeline: MotionTransferPipeline,
-    references: Sequence[Reference],
+    references: Sequence[RealClip],
     prompts: Sequence[str],
     seeds: int,
     out: Path,
@@ -103,7 +103,7 @@ def make(
     return pairs
 
 
-def show(references: Sequence[Reference], rows: Sequence[Row]) -> Image.Image:
+def show(references: Sequence[RealClip], rows: Sequence[Row]) -> Image.Image:
     """Of each reference its frames, and below those of its results, each with its measures and prompt."""
     blocks = []
     for reference in references:
@@ -119,7 +119,7 @@ def show(references: Sequence[Reference], rows: Sequence[Row]) -> Image.Image:
     return contact_sheet(blocks)
 
 
-def format_table(references: Sequence[Reference], rows: Sequence[Row]) -> str:
+def format_table(references: Sequence[RealClip], rows: Sequence[Row]) -> str:
     """A row for each reference, the mean over its results; and the global motion of all whose camera moves."""
     measures = ("camera", *CURVES, "motion_fidelity", "text_alignment", "temporal_consistency")
     heads = ["camera, Pearson", *(curve.replace("_", " ") for curve in CURVES), "motion fidelity", "text", "temporal"]
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     references = []
     for path in paths:
         clip = read_clip(path, frames=frames, size=size)
-        references.append(Reference(path, clip, pipeline.extract_motion(clip), camera_share(track(clip.frames))))
+        references.append(RealClip(path, clip, pipeline.extract_motion(clip), camera_share(track(clip.frames))))
     o.out.mkdir(parents=True, exist_ok=True)
     pairs = make(pipeline, references, o.prompts, o.seeds, o.out, o.batch or (16 if on_gpu else 1))
     judge = judges.Judge.load(o.judge, o.device) if o.judge.is_file() else None

@@ -150,7 +150,7 @@ def test_training_does_not_guess_its_model(tmp_path):
 
 @pytest.mark.parametrize(("made_by", "judged"), [("demo", True), (None, True), ("models/rv", False)])
 def test_its_judge_reads_its_clips_alone(tmp_path, monkeypatch, made_by, judged):
-    path = judge.Judge(judge.Vocabulary.of_world()).save(tmp_path / "judge.safetensors")
+    path = judge.Judge(judge.JudgeVocabulary.of_world()).save(tmp_path / "judge.safetensors")
     monkeypatch.setattr(judge, "SHIPPED", path)
     record = {"model": made_by} if made_by else {}
     pairs = [Pair(Path("a.mp4"), Path("b.mp4"), "a red fox in the snow", record=record)]

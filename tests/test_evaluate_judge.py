@@ -18,9 +18,9 @@ from emt.evaluate.alignment import Alignment
 from emt.evaluate.judge import (
     SIZE,
     Judge,
+    JudgeVocabulary,
     Prompt,
     Reading,
-    Vocabulary,
     compose,
     decompose,
     prompt_alignment,
@@ -40,7 +40,7 @@ from emt.evaluate.truth import (
 )
 from emt.synthetic.renderer import COLOURS, SCENES, SUBJECTS, World
 
-WORDS = Vocabulary(SUBJECTS, COLOURS, SCENES)
+WORDS = JudgeVocabulary(SUBJECTS, COLOURS, SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +393,6 @@ def test_clips_and_motions_must_match(judge, cases):
 
 def test_a_judge_of_other_words_is_refused(cases):
     motions, asked, _ = cases
-    other = Judge(Vocabulary(("knight",), ("red",), ("castle",)))
+    other = Judge(JudgeVocabulary(("knight",), ("red",), ("castle",)))
     with pytest.raises(EmtError, match="another vocabulary"):
         evaluate_truth(other, torch.zeros(40, 16, 3, SIZE, SIZE, dtype=torch.uint8), motions, asked)

@@ -23,7 +23,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed import run as distributed_run
 from transformers import AutoTokenizer
 
-from emt.evaluate.judge import Judge, Vocabulary
+from emt.evaluate.judge import Judge, JudgeVocabulary
 from emt.pipeline import MotionTransferPipeline
 from emt.synthetic.renderer import words
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
@@ -529,7 +529,7 @@ def test_an_ablation_trains_beside_the_model(out: Path) -> None:
 
 
 def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Judge(Vocabulary.of_world()).save(out / "judge.safetensors")
+    Judge(JudgeVocabulary.of_world()).save(out / "judge.safetensors")
     arguments = ["--out", str(out), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--clips", "3"]
     arguments += ["--names", "full", "up-block-1", "--sampler-steps", "2", "--workers", "1"]
     # One that was cut off after a step is trained again, one that is complete is kept.
@@ -719,7 +719,7 @@ def test_graph_trains_as_eager_does() -> None:
 def test_folder_generates_and_is_measured(pipeline: MotionTransferPipeline) -> None:
     assert pipeline.config.frames == TINY.frames
     world = make_world(torch.device("cpu"), TINY)
-    judge = Judge(Vocabulary.of_world())
+    judge = Judge(JudgeVocabulary.of_world())
     columns, sheet = evaluate(pipeline, judge, world, clips=3, seeds=1, batch=2, steps=2)
     assert set(columns) == {"adapted", "without reference", "floor: through the VAE", "floor: renders"}
     # Three pairs in two columns: right of their labels, and each below its prompt.

@@ -24,7 +24,7 @@ from emt.train import trainer as trainer_module
 from emt.train.data import PairDataset, Rendering, find_pairs, write_pairs
 from emt.train.objective import adapter_loss
 from emt.train.run_folder import find_checkpoints
-from emt.train.trainer import Settings, Trainer, published
+from emt.train.trainer import Trainer, TrainingSettings, published
 from emt.video import read_clip, write_clip
 from emt_cli.commands.train import _stop_on_signals
 
@@ -262,9 +262,9 @@ def test_make_pairs_as_a_program(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def settings(**given: object) -> Settings:
+def settings(**given: object) -> TrainingSettings:
     usual = {"steps": 2, "workers": 0, "sample_every": 0, "checkpoint_every": 100, "learning_rate": 1e-2}
-    return Settings(**(usual | given))  # type: ignore[arg-type]
+    return TrainingSettings(**(usual | given))  # type: ignore[arg-type]
 
 
 def start(pairs: Path, run: Path, **given: object) -> Trainer:

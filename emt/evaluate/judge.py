@@ -37,7 +37,7 @@ SHIPPED = Path(__file__).with_name("judge.safetensors")
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class JudgeVocabulary:
     """The words that a judge distinguishes."""
 
     subjects: tuple[str, ...]
@@ -45,7 +45,7 @@ class Vocabulary:
     scenes: tuple[str, ...]
 
     @classmethod
-    def of_world(cls) -> Vocabulary:
+    def of_world(cls) -> JudgeVocabulary:
         """The words of `emt.synthetic.renderer`."""
         from emt.synthetic.renderer import COLOURS, SCENES, SUBJECTS
 
@@ -123,7 +123,7 @@ class Judge(nn.Module):
         vocabulary: The words to distinguish.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: JudgeVocabulary) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.stem = nn.Sequential(_conv(3, 16, 5, 2), _conv(16, 32, 3, 2), _Block(32))
@@ -339,7 +339,7 @@ class Judge(nn.Module):
                 metadata = file.metadata() or {}
                 state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
             words = {name: tuple(json.loads(metadata[name])) for name in ("subjects", "colours", "scenes")}
-            judge = cls(Vocabulary(**words))
+            judge = cls(JudgeVocabulary(**words))
             judge.load_state_dict(
                 state | {k: v for k, v in judge.state_dict().items() if k not in state and "num_" in k}
             )
@@ -436,7 +436,7 @@ class Prompt:
     scene: int | None
 
 
-def read_prompt(prompt: str, vocabulary: Vocabulary) -> Prompt | None:
+def read_prompt(prompt: str, vocabulary: JudgeVocabulary) -> Prompt | None:
     """Find the words of a vocabulary in a prompt; `None` if it names no subject of it, or more than two.
 
     A colour belongs to the first subject named after it. A scene's name may be any word of the prompt that is not

@@ -26,7 +26,7 @@ from emt.evaluate.judge import (
     STRIDE,
     USUAL_SIDE,
     Judge,
-    Vocabulary,
+    JudgeVocabulary,
     cells_of,
     compose,
     decompose,
@@ -179,7 +179,7 @@ def train_judge(
     device = torch.device(device) if device is not None else world.device
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
-    judge = Judge(Vocabulary.of_world()).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    judge = Judge(JudgeVocabulary.of_world()).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     rate = 4e-3
     optimiser = torch.optim.AdamW(judge.parameters(), lr=rate, weight_decay=0.02, betas=(0.9, 0.98))
     # The world renders as many frames as it says; a window of a clip is rendered by a copy that says fewer.

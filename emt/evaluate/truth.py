@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from emt.errors import EmtError
 from emt.evaluate.camera import REACH
-from emt.evaluate.judge import SIZE, Judge, Reading, Vocabulary
+from emt.evaluate.judge import SIZE, Judge, JudgeVocabulary, Reading
 from emt.evaluate.statistics import Estimate, mean, pooled_pearson
 from emt.synthetic.motions import shortest
 
@@ -97,7 +97,7 @@ def evaluate_truth(
     Raises:
         EmtError: The numbers of clips or frames differ, or the judge does not know the world.
     """
-    if judge.vocabulary != Vocabulary.of_world():
+    if judge.vocabulary != JudgeVocabulary.of_world():
         raise EmtError(
             "The judge was trained on another vocabulary than this world's.",
             "Train it again: python -m emt.evaluate.train_judge train --minutes 2 --device cuda judge.safetensors",

@@ -44,7 +44,7 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Pair:
+class TrainingPair:
     """A clip to read the motion from, and one with the same motion to learn to make from its caption."""
 
     reference: Path
@@ -63,7 +63,7 @@ class Sample:
         problems: What had to be skipped to get here, a message for each file.
     """
 
-    pair: Pair
+    pair: TrainingPair
     reference: np.ndarray
     target: np.ndarray
     problems: dict[str, str]
@@ -71,7 +71,7 @@ class Sample:
 
 def find_pairs(
     root: Path, say: Callable[[str], None], check_caption: Callable[[str], None] = lambda caption: None
-) -> list[Pair]:
+) -> list[TrainingPair]:
     """List the pairs under `root`, in order of their names; no clip is opened.
 
     Args:
@@ -113,7 +113,7 @@ def find_pairs(
             except EmtError as error:
                 say(f"{target}: skipped as a target, {error.problem}")
                 continue
-            pairs += [Pair(reference, target, caption) for reference in clips if reference != target]
+            pairs += [TrainingPair(reference, target, caption) for reference in clips if reference != target]
     if not pairs:
         raise EmtError(f"{root} has no usable pair", PAIRS_LAYOUT)
     return pairs
@@ -164,7 +164,7 @@ class PairDataset(Dataset[Sample]):
         seed: Of the order.
     """
 
-    def __init__(self, pairs: Sequence[Pair], *, frames: int, size: tuple[int, int], seed: int) -> None:
+    def __init__(self, pairs: Sequence[TrainingPair], *, frames: int, size: tuple[int, int], seed: int) -> None:
         self.pairs = list(pairs)
         self.frames, self.size, self.seed = frames, size, seed
         self._bad: dict[Path, str] = {}
@@ -186,7 +186,7 @@ class PairDataset(Dataset[Sample]):
         content = json.dumps([[str(p.reference), str(p.target), p.caption] for p in self.pairs])
         return hashlib.sha256(content.encode("utf-8", "backslashreplace")).hexdigest()
 
-    def pair(self, place: int, further: int = 0) -> Pair:
+    def pair(self, place: int, further: int = 0) -> TrainingPair:
         """The pair whose turn it is at a place, or one further on in the same epoch."""
         epoch, turn = divmod(place, len(self.pairs))
         return self.pairs[self._order(epoch)[(turn + further) % len(self.pairs)]]

@@ -34,7 +34,7 @@ from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError, first_line
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.storage import apply_umask, sync, sync_tree
-from emt.train.data import Pair, PairDataset, Sample, find_pairs, seeded, write_text
+from emt.train.data import PairDataset, Sample, TrainingPair, find_pairs, seeded, write_text
 from emt.train.objective import Objective, adapter_loss
 from emt.train.run_folder import CHECKPOINTS, check_run, find_checkpoints
 
@@ -49,7 +49,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Training options; the defaults are the published ones.
 
     Attributes:
@@ -131,7 +131,7 @@ class Trainer:
         model: Path,
         pairs: Path,
         run: Path,
-        settings: Settings,
+        settings: TrainingSettings,
         *,
         resume: Path | None = None,
         say: Callable[[str], None] = print,
@@ -189,7 +189,7 @@ class Trainer:
 
     def _first_pairs(self) -> list[Sample]:
         """Decode what sample sheets show, the first pair of each motion; fails if no pair can be used."""
-        motions: dict[Path, Pair] = {}
+        motions: dict[Path, TrainingPair] = {}
         for pair in self.dataset.pairs:
             motions.setdefault(pair.target.parent, pair)
         chosen = PairDataset(

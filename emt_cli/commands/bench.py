@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class Timings:
     """Times of one way to run the network: milliseconds, seconds a clip, GiB at the peak of a clip.
 
     `change` is how far a step's output is from that of the first row, relative to its norm.
@@ -156,7 +156,7 @@ def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 def _rows(
     model: Model, device: Device, settings: Settings, engine: Path | None, say: Callable[[str], None]
-) -> Iterator[Row]:
+) -> Iterator[Timings]:
     """Time one way after another; what one does to the layout of the weights, the later ones want, too."""
     from emt.backends.torch import TorchBackend
     from emt_cli.batch.generator import open_pipeline
@@ -200,7 +200,7 @@ def _rows(
 
 def _measure(
     way: str, pipe: MotionTransferPipeline, device: Device, settings: Settings, truth: Tensor | None
-) -> tuple[Row, Tensor]:
+) -> tuple[Timings, Tensor]:
     """Time a way; also the output of its step, which is compared with the first way's."""
     import numpy as np
 
@@ -215,7 +215,7 @@ def _measure(
     device.start_measuring()
     (seconds,) = _seconds(make, device, warm=0, most=1)
     peak = device.memory()[1] / 2**30 if device.is_gpu else None
-    return Row(way, **times, clip_s=seconds, peak_GiB=peak, change=change), output
+    return Timings(way, **times, clip_s=seconds, peak_GiB=peak, change=change), output
 
 
 def _parts(
@@ -259,7 +259,7 @@ def _seconds(
     return times
 
 
-def _print(rows: list[Row], device: Device, settings: Settings) -> None:
+def _print(rows: list[Timings], device: Device, settings: Settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -270,7 +270,7 @@ def _print(rows: list[Row], device: Device, settings: Settings) -> None:
     table = Table("", *(row.way for row in rows), title=title, title_justify="left", min_width=min(len(title), 100))
     for column in table.columns[1:]:
         column.justify = "right"
-    lines: list[tuple[str, Callable[[Row], str]]] = [
+    lines: list[tuple[str, Callable[[Timings], str]]] = [
         ("reference pass, ms", lambda row: f"{row.reference_pass_ms:.1f}"),
         ("step with reference, ms", lambda row: f"{row.step_ms:.1f}"),
         ("step without, ms", lambda row: f"{row.step_without_reference_ms:.1f}"),

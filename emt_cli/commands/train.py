@@ -119,11 +119,11 @@ def train(
     import transformers.utils.logging
 
     from emt.device import is_out_of_memory
-    from emt.train.trainer import Settings, Trainer
+    from emt.train.trainer import Trainer, TrainingSettings
 
     for library in (diffusers, transformers):  # bars for files that load in a second
         library.utils.logging.disable_progress_bar()
-    settings = Settings(
+    settings = TrainingSettings(
         steps=steps,
         batch_size=batch_size,
         accumulate=accumulate,
@@ -146,8 +146,8 @@ def train(
             f"{trainer.accelerator.num_processes} × {trainer.accelerator.device.type}, "
             f"from step {trainer.step} to {steps}"
         )
-        with _Watcher(steps, trainer.step, trainer.accelerator.is_main_process) as watcher:
-            complete = trainer.train(stop, watcher.step)
+        with _ProgressReporter(steps, trainer.step, trainer.accelerator.is_main_process) as progress:
+            complete = trainer.train(stop, progress.step)
     except OSError as error:
         raise EmtError(
             f"cannot write to {output}: {error.strerror or error}", "Check space and permissions."
@@ -193,7 +193,7 @@ def _stop_on_signals() -> Callable[[], bool]:
     return lambda: bool(came)
 
 
-class _Watcher:
+class _ProgressReporter:
     """A bar on a terminal, a plain line now and then elsewhere; nothing in processes that are not the first."""
 
     def __init__(self, steps: int, first: int, shown: bool) -> None:
@@ -216,7 +216,7 @@ class _Watcher:
             )
             self._task = self._bar.add_task("", total=steps, completed=first, note="")
 
-    def __enter__(self) -> _Watcher:
+    def __enter__(self) -> _ProgressReporter:
         if self._bar:
             self._bar.start()
         return self

@@ -259,7 +259,7 @@ def _log(trt: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-class _Call:
+class _CapturedCall:
     """A part at one shape: an execution context, and the buffers that it reads and writes.
 
     Inputs are copied into buffers, but for those of motion, a GiB, which are read in place.
@@ -327,7 +327,7 @@ class _Backend(FileBackend):
         self._log = _log(trt)
         self._runtime = trt.Runtime(self._log)
         self._engines: dict[str, Any] = {}
-        self._calls: dict[tuple[Any, ...], _Call] = {}
+        self._calls: dict[tuple[Any, ...], _CapturedCall] = {}
 
     def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
         """Constants of references for all steps, in the memory layout that an engine reads without a copy."""
@@ -344,12 +344,14 @@ class _Backend(FileBackend):
         device = next(iter(inputs.values())).device
         stream = _stream(device)
         if call is None:
-            call = self._calls[key] = _Call(self._engine(part), self._profile(part, inputs), part, inputs, stream)
+            call = self._calls[key] = _CapturedCall(
+                self._engine(part), self._profile(part, inputs), part, inputs, stream
+            )
         call.take(inputs)
         self._execute(call, device)
         return [x.clone() for x in call.outputs]
 
-    def _execute(self, call: _Call, device: torch.device) -> None:
+    def _execute(self, call: _CapturedCall, device: torch.device) -> None:
         if call.replay is not None:
             call.replay()
             return
@@ -364,7 +366,7 @@ class _Backend(FileBackend):
             self._enqueue(call, device)
         call.calls += 1
 
-    def _enqueue(self, call: _Call, device: torch.device) -> None:
+    def _enqueue(self, call: _CapturedCall, device: torch.device) -> None:
         if not call.context.execute_async_v3(_stream(device)):
             raise EmtError(f"{self.trt.__name__} failed: {self._log.problem()}", "Use --engine torch.")
 

@@ -26,7 +26,7 @@ from emt.backbones.sd15.lora import LoraMerge
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.stable_diffusion import (
     PREDICTION_TYPES,
-    Part,
+    Component,
     StableDiffusion,
     animatediff_scheduler,
     apply_dreambooth,
@@ -282,7 +282,9 @@ def _read_tokenizer(
 # ------------------------------------------------------------------------------------------------------------ the parts
 
 
-def _check_unet(unet: MotionTransferUNet, base: Part, motion: Part, adapter: AdapterCheckpoint | None) -> None:
+def _check_unet(
+    unet: MotionTransferUNet, base: Component, motion: Component, adapter: AdapterCheckpoint | None
+) -> None:
     """Compare the keys of each source with its share of the network, so that an error names the file."""
     shapes = unet.published_shapes()
     spatial = {name: shape for name, shape in shapes.backbone.items() if ".motion_modules." not in name}
@@ -293,13 +295,13 @@ def _check_unet(unet: MotionTransferUNet, base: Part, motion: Part, adapter: Ada
         check_keys(f"adapter {adapter.origin.name}", adapter.state, shapes.of_adapter(adapter.state))
 
 
-def _motion_guess(motion: Part, unet: MotionTransferUNet) -> str:
+def _motion_guess(motion: Component, unet: MotionTransferUNet) -> str:
     """Description of a motion module that may not fit: those of SDXL have three levels."""
     levels = {match[1] for name in motion.state if (match := re.match(r"down_blocks\.(\d+)\.", name))}
     return f"it looks like one of {SDXL}" if len(levels) == 3 < len(unet.config.block_out_channels) else ""
 
 
-def _text_config(part: Part) -> CLIPTextConfig:
+def _text_config(part: Component) -> CLIPTextConfig:
     try:
         return CLIPTextConfig.from_dict(part.config)
     except Exception as error:  # values of another kind fail in any way in transformers' checks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emt.backbones.sd15.checkpoint_kinds import ADAPTER, MOTION_MODULE, SINGLE_FILE, describe, wrong_kind
-from emt.backbones.sd15.stable_diffusion import GROUPS, HEADS, Part
+from emt.backbones.sd15.stable_diffusion import GROUPS, HEADS, Component
 from emt.backbones.sd15.unet import without_positions
 from emt.checkpoints import Origin, State, naming_file, read_checkpoint, read_config, weights_file, weights_name
 from emt.errors import EmtError
@@ -39,7 +39,7 @@ def published_motion_name(name: str) -> str:
     return f"{match[1]}temporal_transformer.{rest}"
 
 
-def read_motion_module(given: str | Path, on_fetch: OnFetch | None = None) -> tuple[Part, Origin]:
+def read_motion_module(given: str | Path, on_fetch: OnFetch | None = None) -> tuple[Component, Origin]:
     """Read a motion module: AnimateDiff's file, a diffusers `MotionAdapter`, or a network that has one.
 
     Raises:
@@ -82,7 +82,7 @@ def read_motion_module(given: str | Path, on_fetch: OnFetch | None = None) -> tu
     if (dtype := dtypes.most_common(1)[0][0]).itemsize == 1:
         note += f"; stored as {str(dtype).removeprefix('torch.')}, with its rounding"
     origin = Origin("motion module", str(given), files, note, [*checkpoint.dropped, *unread])
-    return Part(config, state, str(weights)), origin
+    return Component(config, state, str(weights)), origin
 
 
 def _folder_files(names: Sequence[str]) -> list[str]:

@@ -75,7 +75,7 @@ _DEPRECATED_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 
 
 @dataclass
-class Part:
+class Component:
     """One network as read: its configuration, its weights by published names, and the files' names for errors."""
 
     config: dict[str, Any]
@@ -98,9 +98,9 @@ class StableDiffusion:
         dropped: keys in the files that nothing reads.
     """
 
-    unet: Part
-    vae: Part
-    text_encoder: Part
+    unet: Component
+    vae: Component
+    text_encoder: Component
     files: list[Path]
     folder: Path | None = None
     prediction_type: str = "epsilon"
@@ -112,7 +112,7 @@ class StableDiffusion:
 class _SingleFile:
     """The parts ("UNet", "VAE", "text encoder") that a file in the original layout has."""
 
-    parts: dict[str, Part]
+    parts: dict[str, Component]
     prediction_type: str
     prediction_sign: str
     dropped: list[str]
@@ -172,7 +172,7 @@ def _read_diffusers_folder(folder: Path) -> StableDiffusion:
         check_sizes(config, str(config_file))
         weights = weights_file(folder / name)
         checkpoint = read_checkpoint(weights)
-        parts[name] = Part(config, checkpoint.state, str(weights))
+        parts[name] = Component(config, checkpoint.state, str(weights))
         dropped += [f"{name}: {key}" for key in checkpoint.dropped]
         files += [config_file, weights]
     where = str(folder / "unet" / "config.json")
@@ -263,7 +263,9 @@ def _read_ldm_file(path: Path) -> _SingleFile:
     return _SingleFile(parts, *_find_prediction_type(checkpoint), dropped)
 
 
-def _read_part(name: str, group: State, convert: Callable[[State], tuple[dict[str, Any], State]], path: Path) -> Part:
+def _read_part(
+    name: str, group: State, convert: Callable[[State], tuple[dict[str, Any], State]], path: Path
+) -> Component:
     """A part by published names; every layer of it in the file is used."""
     try:
         config, converted = convert(group)
@@ -279,7 +281,7 @@ def _read_part(name: str, group: State, convert: Callable[[State], tuple[dict[st
     used = {tensor.data_ptr() for tensor in state.values()}
     lost = {k: t for k, t in group.items() if t.data_ptr() not in used and not k.endswith(".position_ids")}
     check_keys(f"{name} in {path}", lost, {}, unet_guess(group) if name == "UNet" else "")
-    return Part(config, state, str(path))
+    return Component(config, state, str(path))
 
 
 def _with_prefix(state: State) -> State:
@@ -404,7 +406,7 @@ def apply_dreambooth(model: StableDiffusion, dreambooth: str | Path, on_fetch: O
     return Origin("DreamBooth model", str(dreambooth), [path], note, file.dropped)
 
 
-def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Part, Origin]:
+def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Component, Origin]:
     """Read a VAE alone: a file in the original layout or in that of diffusers, or a folder of diffusers.
 
     Raises:
@@ -437,7 +439,7 @@ def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Part, Or
         re.sub(r"(?<=\.attentions\.0\.)\w+", lambda m: _DEPRECATED_VAE_NAMES.get(m[0], m[0]), name): tensor
         for name, tensor in state.items()
     }
-    part = Part(config, state, str(files[-1]))
+    part = Component(config, state, str(files[-1]))
     return part, Origin("VAE", str(vae), files, f"{len(state)} tensors, replaces the others'", dropped)
 
 

@@ -36,7 +36,7 @@ _TOKENIZER_FILES = ["tokenizer*.json", "spiece.model", "special_tokens_map.json"
 
 
 @dataclass
-class Part:
+class Component:
     """The weights of a network by diffusers' or transformers' names, its configuration, and the files read."""
 
     state: State
@@ -77,7 +77,7 @@ class Base:
         return found[0]
 
 
-def read_base(base: str | Path) -> tuple[Base, Part]:
+def read_base(base: str | Path) -> tuple[Base, Component]:
     """Find out what the base is, and read its transformer.
 
     Raises:
@@ -103,7 +103,7 @@ def read_base(base: str | Path) -> tuple[Base, Part]:
     state = renamed(read_state(files), _bare_transformer_name, str(folder))
     check_is_text_to_video(state, str(folder))
     settings = _settings((folder if folder.is_dir() else folder.parent) / "config.json")
-    return found, Part(state, transformer_config(state, settings, str(folder)), str(folder), files)
+    return found, Component(state, transformer_config(state, settings, str(folder)), str(folder), files)
 
 
 def _bare_transformer_name(name: str) -> str:
@@ -149,7 +149,7 @@ def transformer_config(state: State, settings: dict[str, Any], where: str) -> di
     return config | {"eps": settings.get("eps", 1e-6)}
 
 
-def read_text_encoder(base: Base, given: str | Path | None) -> Part:
+def read_text_encoder(base: Base, given: str | Path | None) -> Component:
     """UMT5 by transformers' names; its configuration is inferred from the shapes.
 
     Raises:
@@ -178,10 +178,10 @@ def read_text_encoder(base: Base, given: str | Path | None) -> Part:
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config))
     check_part(f"text encoder {path}", state, {n: p for n, p in model.state_dict().items() if "embed_tokens" not in n})
-    return Part(state, config, str(path), files)
+    return Component(state, config, str(path), files)
 
 
-def read_vae(base: Base, given: str | Path | None, channels: int) -> Part:
+def read_vae(base: Base, given: str | Path | None, channels: int) -> Component:
     """Wan 2.1's VAE by diffusers' names; `channels` are the latent channels that the transformer takes.
 
     Raises:
@@ -209,7 +209,7 @@ def read_vae(base: Base, given: str | Path | None, channels: int) -> Part:
     with torch.device("meta"):
         model = AutoencoderKLWan(**config)
     check_part(f"VAE {path}", state, model.state_dict())
-    return Part(state, config, str(path), files)
+    return Component(state, config, str(path), files)
 
 
 def read_tokenizer(base: Base, given: str | Path | None, most: int) -> tuple[PreTrainedTokenizerBase, list[Path]]:
