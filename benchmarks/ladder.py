@@ -123,7 +123,7 @@ class Bench:
     def __init__(self, folder: Path, clip: Path, size: int, repeats: int) -> None:
         self.folder, self.repeats = folder, repeats
         self.frames = read_clip(clip, size=(size, size)).frames
-        self.outputs: dict[str, Tensor] = {}  # of a guided step, by rung
+        self.outputs: dict[str, Tensor] = {}  # of a step with classifier-free guidance, by rung
         self._pipe: MotionTransferPipeline | None = None
         self._changed: set[str] = set()
 
@@ -150,7 +150,7 @@ class Bench:
 
     @torch.no_grad()
     def truth(self) -> Tensor:
-        """The guided step in float32 without TensorFloat-32, which the rungs are compared with."""
+        """The step with guidance in float32 without TensorFloat-32, which the rungs are compared with."""
         with kernels(set()), torch.backends.cudnn.flags(allow_tf32=False):
             pipe = self.pipe(set())
             pipe.backend = rung_backend(pipe, set())
@@ -306,7 +306,7 @@ OPERATORS = {
     "matmul": r"aten::(mm|addmm|bmm|linear|_scaled_mm)",
     "copy": r"aten::(cat|copy_|clone|_to_copy|contiguous)",
 }
-#: Products that add in place: as many operations as those that do not.
+#: Matmuls that add in place: as many operations as those that do not.
 _IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 _VIEWS = re.compile(
     r"view|reshape|expand|permute|transpose|unsqueeze|squeeze|slice|select|split|chunk|aten::t$|alias|detach|empty|"

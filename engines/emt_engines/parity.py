@@ -95,7 +95,7 @@ def _sizes(sizes: tuple[Size, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _counts(manifest: Manifest) -> list[int]:
-    """Samples of a call: the fewest (one clip without guidance), a guided clip, and the most."""
+    """Samples of a call: the fewest (one clip without guidance), one clip with it, and the most."""
     low, high = manifest.batch
     return list(dict.fromkeys([low, 2 * low, 2 * high]))
 
