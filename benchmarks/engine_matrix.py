@@ -7,7 +7,8 @@
 A request has five properties: clips at once, sizes, frames, precision, and whether a LoRA is merged. Rows are chosen
 so that any two values of two properties meet in one of them. Each row builds an engine as `emt build-engine` does,
 which compares it with eager PyTorch; opens it again; makes, at each of its sizes, as many clips as it takes at once;
-and times a step with classifier-free guidance of one clip beside PyTorch's own. What fails is a row, too, and exit code 1 at the end.
+and times a step of one clip with classifier-free guidance beside PyTorch's own. What fails is a row, too, and exit
+code 1 at the end.
 
 FOLDER keeps the model of random weights, the LoRA, and a line of JSON for each row (rows.jsonl); engines are removed.
 """

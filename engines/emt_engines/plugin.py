@@ -157,7 +157,7 @@ def compile_kernel(heads: int, channels: int, frames: int, reference_frames: int
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    # Shapes of a clip of 512×512 with classifier-free guidance: the kernel takes others, but is laid out for many tokens.
+    # Shapes of a clip of 512×512 with guidance: the kernel takes others, but is laid out for many tokens.
     query = torch.empty(2, frames, 64 * 64, channels, dtype=dtype, device="meta")
     other = query[:1, :1].expand(1, reference_frames, -1, -1)
     row = other[0, :, 0]
