@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [temporal_attention] [group_norm_silu] [layer_norm] [geglu] [geglu_linear]
     python benchmarks/kernels.py temporal_attention_plans group_norm_silu_plans geglu_linear_plans
-    python benchmarks/kernels.py --skip-compile group_norm_one_read_plans upsample_conv_plans    # not in the network
+    python benchmarks/kernels.py --skip-compile upsample_conv_plans    # not in the network
 
 A row lists milliseconds, the memory traffic that the operation cannot avoid per second, that rate as a share of a
 measured device copy's, the two references' milliseconds, the relative error against the reference in float32, and
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emt_kernels import geglu_linear as geglu_linear_module
-from emt_kernels import group_norm_one_read, upsample_conv
 from emt_kernels import group_norm_silu as group_norm_module
+from emt_kernels import upsample_conv
 from emt_kernels.geglu import geglu, geglu_reference
 from emt_kernels.geglu_linear import geglu_linear, geglu_linear_reference
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
@@ -127,28 +127,6 @@ def group_norm_silu_plan_cases() -> Iterator[Case]:
             chosen = " chosen" * (p == group_norm_module.plan(size, x.shape[2] * x.shape[3]))
             name = f"{case.name} {astuple(p) if p else 'in blocks'}{chosen}"
             yield replace(case, name=name, kernel=kernel, alone=True)
-
-
-def group_norm_one_read_cases() -> Iterator[Case]:
-    """Group norms of large frames as they are, and with one read, in tiles of several sizes; the plan ends a name."""
-    count = torch.cuda.get_device_properties(0).multi_processor_count
-    for case in group_norm_silu_cases():
-        if "shift" in case.name or "gradient" in case.name:
-            continue
-        x = case.inputs()[0]
-        size, pixels = x.shape[1] // 32, x.shape[2] * x.shape[3]
-        yield replace(case, name=f"{case.name} in use", alone=True)
-        for rows, warps, hold in itertools.product((32, 64, 128), (8, 16), (False, True)):
-            chosen = group_norm_one_read.plan(size, 32, pixels, count, rows=rows)
-            if chosen is None or rows > pixels:
-                continue
-            chosen = replace(chosen, warps=warps, hold=hold)
-
-            def kernel(*arguments: Any, chosen: group_norm_one_read.Plan = chosen) -> Tensor:
-                x, weight, bias, shift = arguments
-                return group_norm_one_read.launch(x, weight, bias, 32, 1e-5, True, shift, chosen)
-
-            yield replace(case, name=f"{case.name} one read {astuple(chosen)}", kernel=kernel, alone=True)
 
 
 #: Upsampling in the network, of a clip with guidance, and in the VAE's decoder, of two frames of 512×512.
@@ -300,7 +278,6 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
 PLANS = {  # run only if named
     "temporal_attention_plans": temporal_attention_plan_cases,
     "group_norm_silu_plans": group_norm_silu_plan_cases,
-    "group_norm_one_read_plans": group_norm_one_read_cases,
     "upsample_conv_plans": upsample_conv_cases,
     "geglu_linear_plans": geglu_linear_plan_cases,
 }
