@@ -310,7 +310,7 @@ class Trainer:
         return True
 
     def _train_step(self, batches: Iterator[list[Sample]], stop: Callable[[], bool]) -> tuple[float, float, bool]:
-        """One step of the optimizer; its loss and gradient's norm, and whether some process was requested to stop."""
+        """One step of the optimizer; its loss and gradient's norm, and whether a stop was requested in some process."""
         total = torch.zeros((), device=self.accelerator.device)
         for part in range(self.settings.accumulate):
             samples = next(batches)

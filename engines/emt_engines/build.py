@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
 
 #: Greatest difference from eager PyTorch, over the greatest value, that a build may have. In fp16 a network of this
-#: depth rounds to about 5e-3; bf16 has an eighth of its digits and sums that lose fewer than that suggests.
+#: depth rounds to about 5e-3; bf16 has an eighth of its precision, and accumulation loses less than that suggests.
 PARITY = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
 
 

@@ -134,7 +134,7 @@ def grid_of(name: str, ndim: int) -> tuple[int, int] | None:
 def as_file_takes(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs with a reference's keys and values as images, (1, frames, height, width, channels), not tokens.
 
-    So a file says how all of its inputs' sizes depend on each other, which products of two do not let it.
+    So a file states how the sizes of all its inputs depend on each other; of tokens it has height times width alone.
     """
     height, width = next(iter(inputs.values())).shape[-2:]
     taken = dict(inputs)
@@ -268,7 +268,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports operators of packages that are not installed, and warns of its own code's age."""
+    """Context manager: silence the exporter's messages on packages that are missing and on its own deprecations."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
