@@ -6,6 +6,7 @@ Nothing here imports torch, so that what is missing shows at once and not after 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from emt.errors import EmtError
@@ -45,12 +46,17 @@ def check_run(pairs: Path, run: Path, resume: Path | None) -> None:
         resume: Checkpoint to go on from.
 
     Raises:
-        EmtError: TensorBoard is not installed, there is no such folder of pairs, or `run` holds another run.
+        EmtError: TensorBoard is not installed, there is no such folder of pairs, or `run` holds another run or cannot
+            be written.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise EmtError("TensorBoard is not installed", "Type: pip install 'emt-cli[train]'")
     if not pairs.is_dir():
         raise EmtError(f"{pairs} is not a folder of pairs", PAIRS_LAYOUT)
+    parent = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "may not be written to" if parent.is_dir() else "is not a folder"
+        raise EmtError(f"cannot write to {run}: {parent} {reason}", "Give another -o RUN, or check its permissions.")
     found = find_checkpoints(run)
     if resume is None and found:
         raise EmtError(
