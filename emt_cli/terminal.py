@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 
 MARKS = {"done": "done", "skipped": "have", "failed": "FAILED", "dropped": "dropped"}
 _TABLE_ROWS = 40
+_PHASES = {
+    "importing": "importing PyTorch",
+    "loading": "loading the model",
+    "reading": "reading the reference",
+    "encoding": "encoding the reference's motion",
+    "first step": "the first denoising step",
+    "sampling": "denoising",
+    "finishing": "writing clips",
+}
 _EACH = 20  # jobs in a row that are done already, up to which each has its line
 _WHILE = 1.0  # seconds after which a phase is worth a line
 _MESSAGES, _RESULTS = 1 << 20, 1 << 25  # bytes that may wait for who reads standard error, and standard output
@@ -106,7 +115,7 @@ class ProgressReporter:
             text, begun = self._phase
             if text and text not in self._phases_said and time.monotonic() - begun >= _WHILE:
                 self._phases_said.add(text)
-                self.say(f"{text} …")
+                self.say(f"{_PHASES.get(text, text)} …")
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -210,7 +219,7 @@ class ProgressReporter:
             if self._bars is None:
                 self._bars = self._make_bars()
             if self._phase[0]:
-                self._bars.update(self._steps, description=self._phase[0])
+                self._bars.update(self._steps, description=_PHASES.get(self._phase[0], self._phase[0]))
 
     def _make_bars(self) -> Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -28,9 +28,11 @@ def say(text: object) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A duration as people say it: 3.4 s, 12 min, 5.5 h."""
+    """A duration as people say it: 3.4 s, 1.5 min, 12 min, 5.5 h."""
     if seconds < 60:
         return f"{seconds:.1f} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -193,6 +195,28 @@ def test_jobs_on_standard_input_are_done_as_they_arrive(tmp_path):
             jobs.flush()
             assert run.wait_for_lines(count), "the first result comes before the second job is sent"
     assert run.end().code == 0
+
+
+def test_k7_a_run_says_what_it_waits_for_and_where_its_time_went(tmp_path):
+    """Each second since the process was started is in one phase; a stream's pauses are no time of the device's."""
+    clip(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "jobs")
+    run = start(tmp_path, "-", "--json", stdin=tmp_path / "jobs")
+    with open(tmp_path / "jobs", "w") as jobs:
+        for seed in (1, 2):
+            jobs.write(json.dumps({"reference": "a.mp4", "prompt": "x", "seed": seed}) + "\n")
+            jobs.flush()
+            assert run.wait_for_lines(seed)
+            time.sleep(1.5)
+    ended = run.end()
+    last = json.loads((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines()[-1])
+    assert sum(last["phases"].values()) == pytest.approx(last["seconds"], abs=0.05)
+    assert {"starting", "importing", "loading", "reading", "first step", "sampling"} <= set(last["phases"])
+    assert last["phases"]["waiting for jobs"] > 2.5
+    assert 0 <= last["device_wait"] <= 1
+    said = ended.err.splitlines()
+    assert "waiting for jobs …" in said
+    assert re.search(r"waiting for jobs \d\.\d s", said[-1])
 
 
 def test_a_job_named_twice_is_done_once(tmp_path):

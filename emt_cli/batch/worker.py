@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from emt.device import Device, is_out_of_memory
@@ -278,13 +278,19 @@ class Worker:
         motions = [task.reference.motion for task in tasks]
         resident = device.memory()[0]
 
+        begin = ExitStack()  # kernels are compiled and memory is found in the first step
+
         def on_step(done: int, steps: int) -> None:
+            begin.close()
             self.listener.step([job.prompt for job in jobs], done, steps, device.memory()[0])
 
-        if not self._first_batch:
+        first = not self._first_batch
+        if first:
             self._first_batch, self._waited = time.monotonic(), (self.phases.total(*_WAITING),) * 2
         try:
-            with self.phases("sampling"), heard_warnings() as heard:
+            with self.phases("sampling"), heard_warnings() as heard, begin:
+                if first:
+                    begin.enter_context(self.phases("first step"))
                 clips, timings, peak = self.generator.generate(jobs, motions, on_step)  # type: ignore[arg-type]
         except NonFiniteError as error:
             for i in error.clips:
