@@ -33,7 +33,7 @@ class Browser:
         profile: An empty folder for its files.
 
     Attributes:
-        requests: The URLs that the page asked for, without those that hold their own data.
+        requests: The URLs that the page requested, without those that hold their own data.
         complaints: Errors and warnings on the console, and exceptions.
     """
 

@@ -8,7 +8,7 @@ import pytest
 if TYPE_CHECKING:
     from weight_files import Files
 
-# Model hubs are never asked: a test that would is a test that fails without a network.
+# Model hubs are never contacted: a test that would is a test that fails without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

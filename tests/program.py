@@ -95,5 +95,5 @@ def lines(ended: Ended) -> list[dict[str, Any]]:
 
 def journal(out: Path) -> list[dict[str, Any]]:
     """Lines of jobs in a journal, each of which must parse."""
-    told = [json.loads(line) for line in (out / "journal.jsonl").read_bytes().splitlines()]
-    return [line for line in told if line["event"] == "job"]
+    reported = [json.loads(line) for line in (out / "journal.jsonl").read_bytes().splitlines()]
+    return [line for line in reported if line["event"] == "job"]

@@ -88,7 +88,7 @@ def recording(folder, monkeypatch) -> MotionTransferPipeline:
 class TestRecordedCalls:
     def test_each_clip_is_the_one_of_the_eager_network(self, pipe, recording, motions):
         """Prompt, motion, seed, batch, steps, guidance and scheduler change from clip to clip, and come back."""
-        asked = [
+        requested = [
             (("a cat", motions[0]), {}),
             (("a cat", motions[1]), {}),
             (("a dog", motions[0]), {"seed": 3}),
@@ -99,7 +99,7 @@ class TestRecordedCalls:
             ((["a cat", "a dog"], motions[::-1]), {"negative_prompt": "blurry"}),
             (("a cat", motions[0]), {}),
         ]
-        for (prompt, motion), options in asked:
+        for (prompt, motion), options in requested:
             options = {"steps": 2} | options
             expected = pipe(prompt, motion, **options)
             for got, wanted in zip(recording(prompt, motion, **options), expected, strict=True):
@@ -360,7 +360,7 @@ class TestCompilingAhead:
         assert len(cached) == 2
 
     @pytest.mark.usefixtures("hopper")
-    def test_what_cannot_be_compiled_is_told_of_by_its_launch(self):
+    def test_what_cannot_be_compiled_is_reported_by_its_launch(self):
         kernel = importlib.import_module("emt_kernels.geglu")._geglu_kernel
         broken = {"x": torch.empty(32), "out": torch.empty(16), "rows": 1, "inner": 16, "ROWS": 3, "LANES": 16}
         with record_launches() as launches:
@@ -453,7 +453,7 @@ class TestCudaGraphs:
             wanted = pipe("a cat", motion, steps=3, seed=seed)[0]
             assert np.abs(got.astype(int) - wanted.astype(int)).mean() < 0.5
 
-    def test_out_of_memory_while_recording_is_told_as_such(self, folder):
+    def test_out_of_memory_while_recording_is_reported_as_such(self, folder):
         pipe = load_pipeline(folder, "cuda", torch.float16)
         motion, large = pipe.extract_motion(clip()), pipe.extract_motion(clip(0, 128, 128))
         torch.cuda.empty_cache()

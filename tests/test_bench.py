@@ -29,14 +29,14 @@ def test_json_has_a_row_for_each_way(tmp_path):
 
 
 def test_without_json_it_prints_a_table(tmp_path):
-    told = bench(tmp_path, "--model", model(), "--size", "48x32", "--frames", "3", "--steps", "2").out
-    assert "3 frames of 48x32, 2 steps" in told
+    reported = bench(tmp_path, "--model", model(), "--size", "48x32", "--frames", "3", "--steps", "2").out
+    assert "3 frames of 48x32, 2 steps" in reported
     for name in ("step with reference, ms", "reference pass, ms", "encode, ms", "decode, ms", "clip, s", "torch"):
-        assert name in told
+        assert name in reported
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--size", "512"], "Give width and height"),
         (["--size", "33x32"], "multiple of 8"),
@@ -44,10 +44,10 @@ def test_without_json_it_prints_a_table(tmp_path):
         (["--frames", "99"], "less than or equal to 81"),
     ],
 )
-def test_bad_usage(tmp_path, arguments, told):
+def test_bad_usage(tmp_path, arguments, reported):
     done = console(tmp_path, "bench", *arguments)
     assert done.returncode == 2
-    assert told in " ".join(done.stderr.split())
+    assert reported in " ".join(done.stderr.split())
 
 
 def test_precision_that_the_device_lacks_is_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""`emt transfer --best-of N`: which candidate is kept, what is told of the others, and that it can be made again."""
+"""`emt transfer --best-of N`: which candidate is kept, the scores of the others, and that it can be made again."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_the_truest_candidate_is_kept_under_the_jobs_name(made):
     assert best["output"] == alone[0]["output"], "the job's own seed names it, whichever candidate is kept"
     [same] = [line for line in alone if line["seed"] == kept]
     assert np.array_equal(frames_of(folder / same["path"]), frames_of(folder / best["path"]))
-    told = {c["seed"]: c["motion_fidelity"] for c in best["best_of"]["candidates"]}
-    assert told == {seed: pytest.approx(score, abs=1e-4) for seed, score in scores.items()}
+    reported = {c["seed"]: c["motion_fidelity"] for c in best["best_of"]["candidates"]}
+    assert reported == {seed: pytest.approx(score, abs=1e-4) for seed, score in scores.items()}
     assert len([path for path in (folder / "best").glob("*/*") if path.is_dir()]) == 1, "the others are not kept"
 
 
-def test_the_choice_is_told_everywhere(made):
+def test_the_choice_is_reported_everywhere(made):
     folder, _, [best], err = made
     [line] = journal(folder / "best")
     record = json.loads((folder / f"{best['path']}.json").read_bytes())
@@ -164,7 +164,7 @@ def test_the_highest_score_wins_and_ties_go_to_the_first_seed(scores, kept):
         assert ended == [False, False, True]
         assert c.best is not None
         assert c.best.seed == kept
-        assert [told["seed"] for told in c.record()["best_of"]["candidates"]] == [10, 11, 12]
+        assert [reported["seed"] for reported in c.record()["best_of"]["candidates"]] == [10, 11, 12]
         assert (c.timings["steps"], c.peak) == (3.0, 2)
 
 

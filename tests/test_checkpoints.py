@@ -194,7 +194,7 @@ def test_k1_what_training_leaves_beside_the_tensors(kind: str, zipped: bool, tmp
 
 
 def test_k1_no_class_that_a_pickle_names_is_imported(tmp_path: Path) -> None:
-    """Not even one that stands in: a package of that name on the path must not be asked."""
+    """Not even one that stands in: a package of that name on the path must not be used."""
     path = tmp_path / "sd.ckpt"
     write_with_fakes(
         path,
@@ -403,7 +403,7 @@ def test_k7_position_encodings_are_compared_in_the_precision_that_they_are_store
         ),
     ],
 )
-def test_k7_a_motion_module_by_other_names_is_told_in_a_few_lines(
+def test_k7_a_motion_module_by_other_names_is_reported_in_a_few_lines(
     rename: Any,
     message: str,
     files: Files,
@@ -415,7 +415,7 @@ def test_k7_a_motion_module_by_other_names_is_told_in_a_few_lines(
     assert lines(caught) <= 8
 
 
-def test_k7_a_motion_module_of_sdxl_is_told_in_a_few_lines(files: Files, tmp_path: Path) -> None:
+def test_k7_a_motion_module_of_sdxl_is_reported_in_a_few_lines(files: Files, tmp_path: Path) -> None:
     three = {k: v for k, v in files.motion.items() if not k.startswith(("down_blocks.3", "up_blocks.3"))}
     torch.save({"state_dict": three | positions(three, 32)}, tmp_path / "mm_sdxl_v10_beta.ckpt")
     with pytest.raises(EmtError, match="it looks like one of Stable Diffusion XL") as caught:
@@ -637,7 +637,7 @@ def test_k6_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(
     (folder / "own.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import CLIPTokenizer as OwnTokenizer\n"
     )
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted on the terminal"))
     with pytest.raises(EmtError, match="cannot be loaded: it has code of its own, which is not run"):
         files.run(tmp_path / "m", tokenizer=folder)
     assert not (tmp_path / "ran").exists()
@@ -772,7 +772,7 @@ def test_k4_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
         (["v3_sd15_mm.ckpt", "talcmatte.safetensors", "lightning_strikes.safetensors"], None),
     ],
 )  # fmt: skip
-def test_distilled_weights_are_told_by_their_published_names(names: list[str], sampling: Any) -> None:
+def test_distilled_weights_are_recognized_by_their_published_names(names: list[str], sampling: Any) -> None:
     found = find_few_steps(names)
     assert (found and (found.sampler, found.steps, found.guidance, found.spacing)) == sampling
 

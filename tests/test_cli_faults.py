@@ -72,48 +72,48 @@ def run(tmp_path, capfd):
     ("fits", "sizes"), [(4, [4, 4, 4, 4, 1]), (2, [2, 2, 2, 2, 1]), (1, [1] * 5), (3, [2, 2, 2, 2, 1])]
 )
 def test_out_of_memory_halves_the_batch_and_goes_on(run, fits, sizes):
-    summary, told, err = run("a", "b", "c", "d", "e", fits=fits, batch_size=4)
+    summary, reported, err = run("a", "b", "c", "d", "e", fits=fits, batch_size=4)
     assert summary.counts == {"done": 5}
-    assert [told[prompt]["batch"]["size"] for prompt in "abcde"] == sizes
+    assert [reported[prompt]["batch"]["size"] for prompt in "abcde"] == sizes
     assert err.count("do not fit in memory") == {4: 0, 3: 1, 2: 1, 1: 2}[fits]
 
 
 def test_out_of_memory_at_one_clip_says_what_would_fit(run):
-    summary, told, _ = run("a", fits=0)
+    summary, reported, _ = run("a", fits=0)
     assert summary.counts == {"failed": 1}
-    assert told["a"]["error"].startswith("out of memory: a clip of 4 frames of 32x32 needs more than")
-    assert told["a"]["hint"] == "This should fit: --width 24 --height 24"
+    assert reported["a"]["error"].startswith("out of memory: a clip of 4 frames of 32x32 needs more than")
+    assert reported["a"]["hint"] == "This should fit: --width 24 --height 24"
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_clip_that_is_not_finite_fails_and_its_batch_does_not(run, batch_size):
-    summary, told, _ = run("a", "nan", "b", batch_size=batch_size)
+    summary, reported, _ = run("a", "nan", "b", batch_size=batch_size)
     assert summary.counts == {"done": 2, "failed": 1}
-    assert "NaN" in told["nan"]["error"]
-    assert "--precision" in told["nan"]["hint"]
+    assert "NaN" in reported["nan"]["error"]
+    assert "--precision" in reported["nan"]["hint"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_any_other_failure_is_one_line(run, batch_size):
-    summary, told, err = run("a", "bug", "b", batch_size=batch_size)
+    summary, reported, err = run("a", "bug", "b", batch_size=batch_size)
     assert summary.counts == {"done": 2, "failed": 1}
-    assert told["bug"]["error"] == "RuntimeError: expected scalar type Half but found Float"
+    assert reported["bug"]["error"] == "RuntimeError: expected scalar type Half but found Float"
     assert "Traceback" not in err
 
 
 def test_k5_whatever_is_wrong_with_one_job_before_the_device_leaves_the_others(run):
     """Errors of any kind: of the libraries that read files, or of this program."""
-    summary, told, err = run("a", "odd", "b")
+    summary, reported, err = run("a", "odd", "b")
     assert summary.counts == {"done": 2, "failed": 1}
-    assert told["odd"]["error"] == "RecursionError: maximum recursion depth exceeded"
+    assert reported["odd"]["error"] == "RecursionError: maximum recursion depth exceeded"
     assert "Traceback" not in err
 
 
 def test_k5_a_listener_that_fails_loses_no_journal_line(tmp_path, run, monkeypatch):
     monkeypatch.setattr(ProgressReporter, "result", lambda self, line: 1 / 0)
-    summary, told, err = run("a", "b")
+    summary, reported, err = run("a", "b")
     assert summary.counts == {"done": 2}
-    assert {line["state"] for line in told.values()} == {"done"}
+    assert {line["state"] for line in reported.values()} == {"done"}
     assert "ZeroDivisionError" in err
 
 
@@ -150,8 +150,8 @@ def test_a_full_disk_fails_the_jobs_it_has_no_room_for(tmp_path):
     assert all("space" in line["error"] for line in lines if line["state"] == "failed")
     assert (tmp_path / "code").read_text().strip() == "1"
     assert "Traceback" not in (tmp_path / "errors").read_text()
-    told = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_bytes().splitlines()]
-    assert sum(line.get("state") == "done" for line in told) == states.count("done")
+    reported = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_bytes().splitlines()]
+    assert sum(line.get("state") == "done" for line in reported) == states.count("done")
 
 
 def test_batches_are_as_full_as_they_can_be(tmp_path):

@@ -46,11 +46,11 @@ def test_a_plan_tells_what_is_done_what_is_open_and_what_it_will_cost(tmp_path):
     assert [job["state"] for job in jobs] == ["done", "done", "done", "open"]
     assert (total["open"], total["done"]) == (1, 3)
     assert total["estimate"] == "3 earlier clips on this device"
-    told = [json.loads(line) for line in made.out.splitlines()]
-    spent = sorted(line["timings"]["steps"] + line["timings"]["vae"] for line in told)
+    reported = [json.loads(line) for line in made.out.splitlines()]
+    spent = sorted(line["timings"]["steps"] + line["timings"]["vae"] for line in reported)
     assert total["seconds"] == pytest.approx(spent[1], abs=0.06), "the same work takes the same time"
-    assert jobs[0]["output"] == told[0]["output"]
-    assert jobs[0]["id"] == told[0]["id"]
+    assert jobs[0]["output"] == reported[0]["output"]
+    assert jobs[0]["id"] == reported[0]["id"]
 
 
 def test_a_plan_finds_what_will_fail(tmp_path):
@@ -70,8 +70,8 @@ def test_a_plan_finds_what_will_fail(tmp_path):
     (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps({"prompt": "x", **row}) for row in rows))
     [*jobs, total], code = plan(tmp_path, "--prompts", "jobs.jsonl")
     assert code == 1
-    told = {job["origin"].split()[-1]: job for job in jobs}
-    assert [told[str(n)]["state"] for n in range(1, 9)] == ["problem"] * 7 + ["open"]
+    reported = {job["origin"].split()[-1]: job for job in jobs}
+    assert [reported[str(n)]["state"] for n in range(1, 9)] == ["problem"] * 7 + ["open"]
     for n, word in (
         (1, "32"),
         (2, "33"),
@@ -81,7 +81,7 @@ def test_a_plan_finds_what_will_fail(tmp_path):
         (6, "broken"),
         (7, "missing"),
     ):
-        assert word in told[str(n)]["error"]
+        assert word in reported[str(n)]["error"]
     assert (total["open"], total["problem"]) == (1, 7)
 
 

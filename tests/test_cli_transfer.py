@@ -46,12 +46,12 @@ def test_references_times_prompts_become_clips_that_carry_their_settings(tmp_pat
     assert "4 done, 0 already there, 0 failed" in ended.stderr
     results = [tmp_path / line for line in ended.stdout.splitlines()]
     assert sorted(path.name[:5] for path in results) == ["a-red", "a-red", "löwe_", "löwe_"]
-    told = {line["output"]: line for line in journal(tmp_path / "out")}
+    reported = {line["output"]: line for line in journal(tmp_path / "out")}
     for path in results:
         assert read_clip(path, frames=FRAMES).frames.shape == (FRAMES, SIDE, SIDE, 3)
         record = json.loads(read_metadata(path)["emt"])
         assert record == json.loads(path.with_name(path.name + ".json").read_bytes())
-        line = told[f"{path.parent.name}/{path.name}"]
+        line = reported[f"{path.parent.name}/{path.name}"]
         assert line.items() >= record.items()
         assert set(line["timings"]) == {"decode", "reference", "steps", "vae", "encode"}
         assert line["peak_memory"] > 1e6
@@ -173,11 +173,11 @@ def test_a_bad_job_fails_alone_with_one_clear_line(tmp_path):
     ]
     ended = transfer(tmp_path, "-", "--json", stdin="\n".join([*map(json.dumps, jobs), "{nonsense", ""]).encode())
     assert ended.code == 1
-    told = {line["origin"]: line for line in lines(ended)}
-    assert len(told) == 8
-    assert [told[f"line {n}"]["state"] for n in range(1, 9)] == ["failed"] * 6 + ["done", "failed"]
+    reported = {line["origin"]: line for line in lines(ended)}
+    assert len(reported) == 8
+    assert [reported[f"line {n}"]["state"] for n in range(1, 9)] == ["failed"] * 6 + ["done", "failed"]
     for n, word in ((1, "cut.mp4"), (2, "2 frames"), (3, "missing.mp4"), (4, "empty"), (5, "many"), (8, "not JSON")):
-        assert word in told[f"line {n}"]["error"]
+        assert word in reported[f"line {n}"]["error"]
         assert ended.err.count(f"line {n} ") + ended.err.count(f"line {n}:") <= 1
     assert "Traceback" not in ended.err
     failed = [line for line in journal(tmp_path / "out") if line["state"] == "failed"]
@@ -367,7 +367,7 @@ def test_two_runs_on_one_folder(tmp_path):
         (["a.mp4", "--nonsense"], "nonsense"),
     ],
 )
-def test_bad_usage_is_exit_code_2_and_told_on_stderr(tmp_path, arguments, said):
+def test_bad_usage_is_exit_code_2_and_reported_on_stderr(tmp_path, arguments, said):
     (tmp_path / "a.mp4").write_bytes(b"")
     ended = transfer(tmp_path, *arguments)
     assert (ended.code, ended.out) == (2, "")
@@ -386,7 +386,7 @@ def test_what_cannot_be_done_at_all_is_exit_code_1_and_says_what_to_type(tmp_pat
         ended = transfer(tmp_path, "a.mp4", "--prompt", "x", *arguments)
         assert (ended.code, ended.out) == (1, "")
         assert said in ended.err
-        assert ended.err.startswith("error: "), "told once, not for each job"
+        assert ended.err.startswith("error: "), "reported once, not for each job"
         assert "Traceback" not in ended.err
 
 
@@ -475,7 +475,7 @@ def test_rerun_makes_the_very_same_frames(batched, which):
     made, again = (read_clip(path, frames=FRAMES).frames for path in (results[which], folder / f"again{which}"))
     assert np.array_equal(made, again)
     assert f"again{which} is identical with the original" in ended.err
-    assert rerun(folder, source, "-o", folder / f"again{which}").code == 1, "it does not overwrite unless told"
+    assert rerun(folder, source, "-o", folder / f"again{which}").code == 1, "it does not overwrite unless requested"
 
 
 def test_rerun_says_if_the_reference_has_moved_or_changed(batched, tmp_path):
@@ -561,18 +561,18 @@ def test_k6_rerun_takes_no_word_of_a_record(batched, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "told"),
+    ("options", "code", "reported"),
     [
         (["--kernels", "triton"], 1, "Triton's kernels need a CUDA GPU"),
         (["--memory", "low"], 1, "spares the memory of CUDA GPUs"),
         (["--memory", "low", "--engine", "somewhere"], 2, "exclude each other"),
     ],
 )
-def test_what_this_machine_cannot_do_is_said(tmp_path, options, code, told):
+def test_what_this_machine_cannot_do_is_said(tmp_path, options, code, reported):
     clip(tmp_path / "a.mp4")
     ended = transfer(tmp_path, "a.mp4", "--prompt", "x", *options)
     assert ended.code == code
-    assert told in " ".join(ended.err.replace("│", "").split())
+    assert reported in " ".join(ended.err.replace("│", "").split())
     assert "Traceback" not in ended.err
 
 

@@ -115,8 +115,8 @@ def test_a_saved_model_folder_opens_in_another_process(saved, tmp_path):
 
 
 def test_an_output_folder_is_resumed(folder):
-    before, told = contents(folder / "out"), journal(folder / "out")
-    [done] = [line for line in told if line.get("output") == "disc_c46c5596/a-red-ball-0.mp4"]
+    before, reported = contents(folder / "out"), journal(folder / "out")
+    [done] = [line for line in reported if line.get("output") == "disc_c46c5596/a-red-ball-0.mp4"]
     times = done["mtime_ns"]  # this one is as the journal left it, the others' times are those of the copy
     os.utime(folder / "out" / done["output"], ns=(times, times))
 
@@ -130,14 +130,14 @@ def test_an_output_folder_is_resumed(folder):
     def known(line):
         return {key: line[key] for key in ("id", "output", "prompt", "seed", "settings") if key in line}
 
-    ids = {line["output"]: known(line) for line in told if "output" in line}
+    ids = {line["output"]: known(line) for line in reported if "output" in line}
     assert all(known(line) == ids[line["output"]] for line in [*lines(first), *lines(second)] if "output" in line)
 
     after = contents(folder / "out")
     assert after.pop("journal.jsonl").startswith(before.pop("journal.jsonl")), "its lines are kept as they are"
     assert {**after, ".lock": b""} == {**before, ".lock": b""}, "no clip and no sidecar is made or changed"
-    again = journal(folder / "out")[len(told) :]
-    assert Counter(line["state"] for line in again) == {"failed": 2}, "what was tried again is told again"
+    again = journal(folder / "out")[len(reported) :]
+    assert Counter(line["state"] for line in again) == {"failed": 2}, "what was tried again is reported again"
 
 
 def test_a_plan_and_a_report_read_the_journal(folder):

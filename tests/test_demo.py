@@ -96,19 +96,19 @@ def test_a_tokenizer_that_spells_words_has_none():
     assert Vocabulary.read(model()) is None
 
 
-def test_unknown_words_are_told_before_anything_is_made(reader, tmp_path):
+def test_unknown_words_are_reported_before_anything_is_made(reader, tmp_path):
     clip(tmp_path / "a.mp4")
     prompts = ["a red robot in the snow", "a blue robot and a penguins on wood", "a red cat in the forest"]
-    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
-    ended = run(tmp_path, "plan", "a.mp4", *asked, "--model", reader, "--json")
+    options = [part for prompt in prompts for part in ("--prompt", prompt)]
+    ended = run(tmp_path, "plan", "a.mp4", *options, "--model", reader, "--json")
     assert ended.code == 1
     assert len(ended.out.splitlines()) == 4, "standard output has the plan alone"
     *jobs, total = [json.loads(line) for line in ended.out.splitlines()]
     assert (total["open"], total["problem"]) == (1, 2)
-    told = {job["prompt"]: job.get("error", "") for job in jobs}
-    assert told[prompts[0]].endswith("does not know: robot")
-    assert told[prompts[1]].endswith("does not know: robot, penguins")
-    assert told[prompts[2]] == ""
+    reported = {job["prompt"]: job.get("error", "") for job in jobs}
+    assert reported[prompts[0]].endswith("does not know: robot")
+    assert reported[prompts[1]].endswith("does not know: robot, penguins")
+    assert reported[prompts[2]] == ""
     assert ended.err.count("warning") == 1
     assert "“robot”" in ended.err
     assert "“penguins” (penguin?)" in ended.err
@@ -119,20 +119,20 @@ def test_unknown_words_are_told_before_anything_is_made(reader, tmp_path):
     assert "over the sea" in known[2]
 
 
-def test_words_of_a_stream_are_told_once(reader):
+def test_words_of_a_stream_are_reported_once(reader):
     from emt_cli.batch.jobs import Job
     from emt_cli.batch.options import Settings
 
-    told: list[str] = []
-    watch = PromptWarnings("small", Vocabulary.read(reader), told.append)
+    reported: list[str] = []
+    watch = PromptWarnings("small", Vocabulary.read(reader), reported.append)
     words = ["robot", "robot", "wizard", *(f"word{n}" for n in range(12))]
     jobs = [Job(Path("a.mp4"), f"a {word} in the snow", 0, Settings()) for word in words]
     assert list(watch.watch([*jobs[:3], None])) == [*jobs[:3], None]
-    assert [line.count("robot") for line in told] == [1, 0, 0, 0, 0], "the warning, what is known, another warning"
+    assert [line.count("robot") for line in reported] == [1, 0, 0, 0, 0], "the warning, what is known, another warning"
     watch.look(jobs)
-    assert "and 4 more words" in told[5]
-    PromptWarnings("large", None, told.append).look(jobs)
-    assert len(told) == 6
+    assert "and 4 more words" in reported[5]
+    PromptWarnings("large", None, reported.append).look(jobs)
+    assert len(reported) == 6
 
 
 def test_the_doctor_lists_the_words(reader, tmp_path):

@@ -220,9 +220,9 @@ def test_what_differs_is_said(what):
     request = Request("inductor", "fp16", "cuda:0", (wanted,), 16, (1, 4), weights)
     own = manifest_for(request, code="code", host=HOST)
     assert own.match(request, HOST, "code") == (True, "")
-    ok, told = replace(own, **engine).match(request, replace(HOST, **here), "code")
+    ok, reported = replace(own, **engine).match(request, replace(HOST, **here), "code")
     assert not ok
-    assert reason in told
+    assert reason in reported
 
 
 def test_an_engine_that_takes_the_models_weights_takes_any_of_its_sizes():
@@ -415,20 +415,20 @@ def test_an_interrupted_build_leaves_nothing(model, tmp_path):
     old = put_engine(tmp_path / "engine", manifest_for(request_for(model)))
     before = (old / FILE).read_bytes()
     words = [EMT, "build-engine", "--model", model, "--device", "cpu", "--batch", "1", "-o", old]
-    told = tmp_path / "told"
-    with told.open("w") as file:
+    reported = tmp_path / "reported"
+    with reported.open("w") as file:
         surroundings = os.environ | environment(tmp_path)
         process = subprocess.Popen(words, stderr=file, stdout=file, env=surroundings, start_new_session=True)
     deadline = time.monotonic() + 60
-    while "compiling denoise" not in told.read_text():
-        assert process.poll() is None, told.read_text()
+    while "compiling denoise" not in reported.read_text():
+        assert process.poll() is None, reported.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(60) == 130
-    assert "Traceback" not in told.read_text()
-    told.unlink()
+    assert "Traceback" not in reported.read_text()
+    reported.unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "engine"]
     assert (old / FILE).read_bytes() == before
 
@@ -568,17 +568,17 @@ def test_every_size_array_that_generated_code_names_is_declared():
         assert len(names) == len(kept) == 1, "a buffer that lives on has one declaration"
 
 
-def test_phases_are_told_and_timed():
+def test_phases_are_reported_and_timed():
     new = time.time_ns() % 1_000_003  # what has been compiled before is not compiled again
-    told: list[str] = []
-    phases = Phases(told.append)
+    reported: list[str] = []
+    phases = Phases(reported.append)
     with phases.of_compiler():
         torch.compile(lambda x: x + new, fullgraph=True)(torch.ones(3))
         phases.begin("loading")
-    assert [phase for phase in told if phase != "C++"] == ["lowering", "scheduling", "kernels", "loading"]
+    assert [phase for phase in reported if phase != "C++"] == ["lowering", "scheduling", "kernels", "loading"]
     assert [word for word in phases.summary().split() if word.isalpha() and word != "s"][-1] == "loading"
     torch.compile(lambda x: x - new, fullgraph=True)(torch.ones(3))
-    assert told[-1] == "loading", "it is followed within the block alone"
+    assert reported[-1] == "loading", "it is followed within the block alone"
 
 
 def test_what_a_kernel_writes_is_found_once_for_all_calls_that_are_translated_alike(monkeypatch):
@@ -587,11 +587,11 @@ def test_what_a_kernel_writes_is_found_once_for_all_calls_that_are_translated_al
     from emt_kernels.layer_norm import _layer_norm_kernel
 
     name = next(n for n in dir(triton_kernel_wrap) if n in ("identify_mutated_tensors", "identify_accessed_tensors"))
-    asked: list[dict[str, object]] = []
+    requested: list[dict[str, object]] = []
 
     def find(kernel: object, arguments: dict[str, object], descriptors: object) -> int:
-        asked.append(arguments)
-        return len(asked)
+        requested.append(arguments)
+        return len(requested)
 
     monkeypatch.setattr(triton_kernel_wrap, name, find)
     half, single = torch.empty(2, dtype=torch.float16), torch.empty(2)
@@ -610,9 +610,9 @@ def test_what_a_kernel_writes_is_found_once_for_all_calls_that_are_translated_al
 # ---------------------------------------------------------------------------------------------------------- the choice
 
 
-def choice(asked: str, model: Path, folder: Path, said: list[str]) -> EngineChoice:
+def choice(requested: str, model: Path, folder: Path, said: list[str]) -> EngineChoice:
     return EngineChoice(
-        asked, find_model(str(model), download=False), ContentIndex(folder), folder / "engines", said.append
+        requested, find_model(str(model), download=False), ContentIndex(folder), folder / "engines", said.append
     )
 
 
@@ -701,9 +701,9 @@ def test_engines_are_listed_shown_verified_and_pruned(model, tmp_path):
     assert "SHA-256 differs" in lines[1]["error"]
     assert verified.returncode == 1
 
-    asked = engines(tmp_path, "prune", input="n\n")
-    assert asked.returncode == 1
-    assert "Remove 3?" in asked.stderr
+    requested = engines(tmp_path, "prune", input="n\n")
+    assert requested.returncode == 1
+    assert "Remove 3?" in requested.stderr
     assert len(list(kept.iterdir())) == 4
     pruned = engines(tmp_path, "prune", "--yes")
     assert sorted(pruned.stdout.split()) == sorted(map(str, (broken, harmed, stale)))
@@ -859,7 +859,7 @@ def test_every_weight_is_read_where_it_lies(network, pipe, moved):
 
 
 def test_an_engine_of_another_network_is_refused(network, tmp_path):
-    """By its manifest; and where that was not asked, by the layout of the weights."""
+    """By its manifest; and where that was not checked, by the layout of the weights."""
     other = random_model(tmp_path / "other", **{**MICRO, "block_out_channels": (16,)})
     ok, reason = Manifest.read(network).match(request_for(other))
     assert not ok

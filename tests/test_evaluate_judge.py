@@ -50,7 +50,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def cases():
-    """40 motions of 16 frames, what is asked for, and the references' looks."""
+    """40 motions of 16 frames, what is requested, and the references' looks."""
     world = World(variants=1, textures=4)
     generator = torch.Generator().manual_seed(0)
     motions = world.motions(40, generator, two_subjects=0.4, camera=0.5)
@@ -238,11 +238,13 @@ def test_the_program_prints_a_judges_own_errors(judge, tmp_path):
 
 
 def test_prompts_are_read_as_the_world_writes_them(cases):
-    motions, asked, _ = cases
-    for i, caption in enumerate(World(variants=1, textures=4).captions(asked, motions)):
+    motions, requested, _ = cases
+    for i, caption in enumerate(World(variants=1, textures=4).captions(requested, motions)):
         count = int(motions.subjects[i])
         expected = Prompt(
-            tuple(asked.subject[i, :count].tolist()), tuple(asked.colour[i, :count].tolist()), int(asked.scene[i])
+            tuple(requested.subject[i, :count].tolist()),
+            tuple(requested.colour[i, :count].tolist()),
+            int(requested.scene[i]),
         )
         assert read_prompt(caption, WORDS) == expected
 
@@ -285,9 +287,9 @@ def true_reading(motions, looks) -> Reading:
 
 
 def table(cases, **changes):
-    motions, asked, reference = cases
-    seen = replace(true_reading(motions, asked), **changes)
-    return compare(seen, motions, asked, reference, readable=torch.ones(len(SUBJECTS)))
+    motions, requested, reference = cases
+    seen = replace(true_reading(motions, requested), **changes)
+    return compare(seen, motions, requested, reference, readable=torch.ones(len(SUBJECTS)))
 
 
 def test_a_result_that_is_the_truth_gets_a_perfect_table(cases):
@@ -301,12 +303,12 @@ def test_a_result_that_is_the_truth_gets_a_perfect_table(cases):
 
 
 def test_a_result_that_shows_the_reference_leaks_in_every_clip_that_differs(cases):
-    motions, asked, reference = cases
+    motions, requested, reference = cases
     seen = true_reading(motions, reference)
-    values = compare(seen, motions, asked, reference, readable=torch.ones(len(SUBJECTS)))
+    values = compare(seen, motions, requested, reference, readable=torch.ones(len(SUBJECTS)))
     for name in ("leak_subject", "leak_colour", "leak_scene", "leakage"):
         assert values[name].value == 1, name
-    assert values["scene"].value == pytest.approx(float((asked.scene == reference.scene).float().mean()))
+    assert values["scene"].value == pytest.approx(float((requested.scene == reference.scene).float().mean()))
 
 
 def test_errors_are_measured_in_their_units(cases):
@@ -330,9 +332,9 @@ def test_correlations_fall_as_errors_grow(cases):
 
 
 def test_rotation_of_unreadable_subjects_does_not_count(cases):
-    motions, asked, reference = cases
-    wrong = replace(true_reading(motions, asked), rotation=torch.zeros_like(motions.rotation))
-    values = compare(wrong, motions, asked, reference, readable=torch.zeros(len(SUBJECTS)))
+    motions, requested, reference = cases
+    wrong = replace(true_reading(motions, requested), rotation=torch.zeros_like(motions.rotation))
+    values = compare(wrong, motions, requested, reference, readable=torch.zeros(len(SUBJECTS)))
     assert values["rotation"].clips == 0
     assert math.isnan(values["rotation"].value)
 
@@ -386,13 +388,13 @@ def test_the_table_says_which_targets_are_met(cases):
 
 
 def test_clips_and_motions_must_match(judge, cases):
-    motions, asked, _ = cases
+    motions, requested, _ = cases
     with pytest.raises(EmtError, match="cannot be compared"):
-        evaluate_truth(judge, torch.zeros(3, 16, 3, SIZE, SIZE, dtype=torch.uint8), motions, asked)
+        evaluate_truth(judge, torch.zeros(3, 16, 3, SIZE, SIZE, dtype=torch.uint8), motions, requested)
 
 
 def test_a_judge_of_other_words_is_refused(cases):
-    motions, asked, _ = cases
+    motions, requested, _ = cases
     other = Judge(JudgeVocabulary(("knight",), ("red",), ("castle",)))
     with pytest.raises(EmtError, match="another vocabulary"):
-        evaluate_truth(other, torch.zeros(40, 16, 3, SIZE, SIZE, dtype=torch.uint8), motions, asked)
+        evaluate_truth(other, torch.zeros(40, 16, 3, SIZE, SIZE, dtype=torch.uint8), motions, requested)

@@ -102,10 +102,10 @@ def test_layer_norm_quantized(
 def test_what_is_not_finite_stays_so_and_rows_of_zeros_are_zeros(device: str) -> None:
     x = torch.zeros(3, 40, dtype=torch.float16, device=device)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
-    told = Quantized(*torch.ops.emt.quantize_rows(x)).dequantize()
-    assert torch.isnan(told[0]).all()
-    assert not torch.isfinite(told[1, 5])
-    assert (told[2] == 0).all()
+    dequantized = Quantized(*torch.ops.emt.quantize_rows(x)).dequantize()
+    assert torch.isnan(dequantized[0]).all()
+    assert not torch.isfinite(dequantized[1, 5])
+    assert (dequantized[2] == 0).all()
 
 
 @needs_triton

@@ -82,12 +82,12 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_is_fetched_once_and_read_offline_from_then_on(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("guoyww/animatediff", **{"v3_sd15_mm.ckpt": b"weights", "mm_sd_v15.ckpt": b"other"})
-    told = []
+    calls = []
     for _ in range(2):
-        path = locate("hf://guoyww/animatediff/v3_sd15_mm.ckpt", "motion module", on_fetch=lambda *x: told.append(x))
+        path = locate("hf://guoyww/animatediff/v3_sd15_mm.ckpt", "motion module", on_fetch=lambda *x: calls.append(x))
         assert path.read_bytes() == b"weights"
     assert hub.fetched() == ["v3_sd15_mm.ckpt"]
-    assert told == [("v3_sd15_mm.ckpt", 7, 7)]
+    assert calls == [("v3_sd15_mm.ckpt", 7, 7)]
     offline(monkeypatch)
     assert locate("hf://guoyww/animatediff/v3_sd15_mm.ckpt", "motion module") == path
     with pytest.raises(EmtError, match=r"mm_sd_v15\.ckpt cannot be fetched from the hub: it is not in the cache"):
@@ -127,7 +127,7 @@ def test_of_a_repository_with_everything_only_what_is_read_is_fetched(
     assert len(hub.fetched()) == count
 
 
-def test_a_motion_adapter_and_a_single_file_are_told_apart(hub: Hub, files: Files) -> None:
+def test_a_motion_adapter_and_a_single_file_are_distinguished(hub: Hub, files: Files) -> None:
     motion_adapter(files.motion, mid=False).save_pretrained(hub.folder / "a/adapter")
     hub.add("a/adapter", **{"other.ckpt": b"not this"})
     assert_same_weights(read_motion_module("hf://a/adapter")[0].state, files.motion)
@@ -229,7 +229,7 @@ def test_the_help_says_where_the_published_files_are_and_under_which_licences() 
     assert "No file of the authors was opened" in words
 
 
-def test_base_and_motion_module_are_asked_for() -> None:
+def test_base_and_motion_module_are_required() -> None:
     command = [str(Path(sys.executable).with_name("emt")), "import-weights", "--base", "x", "-o", "y"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2

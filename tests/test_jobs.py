@@ -145,7 +145,7 @@ def test_values_of_job_files(name, value, parsed):
         ("frames", 1e400, "whole"),
     ],
 )  # fmt: skip
-def test_a_value_that_is_not_allowed_is_told_with_what_is(name, value, hint):
+def test_a_value_that_is_not_allowed_is_reported_with_what_is_allowed(name, value, hint):
     with pytest.raises(EmtError) as caught:
         parse_field(name, value)
     assert hint in caught.value.hint

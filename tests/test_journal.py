@@ -47,8 +47,8 @@ def test_a_journal_torn_anywhere_is_whole_when_opened_again(tmp_path):
         log.append({"event": "job", "state": "done", "output": "a/z-0.mp4", "id": "3"})
         log.close()
         lines = (tmp_path / journal.FILE_NAME).read_bytes().splitlines()
-        told = [json.loads(line)["id"] for line in lines]
-        assert told == (["1", "2", "3"] if cut == len(content) - 1 else ["1", "3"]), "only a line break may be missing"
+        ids = [json.loads(line)["id"] for line in lines]
+        assert ids == (["1", "2", "3"] if cut == len(content) - 1 else ["1", "3"]), "only a line break may be missing"
 
 
 def test_lines_that_are_no_json_do_not_hide_the_others(tmp_path):
@@ -57,7 +57,7 @@ def test_lines_that_are_no_json_do_not_hide_the_others(tmp_path):
     assert [line["id"] for line in journal.read(tmp_path)] == ["1", "2"]
 
 
-def test_a_second_run_is_refused_and_told_by_whom(tmp_path):
+def test_a_second_run_is_refused_and_reported_by_whom(tmp_path):
     log = Journal(tmp_path)
     with pytest.raises(EmtError, match=f"process {os.getpid()}"):
         Journal(tmp_path)

@@ -337,7 +337,7 @@ def test_k7_a_lora_of_sdxl_says_so_in_a_few_lines(files: Files, tmp_path: Path) 
         ((4, 7), {"modelspec.architecture": "Flux.1-dev/lora"}, "Flux"),
     ],
 )
-def test_k7_other_versions_are_told_by_widths_and_metadata(
+def test_k7_other_versions_are_recognized_by_widths_and_metadata(
     shape: tuple[int, int],
     metadata: dict[str, str],
     version: str,

@@ -94,7 +94,7 @@ def test_a_build_measures_each_part_to_a_hundred_thousandth(engine):
         assert part.parity <= 1e-5, part.name
 
 
-def test_files_hold_for_sizes_and_samples_that_nobody_asked_for(engine, pipe):
+def test_files_hold_for_sizes_and_samples_that_nobody_requested(engine, pipe):
     from emt_engines.onnx_export import as_file_takes
     from emt_engines.parts import function
 

@@ -237,10 +237,10 @@ def test_candidates_are_measured_and_one_is_chosen(tmp_path, monkeypatch, capsys
     clip(tmp_path / "references" / "x.mp4", frames=FRAMES)
     (tmp_path / "prompts.txt").write_text("# one\na cat\n")
     arguments = ["--model", model(), "--references", tmp_path / "references", "--prompts", tmp_path / "prompts.txt"]
-    arguments += ["--seeds", "1", "--device", "cpu", "--candidates", "fast", "--output", tmp_path / "told.json"]
+    arguments += ["--seeds", "1", "--device", "cpu", "--candidates", "fast", "--output", tmp_path / "reported.json"]
     monkeypatch.setattr(sys, "argv", ["presets.py", *map(str, arguments)])
     presets.main()
-    exact, fast = json.loads((tmp_path / "told.json").read_text())
+    exact, fast = json.loads((tmp_path / "reported.json").read_text())
     assert (exact["name"], fast["name"]) == ("exact", "fast")
     assert exact["change"] == 0 < fast["change"]
     assert -1 <= fast["fidelity"]["value"] <= 1
@@ -255,7 +255,7 @@ def test_k2_lcm_has_its_own_default_of_guidance(tmp_path):
     assert settings_of(tmp_path, {"scheduler": "ddim"}, scheduler="lcm").guidance == 3
 
 
-def test_k2_a_vae_that_overflows_is_told_on_stderr_and_in_the_journal(tmp_path):
+def test_k2_a_vae_that_overflows_is_reported_on_stderr_and_in_the_journal(tmp_path):
     folder = shutil.copytree(model(), tmp_path / "model")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
@@ -268,6 +268,6 @@ def test_k2_a_vae_that_overflows_is_told_on_stderr_and_in_the_journal(tmp_path):
     assert ended.code == 0, ended.err
     (line,) = journal(tmp_path / "out")
     (made,) = ended.out.split()
-    for told in (ended.err, *line["warnings"]):
-        assert "the VAE overflows in fp16: it is computed in fp32" in told
+    for reported in (ended.err, *line["warnings"]):
+        assert "the VAE overflows in fp16: it is computed in fp32" in reported
     assert np.asarray(Image.open(sorted((tmp_path / made).glob("*.png"))[0])).std() > 5

@@ -455,7 +455,7 @@ def test_the_video_stage_trains_a_backbone_to_tell_motion_to_its_adapter() -> No
     alone = base_loss(unet, text, objective, other, *(parts[key] for key in ("tokens", "noise", "timestep")))
     assert abs((loss(0.0, latents=other) - alone - following).item()) > 1e-4
     assert loss(0.5).item() > loss(0.0).item()
-    for reader in readers:  # both are asked
+    for reader in readers:  # both are read
         (gradient,) = torch.autograd.grad(loss(0.5), [reader.maps[-1].bias])
         assert gradient.abs().max() > 0
     key = unet.up_blocks[1].motion_modules[0].temporal_transformer.transformer_blocks[0].attention_blocks[0].adapter
@@ -477,15 +477,15 @@ def test_pairs_share_their_motion_and_differ_in_appearance() -> None:
         return part["latents"][..., 0, 0, 0].unbind(1)
 
     references, targets = draw()
-    (motion, worn), (played, asked) = shown(references), shown(targets)
+    (motion, worn), (played, requested) = shown(references), shown(targets)
     assert torch.equal(motion.repeat(2), played)  # target i follows reference i mod n
-    assert (worn.repeat(2) != asked).all()
-    assert (asked[:400] != asked[400:]).all()
-    assert (asked < 3).all()
+    assert (worn.repeat(2) != requested).all()
+    assert (requested[:400] != requested[400:]).all()
+    assert (requested < 3).all()
     assert 0.2 < (worn == 3).float().mean() < 0.4
-    assert torch.equal(targets["tokens"][:, 0], (played * 10 + asked).long())
+    assert torch.equal(targets["tokens"][:, 0], (played * 10 + requested).long())
     assert torch.equal(targets["subject"].flatten(), SUBJECT_WEIGHT * played)
-    for part, truth, look in ((references, motion, worn), (targets, played, asked)):
+    for part, truth, look in ((references, motion, worn), (targets, played, requested)):
         assert torch.equal(part["displacement"][:, 0], truth)
         assert torch.equal(part["pose"][:, 0], 7 * truth)
         assert torch.equal(part["upright"], (look < 3).float())
@@ -748,8 +748,8 @@ def test_real_clips_are_played_measured_and_shown(out: Path, tmp_path: Path) -> 
     )
     results = tmp_path / "out"
     rows = [json.loads(line) for line in (results / "real_clips.jsonl").read_text().splitlines()]
-    asked = [("a red cat", 0), ("a red cat", 1), ("a blue dog over the sea", 0), ("a blue dog over the sea", 1)]
-    assert [(row["prompt"], row["seed"]) for row in rows] == asked
+    requested = [("a red cat", 0), ("a red cat", 1), ("a blue dog over the sea", 0), ("a blue dog over the sea", 1)]
+    assert [(row["prompt"], row["seed"]) for row in rows] == requested
     assert {row["kind"] for row in rows} == {"camera"}
     assert all(Path(row["result"]).is_file() and -1 <= row["camera"] <= 1 for row in rows)
     assert "| pan | camera |" in (results / "real_clips.md").read_text()

@@ -144,8 +144,8 @@ def test_texts_of_jobs_stay_texts(folder, walk):
     text = page.read_text(encoding="utf-8")
     assert text.count("</script") == 2, "the data's end and the program's"
     assert "<!--" not in text
-    told = {job["prompt"] for job in embedded(page)["jobs"]}
-    assert told == set(NASTY)
+    reported = {job["prompt"] for job in embedded(page)["jobs"]}
+    assert reported == set(NASTY)
 
 
 def test_the_last_word_on_a_job_counts(folder, walk):
@@ -578,7 +578,7 @@ def test_a_click_shows_settings_and_a_key_hides_them(browser, gallery):
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_follows_the_system_until_told_otherwise(browser, gallery, scheme):
+def test_it_follows_the_system_until_the_reader_chooses(browser, gallery, scheme):
     page = opened(browser, gallery)
     page("localStorage.clear()")
     features = [
@@ -676,9 +676,9 @@ def test_jobs_are_sorted_and_filtered_by_a_measure_that_is_explained(browser, tw
     assert "1 is as far" in page("document.querySelector('#meaning').innerText")
     assert shown(page) == 0
     page("document.querySelector('#measures').open = true")
-    told = page("document.querySelector('#measures').innerText")
-    assert told.count("\n") >= 5
-    assert "motion fidelity" in told
+    reported = page("document.querySelector('#measures').innerText")
+    assert reported.count("\n") >= 5
+    assert "motion fidelity" in reported
     assert page.complaints == []
 
 

@@ -181,7 +181,7 @@ def prepare(folder: Path, *more: str) -> None:
     (folder / "prompts.txt").write_text("a red fox\na blue car, at night\n")
 
 
-def told(folder: Path) -> list[dict]:
+def reported(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "pairs" / "pairs.jsonl").read_bytes().splitlines()]
 
 
@@ -219,10 +219,10 @@ def test_pairs_are_what_training_reads(made):
     assert trained.code == 0, trained.err
 
 
-def test_a_bad_reference_fails_alone_and_is_told(made):
+def test_a_bad_reference_fails_alone_and_is_reported(made):
     folder, ended = made
     assert ended.code == 1
-    rows = told(folder)
+    rows = reported(folder)
     assert [row["state"] for row in rows] == ["failed"] * 2 + ["kept"] * 4
     assert all("broken.mp4" in row["reason"] for row in rows[:2])
     for row in rows[2:]:
@@ -234,7 +234,7 @@ def test_a_bad_reference_fails_alone_and_is_told(made):
 
 def test_rerun_teaches_again(made):
     folder, _ = made
-    file = next(row["file"] for row in told(folder) if row["state"] == "kept")
+    file = next(row["file"] for row in reported(folder) if row["state"] == "kept")
     ended = emt("rerun", f"pairs/{file}", "-o", "again.mp4", folder=folder, environment=environment(folder))
     assert ended.code == 0, ended.err
     clips = [read_clip(path, frames=FRAMES).frames for path in (folder / "pairs" / file, folder / "again.mp4")]
@@ -250,8 +250,8 @@ def test_thresholds_drop_clips_and_can_be_moved_later(tmp_path):
     assert first.code == 0, first.err
     assert "0 done, 0 already there, 0 failed, 1 dropped" in first.err
     assert not list((tmp_path / "pairs").rglob("*.mp4"))
-    assert {row["state"] for row in told(tmp_path)} == {"dropped"}
-    assert all("below 1" in row["reason"] for row in told(tmp_path))
+    assert {row["state"] for row in reported(tmp_path)} == {"dropped"}
+    assert all("below 1" in row["reason"] for row in reported(tmp_path))
     lines = len(journal(tmp_path / "pairs"))
     assert make(tmp_path, *strict).code == 0
     assert len(journal(tmp_path / "pairs")) == lines, "nothing was done"
@@ -274,11 +274,11 @@ def test_an_interrupted_run_goes_on(tmp_path):
     run.send(signal.SIGINT)
     ended = run.end()
     assert ended.code == 130, ended.err
-    assert [row["state"] for row in told(tmp_path)] == ["kept"]
+    assert [row["state"] for row in reported(tmp_path)] == ["kept"]
     assert find_pairs(tmp_path / "pairs", lambda text: None), "what is there can be trained on"
     ended = make(tmp_path, *ALL, "--steps", "20")
     assert "1 done, 1 already there" in ended.err
-    assert len(told(tmp_path)) == 2
+    assert len(reported(tmp_path)) == 2
 
 
 def test_another_guidance_makes_another_clip(made, tmp_path):
@@ -286,7 +286,7 @@ def test_another_guidance_makes_another_clip(made, tmp_path):
     for name in ("turn.mp4", "broken.mp4"):
         (folder / "clips" / name).unlink()
     (folder / "prompts.txt").write_text("a red fox\n")
-    [row] = [row for row in told(folder) if "walk" in row["reference"] and row["prompt"] == "a red fox"]
+    [row] = [row for row in reported(folder) if "walk" in row["reference"] and row["prompt"] == "a red fox"]
     before = (folder / "pairs" / row["file"]).read_bytes()
     ended = make(folder, *ALL, "--motion-guidance", "1e5")
     assert "1 done, 0 already there" in ended.err

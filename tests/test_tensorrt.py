@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_words(tmp_path):
         tensorrt.build(trt, tmp_path / "bad.onnx", [], RTX.targets)
 
 
-def test_tensorrt_is_asked_for_where_it_is_missing():
+def test_tensorrt_is_requested_where_it_is_missing():
     with pytest.raises(EmtError, match="tensorrt cannot be loaded") as caught:
         tensorrt.TensorRTBuilder().check(request(backend="tensorrt", device="cuda:0"))
     assert "pip install tensorrt" in caught.value.hint

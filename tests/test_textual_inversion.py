@@ -75,7 +75,7 @@ def test_an_embedding_of_one_vector(tmp_path: Path) -> None:
         ({"down_blocks.0.x.weight": torch.ones(2, 2, 2)}, "is a UNet in diffusers layout, not a textual inversion"),
     ],
 )
-def test_what_is_no_embedding_of_the_model_is_told(content: Any, message: str, tmp_path: Path) -> None:
+def test_what_is_no_embedding_of_the_model_is_reported(content: Any, message: str, tmp_path: Path) -> None:
     save_file(content, tmp_path / "e.safetensors")
     with pytest.raises(EmtError, match=message):
         read_embedding(tmp_path / "e.safetensors", WIDTH)

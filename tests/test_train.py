@@ -482,8 +482,8 @@ def test_k7_what_a_run_lacks_is_said_before_anything_is_loaded(pairs, tmp_path, 
 
 
 def command(pairs: Path, run: Path, *more: object) -> list[str]:
-    told = ["train", "--model", model(), "--pairs", pairs, "-o", run, "--sample-every", 0, "--workers", 0, *more]
-    return [str(argument) for argument in told]
+    arguments = ["train", "--model", model(), "--pairs", pairs, "-o", run, "--sample-every", 0, "--workers", 0, *more]
+    return [str(argument) for argument in arguments]
 
 
 def log(run: Path) -> list[tuple[int, float, float]]:
@@ -535,10 +535,10 @@ def test_two_processes_go_on_to_the_bit_too(pairs, tmp_path):
     """As `accelerate launch` starts them on two GPUs, here on the CPU."""
 
     def launch(run: Path, *options: object) -> str:
-        told = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emt_cli.app"]
-        told += command(pairs, run, "--checkpoint-every", 2, *options)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emt_cli.app"]
+        launch += command(pairs, run, "--checkpoint-every", 2, *options)
         env = os.environ | environment(tmp_path) | {"ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(told, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{run / 'model'}\n"
         return done.stderr
@@ -600,7 +600,7 @@ def test_train_as_a_program_names_bad_pairs_and_goes_on(pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--pairs", "nowhere"], "nowhere is not a folder of pairs"),
         (["--model", "nowhere"], "nowhere"),
@@ -608,11 +608,11 @@ def test_train_as_a_program_names_bad_pairs_and_goes_on(pairs, tmp_path):
         (["-o", "/dev/null/run"], "cannot write to /dev/null/run"),
     ],
 )
-def test_mistakes_are_told_in_a_line(pairs, tmp_path, arguments, told):
+def test_mistakes_are_reported_in_a_line(pairs, tmp_path, arguments, reported):
     ended = emt(*command(pairs, tmp_path / "run", *arguments), environment=environment(tmp_path), folder=tmp_path)
     assert ended.code == 1
     assert ended.err.startswith("error: ")
-    assert told in ended.err
+    assert reported in ended.err
     assert "Traceback" not in ended.err
 
 

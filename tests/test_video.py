@@ -344,7 +344,7 @@ def test_sound_and_cover_art_are_ignored(tmp_path: Path, clip: Path) -> None:
 # ------------------------------------------------------------------------------------------- memory
 
 
-def test_memory_holds_only_what_was_asked_for(tmp_path: Path) -> None:
+def test_memory_holds_only_what_was_requested(tmp_path: Path) -> None:
     path = tmp_path / "8k.mp4"
     ffmpeg("-f", "lavfi", "-i", "color=gray:s=7680x4320:r=25", "-frames:v", "3", *EXACT[:-2], "-threads", "1", path)
     probe(path)

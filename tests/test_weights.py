@@ -658,7 +658,7 @@ def test_a_truncated_or_altered_file_is_an_error_and_never_a_crash(
 # ---------------------------------------------------------------------------------------------------- the output folder
 
 
-def test_an_existing_folder_is_kept_unless_told(files: Files, tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept_without_overwrite(files: Files, tmp_path: Path) -> None:
     random_model(tmp_path / "m")
     with pytest.raises(EmtError, match=r"exists(.|\n)*--overwrite"):
         files.run(tmp_path / "m", adapter=None)

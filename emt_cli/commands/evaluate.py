@@ -76,7 +76,7 @@ def evaluate(
         Path | None, typer.Option(help="File of CoTracker's weights.", show_default=False)
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(help="Number of frames to compare. [default: all of the result's]", min=2, max=512)
+        int | None, typer.Option(help="Number of frames to compare. Default: all of the result's.", min=2, max=512)
     ] = None,
     device: Annotated[str, typer.Option(help="Device of the text model: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")] = False,

@@ -93,7 +93,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Tokenizer folder, needed if the base is a single file. [default: openai/clip-vit-large-patch14]",
+            help="Tokenizer folder for a base that is a single file. Default: openai/clip-vit-large-patch14.",
             rich_help_panel=_FILES,
             show_default=False,
         ),
@@ -101,7 +101,7 @@ def import_weights(
     prediction_type: Annotated[
         PredictionType | None,
         typer.Option(
-            help="Prediction target that the UNet was trained for, if its file lacks it. [default: by the file]",
+            help="Prediction target that the UNet was trained for, if its file lacks it. Default: the file's.",
             show_default=False,
         ),
     ] = None,
