@@ -137,20 +137,22 @@ def open_standard_streams() -> None:
 
     The places of those that were closed before the start are filled, lest other files take them. Errors of standard
     output name it (`OUTPUT`). What is written to standard error never fails: it is for people, and a run does not end
-    because they have stopped listening.
+    because they have stopped listening. A stream that the caller has replaced, as a notebook or a test does, stays.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    errors = getattr(sys.stdout, "errors", None) or "surrogateescape"
-    buffer = io.BufferedWriter(_Output(1, "w", closefd=False))
-    sys.stdout = io.TextIOWrapper(buffer, encoding, errors, line_buffering=os.isatty(1))
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    raw = _Unfailing(2)
-    sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True, write_through=True)  # type: ignore[arg-type]
+    if sys.stdout is None or _descriptor(sys.stdout) == 1:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        errors = getattr(sys.stdout, "errors", None) or "surrogateescape"
+        buffer = io.BufferedWriter(_Output(1, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(buffer, encoding, errors, line_buffering=os.isatty(1))
+    if sys.stderr is None or _descriptor(sys.stderr) == 2:
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        raw = _Unfailing(2)
+        sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True, write_through=True)  # type: ignore[arg-type]
 
 
 class _Output(io.FileIO):

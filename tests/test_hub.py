@@ -147,7 +147,7 @@ def test_a_motion_adapter_and_a_single_file_are_distinguished(hub: Hub, files: F
         ("hf://a/b/x.ckpt", "there is no such file in the repository"),
         ("hf://a/b/folder", "has no folder"),
         ("hf://a/empty", "holds no files of weights"),
-        ("hf://terms/first/x.ckpt", "asks that terms be accepted on its page"),
+        ("hf://terms/first/x.ckpt", "its terms must be accepted on its page"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_message(given: str, message: str, hub: Hub) -> None:
