@@ -39,13 +39,14 @@ class Facts:
 
     Attributes:
         max_frames: most frames of a clip.
-        frame_step: a clip has one frame and any number of so many more.
+        frame_step: frames of every latent frame but the first.
         grid_step: height and width of latents are multiples of this.
         even_step: multiples of this are halved evenly from level to level, as graphs for any size need it.
         flop: floating-point operations of a pass for each parameter and latent position, of which there are
             frames·height·width/64.
         activation_bytes: memory at the peak for each pixel of all frames, in half precision.
         attention_flop: floating-point operations of attention between all positions, for each pair of them.
+        first_frames: frames of the first latent frame.
     """
 
     max_frames: int
@@ -55,16 +56,18 @@ class Facts:
     flop: float
     activation_bytes: float
     attention_flop: float = 0.0
+    first_frames: int = 1
 
     def takes_frames(self, frames: int) -> bool:
         """Return whether clips may have so many frames."""
-        return 2 <= frames <= self.max_frames and (frames - 1) % self.frame_step == 0
+        return 2 <= frames <= self.max_frames and (frames - self.first_frames) % self.frame_step == 0
 
     def allowed_frames(self) -> str:
         """The numbers of frames that clips may have, in words."""
         if self.frame_step == 1:
             return f"2 to {self.max_frames}"
-        return f"{1 + self.frame_step}, {1 + 2 * self.frame_step}, … up to {self.max_frames}"
+        least = self.first_frames if self.first_frames > 1 else 1 + self.frame_step
+        return f"{least}, {least + self.frame_step}, … up to {self.max_frames}"
 
 
 def counts(config: Mapping[str, Any], name: str, default: list[int]) -> list[int]:

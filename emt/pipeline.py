@@ -88,7 +88,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             reference_timestep=reference_timestep,
             **({} if sampler == "ddim" else {"sampler": sampler}),  # so that other versions open the folder, too
         )
-        self.codec = codec_of(vae)
+        self.codec = codec_of(vae, unet.latent_channels)
         self.vae_scale_factor = self.codec.pixels
         #: Encodes prompts where there is no `text_encoder`: its encoder is too large to be open beside the network.
         self.prompt_encoder: PromptEncoder | None = None

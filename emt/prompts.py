@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -39,6 +38,8 @@ LIMIT = 2_000_000_000
 
 def cleaned(prompt: str) -> str:
     """A prompt as the captions were that Wan was trained on: repaired text, no markup, single spaces."""
+    import ftfy  # only where prompts are cleaned: models with their own words do without
+
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 

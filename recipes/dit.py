@@ -1,7 +1,8 @@
 """The small diffusion transformer of Wan's kind: its sizes, and the losses of its backbone and of its adapter.
 
 Autoencoder, text encoder and tokenizer are those of a model folder that is there, the demo model: only the transformer
-is new.
+is new. As in Wan, whose autoencoder makes one latent frame of four, a latent frame is of more than one frame: of two
+neighbours, side by side in channels. A transformer that gets single frames does not learn to see what moves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
+from emt.backends.codec import pack
 from emt.train.objective import FlowObjective
 from recipes.reader import MotionReader
 
@@ -34,6 +36,7 @@ class TransformerSizes:
     rank: int = 32
     scaler: int = 64
     blocks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)  # that take the reference
+    pack: int = 2  # frames of a latent frame
 
 
 SMALL = TransformerSizes()
@@ -68,7 +71,7 @@ def make_transformer(
     neighbours: int | None = None,
 ) -> WanMotionTransferTransformer:
     """The network, predicting 0 so far; `blocks` () for the backbone alone, `frames` of a clip."""
-    channels = parts.vae.config.latent_channels
+    channels = parts.vae.config.latent_channels * sizes.pack
     model = WanMotionTransferTransformer(
         num_attention_heads=sizes.heads,
         attention_head_dim=sizes.head_channels,
@@ -82,7 +85,8 @@ def make_transformer(
         adapter_rank=sizes.rank,
         scaler_channels=sizes.scaler,
         max_frames=frames,
-        frames_per_latent=1,
+        frames_per_latent=sizes.pack,
+        first_frames=sizes.pack,
     )
     with torch.no_grad():
         model.proj_out.weight.zero_()
@@ -95,6 +99,22 @@ def make_reader(
 ) -> MotionReader:
     """Maps that read what so many blocks pass on."""
     return MotionReader([model.scale_shift_table.shape[-1]] * layers, device, dtype)
+
+
+def packed(batch: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """A batch of clips as the transformer takes them, `frames` to a latent frame; of truths, those of its last one."""
+    changed = {name: pack(batch[name], frames) for name in ("latents", "reference") if name in batch}
+    channels = batch["latents"].shape[1]
+    changed["subject"] = pack(batch["subject"], frames).repeat_interleave(channels, 1)
+    changed |= {name: batch[name][:, frames - 1 :: frames] for name in ("displacement", "pose") if name in batch}
+    return batch | changed
+
+
+def as_single_frames(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every latent frame of packed clips as a clip of its own: (n·frames, channels, 1, height, width)."""
+    frames = batch["latents"].shape[2]
+    single = {name: batch[name].transpose(1, 2).flatten(0, 1).unsqueeze(2) for name in ("latents", "subject")}
+    return single | {"tokens": batch["tokens"].repeat_interleave(frames, 0)}
 
 
 def as_images(hidden: Tensor) -> Tensor:

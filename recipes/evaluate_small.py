@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from emt.backends.codec import pack
 from emt.contact_sheet import contact_sheet
 from emt.evaluate.judge import Judge
 from emt.evaluate.truth import Truth, draw_cases, evaluate_truth, format_truth
@@ -49,7 +50,7 @@ def read_motions(pipeline: MotionTransferPipeline, clips: Tensor, seed: int) -> 
     generator = torch.Generator(device).manual_seed(seed)
     x = clips.to(device).flatten(0, 1).to(vae.dtype) / 127.5 - 1
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(256)]) * vae.config.scaling_factor
-    latents = latents.unflatten(0, clips.shape[:2]).transpose(1, 2)
+    latents = pack(latents.unflatten(0, clips.shape[:2]).transpose(1, 2), pipeline.codec.frames)
     noise = torch.randn(latents.shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
     timestep = torch.full((len(clips),), pipeline.config.reference_timestep, device=device)
     noisy = add_noise(pipeline.scheduler, latents.to(dtype), noise, timestep)

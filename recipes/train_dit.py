@@ -28,9 +28,11 @@ from recipes.dit import (
     TINY,
     SharedParts,
     adapter_loss,
+    as_single_frames,
     backbone_loss,
     make_reader,
     make_transformer,
+    packed,
 )
 from recipes.latents import Clips, tokenize, with_noise
 from recipes.networks import save_weights
@@ -51,9 +53,9 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = {
-    "frames": Defaults(4.0, 2048, shift=1.5, rate=1e-3),
-    "video": Defaults(12.0, 128, shift=2.0, rate=1e-3, reading=1.0, references=0.4, before="frames"),
-    "adapter": Defaults(6.0, 96, shift=3.0, rate=1e-3, reading=0.3, before="video"),
+    "frames": Defaults(4.0, 256, shift=1.5, rate=1e-3),
+    "video": Defaults(12.0, 192, shift=2.0, rate=1e-3, reading=2.0, references=0.4, before="frames"),
+    "adapter": Defaults(6.0, 128, shift=3.0, rate=1e-3, reading=0.5, before="video"),
 }
 
 
@@ -118,10 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         empty = text(nothing)[0].clone()
 
     def noisy(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return with_noise(batch, objective, stage.generator, stage.dtype, o.shift)
+        return with_noise(packed(batch, sizes.pack), objective, stage.generator, stage.dtype, o.shift)
 
     def draw_frames() -> dict[str, Tensor]:
-        return noisy(clips.draw(o.batch, stage.generator, drop=0.1, realistic=0.12, frames=1))
+        batch = as_single_frames(packed(clips.draw(o.batch, stage.generator, drop=0.1, realistic=0.12), sizes.pack))
+        return with_noise(batch, objective, stage.generator, stage.dtype, o.shift)
 
     def draw_videos() -> dict[str, Tensor]:
         """Clips of which the first are as references are read."""

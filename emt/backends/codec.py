@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emt.backends.base import Backend
 from emt.backends.vae import are_pictures, as_pixels, decode_exactly, encode_exactly, is_finite
-from emt.backends.video_vae import FRAMES, PIXELS, decode_frames, encode_frames, latent_frames
+from emt.backends.video_vae import PIXELS, decode_frames, encode_frames, latent_frames
 
 
 class Codec(Protocol):
@@ -19,8 +19,6 @@ class Codec(Protocol):
 
     #: Pixels of a latent in height and width.
     pixels: int
-    #: Frames of every latent frame but the first, which is of one.
-    frames: int
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip.
@@ -46,17 +44,26 @@ class Codec(Protocol):
 
 
 class ImageCodec:
-    """Autoencoder of images, such as Stable Diffusion's, frame by frame; latents are sampled."""
+    """Autoencoder of images, such as Stable Diffusion's, frame by frame; latents are sampled.
 
-    frames = 1
+    Args:
+        vae: of images.
+        frames: so many neighbouring frames make a latent frame, channels of one after those of the other.
+    """
 
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
+    def __init__(self, vae: Any, frames: int = 1) -> None:
+        self.vae, self.frames = vae, frames
         self.pixels = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def latent_frames(self, frames: int) -> int:
-        """Every frame has its own."""
-        return frames
+        """One of so many frames.
+
+        Raises:
+            ValueError: if that leaves a remainder.
+        """
+        if frames % self.frames:
+            raise ValueError(f"a clip has {frames} frames, allowed are multiples of {self.frames}")
+        return frames // self.frames
 
     def encode(self, backend: Backend, frames: Tensor, generator: torch.Generator) -> Tensor:
         """As `Codec.encode`; in float32, with a warning, where the autoencoder overflows in half precision.
@@ -70,7 +77,7 @@ class ImageCodec:
             mean, std = encode_exactly(self.vae, images)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         latents = (mean + std * noise) * self.vae.config.scaling_factor
-        return latents.transpose(0, 1).unsqueeze(0)
+        return pack(latents.transpose(0, 1).unsqueeze(0), self.frames)
 
     def decode(self, backend: Backend, latents: Tensor) -> Iterator[Tensor]:
         """As `Codec.decode`, all at once; in float32, with a warning, where half precision makes no pictures.
@@ -78,6 +85,7 @@ class ImageCodec:
         Raises:
             EmtError: there are no pictures in float32 either.
         """
+        latents = unpack(latents.unsqueeze(0), self.frames)[0]
         latents = (latents / self.vae.config.scaling_factor).transpose(0, 1)
         images = backend.decode_images(latents.to(self.vae.dtype))
         if not are_pictures(images):
@@ -85,10 +93,20 @@ class ImageCodec:
         yield as_pixels(images).permute(0, 2, 3, 1).contiguous()
 
 
+def pack(latents: Tensor, frames: int) -> Tensor:
+    """Neighbouring frames side by side in channels: (n, channels, k·frames, …) → (n, frames·channels, k, …)."""
+    return latents.unflatten(2, (-1, frames)).movedim(3, 1).flatten(1, 2)
+
+
+def unpack(latents: Tensor, frames: int) -> Tensor:
+    """The inverse of `pack`: (n, frames·channels, k, …) → (n, channels, k·frames, …)."""
+    return latents.unflatten(1, (frames, -1)).movedim(1, 3).flatten(2, 3)
+
+
 class VideoCodec:
     """Wan's autoencoder of video, a latent frame at a time; latents are the means (`emt.backends.video_vae`)."""
 
-    frames, pixels = FRAMES, PIXELS
+    pixels = PIXELS
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
@@ -106,6 +124,8 @@ class VideoCodec:
         return decode_frames(self.vae, latents.unsqueeze(0))
 
 
-def codec_of(vae: Any) -> Codec:
-    """The codec of an autoencoder of diffusers."""
-    return VideoCodec(vae) if isinstance(vae, AutoencoderKLWan) else ImageCodec(vae)
+def codec_of(vae: Any, channels: int) -> Codec:
+    """The codec of an autoencoder of diffusers, for a network with so many latent channels."""
+    if isinstance(vae, AutoencoderKLWan):
+        return VideoCodec(vae)
+    return ImageCodec(vae, max(channels // vae.config.latent_channels, 1))

@@ -420,7 +420,8 @@ class TorchBackend(PipelineBackend):
         some = latents[: self._frames_at_once(latents, pixels=self.pipe.vae_scale_factor**2)]
         self._decode_images(some)
         self._rehearsed.add(("decode", latents.shape))
-        if self._compiled is not None or not unet.facts.takes_frames(frames):
+        packed = unet.latent_channels != mean.shape[1]
+        if self._compiled is not None or packed or not unet.facts.takes_frames(frames):
             return
         self._prepare_weights(images.device)
         sample = latents.transpose(0, 1).unsqueeze(0).to(unet.dtype)

@@ -44,4 +44,5 @@ def facts(config: Mapping[str, Any]) -> Facts:
         flop=2 / positions,
         activation_bytes=token_bytes / (64 * positions),
         attention_flop=4 * channels * layers / positions**2,
+        first_frames=counts(config, "first_frames", [1])[0],
     )

@@ -139,7 +139,8 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         adapter_rank: rank of the additions to queries, and to keys and values of the reference.
         scaler_channels: width of the scalers.
         max_frames: most frames of a clip.
-        frames_per_latent: frames of every latent frame but the first, which is of one.
+        frames_per_latent: frames of every latent frame but the first.
+        first_frames: frames of the first latent frame.
 
     Raises:
         ValueError: if a block does not exist, or a number is not allowed.
@@ -168,6 +169,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         scaler_channels: int = 256,
         max_frames: int = 81,
         frames_per_latent: int = 4,
+        first_frames: int = 1,
     ) -> None:
         super().__init__()
         heads, channels = num_attention_heads, num_attention_heads * attention_head_dim
