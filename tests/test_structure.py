@@ -39,7 +39,7 @@ emt.video emt.contact_sheet | emt.checkpoints | emt.synthetic
 emt.features | emt.evaluate
 emt.backbone
 emt.cache emt.model_folder | emt.device
-emt.backends | emt.sampling | emt.prompts
+emt.backends | emt.sampling | emt.prompts | emt.importing
 emt.pipeline
 emt.backbones.sd15 | emt.backbones.wan21
 emt.unet

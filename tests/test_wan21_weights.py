@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from program import console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -25,8 +27,10 @@ from wan21_testing import inputs, motion_of, small_transformer
 from emt.backbones.wan21.adapter_file import read_adapter, save_adapter
 from emt.backbones.wan21.import_weights import import_weights, write_weights
 from emt.backbones.wan21.published import transformer_config
+from emt.backbones.wan21.recognition import recognizes
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.errors import EmtError
+from emt.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +228,15 @@ class TestRefused:
         assert "unexpected: blocks.0.extra.weight (3,)" in message
         assert "wrong shape: blocks.0.ffn.net.2.bias is (7,), expected (128,)" in message
 
-    def test_of_many_keys_eight_lines(self, tmp_path):
+    def test_of_many_keys_at_most_eight_lines(self, tmp_path):
         def change(state):
             state |= {f"blocks.0.extra.{i}": torch.zeros(1) for i in range(40)}
 
-        lines = refused(tmp_path, self.write(tmp_path, change)).splitlines()
-        assert "40 keys differ" in lines[0]
-        assert len([line for line in lines if line.startswith("  ")]) == 8
-        assert "  … and 33 more" in lines
+        message = refused(tmp_path, self.write(tmp_path, change))
+        lines = [line for line in message.splitlines() if line.startswith("  ")]
+        assert "40 keys differ" in message
+        assert 2 <= len(lines) <= 8
+        assert lines[-1] == f"  … and {41 - len(lines)} more"
 
     def test_a_weight_that_is_missing_from_the_start(self, tmp_path):
         message = refused(tmp_path, self.write(tmp_path, lambda s: s.__delitem__("text_embedding.0.weight")))
@@ -246,7 +251,9 @@ class TestRefused:
         folder = write_diffusers_folder(tmp_path / "base", shards=True)
         shard = sorted((folder / "transformer").glob("*-of-*.safetensors"))[1]
         shard.unlink()
-        assert f"lacks {shard.name}" in refused(tmp_path, folder)
+        message = refused(tmp_path, folder)
+        assert "lacks what diffusion_pytorch_model.safetensors.index.json lists" in message
+        assert shard.name in message
 
     @pytest.mark.parametrize("damage", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
     def test_a_damaged_file(self, tmp_path, damage):
@@ -345,3 +352,66 @@ def test_names_are_those_that_diffusers_gives(parts):
     assert {original_module(transformer_module(name)) for name in modules} == modules
     names = list(original_vae(vae))
     assert {new: name for name, new in vae_names(names).items()} == convert_wan_vae_to_diffusers({n: n for n in names})
+
+
+class TestCommand:
+    """`emt import-weights --base` tells Wan from Stable Diffusion by itself."""
+
+    @pytest.mark.parametrize("layout", ["diffusers", "original"])
+    def test_it_makes_a_folder_that_opens(self, tmp_path, layout):
+        write = {"diffusers": write_diffusers_folder, "original": write_original_folder}[layout]
+        base = write(tmp_path / "base")
+        done = console(tmp_path, "import-weights", "--base", base, "-o", tmp_path / "model")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(tmp_path / "model")
+        pipe = load_pipeline(tmp_path / "model")
+        assert pipe.config.frames == 81
+        motion = pipe.extract_motion(np.zeros((5, 16, 16, 3), np.uint8))
+        assert pipe("a cat", motion, steps=1)[0].shape == (5, 16, 16, 3)
+        assert {t.dtype for t in stored(tmp_path / "model" / "text_encoder").values()} == {torch.bfloat16}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--motion-module", "mm.ckpt"], "--motion-module: not of Wan"),
+            (["--prediction-type", "epsilon", "--dreambooth", "x"], "--dreambooth, --prediction-type: not of Wan"),
+        ],
+    )
+    def test_options_of_stable_diffusion_are_refused(self, tmp_path, diffusers_folder, options, message):
+        done = console(tmp_path, "import-weights", "--base", diffusers_folder, "-o", tmp_path / "m", *options)
+        assert done.returncode == 2
+        assert message in " ".join(done.stderr.split())
+
+    def test_another_network_of_the_family_is_named(self, tmp_path):
+        base = write_diffusers_folder(tmp_path / "base", _class_name="WanVACEPipeline")
+        file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+        state = load_file(file) | {"vace_blocks.0.proj_out.bias": torch.zeros(1)}
+        save_file(state, file, {"format": "pt"})
+        done = console(tmp_path, "import-weights", "--base", base, "-o", tmp_path / "m")
+        assert done.returncode == 1
+        assert "is Wan 2.1 VACE, which is not supported" in " ".join(done.stderr.split())
+        assert "Traceback" not in done.stderr
+
+
+class TestRecognition:
+    def test_wan_by_its_name_files_or_weights(self, tmp_path, diffusers_folder):
+        for base in (
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            "hf://Wan-AI/Wan2.1-I2V-14B-480P/diffusion_pytorch_model-00001-of-00007.safetensors",
+            diffusers_folder,
+            write_original_folder(tmp_path / "original"),
+            tmp_path / "original" / "diffusion_pytorch_model.safetensors",
+            diffusers_folder / "transformer",
+        ):
+            assert recognizes(base), base
+
+    def test_all_else_is_left_to_stable_diffusion(self, tmp_path, diffusers_folder):
+        (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+        for base in (
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "hf://owner/name/file.ckpt",
+            tmp_path,
+            tmp_path / "damaged.safetensors",
+            diffusers_folder / "vae" / "diffusion_pytorch_model.safetensors",
+        ):
+            assert not recognizes(base), base

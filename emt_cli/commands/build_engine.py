@@ -116,11 +116,12 @@ def build_engine(
     target = Device.open(device, precision.value)
 
     from emt.backbone import module_of
+    from emt.importing import parse_lora
     from emt_engines.build import build_engine as build
     from emt_engines.build import check_target
 
-    weights, adapters = (module_of(found.network, name) for name in ("import_weights", "lora"))
-    loras = [(adapters.find_lora(path), scale) for path, scale in map(weights.parse_lora, lora or [])]
+    adapters = module_of(found.network, "lora")
+    loras = [(adapters.find_lora(path), scale) for path, scale in map(parse_lora, lora or [])]
     request = Request(
         backend=backend.value,
         precision=target.precision,

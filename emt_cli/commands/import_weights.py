@@ -9,17 +9,19 @@ from typing import Annotated
 
 import typer
 
-from emt.backbone import PUBLISHED, module_of
+from emt.backbone import BACKBONES, PUBLISHED, module_of
 from emt_cli.batch.options import UsageError
 
 _FILES = "Files"
 _PUBLISHED_FILES = module_of(PUBLISHED, "published").PUBLISHED
+OTHERS = [name for name in BACKBONES if name != PUBLISHED]
 _LOG_INTERVAL = 5.0  # seconds
 
 
 class StoredType(str, Enum):
     """Dtypes that a model folder can be stored in."""
 
+    BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
 
@@ -45,7 +47,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Stable Diffusion 1.5 weights: a diffusers folder, a hub id, or one .safetensors/.ckpt file.",
+            help="Stable Diffusion 1.5 or Wan 2.1 (text to video): a diffusers folder, a hub id, or a file of weights.",
             rich_help_panel=_FILES,
         ),
     ] = None,
@@ -81,6 +83,14 @@ def import_weights(
             rich_help_panel=_FILES,
         ),
     ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text encoder of Wan (UMT5), needed if its base is the transformer alone.",
+            rich_help_panel=_FILES,
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,10 +115,16 @@ def import_weights(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[StoredType, typer.Option(help="Dtype of the stored weights.")] = StoredType.FP16,
+    dtype: Annotated[
+        StoredType | None,
+        typer.Option(
+            help="Dtype of the stored weights. [default: fp16, of Wan bf16]",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
 ) -> None:
-    """Make one model folder from Stable Diffusion 1.5, an AnimateDiff motion module and the adapter.
+    """Make one model folder from Stable Diffusion 1.5, an AnimateDiff motion module and the adapter, or from Wan 2.1.
 
     Prints the folder on stdout. The keys of every file are checked, and the folder's README.md records where each came
     from, its sha256, what was merged and what nothing reads.
@@ -127,6 +143,8 @@ def import_weights(
     Realistic Vision V6.0 B1: hf://guoyww/animatediff_t2i_backups/realisticVisionV60B1_v51VAE.safetensors, or
     civitai.com/models/4201 (CreativeML Open RAIL-M, with its author's terms).
 
+    Wan 2.1, which needs no motion module: --base hf://Wan-AI/Wan2.1-T2V-1.3B-Diffusers (Apache-2.0; T2V-14B too).
+
     This program was written by the names and shapes that public code shows of these files. No file of the authors was
     opened in its making: what does not fit is named.
     """
@@ -134,7 +152,17 @@ def import_weights(
         addresses = {file.option: file.address for file in _PUBLISHED_FILES}
         base, motion_module = base or addresses["base"], motion_module or addresses["motion_module"]
         adapter, dreambooth = adapter or addresses["adapter"], dreambooth or addresses["dreambooth"]
-    if base is None or motion_module is None:
+    network = next((name for name in OTHERS if base and module_of(name, "recognition").recognizes(base)), PUBLISHED)
+    parts: dict[str, object] = {"motion_module": motion_module, "dreambooth": dreambooth}
+    parts["prediction_type"] = prediction_type.value if prediction_type else None
+    if network != PUBLISHED:
+        given = [f"--{name.replace('_', '-')}" for name, value in parts.items() if value is not None]
+        if given:
+            raise UsageError(f"{', '.join(given)}: not of Wan, which {base} is", "Leave it out.")
+        parts = {"text_encoder": text_encoder}
+    elif text_encoder is not None:
+        raise UsageError("--text-encoder: the base is no Wan", "Leave it out.")
+    elif base is None or motion_module is None:
         missing = [name for name, given in (("--base", base), ("--motion-module", motion_module)) if given is None]
         raise UsageError(f"{' and '.join(missing)} missing", "Give both, or --published for the published files.")
 
@@ -142,7 +170,9 @@ def import_weights(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
 
-    importer = module_of(PUBLISHED, "import_weights")
+    from emt.importing import parse_lora
+
+    importer = module_of(network, "import_weights")
     disable_progress_bar()  # it would write over ours
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -161,15 +191,13 @@ def import_weights(
         report = importer.import_weights(
             output,
             base=base,
-            motion_module=motion_module,
-            dreambooth=dreambooth,
             adapter=adapter,
             vae=vae,
-            loras=[importer.parse_lora(value) for value in lora or []],
+            loras=[parse_lora(value) for value in lora or []],
             tokenizer=tokenizer,
-            prediction_type=prediction_type.value if prediction_type else None,
-            dtype=dtype.value,
             overwrite=overwrite,
             on_progress=on_progress,
+            **parts,
+            **({"dtype": dtype.value} if dtype else {}),
         )
     typer.echo(report.folder)

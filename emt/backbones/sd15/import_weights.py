@@ -6,11 +6,8 @@ key by key, and copied once into the network in the type that is stored.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,44 +33,16 @@ from emt.backbones.sd15.stable_diffusion import (
     tokenizer_files,
 )
 from emt.backbones.sd15.unet import MotionTransferUNet
-from emt.checkpoints import M, Origin, Source, allocate, check_keys, shorten
+from emt.checkpoints import M, Origin, allocate, check_keys, shorten
 from emt.errors import EmtError, first_line
-from emt.hub import OnFetch, locate, megabytes
-from emt.model_folder import model_card, new_folder
+from emt.hub import OnFetch, locate
+from emt.importing import ImportReport, Progress, Steps, import_card
+from emt.model_folder import new_folder
 from emt.pipeline import MotionTransferPipeline
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
+_MODEL = "Stable Diffusion 1.5 with motion modules and the motion transfer adapter"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """Folder that `import_weights` wrote, and its sources."""
-
-    folder: Path
-    sources: tuple[Source, ...]
-
-
-@dataclass
-class _Steps:
-    """Progress of an import: steps done of all, and what is being fetched within one."""
-
-    report: Progress | None
-    total: int
-    done: int = 0
-
-    def __call__(self, what: str) -> None:
-        if self.report:
-            self.report(what, self.done, self.total)
-        self.done += 1
-
-    def fetching(self, name: str, done: int, total: int) -> None:
-        """Report a file that is being fetched, in bytes."""
-        if self.report:
-            self.report(f"Fetching {name}, {megabytes(done, total)}", self.done - 1, self.total)
-
 
 # --------------------------------------------------------------------------------------------------------------- import
 
@@ -131,7 +100,7 @@ def import_weights(
         raise EmtError(f"there is no type {dtype!r} to store weights in", f"Allowed: {', '.join(DTYPES)}.")
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise EmtError(f"there is no prediction type {prediction_type!r}", f"Allowed: {', '.join(PREDICTION_TYPES)}.")
-    step = _Steps(on_progress, 6 + len(loras) + sum(x is not None for x in (dreambooth, vae, adapter)))
+    step = Steps(on_progress, 6 + len(loras) + sum(x is not None for x in (dreambooth, vae, adapter)))
     inputs = [base, motion_module, dreambooth, vae, adapter, tokenizer, *(path for path, _ in loras)]
     with new_folder(output, overwrite, inputs) as partial:
         pipe, origins = _assemble(
@@ -141,10 +110,9 @@ def import_weights(
         sources = tuple(origin.hashed() for origin in origins)
         step("Writing the model folder")
         pipe.save_pretrained(partial)
-        (partial / "README.md").write_text(_import_card(sources, dtype), encoding="utf-8")
+        (partial / "README.md").write_text(import_card(_MODEL, sources, dtype), encoding="utf-8")
         step("Flushing to disk")
-    if on_progress:
-        on_progress("Done", step.total, step.total)
+    step.end()
     return ImportReport(output, sources)
 
 
@@ -158,7 +126,7 @@ def _assemble(
     tokenizer: str | Path | None,
     prediction_type: str | None,
     dtype: str,
-    step: _Steps,
+    step: Steps,
 ) -> tuple[MotionTransferPipeline, list[Origin]]:
     """Read every source and put the model together; mapped files and merged copies are let go on return."""
     step("Reading the base")
@@ -227,24 +195,6 @@ def _assemble(
     scheduler = animatediff_scheduler(model.prediction_type, few.spacing if few else None)
     pipe = MotionTransferPipeline(vae, text_encoder, words, unet, scheduler, **defaults)
     return pipe, [*origins, words_origin]
-
-
-def parse_lora(value: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` → path or hf:// address, and scale, 1 unless given.
-
-    Raises:
-        EmtError: if the scale is no finite number.
-    """
-    path, colon, scale = value.rpartition(":")
-    if not colon or Path(value).exists() or (path == "hf" and scale.startswith("//")):
-        return Path(value), 1.0
-    try:
-        number = float(scale)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise EmtError(f"--lora {value}: the scale {scale!r} is not a number", "Write --lora FILE or --lora FILE:0.8.")
-    return Path(path), number
 
 
 def _read_tokenizer(
@@ -362,31 +312,3 @@ def _check_finite(what: str, model: nn.Module, dtype: str) -> None:
             f"{len(bad)} weights of the {what} are not finite in {dtype}:{shorten([bad])}",
             "Store it with --dtype fp32." if dtype == "fp16" else "The source is damaged: download it again.",
         )
-
-
-# --------------------------------------------------------------------------------------------------------------- output
-
-
-def _import_card(sources: Sequence[Source], dtype: str) -> str:
-    lines = [
-        f"Stable Diffusion 1.5 with motion modules and the motion transfer adapter, stored as {dtype} by "
-        "`emt import-weights`. The weights keep the licences of their sources.",
-        "",
-        "## Sources",
-        "",
-    ]
-    for source in sources:
-        lines.append(f"- **{source.kind}** `{source.name}`: {source.note}.")
-        lines += [f"  - `{path}` sha256 `{digest}`" for path, digest in source.files]
-        if source.dropped:
-            lines.append(f"  - not read, as nothing here uses it: {_listed(source.dropped)}")
-    return model_card("Motion transfer model", "\n".join(lines))
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names of keys for a card; what is many under one beginning is counted."""
-    beginnings = Counter(name.split(".")[0] for name in names)
-    many = {beginning for beginning, count in beginnings.items() if count > 40}
-    listed = [f"`{beginning}.*` ({beginnings[beginning]})" for beginning in sorted(many)]
-    listed += [f"`{name}`" for name in sorted(names) if name.split(".")[0] not in many]
-    return ", ".join(listed)

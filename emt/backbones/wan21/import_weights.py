@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,16 @@ from transformers import UMT5Config
 from emt.backbones.wan21.adapter_file import initial_adapter, read_adapter
 from emt.backbones.wan21.lora import LoraMerge
 from emt.backbones.wan21.published import (
-    at_most,
-    check_part,
     read_base,
     read_text_encoder,
     read_tokenizer,
     read_vae,
 )
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
-from emt.checkpoints import Origin, Source
+from emt.checkpoints import Origin, check_keys, shorten
 from emt.errors import EmtError
-from emt.model_folder import model_card, new_folder
+from emt.importing import ImportReport, Progress, Steps, import_card
+from emt.model_folder import new_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: What a clip is made with where nothing else is given: Wan 2.1 T2V-1.3B's.
@@ -54,16 +52,6 @@ _PARTS = {
 }
 _SHARD_BYTES = 4_000_000_000
 _SIZES = {(1536, 30): "T2V-1.3B", (5120, 40): "T2V-14B"}
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """Record of an import: the folder written and its sources."""
-
-    folder: Path
-    sources: tuple[Source, ...]
 
 
 def import_weights(
@@ -102,26 +90,19 @@ def import_weights(
     """
     if dtype not in DTYPES:
         raise EmtError(f"there is no dtype {dtype!r} to store weights in", f"Allowed: {', '.join(DTYPES)}.")
-    stored, total, done = DTYPES[dtype], 6 + len(loras), 0
-
-    def step(what: str) -> None:
-        nonlocal done
-        if on_progress:
-            on_progress(what, done, total)
-        done += 1
-
+    stored, step = DTYPES[dtype], Steps(on_progress, 6 + len(loras))
     inputs = [base, text_encoder, vae, tokenizer, adapter, *(path for path, _ in loras)]
     with new_folder(Path(output), overwrite, inputs) as partial:
         step("Reading the base")
-        found, transformer = read_base(base)
+        found, transformer = read_base(base, step.fetching)
         trained = None if adapter is None else read_adapter(adapter)
         model = _without_memory(transformer.config | ({} if trained is None else trained.options), transformer.where)
-        shapes = model.state_dict()
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         learnt = {name for name, _ in model.adapter_parameters()}
         backbone = {name: shape for name, shape in shapes.items() if name not in learnt}
-        check_part(f"transformer {transformer.where}", transformer.state, backbone)
+        check_keys(f"transformer {transformer.where}", transformer.state, backbone)
         adapter_state = initial_adapter(model) if trained is None else trained.state
-        check_part(f"adapter {adapter}", adapter_state, {name: shapes[name] for name in learnt})
+        check_keys(f"adapter {adapter}", adapter_state, {name: shapes[name] for name in learnt})
 
         text = read_text_encoder(found, text_encoder)
         latents = read_vae(found, vae, model.config.in_channels)
@@ -132,7 +113,7 @@ def import_weights(
                 f"{transformer.where} reads {model.config.text_dim}",
                 "Give a text encoder and a transformer of the same model.",
             )
-        size = _SIZES.get((len(backbone["proj_out.weight"][0]), model.config.num_layers), "of no published size")
+        size = _SIZES.get((backbone["proj_out.weight"][1], model.config.num_layers), "of no published size")
         origins = [
             Origin("base", str(base), transformer.files, f"transformer, {size}"),
             Origin("text encoder", str(text_encoder or base), text.files, f"UMT5, {text.config['num_layers']} layers"),
@@ -143,7 +124,7 @@ def import_weights(
         merge = LoraMerge({name: tensor.shape for name, tensor in transformer.state.items()})
         for path, scale in loras:
             step(f"Reading LoRA {Path(path).name}")
-            origins.append(merge.read(path, scale))
+            origins.append(merge.read(path, scale, step.fetching))
 
         step("Writing the transformer")
         model.save_config(partial / "unet")
@@ -171,10 +152,11 @@ def import_weights(
         (partial / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         step("Hashing the sources")
         sources = tuple(origin.hashed() for origin in origins)
-        (partial / "README.md").write_text(_card(sources, dtype), encoding="utf-8")
+        (partial / "README.md").write_text(
+            import_card("Wan 2.1 with the motion transfer adapter", sources, dtype), encoding="utf-8"
+        )
         step("Flushing to disk")
-    if on_progress:
-        on_progress("Done", total, total)
+    step.end()
     return ImportReport(Path(output), sources)
 
 
@@ -209,7 +191,7 @@ def write_weights(
         tensors = {name: change(name, state[name]).to(dtype_of(name)).contiguous() for name in names}
         if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
             raise EmtError(
-                f"{len(bad)} weights are not finite in {dtype_of(bad[0])}:\n  {at_most(bad)}",
+                f"{len(bad)} weights are not finite in {dtype_of(bad[0])}:{shorten([bad])}",
                 "Store them with --dtype bf16 or fp32; if that does not help, the source is damaged.",
             )
         save_file(tensors, stem.with_name(file), {"format": "pt"})
@@ -225,17 +207,3 @@ def _without_memory(config: Mapping[str, Any], where: str) -> WanMotionTransferT
             return WanMotionTransferTransformer(**config)
     except ValueError as error:
         raise EmtError(f"no network can be made of {where}: {error}", "Give Wan 2.1 text to video.") from error
-
-
-def _card(sources: Sequence[Source], dtype: str) -> str:
-    lines = [
-        f"Wan 2.1 with the motion transfer adapter, stored as {dtype} by `emt import-weights`. The weights keep the "
-        "licences of their sources.",
-        "",
-        "## Sources",
-        "",
-    ]
-    for source in sources:
-        lines.append(f"- **{source.kind}** `{source.name}`: {source.note}.")
-        lines += [f"  - `{path}` sha256 `{digest}`" for path, digest in source.files]
-    return model_card("Motion transfer model", "\n".join(lines))

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from emt.backbones.wan21.names import original_module, transformer_module
-from emt.backbones.wan21.published import at_most
-from emt.checkpoints import Origin, peft_scale, peft_settings, read_checkpoint
+from emt.checkpoints import Origin, differ, peft_scale, peft_settings, read_checkpoint, shorten
 from emt.errors import EmtError
-from emt.hub import locate
+from emt.hub import OnFetch, locate
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.\w+)?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
@@ -70,13 +69,13 @@ class LoraMerge:
         self._flat = {name.replace(".", "_"): name for name in modules}
         self._flat |= {original_module(name).replace(".", "_"): name for name in modules}
 
-    def read(self, lora: str | Path, scale: float) -> Origin:
+    def read(self, lora: str | Path, scale: float, on_fetch: OnFetch | None = None) -> Origin:
         """Take the additions of a file, times `scale`.
 
         Raises:
             EmtError: naming keys that are of no weight here, lack their other half or do not fit.
         """
-        path = locate(lora, "LoRA")
+        path = locate(lora, "LoRA", on_fetch=on_fetch)
         checkpoint = read_checkpoint(path)
         metadata, files = peft_settings(checkpoint, path)
 
@@ -102,8 +101,8 @@ class LoraMerge:
         problems = [problem for problem in found if isinstance(problem, str)]
         if problems:
             raise EmtError(
-                f"the LoRA {path} does not fit this model{self._guess(checkpoint.state)}, {len(problems)} keys differ:"
-                f"\n  {at_most(problems)}",
+                f"the LoRA {path} does not fit this model{self._guess(checkpoint.state)}, {differ(len(problems))}:"
+                f"{shorten([problems])}",
                 "Give a LoRA of Wan 2.1 text to video of the same size; LoHa, LoKr and DoRA are not read.",
             )
         additions = [addition for addition in found if isinstance(addition, _Addition)]

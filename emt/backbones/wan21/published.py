@@ -13,9 +13,9 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from emt.backbones.wan21.names import check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
-from emt.checkpoints import State, read_checkpoint, read_config, weights_file
+from emt.checkpoints import State, check_keys, read_checkpoint, read_config, shorten, weights_file
 from emt.errors import EmtError, first_line
-from emt.hub import locate, matching
+from emt.hub import OnFetch, locate, matching
 
 #: Channels of a head in every published Wan, for files without a configuration.
 HEAD_CHANNELS = 128
@@ -51,6 +51,7 @@ class Base:
 
     path: Path
     layout: str  # "diffusers", "original" or "transformer"
+    on_fetch: OnFetch | None = None
 
     def part(self, name: str, given: str | Path | None) -> Path:
         """Location of a part: as given, or in the base.
@@ -60,7 +61,7 @@ class Base:
         """
         option = f"--{name.replace(' ', '-').lower()}"
         if given is not None:
-            return locate(given, name, matching("*"))
+            return locate(given, name, matching("*"), on_fetch=self.on_fetch)
         places = {
             "diffusers": {"text encoder": "text_encoder", "VAE": "vae", "tokenizer": "tokenizer"},
             "original": {
@@ -77,14 +78,14 @@ class Base:
         return found[0]
 
 
-def read_base(base: str | Path) -> tuple[Base, Component]:
+def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> tuple[Base, Component]:
     """Find out what the base is, and read its transformer.
 
     Raises:
         EmtError: if there is no such base, or it is of another network of the family, which it names.
     """
     hint = "Give Wan-AI/Wan2.1-T2V-1.3B-Diffusers, a folder that `hf download` made of it, or a file."
-    path = locate(base, "base", matching(*_HUB_FILES), hint=hint)
+    path = locate(base, "base", matching(*_HUB_FILES), hint=hint, on_fetch=on_fetch)
     if (path / "model_index.json").is_file():
         index, _ = read_config(path / "model_index.json")
         if index.get("transformer_2", [None])[0] is not None or index.get("boundary_ratio") is not None:
@@ -93,12 +94,12 @@ def read_base(base: str | Path) -> tuple[Base, Component]:
             )
         if not (path / "transformer").is_dir():
             raise EmtError(f"{base} has no transformer: it is a {index.get('_class_name')}", hint)
-        found, folder = Base(path, "diffusers"), path / "transformer"
+        found, folder = Base(path, "diffusers", on_fetch), path / "transformer"
     elif path.is_dir():
         whole = any(path.glob("models_t5_umt5-xxl-enc-*.pth")) or (path / "Wan2.1_VAE.pth").is_file()
-        found, folder = Base(path, "original" if whole else "transformer"), path
+        found, folder = Base(path, "original" if whole else "transformer", on_fetch), path
     else:
-        found, folder = Base(path, "transformer"), path
+        found, folder = Base(path, "transformer", on_fetch), path
     files = weights_files(folder)
     state = renamed(read_state(files), _bare_transformer_name, str(folder))
     check_is_text_to_video(state, str(folder))
@@ -177,7 +178,8 @@ def read_text_encoder(base: Base, given: str | Path | None) -> Component:
         raise EmtError(f"{path} is not the text encoder UMT5: it has no {error.args[0]}", "Give Wan's UMT5.") from error
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config))
-    check_part(f"text encoder {path}", state, {n: p for n, p in model.state_dict().items() if "embed_tokens" not in n})
+    shapes = {name: p.shape for name, p in model.state_dict().items() if "embed_tokens" not in name}
+    check_keys(f"text encoder {path}", state, shapes)
     return Component(state, config, str(path), files)
 
 
@@ -208,7 +210,7 @@ def read_vae(base: Base, given: str | Path | None, channels: int) -> Component:
         )
     with torch.device("meta"):
         model = AutoencoderKLWan(**config)
-    check_part(f"VAE {path}", state, model.state_dict())
+    check_keys(f"VAE {path}", state, {name: p.shape for name, p in model.state_dict().items()})
     return Component(state, config, str(path), files)
 
 
@@ -247,7 +249,7 @@ def weights_files(path: Path) -> list[Path]:
     files = [path / name for name in sorted(set(listed.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise EmtError(f"{path} lacks {at_most(missing)}, which {index[0].name} lists", "Download the folder again.")
+        raise EmtError(f"{path} lacks what {index[0].name} lists:{shorten([missing])}", "Download the folder again.")
     return files
 
 
@@ -261,28 +263,6 @@ def read_state(files: list[Path]) -> State:
     for file in files:
         part = read_checkpoint(file).state
         if twice := sorted(state.keys() & part.keys()):
-            raise EmtError(f"{file} has weights that another shard has: {at_most(twice)}", "Download it again.")
+            raise EmtError(f"{file} has weights that another shard has:{shorten([twice])}", "Download it again.")
         state |= part
     return state
-
-
-def check_part(part: str, given: State, wanted: State) -> None:
-    """Raise an `EmtError` that names the first missing, unexpected and mis-shaped keys of a part, if there are any."""
-    problems = [f"missing: {name} {tuple(wanted[name].shape)}" for name in sorted(wanted.keys() - given.keys())]
-    problems += [f"unexpected: {name} {tuple(given[name].shape)}" for name in sorted(given.keys() - wanted.keys())]
-    problems += [
-        f"wrong shape: {name} is {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & given.keys())
-        if given[name].shape != wanted[name].shape
-    ]
-    if problems:
-        raise EmtError(
-            f"the {part} does not fit this network, {len(problems)} keys differ:\n  {at_most(problems)}",
-            "Give the weights of Wan 2.1 text to video.",
-        )
-
-
-def at_most(lines: list[str], most: int = 8) -> str:
-    """Lines, the first few and how many more there are."""
-    shown = lines if len(lines) <= most else [*lines[: most - 1], f"… and {len(lines) - most + 1} more"]
-    return "\n  ".join(shown)

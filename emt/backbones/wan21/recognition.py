@@ -1,0 +1,36 @@
+"""Recognition of Wan among what `emt import-weights --base` is given, without torch and without fetching anything."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from emt.checkpoints import read_config
+from emt.hub import parse_hub
+
+_BLOCK = re.compile(r"(\w+\.)*blocks\.\d+\.(self_attn|cross_attn|attn[12])\.")
+
+
+def recognizes(base: str | Path) -> bool:
+    """True for a Wan of whatever kind: by its name on the hub, its folder's files or the names of its weights."""
+    path = Path(base)
+    if not path.exists():
+        place = parse_hub(base)
+        return "wan" in (place.repo if place else str(base)).lower()
+    if path.is_file():
+        return path.suffix == ".safetensors" and _has_wan_names(path)
+    index = path / "model_index.json"
+    if index.is_file():
+        return str(read_config(index)[0].get("_class_name")).startswith("Wan")
+    shards = sorted(path.glob("*.safetensors"))
+    return (path / "Wan2.1_VAE.pth").is_file() or bool(shards and _has_wan_names(shards[0]))
+
+
+def _has_wan_names(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="np") as file:
+            return any(_BLOCK.match(name) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
