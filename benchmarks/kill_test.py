@@ -1,13 +1,16 @@
-"""Kill `emt transfer` at random moments, many times, and check after each that nothing is lost, broken or done twice.
+"""Kill `emt` at random moments, many times, and check after each that nothing is lost, broken or done twice.
 
     python benchmarks/kill_test.py --kills 200
 
 A tiny model with random weights makes clips of a few short references. Each process gets SIGKILL at a random
 moment: half of the time it alone, so that its ffmpeg children live on for a while, half of the time with them.
-After each kill: every file under a final name decodes fully and carries the identity that the journal gives it,
-every sidecar is whole, every line of the journal but a torn last one parses, and no job has two `done` lines. When
-a run comes to its end: every job has exactly one `done` line and one clip, and nothing half-written is left. Ends
-with exit code 1 at the first violation, and prints what was killed when.
+Rounds take turns: plain runs, `--best-of`, a cache so small that each reference drops another's, and a second run
+beside that shares this cache and is not killed. After each kill: every file under a final name decodes fully and
+carries the identity that the journal gives it, every sidecar is whole, every line of the journal but a torn last one
+parses, and no job has two `done` lines. When a run comes to its end: every job has exactly one `done` line and one
+clip, and nothing half-written is left. Then `emt rerun` and `emt report` are killed on the finished folder: what they
+write is not there or whole, and the folder is as it was. Ends with exit code 1 at the first violation, and prints what
+was killed when.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,37 +43,53 @@ def main(command_line: list[str] | None = None) -> None:
     given = arguments.parse_args(command_line)
     chance = random.Random(given.seed)
     phases: Counter[str] = Counter()
-    begun, rounds, kills = time.monotonic(), 0, 0
+    begun, rounds = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="emt-kill-") as folder:
         work = Path(folder)
         prepare(work)
-        while kills < given.kills:
+        while phases.total() < given.kills:
+            name, options = list(ROUNDS.items())[rounds % len(ROUNDS)]
             rounds += 1
-            out = work / f"out{rounds}"
+            out, jobs = work / f"out{rounds}", 6 * given.seeds
+            beside = start(work, work / f"beside{rounds}", given.seeds, options) if name == "two processes" else None
             checked: dict[Path, int] = {}
-            while kills < given.kills:
-                phase = start_and_kill(work, out, given.seeds, chance)
+            while phases.total() < given.kills:
+                phase = start_and_kill(work, out, given.seeds, options, chance)
                 if phase == "ended":
                     break
-                kills += 1
-                phases[phase] += 1
+                phases[f"{name}, {phase}"] += 1
                 check(out, checked)
                 print(
-                    f"\r{kills} kills, {len(checked)} clips whole in round {rounds}",
+                    f"\r{phases.total()} kills, {len(checked)} clips whole in round {rounds}",
                     end="",
                     file=sys.stderr,
                     flush=True,
                 )
-            ended = start(work, out, given.seeds).end(seconds=3600)
-            expect(ended.code == 0, f"the last run failed: {ended.err[-2000:]}")
-            check(out, {})
-            check_complete(out, jobs=6 * given.seeds)
+            finish(work, out, given.seeds, options)
+            if beside is not None:
+                ended = beside.end(seconds=3600)
+                expect(ended.code == 0, f"the run beside failed: {ended.err[-2000:]}")
+                check(work / f"beside{rounds}", {})
+                check_complete(work / f"beside{rounds}", jobs)
+            for command in ("rerun", "report"):
+                for _ in range(min(2, given.kills - phases.total())):
+                    phases[f"{command}, {kill_beside(work, out, command, chance)}"] += 1
+            finish(work, out, given.seeds, options)
     print(file=sys.stderr)
     seconds = time.monotonic() - begun
     print(
-        f"{kills} kills in {rounds} rounds of {6 * given.seeds} jobs, {seconds:.0f} s: every clip decodes, the journal"
-        f" is whole, no job lost or done twice. Killed: {dict(sorted(phases.items()))}"
+        f"{phases.total()} kills in {rounds} rounds of {6 * given.seeds} jobs, {seconds:.0f} s: every clip decodes, the"
+        f" journal is whole, no job lost or done twice. Killed: {dict(sorted(phases.items()))}"
     )
+
+
+#: Options of the runs of a round, by its name; an encoded reference has 26 kB.
+ROUNDS: dict[str, list[str]] = {
+    "plain": [],
+    "best-of": ["--best-of", "2"],
+    "eviction": ["--cache-size", "0.00004"],
+    "two processes": ["--cache-size", "0.00004"],
+}
 
 
 def prepare(work: Path) -> None:
@@ -82,18 +102,47 @@ def prepare(work: Path) -> None:
         write_clip(work / "clips" / f"{name}.mp4", clip, 8)
 
 
-def start(work: Path, out: Path, seeds: int) -> Run:
+def start(work: Path, out: Path, seeds: int, options: Sequence[str] = ()) -> Run:
     """Start the run under test."""
     prompts = ["--prompt", "a red star", "--prompt", "ein Löwe, der läuft"]
-    options = ["--seeds", f"0-{seeds - 1}", "--model", "model", "--device", "cpu", "--json", "-o", str(out)]
+    options = [*options, "--seeds", f"0-{seeds - 1}", "--model", "model", "--device", "cpu", "--json", "-o", str(out)]
     environment = {"XDG_CACHE_HOME": str(work / "cache"), "OMP_NUM_THREADS": "1"}
     return Run("transfer", "clips", *prompts, *options, folder=work, environment=environment)
 
 
-def start_and_kill(work: Path, out: Path, seeds: int, chance: random.Random) -> str:
+def finish(work: Path, out: Path, seeds: int, options: Sequence[str]) -> None:
+    """Do what is left, undisturbed."""
+    ended = start(work, out, seeds, options).end(seconds=3600)
+    expect(ended.code == 0, f"the last run failed: {ended.err[-2000:]}")
+    check(out, {})
+    check_complete(out, jobs=6 * seeds)
+
+
+def kill_beside(work: Path, out: Path, command: str, chance: random.Random) -> str:
+    """Kill `emt rerun` or `emt report` on a finished folder, and look at what it leaves; says when it was."""
+    clip = chance.choice(sorted(out.glob("*/[!.]*.mp4")))
+    written = out / ("again.mp4" if command == "rerun" else "report.html")
+    words = [str(clip), "--device", "cpu", "-o", str(written), "--overwrite"] if command == "rerun" else [str(out)]
+    environment = {"XDG_CACHE_HOME": str(work / "cache"), "OMP_NUM_THREADS": "1"}
+    run = Run(command, *words, folder=work, environment=environment)
+    run.wait_for_start()
+    time.sleep(chance.uniform(0, 2.5 if command == "rerun" else 0.7))
+    phase = "killed" if run.process.is_alive() else "ended before"
+    run.send(signal.SIGKILL, group=chance.random() < 0.5)
+    run.process.join()
+    if command == "rerun" and written.exists():
+        frames = read_clip(written, frames=FRAMES).frames
+        expect(frames.shape == (FRAMES, 32, 32, 3), f"{written} has {frames.shape}")
+    elif written.exists():
+        expect(written.read_text().rstrip().endswith("</html>"), f"{written} is not whole")
+    check(out, {})
+    return phase
+
+
+def start_and_kill(work: Path, out: Path, seeds: int, options: Sequence[str], chance: random.Random) -> str:
     """Start the program and kill it at a random moment; says in which phase it was, or that it had ended."""
     skipped = len(list(out.glob("*/[!.]*.mp4")))
-    run = start(work, out, seeds)
+    run = start(work, out, seeds, options)
     phase = "at the start"
     if chance.random() < 0.2:
         time.sleep(chance.uniform(0, 3))

@@ -18,7 +18,15 @@ from pathlib import Path
 
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(
-    ["emt.pipeline", "emt.video", "emt_cli.commands.group", "emt_cli.executors.local", "emt_cli.batch.planning"]
+    [
+        "emt.pipeline",
+        "emt.video",
+        "emt.backbones.sd15.import_weights",
+        "emt.evaluate.pairs",
+        "emt_cli.commands.group",
+        "emt_cli.executors.local",
+        "emt_cli.batch.planning",
+    ]
 )
 
 

@@ -405,9 +405,10 @@ def load_pipeline(
         raise EmtError(f"{model} is not a model folder: it has no model_index.json", hint)
     try:
         pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype)
-    except EmtError:
+    except (EmtError, MemoryError):
         raise
     except Exception as error:  # damaged configurations fail in any way in the parsers of diffusers and transformers
-        raise EmtError(f"the model {model} cannot be opened: {shorten(str(error), 400)}", hint) from error
+        text = shorten(str(error) or type(error).__name__, 400)
+        raise EmtError(f"the model {model} cannot be opened: {text}", hint) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

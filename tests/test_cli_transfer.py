@@ -582,10 +582,10 @@ def test_what_this_machine_cannot_do_is_said(tmp_path, options, code, reported):
 def test_a_short_kill_test():
     import kill_test
 
-    kill_test.main(["--kills", "4", "--seeds", "3"])
+    kill_test.main(["--kills", "8", "--seeds", "2"])  # the first round, and what comes after it
 
 
 def test_a_sample_of_bad_inputs():
     import bad_inputs
 
-    bad_inputs.main(["--inputs", "10"])
+    bad_inputs.main(["--inputs", "4"])  # of each of thirteen kinds

@@ -13,6 +13,7 @@ from program import model
 from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt.model_folder import Model, find_model
+from emt.pipeline import load_pipeline
 from emt_cli.batch.estimates import memory
 from emt_cli.batch.options import Settings
 
@@ -137,3 +138,21 @@ def test_k5_a_damaged_tokenizer_is_one_error(folder, tokenizer):
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
     with pytest.raises(EmtError, match=r"tokenizer\.json is damaged"):
         _ = open_model(folder).vocabulary
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("model_index.json", "text_encoder", []),
+        ("vae/config.json", "block_out_channels", []),
+        ("text_encoder/config.json", "hidden_size", float("nan")),
+        ("unet/config.json", "block_out_channels", [0, 0, 0, 0]),
+    ],
+)
+def test_k5_values_of_configurations_that_no_library_expects_are_one_error(folder, file, field, value):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {field: value}))
+    with pytest.raises(EmtError) as caught:
+        load_pipeline(folder)
+    assert str(folder) in caught.value.problem
+    assert len(str(caught.value).splitlines()) <= 8

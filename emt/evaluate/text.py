@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emt.errors import EmtError
+from emt.errors import EmtError, first_line
 
 
 class ImageTextModel:
@@ -28,9 +28,9 @@ class ImageTextModel:
         try:
             self.model: Any = AutoModel.from_pretrained(source).to(device).eval()
             self.processor: Any = AutoProcessor.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of whatever kind: values of configurations reach deep into the library
             raise EmtError(
-                f"{source} cannot be loaded as an image-text model: {str(error).splitlines()[0]}",
+                f"{source} cannot be loaded as an image-text model: {first_line(error)}",
                 "Give a folder or hub id such as openai/clip-vit-large-patch14.",
             ) from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
