@@ -120,7 +120,7 @@ def finish(work: Path, out: Path, seeds: int, options: Sequence[str]) -> None:
 
 def kill_beside(work: Path, out: Path, command: str, chance: random.Random) -> str:
     """Kill `emt rerun` or `emt report` on a finished folder, and look at what it leaves; says when it was."""
-    clip = chance.choice(sorted(out.glob("*/[!.]*.mp4")))
+    clip = chance.choice(clips_of(out))
     written = out / ("again.mp4" if command == "rerun" else "report.html")
     words = [str(clip), "--device", "cpu", "-o", str(written), "--overwrite"] if command == "rerun" else [str(out)]
     environment = {"XDG_CACHE_HOME": str(work / "cache"), "OMP_NUM_THREADS": "1"}
@@ -141,7 +141,7 @@ def kill_beside(work: Path, out: Path, command: str, chance: random.Random) -> s
 
 def start_and_kill(work: Path, out: Path, seeds: int, options: Sequence[str], chance: random.Random) -> str:
     """Start the program and kill it at a random moment; says in which phase it was, or that it had ended."""
-    skipped = len(list(out.glob("*/[!.]*.mp4")))
+    skipped = len(clips_of(out))
     run = start(work, out, seeds, options)
     phase = "at the start"
     if chance.random() < 0.2:
@@ -157,6 +157,11 @@ def start_and_kill(work: Path, out: Path, seeds: int, options: Sequence[str], ch
     return phase
 
 
+def clips_of(out: Path) -> list[Path]:
+    """The clips under final names, without the copies of references that a report shows."""
+    return sorted(clip for clip in out.glob("*/[!.]*.mp4") if clip.parent.name != "report")
+
+
 def check(out: Path, checked: dict[Path, int]) -> None:
     """The invariants that hold at every moment; `checked` spares clips that were whole and have not changed."""
     if not out.exists():
@@ -168,7 +173,7 @@ def check(out: Path, checked: dict[Path, int]) -> None:
     expect(not done or max(done.values()) == 1, f"done twice: {done.most_common(1)}")
     expect(not any(line.get("state") == "failed" for line in lines), "a job failed")
     identities = {line["output"]: line["id"] for line in lines if line.get("state") == "done"}
-    clips = {clip for clip in out.glob("*/*.mp4") if not clip.name.startswith(".")}
+    clips = set(clips_of(out))
     for clip in clips:
         if checked.get(clip) != clip.stat().st_mtime_ns:
             record = json.loads(read_metadata(clip)["emt"])
@@ -188,7 +193,7 @@ def check_complete(out: Path, jobs: int) -> None:
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_bytes().splitlines()]
     done = [line["id"] for line in lines if line.get("state") == "done"]
     expect(len(done) == len(set(done)) == jobs, f"{len(done)} done lines of {len(set(done))} jobs, expected {jobs}")
-    expect(len(list(out.glob("*/[!.]*.mp4"))) == jobs, "not one clip a job")
+    expect(len(clips_of(out)) == jobs, "not one clip a job")
     expect(not list(out.rglob(".emt-partial-*")), "something half-written is left")
 
 
