@@ -208,6 +208,7 @@ CHANGES = {
     "frames": ({"frames": 8}, {}, "clips of 8 frames, not 16"),
     "size": ({"sizes": (Size((256, 256), (256, 256)),)}, {}, "256x256 pixels, not 512x512"),
     "batch": ({"batch": (1, 2)}, {}, "1..2 clips at once, not 1..4"),
+    "one at once": ({"batch": (1, 1)}, {}, "makes 1 clip at once, not 1..4"),
 }
 
 

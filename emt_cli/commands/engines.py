@@ -53,16 +53,17 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
     from rich.text import Text
 
     from emt_cli.text import size
+    from emt_engines.manifest import range_text
 
     table = Table("engine", "made for", "parity", "on disk")
     table.columns[0].no_wrap = True  # it is what the other commands are given
     for engine in found:
         fields, own = _fields(engine), engine.manifest
         parity = "not verified" if own.parity is None else f"{own.parity:.1e}"
-        clips = "..".join(map(str, own.batch))
+        clips = f"{range_text(own.batch)} clip{'s' * (own.batch[1] > 1)}"
         made_for = (
             f"{own.model}, {own.backend}, {own.precision}: {own.frames} frames of {', '.join(fields['sizes'])}, "
-            f"{clips} clips, {own.host.device}"
+            f"{clips}, {own.host.device}"
         )
         table.add_row(*(Text(printable(c)) for c in [engine.folder.name, made_for, parity, size(fields["bytes"])]))
     for folder, _ in damaged:
@@ -82,6 +83,8 @@ def show(
     if json:
         _print_json(body)
         return
+    from emt_engines.manifest import range_text
+
     fields, own = _fields(found), found.manifest
     lines = {
         "folder": fields["folder"],
@@ -90,7 +93,7 @@ def show(
         "precision": fields["precision"],
         "sizes": ", ".join(fields["sizes"]),
         "frames": fields["frames"],
-        "clips at once": "..".join(map(str, fields["batch"])),
+        "clips at once": range_text(own.batch),
         "built": f"{fields['built']} in {own.seconds:.0f} s",
         "for" if own.bound else "built on": f"{own.host.device} ({own.host.capability})",
         "with": ", ".join(f"{name} {version}" for name, version in own.host.versions.items()) or "anything",

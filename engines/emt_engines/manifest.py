@@ -80,6 +80,12 @@ class Size:
         return least if self.exact else f"{least}..{most}"
 
 
+def range_text(numbers: tuple[int, int]) -> str:
+    """A range as `--batch` takes it: `4` or `1..4`."""
+    low, high = numbers
+    return str(low) if low == high else f"{low}..{high}"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """An input or output of a part; `shape` has numbers, and names for the dimensions that vary."""
@@ -149,7 +155,7 @@ class Request:
         """The command that builds such an engine."""
         words = ["emt", "build-engine", "--model", self.model]
         words += ["--backend", self.backend or "inductor", "--size", ",".join(map(str, self.sizes))]
-        words += ["--frames", str(self.frames), "--batch", "..".join(map(str, self.batch))]
+        words += ["--frames", str(self.frames), "--batch", range_text(self.batch)]
         words += ["--precision", self.precision]
         words += ["--device", self.device] if self.device != "cuda:0" else []
         words += [word for lora in self.loras for word in ("--lora", lora)]
@@ -275,8 +281,8 @@ class Manifest:
             if not any(own.contains(size) for own in self.sizes):
                 return f"it makes clips of {', '.join(map(str, self.sizes))} pixels, not {size}"
         if request.batch != (0, 0) and (request.batch[0] < self.batch[0] or request.batch[1] > self.batch[1]):
-            own, other = ("..".join(map(str, batch)) for batch in (self.batch, request.batch))
-            return f"it makes {own} clips at once, not {other}"
+            own, other = range_text(self.batch), range_text(request.batch)
+            return f"it makes {own} clip{'s' * (self.batch[1] > 1)} at once, not {other}"
         return ""
 
     # ------------------------------------------------------------------------------------------------------ on disk
