@@ -1,0 +1,254 @@
+"""The recipe of the small diffusion transformer at toy size: every stage runs, and its parts are what they claim."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_recipes import drifting_textures
+
+from emt import demo
+from emt.backbones.wan21.transformer import WanMotionTransferTransformer
+from emt.backends.codec import ImageCodec, pack, unpack
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.train.objective import FlowObjective
+from recipes import train_dit, train_dit_all
+from recipes.dit import (
+    SMALL,
+    TINY,
+    SharedParts,
+    adapter_loss,
+    as_single_frames,
+    backbone_loss,
+    make_reader,
+    make_transformer,
+    packed,
+)
+from recipes.optimizer import GraphTrainer
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of all stages, a few steps each."""
+    folder = tmp_path_factory.mktemp("dit")
+    options = ["--tiny", "--device", "cpu", "--steps", "3", "--batch", "8", "--motions", "16", "--clips", "0"]
+    train_dit_all.main(["--out", str(folder), *options])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(out: Path) -> MotionTransferPipeline:
+    return load_pipeline(out / "model")
+
+
+@pytest.fixture(scope="module")
+def parts() -> SharedParts:
+    return SharedParts.load(demo.path())
+
+
+class TestLatents:
+    """A latent frame is of neighbouring frames, channels of one after those of the other."""
+
+    @given(frames=st.integers(1, 4), k=st.integers(1, 3), channels=st.integers(1, 3), n=st.integers(1, 2))
+    @settings(max_examples=30, deadline=None)
+    def test_unpacking_undoes_packing(self, frames, k, channels, n):
+        latents = torch.randn(n, channels, k * frames, 2, 3)
+        assert pack(latents, frames).shape == (n, frames * channels, k, 2, 3)
+        assert torch.equal(unpack(pack(latents, frames), frames), latents)
+
+    def test_channels_of_a_latent_frame_are_frame_by_frame(self):
+        latents = torch.arange(4).view(1, 1, 4, 1, 1).expand(1, 3, 4, 1, 1)  # each frame holds its number
+        assert pack(latents, 2)[0, :, :, 0, 0].tolist() == [[0, 2]] * 3 + [[1, 3]] * 3
+
+    def test_frames_come_back_in_order(self, pipeline):
+        assert isinstance(pipeline.codec, ImageCodec)
+        assert pipeline.codec.frames == 2
+        clip = np.zeros((4, 32, 32, 3), np.uint8) + np.array([20, 90, 160, 230], np.uint8)[:, None, None, None]
+        latents = pipeline.encode_frames(clip, torch.Generator().manual_seed(0))
+        assert latents.shape == (1, 16, 2, 4, 4)
+        back = pipeline.decode_latents(latents[0])
+        assert np.abs(back.mean((1, 2, 3)) - [20, 90, 160, 230]).max() < 30
+
+    def test_a_number_of_frames_that_leaves_a_remainder(self, pipeline):
+        with pytest.raises(ValueError, match="3 frames, allowed are 2, 4, … up to 4"):
+            pipeline.extract_motion(np.zeros((3, 32, 32, 3), np.uint8))
+
+    def test_a_batch_is_packed_with_its_truths(self):
+        g = torch.Generator().manual_seed(0)
+        latents, subject = torch.randn(2, 3, 4, 2, 2, generator=g), torch.rand(2, 1, 4, 2, 2, generator=g)
+        displacement = torch.randn(2, 4, 2, 2, 2, generator=g)
+        batch = packed({"latents": latents, "subject": subject, "displacement": displacement}, 2)
+        weighted = unpack(batch["latents"] * batch["subject"], 2)
+        assert torch.equal(weighted, latents * subject)
+        assert torch.equal(batch["displacement"], displacement[:, [1, 3]])
+        single = as_single_frames(batch | {"tokens": torch.arange(2)[:, None]})
+        assert single["latents"].shape == (4, 6, 1, 2, 2)
+        assert torch.equal(single["latents"][1, :, 0], batch["latents"][0, :, 1])
+        assert single["tokens"][:, 0].tolist() == [0, 0, 1, 1]
+
+
+class TestStages:
+    def test_the_model_opens_and_makes_clips(self, pipeline):
+        assert isinstance(pipeline.unet, WanMotionTransferTransformer)
+        motion = pipeline.extract_motion(np.zeros((4, 32, 32, 3), np.uint8))
+        assert pipeline("a red cat in the desert", motion, steps=2)[0].shape == (4, 32, 32, 3)
+        assert pipeline("a red cat in the desert", steps=2)[0].shape == (4, 32, 32, 3)
+        with pytest.raises(Exception, match="zebracorn"):
+            pipeline("a zebracorn")
+
+    def test_the_backbone_is_frozen_while_the_adapter_learns(self, out):
+        video = train_dit.weights_of(out / "video.safetensors", "transformer")
+        model = load_file(out / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        learnt = train_dit.weights_of(out / "adapter.safetensors", "adapter")
+        assert model.keys() == video.keys() | learnt.keys()
+        assert all(".adapter." in name for name in learnt)
+        for name, tensor in (video | learnt).items():
+            assert torch.equal(model[name].float(), tensor), name
+        assert any(tensor.abs().sum() > 0 for name, tensor in learnt.items() if name.endswith("up.weight"))
+
+    def test_what_is_done_is_not_done_again(self, out, capsys):
+        before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+        options = ["--tiny", "--device", "cpu", "--steps", "3", "--batch", "8", "--clips", "0"]
+        train_dit_all.main(["--out", str(out), *options])
+        assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before
+        assert "[video] is done" in capsys.readouterr().out
+
+    def test_what_there_is_so_far_is_kept(self, out, tmp_path, monkeypatch):
+        """A stage that is killed leaves its last saving, from which `--start-from` goes on."""
+        kept = []
+        original = train_dit.save_weights
+
+        def save(path, *args, **kwargs):
+            kept.append(path.name)
+            original(path, *args, **kwargs)
+
+        monkeypatch.setattr(train_dit, "save_weights", save)
+        options = [
+            "--out",
+            str(out),
+            "--tiny",
+            "--device",
+            "cpu",
+            "--steps",
+            "2",
+            "--batch",
+            "8",
+            "--save-minutes",
+            "0",
+        ]
+        train_dit.main(["video", *options])
+        assert kept[0] == "video-so-far.safetensors"
+        assert kept[-1] == "video.safetensors"
+        assert not (out / "video-so-far.safetensors").exists()
+        train_dit.main(["video", *options, "--start-from", str(out / "video.safetensors")])
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (["--blocks", "2", "--neighbours", "0"], {"reference_blocks": [2], "reference_neighbours": 0}),
+            (["--no-scaler", "--reference-timestep", "300"], {"reference_timestep": "300"}),
+        ],
+    )
+    def test_ablations_of_the_adapter(self, out, options, expected):
+        common = ["--out", str(out), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "8"]
+        train_dit.main(["adapter", *common, "--name", "ablation", *options])
+        with safe_open(str(out / "ablation.safetensors"), "pt") as file:
+            assert json.loads(file.metadata()["options"]).items() >= expected.items()
+            scalers = [file.get_tensor(name) for name in file.keys() if "scaler.out" in name]  # noqa: SIM118
+        if "--no-scaler" in options:
+            assert all((tensor == 0).all() for tensor in scalers)
+
+
+class TestLosses:
+    def test_the_small_model_and_what_it_shares_are_small(self, parts):
+        model = make_transformer(SMALL, parts, SMALL.blocks, 16)
+        shared = sum(p.numel() for part in (parts.vae, parts.text) for p in part.parameters())
+        own = sum(p.numel() for p in model.parameters())
+        assert own < 12e6
+        assert 2 * (own + shared) < 24 * 2**20
+
+    def test_a_perfect_prediction_has_no_loss_but_that_of_reading(self):
+        objective, g = FlowObjective(), torch.Generator().manual_seed(0)
+        latents, noise = torch.randn(2, 3, 4, 2, 2, 2, generator=g)
+        timestep = torch.tensor([0.0, 500.0, 1000.0])
+        subject = torch.full((3, 1, 1, 1, 1), 3.0)
+        assert objective.loss(noise - latents, latents, noise, timestep) == 0
+        off = [objective.loss((noise - latents)[i : i + 1] + 1, latents[i : i + 1], noise[i : i + 1], t, subject[:1])
+               for i, t in enumerate(timestep[:, None])]  # fmt: skip
+        assert [x.item() for x in off] == pytest.approx([4.0, 1.75, 1.0], rel=1e-5)
+        assert torch.equal(objective.add_noise(latents, noise, timestep)[2], noise[2])
+
+    def test_gradients_reach_the_adapter_alone_and_through_the_scaler(self, parts):
+        torch.manual_seed(0)
+        model = make_transformer(TINY, parts, TINY.blocks, 4).requires_grad_(False)
+        torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+        adapter = dict(model.adapter_parameters())
+        for p in adapter.values():
+            p.requires_grad_(True)
+            torch.nn.init.normal_(p, std=0.1)
+        batch = drifting_textures(2, torch.Generator().manual_seed(0))
+        batch |= {
+            "latents": batch["latents"].repeat(1, 2, 1, 1, 1),
+            "reference": batch["latents"].repeat(1, 2, 1, 1, 1),
+        }
+        batch = packed(batch, 2)
+        text = torch.zeros(2, 3, parts.text.config.hidden_size)
+        names = ("reference", "latents", "subject", "displacement", "pose")
+        loss = adapter_loss(
+            model,
+            FlowObjective(),
+            make_reader(model, 2, "cpu", torch.float32),
+            0.5,
+            reference_noise=torch.zeros_like(batch["latents"]),
+            reference_timestep=50.0,
+            empty=text[:1],
+            text=text,
+            noise=torch.randn_like(batch["latents"]),
+            timestep=torch.tensor([300.0, 900.0]),
+            **{name: batch[name] for name in names},
+        )
+        loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in adapter.values())
+        assert all(p.grad is None for name, p in model.named_parameters() if name not in adapter)
+
+
+@pytest.mark.slow
+def test_the_backbone_learns_to_see_what_moves(parts) -> None:
+    """Of textures that it has never seen, and which say nothing but by moving: two minutes on two cores."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = WanMotionTransferTransformer(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=8,
+        out_channels=8,
+        text_dim=8,
+        freq_dim=64,
+        ffn_dim=128,
+        num_layers=4,
+        reference_blocks=[],
+        frames_per_latent=2,
+        first_frames=2,
+    )
+    torch.nn.init.zeros_(model.proj_out.weight)
+    reader, objective = make_reader(model, 4, "cpu", torch.float32), FlowObjective()
+    trainer = GraphTrainer(
+        lambda **batch: backbone_loss(model, objective, reader, 5.0, text=torch.zeros(16, 4, 8), **batch),
+        [(list(model.parameters()), 1e-3), (list(reader.parameters()), 3e-3)],
+    )
+    for step in range(1000):
+        batch = packed(drifting_textures(16, generator), 2)
+        batch |= {"noise": torch.randn(batch["latents"].shape, generator=generator)}
+        batch["timestep"] = batch["timestep"].float()
+        trainer.step({key: value for key, value in batch.items() if key != "tokens"}, min(1, (step + 1) / 100))
+        if step == 899:
+            reader.explained()
+    read = reader.explained()
+    assert min(read["r2_x"], read["r2_y"]) > 0.5
