@@ -42,12 +42,11 @@ def main(command_line: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="emt-large-") as folder:
         work = Path(folder)
         words = prepare(work, given.jobs)
-        seconds, base = first_job(work, [*words, "--seeds", "1000000000", "-o", "one"])
-        print(f"one job: {seconds:.1f} s to its start, {base / 1e6:.0f} MB at the peak")
-        seconds, peak = first_job(work, [*words, "--seeds", seeds(given.jobs), "-o", "out"])
-        print(
-            f"{given.jobs:,} jobs: {seconds:.1f} s to the first open one, {(peak - base) / 1e6:.0f} MB more at the peak"
-        )
+        seconds, busy, base = first_job(work, [*words, "--seeds", "1000000000", "-o", "one"])
+        print(f"one job a prompt: {seconds:.1f} s to the first ({busy:.1f} s of CPU), {base / 1e6:.0f} MB at the peak")
+        seconds, busy, peak = first_job(work, [*words, "--seeds", seeds(given.jobs), "-o", "out"])
+        print(f"{given.jobs:,} jobs: {seconds:.1f} s to the first open one ({busy:.1f} s of CPU), ", end="")
+        print(f"{(peak - base) / 1e6:.0f} MB more at the peak", flush=True)
         begun = time.monotonic()
         plan = ["emt", "plan", *words[2:], "--seeds", seeds(given.jobs), "-o", "out", "--json"]
         subprocess.run(plan, cwd=work, env=environment(work), stdout=subprocess.DEVNULL, check=False)
