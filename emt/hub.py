@@ -197,7 +197,7 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
     reasons: list[tuple[type[Exception], str]] = [
-        (errors.GatedRepoError, "its owner asks that terms be accepted on its page; then log in with `hf auth login`"),
+        (errors.GatedRepoError, "its terms must be accepted on its page; then log in with `hf auth login`"),
         (errors.RepositoryNotFoundError, "there is no such repository, or it is private (`hf auth login`)"),
         (errors.RevisionNotFoundError, "there is no such branch, tag or commit"),
         (errors.LocalEntryNotFoundError, "it is not in the cache, and there is no network or HF_HUB_OFFLINE is set"),
