@@ -27,7 +27,7 @@ from emt import demo
 from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, Facts, facts_of
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
-from emt.storage import apply_umask, sync, sync_tree
+from emt.storage import apply_umask, replace_folder, sync, sync_tree
 from emt.vocabulary import Vocabulary
 
 _IMPORT = "Make one with `emt import-weights --base … --motion-module … --adapter … -o FOLDER`."
@@ -273,7 +273,7 @@ def new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None
     ]
     if in_use and inside:
         raise EmtError(f"{output} holds what is imported: {', '.join(inside)}", "Give another -o FOLDER.")
-    partial, replaced = (output.with_name(f".{output.name}.{kind}") for kind in ("partial", "replaced"))
+    partial = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
@@ -290,15 +290,12 @@ def new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None
                 apply_umask(partial)
                 sync_tree(partial)
                 if in_use:
-                    shutil.rmtree(replaced, ignore_errors=True)
-                    output.rename(replaced)
-                partial.rename(output)
+                    replace_folder(partial, output)
+                else:
+                    partial.rename(output)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
-                if replaced.exists() and not output.exists():
-                    replaced.rename(output)
                 raise
-            shutil.rmtree(replaced, ignore_errors=True)
             sync(output.parent)
         finally:
             os.close(lock)

@@ -147,6 +147,27 @@ def replace_folder(partial: Path, folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Context manager: a partial folder to write into, which gets its name once it is complete and on disk.
+
+    A folder of that name is replaced. Other users may read what is in it, as far as the umask says.
+
+    Raises:
+        OSError: It cannot be made or renamed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file(folder, folder=True) as partial:
+        yield partial
+        apply_umask(partial)
+        sync_tree(partial)
+        if folder.exists():
+            replace_folder(partial, folder)
+        else:
+            partial.rename(folder)
+        sync(folder.parent)
+
+
 def remove_partials(folder: str | os.PathLike[str], *, older_than: float = 3600.0) -> list[Path]:
     """Remove partial files that dead processes left in a folder; those of living ones stay.
 

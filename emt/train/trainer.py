@@ -33,7 +33,7 @@ from emt.checkpoints import check_keys
 from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError, first_line
 from emt.pipeline import MotionTransferPipeline, load_pipeline
-from emt.storage import apply_umask, sync, sync_tree
+from emt.storage import apply_umask, new_folder, partial_file, remove_partials, sync
 from emt.train.data import PairDataset, Sample, TrainingPair, find_pairs, seeded, write_text
 from emt.train.objective import Objective, adapter_loss
 from emt.train.run_folder import CHECKPOINTS, check_run, find_checkpoints
@@ -356,24 +356,18 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         folder = self.run / CHECKPOINTS / f"step-{self.step:08}"
-        partial = folder.with_name(f".{folder.name}.partial")
         state: dict[str, Any] = {"step": self.step, "skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
         state |= {"ema_step": self.ema.optimization_step, "settings": self._described()}
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(self._weights(self.trained.values()), partial / "adapter.safetensors")
-            save_file(self._weights(self.ema.shadow_params), partial / "ema.safetensors")
-            torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
-            write_text(partial / "state.json", json.dumps(state, indent=2) + "\n")
-            apply_umask(partial)
-            sync_tree(partial)
-            partial.rename(folder)
-            sync(folder.parent)
+            remove_partials(folder.parent)  # of a run that was killed
+            with new_folder(folder) as partial:
+                save_file(self._weights(self.trained.values()), partial / "adapter.safetensors")
+                save_file(self._weights(self.ema.shadow_params), partial / "ema.safetensors")
+                torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+                write_text(partial / "state.json", json.dumps(state, indent=2) + "\n")
             for old in find_checkpoints(self.run)[: -self.settings.keep]:
                 shutil.rmtree(old)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise EmtError(
                 f"the checkpoint {folder} cannot be written: {error}",
                 "Free some space and go on with: emt train … --resume latest",
@@ -452,14 +446,14 @@ class Trainer:
     def _write_result(self) -> None:
         """RUN/adapter.safetensors in published names, and RUN/model: the model with it, stored in its own type."""
         adapter = self._weights(self.ema.shadow_params)
-        target, partial, old = (self.run / name for name in ("model", ".model.partial", ".model.old"))
+        target = self.run / "adapter.safetensors"
         try:
-            save_file(adapter, self.run / ".adapter.partial")
-            apply_umask(self.run / ".adapter.partial")
-            (self.run / ".adapter.partial").replace(self.run / "adapter.safetensors")
-            for stale in (partial, old):
-                shutil.rmtree(stale, ignore_errors=True)
-            shutil.copytree(self.model, partial, ignore=lambda folder, names: [n for n in names if n[0] in "._"])
+            remove_partials(self.run)  # of a run that was killed
+            with partial_file(target) as partial:
+                save_file(adapter, partial)
+                apply_umask(partial)
+                sync(partial)
+                partial.replace(target)
             weights = sorted((self.model / "unet").glob("*.safetensors"))
             with safe_open(weights[0], "pt") as file:
                 stored = file.get_slice(next(iter(file.keys()))).get_dtype()
@@ -468,17 +462,13 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in unet.adapter_parameters():
                     parameter.copy_(adapter[published(name)])
-            shutil.rmtree(partial / "unet")
-            unet.save_pretrained(partial / "unet")
-            apply_umask(partial / "unet")
-            card = partial / "README.md"
-            text = card.read_text(encoding="utf-8") if card.is_file() else "# Motion transfer model\n"
-            write_text(card, f"{text.rstrip()}\n\n{self._account()}")
-            sync_tree(partial)
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            with new_folder(self.run / "model") as partial:
+                shutil.copytree(self.model, partial, ignore=shutil.ignore_patterns(".*", "_*"), dirs_exist_ok=True)
+                shutil.rmtree(partial / "unet")
+                unet.save_pretrained(partial / "unet")
+                card = partial / "README.md"
+                text = card.read_text(encoding="utf-8") if card.is_file() else "# Motion transfer model\n"
+                write_text(card, f"{text.rstrip()}\n\n{self._account()}")
         except (OSError, SafetensorError) as error:
             raise EmtError(
                 f"the result cannot be written to {self.run}: {error}",

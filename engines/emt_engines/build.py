@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emt.errors import EmtError
-from emt.storage import partial_file, remove_partials, replace_folder, sync_tree, write_atomically
+from emt.storage import new_folder, remove_partials, write_atomically
 from emt_engines.base import CannotRun, Progress
 from emt_engines.fingerprint import Host, code_sha256
 from emt_engines.manifest import FILE, Manifest, Part, Request
@@ -62,7 +62,7 @@ def build_engine(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_partials(folder.parent)
-        with partial_file(folder, folder=True) as partial:
+        with new_folder(folder) as partial:
             parts = builder.build(pipe, request, partial, lambda what, done: progress(what, 0.9 * done))
             host = Host.here(request.device)
             versions = {name: v for name, v in host.versions.items() if name in builder.depends}
@@ -88,11 +88,6 @@ def build_engine(
                 manifest = replace(manifest, parts=verified(partial, manifest, pipe))
             manifest = replace(manifest, seconds=round(time.monotonic() - begun, 1))
             write_atomically(partial / FILE, manifest.as_bytes())
-            sync_tree(partial)
-            if folder.exists():
-                replace_folder(partial, folder)
-            else:
-                partial.rename(folder)
     except OSError as error:
         raise EmtError(
             f"the engine cannot be written: {error.strerror or error}", f"Its folder was to be {folder}."
