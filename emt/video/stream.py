@@ -56,7 +56,7 @@ class Video:
         can_interlace: Whether frames of this stream may say that they are interlaced, though the first does not.
         keep_times: Whether the container's clock runs through.
         cut_short: Whether a part of the file is missing.
-        decoder: Options that choose a decoder.
+        decoder: Options that choose a decoder and its threads.
     """
 
     info: ClipInfo
@@ -111,6 +111,9 @@ class Video:
         codec = re.match(r"vp([89])\b", described)
         if codec and re.search(r"^(?:\[info\])? *alpha_mode *: 1", listing.log, re.MULTILINE | re.IGNORECASE):
             video = replace(video, alpha=True, decoder=("-c:v", "libvpx-vp9" if codec[1] == "9" else "libvpx"))
+        # ffmpeg's decoder of Theora and VP3 races with itself on several threads: frames differ from run to run.
+        if re.match(r"(theora|vp3|vp4)\b", described):
+            video = replace(video, decoder=("-threads", "1"))
         video = video._at(listing.times, listing.last) if listing.timed and keep_times else video.counted()
         missing = listing.warning(video.times, video.info)
         warnings = tuple(filter(None, (missing, listing.colour_warning())))
