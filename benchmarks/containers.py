@@ -208,7 +208,7 @@ def is_whole(path: Path) -> bool:
 
 
 def not_warned(path: Path) -> str:
-    """What is wrong with reading a clip that ffmpeg finds damaged: that there is no warning.
+    """Violations in reading a clip that ffmpeg finds damaged: a missing warning.
 
     Raises:
         EmtError: It is not read.

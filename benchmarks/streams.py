@@ -63,7 +63,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What happens to a run: kinds of streams, moments in seconds from its start."""
+    """Disturbance of a run: kinds of streams, moments in seconds from its start."""
 
     out: str  # file, full, closes, pauses
     err: str  # the same, or with-out: the same pipe
@@ -200,7 +200,7 @@ def _interrupt(run: Run, begun: float, moments: tuple[float, ...]) -> list[float
 def _check(
     folder: Path, case: Case, code: int, took: list[float], paths: dict[str, Path], readers: dict[str, Reader]
 ) -> None:
-    """What holds after every run."""
+    """Invariants after every run."""
     if len(took) == 2:
         expect(took[1] < _AT_ONCE, f"a second signal has ended it after {took[1]:.1f} s")
     if len(took) == 1:

@@ -56,12 +56,21 @@ def assemble(
         guidance=guidance,
         reference_timestep=int(metadata["reference_timestep"]),
     )
+    return save_model(pipeline, folder, LIMIT)
+
+
+def save_model(pipeline: MotionTransferPipeline, folder: Path, limit: float) -> int:
+    """Write a model folder with the words of the rendered world; returns the bytes of its weights.
+
+    Raises:
+        ValueError: if the weights are larger than `limit`, in bytes.
+    """
     pipeline.save_pretrained(folder, safe_serialization=True)
     name_portably(folder)
     write_vocabulary(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    if size > LIMIT:
-        raise ValueError(f"the weights take {size / 2**20:.2f} MiB, allowed are {LIMIT / 2**20} MiB")
+    if size > limit:
+        raise ValueError(f"the weights take {size / 2**20:.2f} MiB, allowed are {limit / 2**20} MiB")
     return size
 
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from emt import demo
 from emt.pipeline import MotionTransferPipeline
 from recipes import networks
+from recipes.assemble import save_model
 from recipes.dit import SMALL, TINY, SharedParts, make_transformer
-from recipes.text import name_portably, write_vocabulary
 from recipes.train_dit import weights_of
 
 LIMIT = 24 * 2**20
@@ -70,13 +70,7 @@ def assemble(
         guidance=guidance,
         reference_timestep=int(options["reference_timestep"]),
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    name_portably(folder)
-    write_vocabulary(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    if size > LIMIT:
-        raise ValueError(f"the weights take {size / 2**20:.2f} MiB, allowed are {LIMIT / 2**20} MiB")
-    return size
+    return save_model(pipeline, folder, LIMIT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -252,7 +252,7 @@ class TestProgram:
 
 
 class TestEstimates:
-    """What a clip of the published size takes, by arithmetic; dit.md's figures for a pass are 18 and 283 TFLOP."""
+    """What a clip of the published size takes, by arithmetic: a pass, counted by hand, is 18 and 283 TFLOP."""
 
     @pytest.fixture
     def full_size(self, monkeypatch, folder):

@@ -49,7 +49,7 @@ class Reference:
         """Decode its frames.
 
         Raises:
-            EmtError: they cannot be read, or are no longer those that its hash was taken of.
+            EmtError: they cannot be read, or differ from those that its hash was taken of.
         """
         clip = read_reference(self.job)
         if index.sha256(self.job.reference) != self.sha256:
