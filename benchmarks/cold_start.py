@@ -243,11 +243,11 @@ def run(options: argparse.Namespace) -> None:
         note(f"step {done}")
         ends.append(row[f"step {done}"])
 
-    pipe("a red car on a beach", motion, steps=options.steps, guidance=6.0, on_step=on_step)
+    pipe.generate("a red car on a beach", motion, steps=options.steps, guidance=6.0, on_step=on_step)
     note("end")
     row["p50 ms"] = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(ends[1:]))
     row["clip s"], row["1st s"] = row["end"] - row["motion"], row["end"] - row["opened"]
-    pipe("a red car on a beach", pipe.extract_motion(frames), steps=options.steps, guidance=6.0)
+    pipe.generate("a red car on a beach", pipe.extract_motion(frames), steps=options.steps, guidance=6.0)
     note("second end")
     row["2nd s"] = row["second end"] - row["end"]
     row["GiB"] = torch.cuda.max_memory_allocated() / 2**30 if options.device.startswith("cuda") else 0.0

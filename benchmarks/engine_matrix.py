@@ -168,7 +168,7 @@ def make_clips(pipe: MotionTransferPipeline, size: Size, frames: int, count: int
     width, height = size.least
     reference = np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), np.uint8)
     motion = pipe.extract_motion(reference)
-    made = pipe([f"a red car {i}" for i in range(count)], motion, steps=STEPS, seed=list(range(count)))
+    made = pipe.generate([f"a red car {i}" for i in range(count)], motion, steps=STEPS, seed=list(range(count)))
     if any(clip.std() < 1 for clip in made):
         raise EmtError(f"a clip of {width}x{height} is of one colour")
 

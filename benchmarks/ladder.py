@@ -214,7 +214,7 @@ class Bench:
                     plain = pipe.encode_prompts(["", PROMPT])
                     denoise = pipe.backend.denoise
                     pipe.backend.denoise = lambda x, t, text, moved: pipe.unet(x, t, plain, motion.features)
-                pipe(PROMPT, motion, **(PRESETS["fast"] if "fast" in on else {"steps": 25}))
+                pipe.generate(PROMPT, motion, **(PRESETS["fast"] if "fast" in on else {"steps": 25}))
                 if "constants" not in on:
                     pipe.backend.denoise = denoise
 

@@ -49,7 +49,7 @@ def main() -> None:
             start = time.perf_counter()
             motion = pipe.extract_motion(frames)
             reading = time.perf_counter() - start
-            pipe("a red car on a beach", motion)
+            pipe.generate("a red car on a beach", motion)
             row |= {name: time.perf_counter() - start, "reference_s": reading}
     except torch.OutOfMemoryError as error:
         problem = f"error: a clip does not fit: {error}"

@@ -35,7 +35,7 @@ from emt.pipeline import load_pipeline
 from emt.presets import PRESETS, preset_values
 from emt.video import VIDEO_SUFFIXES, read_clip
 
-#: What `MotionTransferPipeline.__call__` is given; the names say what differs from the model's defaults.
+#: What `MotionTransferPipeline.generate` is given; the names say what differs from the model's defaults.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "exact": {},
     **{f"{s} {n}": {"scheduler": s, "steps": n} for s, n in itertools.product(("dpm++", "unipc"), (15, 12, 10, 8))},
@@ -122,11 +122,11 @@ def measure(model: Path, names: list[str], options: argparse.Namespace) -> list[
             values = preset_values(name, pipe.config.steps)
         pipe.backend = TorchBackend(pipe)
         (i, prompt), _ = jobs[0]
-        pipe(prompt, motions[i], **values)
+        pipe.generate(prompt, motions[i], **values)
         times, fidelities, changes = [], [], []
         for job, ((i, prompt), seed) in enumerate(jobs):
             begun = time.perf_counter()
-            (clip,) = pipe(prompt, motions[i], seed=seed, **values)
+            (clip,) = pipe.generate(prompt, motions[i], seed=seed, **values)
             times.append(time.perf_counter() - begun)
             if name == "exact":
                 exact.append(clip)

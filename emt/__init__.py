@@ -4,7 +4,7 @@
 
     pipe = emt.load_pipeline(emt.demo.path())
     motion = pipe.extract_motion(emt.read_clip("clip.mp4", size=(128, 128)))
-    frames = pipe("a yellow penguin in the desert", motion)[0]
+    frames = pipe.generate("a yellow penguin in the desert", motion)[0]
     emt.write_clip("penguin.mp4", frames, fps=8)
 
 Names are loaded on first use, so that `import emt` alone stays free of torch.

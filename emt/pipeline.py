@@ -182,7 +182,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
     # -------------------------------------------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def __call__(
+    def generate(
         self,
         prompt: str | Sequence[str],
         motion: Motion | Sequence[Motion] | None = None,
@@ -276,6 +276,8 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         check_finite(latents, seeds)
         return self.decode_clips(list(latents))
 
+    __call__ = generate
+
     def _network(
         self,
         prompts: list[str],
@@ -295,7 +297,7 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
             guided: whether there are steps with guidance.
             plain: whether there are steps without, too.
             moved_steps: steps with the motion, the first ones.
-            cache_interval: as `__call__` has it.
+            cache_interval: as `generate` has it.
         """
         text = self.encode_prompts(negatives + prompts if guided else prompts)
         features = self.unet.encode_text(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: What each preset sets of `MotionTransferPipeline.__call__`; what it does not set is the model's own default.
+#: What each preset sets of `MotionTransferPipeline.generate`; what it does not set is the model's own default.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     # A second-order solver needs a third of DDIM's steps (DPM-Solver++, Lu et al. 2022, arXiv 2211.01095). The

@@ -140,7 +140,7 @@ class Variant:
         for repeat in range(_REPEATS + 1):
             begun = time.perf_counter()
             motion = self.pipeline.extract_motion(reference) if self.reference else None
-            self.pipeline(cases.captions[0], motion, **how)
+            self.pipeline.generate(cases.captions[0], motion, **how)
             if repeat:
                 self.seconds.append(time.perf_counter() - begun)
 

@@ -69,7 +69,7 @@ def play(
         part = slice(start, start + batch)
         motion = read_motions(pipeline, references[part], seed) if references is not None else None
         noise = [seed * 100_003 + start + i for i in range(len(captions[part]))]
-        results += pipeline(captions[part], motion, seed=noise, **how)
+        results += pipeline.generate(captions[part], motion, seed=noise, **how)
     return torch.from_numpy(np.stack(results)).permute(0, 1, 4, 2, 3)
 
 

@@ -82,7 +82,7 @@ def make(
     for start in range(0, len(jobs), batch):
         part = jobs[start : start + batch]
         begun = time.perf_counter()
-        made = pipeline([p for _, p, _ in part], [r.motion for r, _, _ in part], seed=[s for _, _, s in part])
+        made = pipeline.generate([p for _, p, _ in part], [r.motion for r, _, _ in part], seed=[s for _, _, s in part])
         seconds = (time.perf_counter() - begun) / len(part)
         for (reference, prompt, seed), frames in zip(part, made, strict=True):
             name = f"{reference.path.stem} {prompts.index(prompt)} {seed}.mp4"

@@ -73,7 +73,7 @@ def test_a_compiled_network_makes_the_same_clips(folder, motions, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     plain, compiled = load_pipeline(folder, "cpu", torch.float32), load_pipeline(folder, "cpu", torch.float32)
     compiled.backend = TorchBackend(compiled, compile=True)
-    expected, [made] = plain("a fox", motions[0], steps=2)[0], compiled("a fox", motions[0], steps=2)
+    expected, [made] = plain.generate("a fox", motions[0], steps=2)[0], compiled.generate("a fox", motions[0], steps=2)
     np.testing.assert_allclose(made.astype(int), expected.astype(int), atol=1)
 
 
@@ -101,7 +101,7 @@ class TestRecordedCalls:
         ]
         for (prompt, motion), options in requested:
             options = {"steps": 2} | options
-            expected = pipe(prompt, motion, **options)
+            expected = pipe.generate(prompt, motion, **options)
             for got, wanted in zip(recording(prompt, motion, **options), expected, strict=True):
                 np.testing.assert_array_equal(got, wanted)
 
@@ -128,7 +128,7 @@ class TestRecordedCalls:
         recording.backend.max_calls = 2
         for prompts in (["a"], ["a"] * 2, ["a"], ["a"] * 3, ["a"], ["a"] * 2):
             seeds = list(range(len(prompts)))
-            expected = pipe(prompts, motions[0], steps=1, seed=seeds)
+            expected = pipe.generate(prompts, motions[0], steps=1, seed=seeds)
             np.testing.assert_array_equal(recording(prompts, motions[0], steps=1, seed=seeds), expected)
         assert Recorder.recorded == 4
 
@@ -215,9 +215,9 @@ class TestWeightsForTheGpu:
 
 class TestInParts:
     def test_the_parts_make_the_whole(self, pipe, motions, monkeypatch):
-        (wanted,) = pipe("a cat", motions[0], steps=2)
+        (wanted,) = pipe.generate("a cat", motions[0], steps=2)
         monkeypatch.setattr("emt.backbones.sd15.layers.FEED_FORWARD_TOKENS", 7)
-        (got,) = pipe("a cat", motions[0], steps=2)
+        (got,) = pipe.generate("a cat", motions[0], steps=2)
         assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
 
 
@@ -228,7 +228,7 @@ class TestLowMemory:
         small.backend = TorchBackend(small, low_memory=True)
         for motion in (motions, motions[0], None):
             options = {"steps": 2, "seed": [3, 4]}
-            got, wanted = small(["a", "b"], motion, **options), pipe(["a", "b"], motion, **options)
+            got, wanted = small.generate(["a", "b"], motion, **options), pipe.generate(["a", "b"], motion, **options)
             assert np.abs(np.asarray(got, int) - np.asarray(wanted, int)).max() <= 1
 
     @pytest.mark.gpu
@@ -236,7 +236,7 @@ class TestLowMemory:
         pipe = load_pipeline(folder, dtype=torch.float16)
         pipe.save_memory("cuda")
         motion = pipe.extract_motion(clip())
-        (got,) = pipe("a cat", motion, steps=2)
+        (got,) = pipe.generate("a cat", motion, steps=2)
         assert {part.device.type for part in (pipe.unet, pipe.text_encoder)} == {"cpu"}
         usual = load_pipeline(folder, "cuda", torch.float16)
         (wanted,) = usual("a cat", usual.extract_motion(clip()), steps=2)
@@ -248,16 +248,16 @@ class TestOutOfMemory:
         pipe = load_pipeline(folder)
         pipe.backend = TorchBackend(pipe, recorder=SmallMemory)
         with pytest.raises(torch.OutOfMemoryError):
-            pipe(["a", "b"], motions[0], steps=1)
+            pipe.generate(["a", "b"], motions[0], steps=1)
         assert not pipe.backend._calls
         assert not pipe.backend._motions
-        pipe("a", motions[0], steps=1)  # the smaller batch that a caller tries next
+        pipe.generate("a", motions[0], steps=1)  # the smaller batch that a caller tries next
 
     def test_what_older_recordings_hold_is_freed_first(self, folder, motions, monkeypatch):
         """A recording that fails beside others is tried once more without them."""
         pipe = load_pipeline(folder)
         pipe.backend = TorchBackend(pipe, recorder=SmallMemory)
-        pipe("a", motions[0], steps=1)
+        pipe.generate("a", motions[0], steps=1)
         tried = []
 
         def fails_to_end(self, compute):
@@ -270,7 +270,7 @@ class TestOutOfMemory:
                 raise RuntimeError("the capture was invalidated")  # as ending a CUDA graph's capture may
 
         monkeypatch.setattr(SmallMemory, "record", fails_to_end)
-        pipe(["a", "b"], motions[0], steps=1)
+        pipe.generate(["a", "b"], motions[0], steps=1)
         assert tried == [1, 0]
 
     def test_a_reference_is_read_without_recording(self, pipe, folder, monkeypatch):
@@ -447,10 +447,10 @@ class TestCudaGraphs:
     def test_clips_come_out_the_same(self, folder):
         pipe = load_pipeline(folder, "cuda", torch.float16)
         motion = pipe.extract_motion(clip())
-        recorded = [pipe("a cat", motion, steps=3, seed=seed)[0] for seed in (0, 1, 0)]
+        recorded = [pipe.generate("a cat", motion, steps=3, seed=seed)[0] for seed in (0, 1, 0)]
         pipe.backend = TorchBackend(pipe, graphs=False)
         for seed, got in zip((0, 1, 0), recorded, strict=True):
-            wanted = pipe("a cat", motion, steps=3, seed=seed)[0]
+            wanted = pipe.generate("a cat", motion, steps=3, seed=seed)[0]
             assert np.abs(got.astype(int) - wanted.astype(int)).mean() < 0.5
 
     def test_out_of_memory_while_recording_is_reported_as_such(self, folder):
@@ -461,7 +461,7 @@ class TestCudaGraphs:
         torch.cuda.set_per_process_memory_fraction((used + (24 << 20)) / total)
         try:
             with pytest.raises(torch.OutOfMemoryError):
-                pipe(["a cat"] * 64, large, steps=1)
+                pipe.generate(["a cat"] * 64, large, steps=1)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        assert pipe("a cat", motion, steps=1)[0].std() > 0
+        assert pipe.generate("a cat", motion, steps=1)[0].std() > 0

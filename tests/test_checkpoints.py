@@ -793,10 +793,10 @@ def test_distilled_weights_set_the_sampling_of_their_model(files: Files, tmp_pat
 def test_a_models_own_sampling_is_what_a_call_without_options_does(tmp_path: Path) -> None:
     pipe = load_pipeline(random_model(tmp_path / "m", frames=2, height=16, width=16, steps=3, sampler="lcm"))
     steps: list[int] = []
-    own = pipe("a fox", guidance=1, on_step=lambda _, total: steps.append(total))[0]
+    own = pipe.generate("a fox", guidance=1, on_step=lambda _, total: steps.append(total))[0]
     assert steps == [3, 3, 3]
-    assert np.array_equal(own, pipe("a fox", guidance=1, scheduler="lcm")[0])
-    assert not np.array_equal(own, pipe("a fox", guidance=1, scheduler="ddim")[0])
+    assert np.array_equal(own, pipe.generate("a fox", guidance=1, scheduler="lcm")[0])
+    assert not np.array_equal(own, pipe.generate("a fox", guidance=1, scheduler="ddim")[0])
 
 
 def test_every_row_of_the_documentation_has_its_test() -> None:

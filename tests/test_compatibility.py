@@ -78,10 +78,10 @@ def test_the_frames_are_the_same(pipe, motion, name, monkeypatch):
     """But for samplers other than DDIM, which version 0.1.0 gave DDIM's spacing, and LCM the model's guidance."""
     options = {**PLAIN, "motion": motion, **KNOWN["calls"][name]}
     if options.get("scheduler", "ddim") != "ddim":
-        assert (np.stack(pipe(**options)) != FRAMES[name]).any()
+        assert (np.stack(pipe.generate(**options)) != FRAMES[name]).any()
         options["guidance"] = pipe.config.guidance
         monkeypatch.setattr(pipe, "make_sampler", lambda kind, steps: spaced_as_ddim(pipe, kind, steps))
-    assert_same_frames(np.stack(pipe(**options)), FRAMES[name])
+    assert_same_frames(np.stack(pipe.generate(**options)), FRAMES[name])
 
 
 def spaced_as_ddim(pipe, kind, steps):
@@ -115,7 +115,7 @@ def test_a_saved_model_folder_opens_in_another_process(saved, tmp_path):
         "from emt.pipeline import MotionTransferPipeline\n"
         "pipe = MotionTransferPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
         "motion = pipe.extract_motion(numpy.load(sys.argv[2])['reference'])\n"
-        "numpy.save('frames.npy', pipe('a red ball', motion, seed=1))\n"
+        "numpy.save('frames.npy', pipe.generate('a red ball', motion, seed=1))\n"
     )
     command = [sys.executable, "-c", code, saved, WRITTEN / "frames.npz"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -793,7 +793,7 @@ def test_shapes_that_an_engine_lacks_are_refused_by_name(network, pipe):
         backend.encode_reference(torch.randn(1, 4, FRAMES, 4, 8), torch.tensor(400), torch.randn(1, 77, 32))
     pipe.backend = backend
     with pytest.raises(EmtError, match="without a reference"):
-        pipe("a cat")
+        pipe.generate("a cat")
     with pytest.raises(ValueError, match=r"latents is torch\.float64"):
         backend.encode_reference(torch.randn(1, 4, FRAMES, 4, 4).double(), torch.tensor(400), torch.randn(1, 77, 32))
 

@@ -65,35 +65,35 @@ def test_k9_a_reference_is_read_at_the_models_noise_level(tmp_path, monkeypatch)
 
 class TestGeneration:
     def test_one_prompt_gives_one_clip(self, pipe, motion):
-        (clip,) = pipe("a cat", motion, steps=2)
+        (clip,) = pipe.generate("a cat", motion, steps=2)
         assert clip.shape == (FRAMES, HEIGHT, WIDTH, 3)
         assert clip.dtype == np.uint8
         assert clip.std() > 1
 
     def test_everything_given_matters(self, pipe, motion):
-        (base,) = pipe("a cat", motion, steps=2, seed=1)
+        (base,) = pipe.generate("a cat", motion, steps=2, seed=1)
         others = {
-            "prompt": pipe("a dog", motion, steps=2, seed=1),
-            "motion": pipe("a cat", pipe.extract_motion(reference(1)), steps=2, seed=1),
-            "no motion": pipe("a cat", steps=2, seed=1),
-            "steps": pipe("a cat", motion, steps=3, seed=1),
-            "seed": pipe("a cat", motion, steps=2, seed=2),
-            "seed that ends in the same 32 bits": pipe("a cat", motion, steps=2, seed=1 + 2**32),
-            "seed that is larger still": pipe("a cat", motion, steps=2, seed=1 + 2**62),
-            "guidance": pipe("a cat", motion, steps=2, seed=1, guidance=2.0),
-            "negative prompt": pipe("a cat", motion, steps=2, seed=1, negative_prompt="blurry"),
+            "prompt": pipe.generate("a dog", motion, steps=2, seed=1),
+            "motion": pipe.generate("a cat", pipe.extract_motion(reference(1)), steps=2, seed=1),
+            "no motion": pipe.generate("a cat", steps=2, seed=1),
+            "steps": pipe.generate("a cat", motion, steps=3, seed=1),
+            "seed": pipe.generate("a cat", motion, steps=2, seed=2),
+            "seed that ends in the same 32 bits": pipe.generate("a cat", motion, steps=2, seed=1 + 2**32),
+            "seed that is larger still": pipe.generate("a cat", motion, steps=2, seed=1 + 2**62),
+            "guidance": pipe.generate("a cat", motion, steps=2, seed=1, guidance=2.0),
+            "negative prompt": pipe.generate("a cat", motion, steps=2, seed=1, negative_prompt="blurry"),
         }
         for name, (clip,) in others.items():
             assert (clip != base).any(), name
 
     def test_same_settings_same_pixels(self, pipe, motion):
-        first, second = (pipe("a cat", motion, steps=2, seed=3)[0] for _ in range(2))
+        first, second = (pipe.generate("a cat", motion, steps=2, seed=3)[0] for _ in range(2))
         np.testing.assert_array_equal(first, second)
 
     def test_a_clip_depends_on_its_own_seed_alone(self, pipe, motion):
         """What else is in the batch changes nothing but the last bit of a sum: at most one level of 255."""
         other = pipe.extract_motion(reference(1))
-        batch = pipe(
+        batch = pipe.generate(
             ["a cat", "a dog", "a bird"],
             [motion, other, motion],
             steps=3,
@@ -101,9 +101,9 @@ class TestGeneration:
             negative_prompt=["", "x", ""],
         )
         alone = [
-            pipe("a cat", motion, steps=3, seed=7),
-            pipe("a dog", other, steps=3, seed=8, negative_prompt="x"),
-            pipe("a bird", motion, steps=3, seed=9),
+            pipe.generate("a cat", motion, steps=3, seed=7),
+            pipe.generate("a dog", other, steps=3, seed=8, negative_prompt="x"),
+            pipe.generate("a bird", motion, steps=3, seed=9),
         ]
         for together, (apart,) in zip(batch, alone, strict=True):
             assert np.abs(together.astype(int) - apart.astype(int)).max() <= 1
@@ -111,50 +111,50 @@ class TestGeneration:
     @pytest.mark.parametrize("scheduler", SCHEDULERS)
     def test_every_scheduler(self, pipe, motion, scheduler):
         seeds = [4, 5]
-        clips = pipe("a cat", motion, steps=3, seed=seeds, scheduler=scheduler)
+        clips = pipe.generate("a cat", motion, steps=3, seed=seeds, scheduler=scheduler)
         for clip, seed in zip(clips, seeds, strict=True):
-            (alone,) = pipe("a cat", motion, steps=3, seed=seed, scheduler=scheduler)
+            (alone,) = pipe.generate("a cat", motion, steps=3, seed=seed, scheduler=scheduler)
             assert np.abs(clip.astype(int) - alone.astype(int)).max() <= 1
 
     def test_guidance_of_one_runs_no_second_half(self, pipe, motion, monkeypatch):
         batches = []
         forward = pipe.unet.forward
         monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: batches.append(len(x)) or forward(x, *a, **k))
-        pipe("a cat", motion, steps=1, guidance=1.0)
-        pipe("a cat", motion, steps=1, guidance=2.0)
+        pipe.generate("a cat", motion, steps=1, guidance=1.0)
+        pipe.generate("a cat", motion, steps=1, guidance=2.0)
         assert batches == [1, 2]
 
     def test_steps_are_reported(self, pipe, motion):
         calls = []
-        pipe("a cat", motion, steps=3, on_step=lambda done, total: calls.append((done, total)))
+        pipe.generate("a cat", motion, steps=3, on_step=lambda done, total: calls.append((done, total)))
         assert calls == [(1, 3), (2, 3), (3, 3)]
 
     def test_size_comes_from_the_motion_and_otherwise_from_the_model(self, pipe):
         wide = pipe.extract_motion(reference(0, frames=3, height=16, width=48))
-        assert pipe("a cat", wide, steps=1)[0].shape == (3, 16, 48, 3)
-        assert pipe("a cat", steps=1)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
+        assert pipe.generate("a cat", wide, steps=1)[0].shape == (3, 16, 48, 3)
+        assert pipe.generate("a cat", steps=1)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
 
     def test_half_precision(self, folder):
         pipe = load_pipeline(folder, dtype=torch.bfloat16)
         motion = pipe.extract_motion(reference())
-        assert pipe("a cat", motion, steps=2)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
+        assert pipe.generate("a cat", motion, steps=2)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
 
 
 class TestGuidance:
     def test_k9_without_guidance_towards_the_prompt_it_is_the_negative_one(self, pipe, motion):
-        (clip,) = pipe("a cat", motion, steps=2, guidance=0.0, negative_prompt="a wet dog")
-        (negative,) = pipe("a wet dog", motion, steps=2, guidance=1.0)
-        (positive,) = pipe("a cat", motion, steps=2, guidance=1.0)
+        (clip,) = pipe.generate("a cat", motion, steps=2, guidance=0.0, negative_prompt="a wet dog")
+        (negative,) = pipe.generate("a wet dog", motion, steps=2, guidance=1.0)
+        (positive,) = pipe.generate("a cat", motion, steps=2, guidance=1.0)
         assert np.abs(clip.astype(int) - negative.astype(int)).max() <= 1
         assert np.abs(clip.astype(int) - positive.astype(int)).max() > 1
 
     def test_k2_lcm_has_its_own_guidance(self, pipe, motion, caplog):
-        (default,) = pipe("a cat", motion, steps=2, scheduler="lcm")
-        (without,) = pipe("a cat", motion, steps=2, scheduler="lcm", guidance=1.0)
+        (default,) = pipe.generate("a cat", motion, steps=2, scheduler="lcm")
+        (without,) = pipe.generate("a cat", motion, steps=2, scheduler="lcm", guidance=1.0)
         np.testing.assert_array_equal(default, without)
         assert not caplog.text
         with caplog.at_level(logging.WARNING):
-            pipe("a cat", motion, steps=2, scheduler="lcm", guidance=6.0)
+            pipe.generate("a cat", motion, steps=2, scheduler="lcm", guidance=6.0)
         assert "guidance 6 with lcm burns colours" in caplog.text
 
 
@@ -188,7 +188,7 @@ class TestOverflowingVAE:
         for dtype in (torch.float32, torch.float16):
             pipe = load_pipeline(model, dtype=dtype)
             with pytest.raises(EmtError, match=r"the VAE .*m/vae makes no pictures"):
-                pipe("a cat", steps=1)
+                pipe.generate("a cat", steps=1)
 
     def test_k2_an_encoder_that_gives_nan_is_named(self, folder, tmp_path):
         pipe = load_pipeline(self.with_vae(folder, tmp_path / "m", "encoder.conv_in.weight", math.nan))
@@ -225,7 +225,9 @@ class TestMotion:
         motion.save(tmp_path / "m.safetensors")
         again = Motion.load(tmp_path / "m.safetensors")
         assert (again.frames, again.height, again.width, again.seed) == (FRAMES, HEIGHT, WIDTH, 0)
-        np.testing.assert_array_equal(pipe("a cat", again, steps=2)[0], pipe("a cat", motion, steps=2)[0])
+        np.testing.assert_array_equal(
+            pipe.generate("a cat", again, steps=2)[0], pipe.generate("a cat", motion, steps=2)[0]
+        )
 
     @pytest.mark.parametrize("content", [b"", b"not a motion", b"\x10" + bytes(40)])
     def test_a_damaged_file_is_named(self, tmp_path, content):
@@ -243,16 +245,16 @@ class TestErrors:
 
     def test_lists_of_different_lengths(self, pipe, motion):
         with pytest.raises(ValueError, match="seed has 2 entries, expected 1 or 3"):
-            pipe(["a", "b", "c"], motion, seed=[1, 2])
+            pipe.generate(["a", "b", "c"], motion, seed=[1, 2])
 
     def test_motions_of_different_shapes(self, pipe, motion):
         other = pipe.extract_motion(reference(0, frames=3))
         with pytest.raises(ValueError, match="motions of one batch have one shape"):
-            pipe(["a", "b"], [motion, other])
+            pipe.generate(["a", "b"], [motion, other])
 
     def test_an_unknown_scheduler(self, pipe, motion):
         with pytest.raises(EmtError, match="no scheduler 'heun'"):
-            pipe("a", motion, scheduler="heun")
+            pipe.generate("a", motion, scheduler="heun")
 
     def test_a_result_that_is_not_finite_names_its_clips(self, folder):
         pipe = load_pipeline(folder)
@@ -261,7 +263,7 @@ class TestErrors:
         for features in broken.features.layers.values():
             features[0][:] = float("nan")
         with pytest.raises(NonFiniteError, match="seed 6") as error:
-            pipe("a cat", [motion, broken], seed=[5, 6], steps=1)
+            pipe.generate("a cat", [motion, broken], seed=[5, 6], steps=1)
         assert error.value.clips == [1]
         assert pickle.loads(pickle.dumps(error.value)).clips == [1]
 

@@ -63,7 +63,7 @@ class Watched(TorchBackend):
 
 def watched(pipe: MotionTransferPipeline, motion: Motion, **options) -> list[tuple[str, int]]:
     pipe.backend = Watched(pipe)
-    pipe("a cat", motion, **options)
+    pipe.generate("a cat", motion, **options)
     calls = pipe.backend.calls
     pipe.backend = TorchBackend(pipe)
     return calls
@@ -79,17 +79,17 @@ def test_guidance_ends_after_its_part_of_the_steps(pipe, motion):
 
 
 def test_without_guidance_all_the_way_it_is_guidance_of_one(pipe, motion):
-    (never,) = pipe("a cat", motion, guidance_until=0.0)
-    (one,) = pipe("a cat", motion, guidance=1.0)
-    (all_the_way,) = pipe("a cat", motion, guidance_until=1.0)
+    (never,) = pipe.generate("a cat", motion, guidance_until=0.0)
+    (one,) = pipe.generate("a cat", motion, guidance=1.0)
+    (all_the_way,) = pipe.generate("a cat", motion, guidance_until=1.0)
     assert np.array_equal(never, one)
     assert not np.array_equal(never, all_the_way)
 
 
 def test_unguided_steps_see_the_prompt_and_not_the_negative_one(pipe, motion):
     options = {"guidance_until": 0.0, "seed": [1, 2]}
-    together = pipe(["a cat", "a dog"], motion, negative_prompt=["wet", "dry"], **options)
-    (alone,) = pipe("a dog", motion, guidance=1.0, seed=2)
+    together = pipe.generate(["a cat", "a dog"], motion, negative_prompt=["wet", "dry"], **options)
+    (alone,) = pipe.generate("a dog", motion, guidance=1.0, seed=2)
     assert np.abs(together[1].astype(int) - alone).max() <= 1
 
 
@@ -123,25 +123,25 @@ def test_deep_features_of_the_same_step_change_nothing(pipe, motion):
 
 def test_recorded_calls_give_the_same_clips(pipe, motion):
     fast = preset_values("fast", STEPS) | {"seed": [3, 4]}
-    eager = pipe(["a cat", "a dog"], motion, **fast)
+    eager = pipe.generate(["a cat", "a dog"], motion, **fast)
     pipe.backend = TorchBackend(pipe, recorder=Recorder)
     for _ in range(2):  # recorded, and recorded before
-        assert np.array_equal(pipe(["a cat", "a dog"], motion, **fast), eager)
-    (other,) = pipe("a cat", motion, seed=3)
+        assert np.array_equal(pipe.generate(["a cat", "a dog"], motion, **fast), eager)
+    (other,) = pipe.generate("a cat", motion, seed=3)
     pipe.backend = TorchBackend(pipe)
-    assert np.array_equal(other, pipe("a cat", motion, seed=3)[0])
+    assert np.array_equal(other, pipe.generate("a cat", motion, seed=3)[0])
 
 
 def test_numbers_that_make_no_sense_are_refused(pipe, motion):
     for wrong in ({"guidance_until": 1.5}, {"guidance_until": -0.1}, {"cache_interval": 0}):
         with pytest.raises(ValueError, match="allowed are 0 to 1, 0 to 1 and positive"):
-            pipe("a cat", motion, **wrong)
+            pipe.generate("a cat", motion, **wrong)
 
 
 def test_a_backend_that_cannot_reuse_says_so(pipe, motion, monkeypatch):
     monkeypatch.setattr(TorchBackend, "reuses", False)
     with pytest.raises(EmtError, match="computes the whole network in every step") as raised:
-        pipe("a cat", motion, cache_interval=2)
+        pipe.generate("a cat", motion, cache_interval=2)
     assert "--engine torch" in raised.value.hint
 
 

@@ -98,10 +98,10 @@ class TestStages:
     def test_the_model_opens_and_makes_clips(self, pipeline):
         assert isinstance(pipeline.unet, WanMotionTransferTransformer)
         motion = pipeline.extract_motion(np.zeros((4, 32, 32, 3), np.uint8))
-        assert pipeline("a red cat in the desert", motion, steps=2)[0].shape == (4, 32, 32, 3)
-        assert pipeline("a red cat in the desert", steps=2)[0].shape == (4, 32, 32, 3)
+        assert pipeline.generate("a red cat in the desert", motion, steps=2)[0].shape == (4, 32, 32, 3)
+        assert pipeline.generate("a red cat in the desert", steps=2)[0].shape == (4, 32, 32, 3)
         with pytest.raises(Exception, match="zebracorn"):
-            pipeline("a zebracorn")
+            pipeline.generate("a zebracorn")
 
     def test_the_backbone_is_frozen_while_the_adapter_learns(self, out):
         video = train_dit.weights_of(out / "video.safetensors", "transformer")

@@ -424,7 +424,7 @@ def test_the_result_is_a_model(pairs, tmp_path):
     trainer.train()
     pipe = MotionTransferPipeline.from_pretrained(str(tmp_path / "model"))
     motion = pipe.extract_motion(trainer.first[0].reference)
-    [made] = pipe("a red square", motion)
+    [made] = pipe.generate("a red square", motion)
     assert made.shape == (FRAMES, SIDE, SIDE, 3)
 
     adapter = load_file(tmp_path / "adapter.safetensors")
@@ -432,7 +432,7 @@ def test_the_result_is_a_model(pairs, tmp_path):
     names = {name for name, _ in plain.unet.adapter_parameters()}
     backbone = {name: p for name, p in plain.unet.state_dict().items() if name not in names}
     plain.unet.load_published(backbone, adapter)
-    [same] = plain("a red square", motion)
+    [same] = plain.generate("a red square", motion)
     np.testing.assert_array_equal(made, same)
 
     assert "2 steps of 1 of 4 pairs" in (tmp_path / "model" / "README.md").read_text()

@@ -43,7 +43,7 @@ def test_captured_calls_are_the_eager_ones(tmp_path, neighbours, dtype):
         pipe.backend = TorchBackend(pipe, graphs=graphs)
         for _ in range(2):  # the reference pass is captured when it comes again
             motion = pipe.extract_motion(clip)
-        made[graphs] = pipe(["a cat", "a dog"], motion, scheduler="unipc")
+        made[graphs] = pipe.generate(["a cat", "a dog"], motion, scheduler="unipc")
     for eager, captured in zip(made[False], made[True], strict=True):
         assert np.abs(eager.astype(int) - captured.astype(int)).mean() < 1
 
@@ -52,7 +52,7 @@ def test_a_clip_with_little_memory(tmp_path):
     pipe = load_pipeline(random_model(tmp_path / "model"))
     pipe.prompt_encoder.cache = None
     clip = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
-    expected = pipe("a cat", pipe.extract_motion(clip))[0]
+    expected = pipe.generate("a cat", pipe.extract_motion(clip))[0]
     pipe.save_memory("cuda")
-    made = pipe("a cat", pipe.extract_motion(clip))[0]
+    made = pipe.generate("a cat", pipe.extract_motion(clip))[0]
     assert np.abs(expected.astype(int) - made.astype(int)).mean() < 2

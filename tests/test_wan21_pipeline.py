@@ -70,7 +70,7 @@ class TestOpened:
         assert pipe.unet.dtype == torch.bfloat16
         assert pipe.unet.blocks[0].scale_shift_table.dtype == torch.float32
         assert pipe.vae.dtype == torch.float32
-        made = pipe("a cat", pipe.extract_motion(clip()))[0]
+        made = pipe.generate("a cat", pipe.extract_motion(clip()))[0]
         assert made.shape == (FRAMES, HEIGHT, WIDTH, 3)
 
     def test_saved_it_has_its_text_encoder_and_makes_the_same_clips(self, pipe, motion, tmp_path):
@@ -79,7 +79,7 @@ class TestOpened:
         assert index["unet"] == ["emt.backbones.wan21.transformer", "WanMotionTransferTransformer"]
         again = load_pipeline(tmp_path / "copy")
         again.prompt_encoder.cache = None
-        assert far(again("a cat", motion)[0], pipe("a cat", motion)[0]) == 0
+        assert far(again.generate("a cat", motion)[0], pipe.generate("a cat", motion)[0]) == 0
 
 
 class TestAgainstDiffusers:
@@ -111,13 +111,15 @@ class TestAgainstDiffusers:
             guidance_scale=guidance,
             output_type="np",
         ).frames[0]
-        made = pipe("a cat", seed=7, negative_prompt="blurred", steps=4, guidance=guidance, scheduler="unipc")[0]
+        made = pipe.generate("a cat", seed=7, negative_prompt="blurred", steps=4, guidance=guidance, scheduler="unipc")[
+            0
+        ]
         assert np.abs(made / 255 - expected).max() < 1.5 / 255
 
 
 class TestMotion:
     def test_the_reference_shows_in_the_clip(self, pipe, motion):
-        alone, moved, other = (pipe("a cat", m)[0] for m in (None, motion, pipe.extract_motion(clip(1))))
+        alone, moved, other = (pipe.generate("a cat", m)[0] for m in (None, motion, pipe.extract_motion(clip(1))))
         assert far(moved, alone) > 1
         assert far(moved, other) > 0.1
 
@@ -126,37 +128,37 @@ class TestMotion:
             assert hidden.shape[1:4] == (3, 2, 3)
 
     def test_only_in_the_first_steps(self, pipe, motion):
-        alone, moved = (pipe("a cat", m, steps=4)[0] for m in (None, motion))
-        assert far(pipe("a cat", motion, steps=4, motion_until=1.0)[0], moved) == 0
-        assert far(pipe("a cat", motion, steps=4, motion_until=0.0)[0], alone) == 0
-        half = pipe("a cat", motion, steps=4, motion_until=0.5)[0]
+        alone, moved = (pipe.generate("a cat", m, steps=4)[0] for m in (None, motion))
+        assert far(pipe.generate("a cat", motion, steps=4, motion_until=1.0)[0], moved) == 0
+        assert far(pipe.generate("a cat", motion, steps=4, motion_until=0.0)[0], alone) == 0
+        half = pipe.generate("a cat", motion, steps=4, motion_until=0.5)[0]
         assert far(half, moved) > 0.1
         assert far(half, alone) > 0.1
         with pytest.raises(ValueError, match="motion_until 2"):
-            pipe("a cat", motion, motion_until=2)
+            pipe.generate("a cat", motion, motion_until=2)
 
     def test_the_weaker_it_is_the_nearer_is_the_clip_without_it(self, pipe, motion):
-        alone = pipe("a cat")[0]
+        alone = pipe.generate("a cat")[0]
         features = [with_strength(motion.features, strength) for strength in (1.0, 0.1, 1e-4)]
-        distances = [far(pipe("a cat", Motion(f, FRAMES, HEIGHT, WIDTH, 0))[0], alone) for f in features]
+        distances = [far(pipe.generate("a cat", Motion(f, FRAMES, HEIGHT, WIDTH, 0))[0], alone) for f in features]
         assert distances == sorted(distances, reverse=True)
         assert distances[-1] < distances[0] / 2
 
     def test_a_batch_is_its_clips(self, pipe, motion):
         other = pipe.extract_motion(clip(1))
-        together = pipe(["a cat", "a dog"], [motion, other], seed=[3, 4])
+        together = pipe.generate(["a cat", "a dog"], [motion, other], seed=[3, 4])
         for made, prompt, one, seed in zip(together, ["a cat", "a dog"], [motion, other], [3, 4], strict=True):
-            assert far(made, pipe(prompt, one, seed=seed)[0]) < 0.1
+            assert far(made, pipe.generate(prompt, one, seed=seed)[0]) < 0.1
 
     @pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc", "dpm++"])
     def test_every_sampler_of_a_flow(self, pipe, motion, scheduler):
-        made = pipe("a cat", motion, scheduler=scheduler)[0]
+        made = pipe.generate("a cat", motion, scheduler=scheduler)[0]
         assert made.shape == (FRAMES, HEIGHT, WIDTH, 3)
         assert far(made, np.full_like(made, 128)) > 1
 
     def test_a_sampler_that_no_flow_has(self, pipe):
         with pytest.raises(EmtError, match=r"(?s)flow of this model.*'lcm'.*Allowed: ddim"):
-            pipe("a cat", scheduler="lcm")
+            pipe.generate("a cat", scheduler="lcm")
 
     @pytest.mark.parametrize("frames", [8, 10, 85])
     def test_a_number_of_frames_that_is_not_4n_plus_1(self, pipe, frames):

@@ -367,7 +367,7 @@ class TestCommand:
         pipe = load_pipeline(tmp_path / "model")
         assert pipe.config.frames == 81
         motion = pipe.extract_motion(np.zeros((5, 16, 16, 3), np.uint8))
-        assert pipe("a cat", motion, steps=1)[0].shape == (5, 16, 16, 3)
+        assert pipe.generate("a cat", motion, steps=1)[0].shape == (5, 16, 16, 3)
         assert {t.dtype for t in stored(tmp_path / "model" / "text_encoder").values()} == {torch.bfloat16}
 
     @pytest.mark.parametrize(

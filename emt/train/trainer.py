@@ -441,7 +441,7 @@ class Trainer:
 
     def _follow(self, sample: Sample) -> np.ndarray:
         """A clip of the sample's caption that follows its reference."""
-        return self.pipe(sample.pair.caption, self.pipe.extract_motion(sample.reference))[0]
+        return self.pipe.generate(sample.pair.caption, self.pipe.extract_motion(sample.reference))[0]
 
     def _write_result(self) -> None:
         """RUN/adapter.safetensors in published names, and RUN/model: the model with it, stored in its own type."""

@@ -323,7 +323,7 @@ class Generator:
             on_step(done, steps)
 
         shared = all(motion is motions[0] for motion in motions)
-        clips = pipe(
+        clips = pipe.generate(
             [job.prompt for job in jobs],
             motions[0] if shared else list(motions),
             steps=settings.steps,

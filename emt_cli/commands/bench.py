@@ -210,7 +210,7 @@ def _measure(
     change = 0.0 if truth is None else ((output - truth).norm() / truth.norm()).item()
 
     def make() -> None:
-        pipe("", pipe.extract_motion(clip), steps=settings.steps, guidance=settings.guidance)
+        pipe.generate("", pipe.extract_motion(clip), steps=settings.steps, guidance=settings.guidance)
 
     device.start_measuring()
     (seconds,) = _seconds(make, device, warm=0, most=1)
