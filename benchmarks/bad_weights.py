@@ -7,7 +7,6 @@ read; what is read must be finite. Run by `bad_inputs.py`.
 from __future__ import annotations
 
 import json
-import logging
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,7 +45,7 @@ def cases(model: Path, work: Path, chance: random.Random) -> Iterator[tuple[str,
         chance: that the files are drawn from.
     """
     work.mkdir()
-    logging.disable(logging.WARNING)  # of transformers, on values that it replaces
+    transformers.utils.logging.set_verbosity_error()  # it warns of values that it replaces
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     unet = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")

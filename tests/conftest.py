@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +12,17 @@ if TYPE_CHECKING:
 
 # Model hubs are never contacted: a test that would is a test that fails without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def logging_is_left_as_it_was() -> Iterator[None]:
+    """Check of every test: one that silences logging for good makes warnings vanish in those after it."""
+    before = logging.root.manager.disable, logging.root.level
+    yield
+    after = logging.root.manager.disable, logging.root.level
+    logging.disable(before[0])
+    logging.root.setLevel(before[1])
+    assert after == before, "the test left another level of logging behind"
 
 
 @pytest.fixture(scope="session")
