@@ -112,7 +112,7 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
         "negative_prompt": "x", "fit": "pad", "start": 1.0, "duration": 2.0, "stride": 2, "fps": 3.0, "format": "gif",
         "best_of": 3, "guidance_until": 0.5, "cache_interval": 2,
     }  # fmt: skip
-    assert set(changes) | {"preset"} == set(SETTING_NAMES)  # a preset is what it sets
+    assert set(changes) | {"preset", "size"} == set(SETTING_NAMES)  # these are what they set
     others = [replace(JOB, settings=replace(JOB.settings, **{k: parse_field(k, v)})) for k, v in changes.items()]
     others += [replace(JOB, prompt="b"), replace(JOB, seed=1)]
     identities = {identity(), identity(reference="q"), identity(model="n"), identity(precision="fp32")}

@@ -24,15 +24,18 @@ from emt.vocabulary import Vocabulary
 from emt_cli.batch.jobs import Item, Job, Rejected
 from emt_cli.batch.options import (
     JOB_FIELDS,
+    REFERENCE_SIZE,
     SETTING_NAMES,
     Preset,
     Settings,
     TransferOptions,
     UsageError,
+    check_together,
     parse_defaults,
     parse_field,
     parse_seeds,
 )
+from emt_cli.batch.shapes import Shapes
 
 MAX_LINE = 1 << 20  # characters of one line of a job file
 _MAX_PROMPTS = 1 << 28  # bytes of a prompts file; /dev/zero has no end
@@ -64,6 +67,7 @@ class _Base:
 
     defaults: Mapping[str, Any]
     given: Mapping[str, Any]
+    shapes: Shapes
     _made: dict[tuple[Any, ...], Settings] = field(default_factory=dict)
     _paths: dict[str, Path] = field(default_factory=dict)
 
@@ -73,18 +77,27 @@ class _Base:
             self._paths[reference] = Path(os.path.abspath(reference))
         return self._paths[reference]
 
-    def settings(self, own: Mapping[str, Any]) -> Settings:
+    def settings(self, own: Mapping[str, Any], reference: Path) -> Settings:
         """The settings of a job whose own line sets some: it wins over the command line, and both over presets.
 
         Jobs with the same share one object.
+
+        Raises:
+            EmtError: they depend on the reference, which cannot be read.
         """
-        key = tuple(own.items())
+        key = (*own.items(), reference if self.look_at_references(own) else None)
         if key not in self._made:
-            self._made[key] = self._make(own)
+            self._made[key] = self._make(own, reference)
         return self._made[key]
 
-    def _make(self, own: Mapping[str, Any]) -> Settings:
-        given = {**self.given, **own}
+    def look_at_references(self, own: Mapping[str, Any]) -> bool:
+        """Return whether settings of a job whose own line sets some depend on its reference."""
+        return own.get("size", self.given.get("size")) == REFERENCE_SIZE
+
+    def _make(self, own: Mapping[str, Any], reference: Path) -> Settings:
+        given = {**self._sized(self.given, reference), **self._sized(own, reference)}
+        if "size" not in own and {"width", "height"} & own.keys():
+            given.pop("size", None)
         preset = preset_values(given.get("preset", Preset.EXACT).value, self.defaults.get("steps", Settings.steps))
         preset = {name: parse_field(name, value) for name, value in preset.items()}
         models = self.defaults.get("scheduler", Settings.scheduler)
@@ -93,9 +106,19 @@ class _Base:
         own = {name: parse_field(name, value) for name, value in own.items()}
         return Settings(**{**self.defaults, **own, **preset, **given})
 
+    def _sized(self, given: Mapping[str, Any], reference: Path) -> Mapping[str, Any]:
+        """Settings with the width and height that their size stands for."""
+        if not given.get("size"):
+            return given
+        width, height = self.shapes.size(given["size"], reference)
+        return {**given, "width": width, "height": height}
+
 
 def expand(
-    options: TransferOptions, defaults: Mapping[str, Any], say: Callable[[str], None] = lambda text: None
+    options: TransferOptions,
+    defaults: Mapping[str, Any],
+    say: Callable[[str], None] = lambda text: None,
+    shapes: Shapes | None = None,
 ) -> tuple[list[Job | Rejected], Iterator[Item]]:
     """All jobs of a command line.
 
@@ -103,6 +126,7 @@ def expand(
         options: The command line.
         defaults: The model's own defaults, by setting.
         say: Called with a line for each folder of which files are not read.
+        shapes: Of the model's clips; None for the published one's.
 
     Returns:
         The jobs that are named, those of one shape and one reference next to each other; and those that
@@ -121,22 +145,34 @@ def expand(
         raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
     references = _Finder(options.recursive, options.out, say).find(arguments)
-    base = _Base(parse_defaults(defaults), options.settings)
+    base = _Base(parse_defaults(defaults), options.settings, shapes or Shapes())
     seeds = parse_seeds(options.seeds)
 
-    pairs: Iterable[tuple[Path | Rejected | None, _Line | Rejected | None]]
+    pairs: list[tuple[Path | Rejected | None, _Line | Rejected | None]]
     if options.pair:
         if len(references) != len(prompts):
             counts = f"here are {len(references)} and {len(prompts)}"
             raise UsageError(f"--pair needs as many prompts as references; {counts}")
         _check_order([argument for argument in arguments if argument != "-"], say)
-        pairs = zip(references, prompts)
+        pairs = [*zip(references, prompts)]
     else:
         each: Sequence[_Line | None] = loose or ([] if rejected or streamed else [None])
         pairs = [(reference, row) for reference in references for row in each]
         pairs = [*pairs, *((None, row) for row in complete), *((None, row) for row in rejected)]
+    base.shapes.look_at(_looked_at(pairs, base))
     listed = _together(item for reference, row in pairs for item in _jobs(reference, row, base, seeds))
     return listed, _streamed(references, loose, base, seeds) if streamed else iter(())
+
+
+def _looked_at(pairs: Iterable[tuple[Any, Any]], base: _Base) -> dict[Path, None]:
+    """The references on which settings of jobs depend."""
+    found: dict[Path, None] = {}
+    for reference, row in pairs:
+        fields = row.fields if isinstance(row, _Line) else {}
+        if base.look_at_references(fields):
+            path = base.path(fields["reference"]) if "reference" in fields else reference
+            found |= {path: None} if isinstance(path, Path) else {}
+    return found
 
 
 def _streamed(
@@ -170,7 +206,11 @@ def _jobs(
         [_Line({"prompt": fields["prompt"]}, origin)] if "prompt" in fields else _beside(path)
     )
     own = tuple(name for name in SETTING_NAMES if name in fields)
-    settings = base.settings({name: fields[name] for name in own})
+    try:
+        settings = base.settings({name: fields[name] for name in own}, path)
+    except EmtError as error:
+        yield Rejected(error, origin, str(path), fields.get("prompt", ""))
+        return
     for text in texts:
         if isinstance(text, Rejected):
             yield replace(text, origin=origin or text.origin)
@@ -201,7 +241,9 @@ def _checked(fields: Any, origin: str = "") -> _Line | Rejected:
     try:
         if not isinstance(fields, dict):
             raise EmtError("the line is not a JSON object", f"A job has the fields {', '.join(JOB_FIELDS)}.")
-        return _Line({name: parse_field(name, value) for name, value in fields.items()}, origin)
+        line = _Line({name: parse_field(name, value) for name, value in fields.items()}, origin)
+        check_together(line.fields)
+        return line
     except EmtError as error:
         known = fields if isinstance(fields, dict) else {}
         return Rejected(error, origin, str(known.get("reference", "")), str(known.get("prompt", "")))

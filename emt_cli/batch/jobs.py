@@ -92,7 +92,8 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
         method: How it is made if not as usual.
     """
     settings = job.settings.as_dict()
-    del settings["preset"]  # what it sets decides, by whatever name
+    for name in ("preset", "size"):  # what it sets decides, by whatever name
+        settings.pop(name, None)
     for name in ("best_of", "guidance_until", "cache_interval"):
         if settings[name] == 1:
             del settings[name]  # clips made before there was a choice are still these jobs'

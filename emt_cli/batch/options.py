@@ -116,6 +116,11 @@ class Memory(str, Enum):
     LOW = "low"
 
 
+MAX_SIDE = 4096  # pixels of a clip's width or height
+#: Name of the size that has the aspect of each reference, and those of fixed aspects.
+REFERENCE_SIZE = "reference"
+SIZE_NAMES = ("portrait", "landscape", REFERENCE_SIZE)
+
 _CLIP, _JOBS, _RUN = "The clip", "Jobs", "Running"
 
 
@@ -131,8 +136,16 @@ class Settings:
     """
 
     frames: Annotated[int, _clip("Number of frames. Default: the model's.", min=2, max=81)] = 16
-    height: Annotated[int, _clip("Height in pixels, a multiple of 8. Default: the model's.", min=8, max=4096)] = 512
-    width: Annotated[int, _clip("Width in pixels, a multiple of 8. Default: the model's.", min=8, max=4096)] = 512
+    height: Annotated[int, _clip("Height in pixels, a multiple of 8. Default: the model's.", min=8, max=MAX_SIDE)] = 512
+    width: Annotated[int, _clip("Width in pixels, a multiple of 8. Default: the model's.", min=8, max=MAX_SIDE)] = 512
+    size: Annotated[
+        str | None,
+        _clip(
+            "Width and height in place of --width and --height: 768x432, portrait (9:16), landscape (16:9), or "
+            "reference (each reference's own aspect); names have the model's area.",
+            metavar="WxH|NAME",
+        ),
+    ] = None
     steps: Annotated[int, _clip("Number of denoising steps. Default: the model's.", min=1, max=500)] = 25
     guidance: Annotated[
         float, _clip("Classifier-free guidance scale; 1 disables it. Default: the model's.", min=1.0, max=50.0)
@@ -183,13 +196,21 @@ class Settings:
     ] = 1
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
+        """The settings as JSON values, without those of `UNLISTED` at their defaults."""
         return dict(self._values)
 
     @cached_property
     def _values(self) -> dict[str, Any]:
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        values = ((f.name, getattr(self, f.name)) for f in fields(self) if not self._is_unlisted(f.name, f.default))
         return {name: value.value if isinstance(value, Enum) else value for name, value in values}
+
+    def _is_unlisted(self, name: str, default: Any) -> bool:
+        return name in UNLISTED and getattr(self, name) == default
+
+
+#: Settings that records and identities have only where they are not the default: so clips made before there was a
+#: choice are those of the same jobs.
+UNLISTED = ("size",)
 
 
 MAX_SEED = 2**63 - 1
@@ -299,6 +320,7 @@ class TransferOptions:
             check_device(self.device)
             parse_batch_size(self.batch_size)
             parse_seeds(self.seeds)
+            check_together(self.settings)
         named = self.engine not in ("auto", "torch")
         fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
         for both, text in (
@@ -398,6 +420,8 @@ def parse_field(name: str, value: Any) -> Any:
         except ValueError:
             allowed = ", ".join(str(member.value) for member in kind)
             raise EmtError(f"{name} is {value!r}", f"Allowed are {allowed}.") from None
+    if name == "size":
+        return _size(value)
     if kind is str:
         return _text(name, value)
     number = _number(name, value, kind, info.min, info.max)
@@ -407,6 +431,28 @@ def parse_field(name: str, value: Any) -> Any:
             f"It must be a multiple of 8, such as {number // 8 * 8 or 8} or {number // 8 * 8 + 8}.",
         )
     return number
+
+
+def _size(value: Any) -> str:
+    """A size as settings have it: a name in lower case, or WIDTHxHEIGHT."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text in SIZE_NAMES:
+        return text
+    width, by, height = text.partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        allowed = f"Allowed are {', '.join(SIZE_NAMES)} and WIDTHxHEIGHT, such as 768x432."
+        raise EmtError(f"size is {value!r:.100}", allowed)
+    return f"{parse_field('width', width)}x{parse_field('height', height)}"
+
+
+def check_together(given: Mapping[str, Any]) -> None:
+    """Raise an `EmtError` if settings that are given together exclude each other.
+
+    Args:
+        given: Of one command line or of one line of jobs, by name.
+    """
+    if given.get("size") and (both := [name for name in ("width", "height") if name in given]):
+        raise EmtError(f"size and {both[0]} exclude each other", "Give the size alone, or width and height.")
 
 
 def parse_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:

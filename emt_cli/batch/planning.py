@@ -21,6 +21,7 @@ from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import find_place
+from emt_cli.batch.shapes import Shapes
 from emt_cli.text import say, size
 from emt_engines.choice import engine_id
 
@@ -112,10 +113,10 @@ def make_plan(options: TransferOptions) -> Plan:
         UsageError: the command line makes no sense.
     """
     model = find_model(options.model, download=False)
-    listed, streamed = expand(options, model.defaults, say)
+    index = ContentIndex(options.cache_dir or default_dir())
+    listed, streamed = expand(options, model.defaults, say, Shapes(model, index))
     items = _both(listed, streamed)
     PromptWarnings(model.name, model.vocabulary, say).look(items)
-    index = ContentIndex(options.cache_dir or default_dir())
     model_sha256 = model.sha256(index)
     gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
     device = gpu or "cpu"

@@ -28,12 +28,14 @@ def transfer(options: TransferOptions) -> None:
     Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed (or standard output is full),
     2 bad usage, 130 interrupted.
     """
+    from emt.cache import ContentIndex, default_dir
     from emt.model_folder import find_model
     from emt_cli.batch.best_of import check_tracking
     from emt_cli.batch.inputs import PromptWarnings, expand
     from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.session import RunOptions, SessionOptions, open_session
+    from emt_cli.batch.shapes import Shapes
     from emt_cli.commands.plan import show
     from emt_cli.executors.local import LocalExecutor
     from emt_cli.terminal import ProgressReporter, Results
@@ -45,7 +47,8 @@ def transfer(options: TransferOptions) -> None:
     with ProgressReporter(Results.JSON if options.json else Results.PATHS) as reporter:
         reporter.phase("looking for the model and clips")
         model = find_model(options.model, download=True)
-        listed, streamed = expand(options, model.defaults, reporter.say)
+        shapes = Shapes(model, ContentIndex(options.cache_dir or default_dir()))
+        listed, streamed = expand(options, model.defaults, reporter.say, shapes)
         for job in listed:
             if isinstance(job, Job):
                 check_tracking(job)

@@ -1,0 +1,78 @@
+"""Shapes of clips that settings leave to the model and the reference: `--size` by name."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from emt.cache import ContentIndex
+from emt.errors import EmtError
+from emt.model_folder import DEFAULTS, Model
+from emt.storage import check_readable
+from emt_cli.batch.options import MAX_SIDE, REFERENCE_SIZE
+
+#: Width by height of the sizes that have a name.
+ASPECTS = {"landscape": 16 / 9, "portrait": 9 / 16}
+
+
+def size_of(aspect: float, area: int, multiple: int) -> tuple[int, int]:
+    """Width and height in pixels of an aspect and about an area, each a multiple of a number."""
+
+    def rounded(side: float) -> int:
+        return min(max(round(side / multiple), 1) * multiple, MAX_SIDE // multiple * multiple)
+
+    return rounded(math.sqrt(area * aspect)), rounded(math.sqrt(area / aspect))
+
+
+class Shapes:
+    """Shapes of a model's clips.
+
+    Args:
+        model: Whose area and multiple sizes have; None for the published one's.
+        index: Remembers what references are.
+    """
+
+    def __init__(self, model: Model | None = None, index: ContentIndex | None = None) -> None:
+        own = model.defaults if model else DEFAULTS
+        self._area = own["height"] * own["width"]
+        self._multiple = model.size_multiple if model else 8
+        self._index = index
+
+    def size(self, name: str, reference: Path) -> tuple[int, int]:
+        """Width and height in pixels of a size, `WIDTHxHEIGHT` or a name.
+
+        Raises:
+            EmtError: it is that of the reference, which cannot be read.
+        """
+        if "x" in name:
+            width, height = name.split("x")
+            return int(width), int(height)
+        aspect = self._aspect(reference) if name == REFERENCE_SIZE else ASPECTS[name]
+        return size_of(aspect, self._area, self._multiple)
+
+    def look_at(self, references: Iterable[Path]) -> None:
+        """Look at references at the same time, before they are asked after one by one."""
+
+        def look(path: Path) -> None:
+            with suppress(EmtError):  # it is raised where its job is
+                self._aspect(path)
+
+        if self._index:
+            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+                list(pool.map(look, references))
+
+    def _aspect(self, reference: Path) -> float:
+        from emt.video import probe
+
+        def find() -> float:
+            info = probe(reference)
+            return info.width / info.height
+
+        status = check_readable(reference)
+        if self._index is None or reference.is_dir():  # what is in a folder may change without it
+            return find()
+        return self._index.remember("aspect", reference, status, find, float)
