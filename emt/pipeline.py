@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emt.backbone import LARGE_TEXT_ENCODERS, import_backbones
+from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, import_backbones
 from emt.backends.base import Backend
 from emt.backends.codec import codec_of
 from emt.backends.torch import TorchBackend
 from emt.checkpoints import check_loaded
+from emt.diffusers_interface import DiffusersInterface
 from emt.errors import EmtError
 from emt.features import Motion, joined
 from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
@@ -38,8 +39,18 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Of a model folder: diffusers imports no network's module because a folder names it.
+_CUSTOM_PIPELINE = '''"""Opens this folder in diffusers, where emt is installed.
 
-class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
+    DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
+"""
+
+import {module}
+from emt.pipeline import MotionTransferPipeline
+'''
+
+
+class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, DiffusionPipeline):
     """Motion transfer with an adapted text-to-video network (EfficientMT, arXiv 2503.19369).
 
     The numbers are the model's defaults; those of this signature are the published ones.
@@ -93,6 +104,8 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         #: Encodes prompts where there is no `text_encoder`: its encoder is too large to be open beside the network.
         self.prompt_encoder: PromptEncoder | None = None
         self.backend: Backend = TorchBackend(self)
+        #: The scheduler that the model came with: one that was put in its place samples itself (`__call__`).
+        self.models_scheduler = scheduler
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> MotionTransferPipeline:
@@ -124,8 +137,16 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write a model folder, as `DiffusionPipeline.save_pretrained`, with the text encoder that is not open."""
+        """Write a model folder, as `DiffusionPipeline.save_pretrained`, with the text encoder that is not open.
+
+        With `pipeline.py`, `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
+        trust_remote_code=True)` opens it, too; not a model whose prompts are encoded apart.
+        """
         super().save_pretrained(str(save_directory), **options)
+        kind = type(self.unet).__name__
+        if self.prompt_encoder is None and kind in BACKBONES:
+            text = _CUSTOM_PIPELINE.format(module=BACKBONES[kind][0])
+            (Path(save_directory) / "pipeline.py").write_text(text, encoding="utf-8")
         if self.prompt_encoder is not None:
             source, index = self.prompt_encoder.model, Path(save_directory) / "model_index.json"
             shutil.copytree(source / "text_encoder", Path(save_directory) / "text_encoder")
@@ -145,7 +166,6 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         in the computer's memory.
         """
         self.enable_model_cpu_offload(device=device)
-        self.backend = TorchBackend(self, low_memory=True)
 
     # ------------------------------------------------------------------------------------------------------ motion
 
@@ -276,8 +296,6 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         check_finite(latents, seeds)
         return self.decode_clips(list(latents))
 
-    __call__ = generate
-
     def _network(
         self,
         prompts: list[str],
@@ -321,6 +339,9 @@ class MotionTransferPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         """
         if self.prompt_encoder is not None:
             return self.prompt_encoder(prompts).to(self._execution_device, self.unet.dtype)
+        if (kind := type(self.text_encoder).__name__) in LARGE_TEXT_ENCODERS:
+            hint = "Open the model with MotionTransferPipeline.from_pretrained."
+            raise EmtError(f"prompts are not encoded by an open {kind}", hint)
         limit = self.tokenizer.model_max_length
         # A word of a textual inversion stands for as many tokens as it has vectors.
         prompts = [self.maybe_convert_prompt(prompt, self.tokenizer) for prompt in prompts]
@@ -412,5 +433,4 @@ def load_pipeline(
     except Exception as error:  # damaged configurations fail in any way in the parsers of diffusers and transformers
         text = shorten(str(error) or type(error).__name__, 400)
         raise EmtError(f"the model {model} cannot be opened: {text}", hint) from error
-    pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

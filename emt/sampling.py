@@ -143,8 +143,9 @@ def run_sampler(
     guidance: float,
     *,
     guided_steps: int | None = None,
-    generators: Sequence[torch.Generator] = (),
+    generators: Sequence[torch.Generator] | torch.Generator | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    after_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Denoise with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
@@ -156,8 +157,10 @@ def run_sampler(
         noise: (clips, …), float32.
         guidance: scale; 1 is without.
         guided_steps: steps with guidance, the first ones; None for all.
-        generators: of each clip, for samplers that add noise.
+        generators: of each clip, or one of all, for samplers that add noise; None for torch's own.
         on_step: called with (steps done, steps) after each.
+        after_step: called with the number of each step, its timestep and the latents that it made; returns those to go
+            on with, or None to end there.
 
     Returns:
         Latents, as the noise.
@@ -169,7 +172,7 @@ def run_sampler(
     latents = noise * getattr(sampler, "init_noise_sigma", 1.0)  # a flow begins with noise as it is
     options: dict[str, Any] = {}
     if "generator" in inspect.signature(sampler.step).parameters:
-        options["generator"] = list(generators)
+        options["generator"] = list(generators) if isinstance(generators, Sequence) else generators
     scales = hasattr(sampler, "scale_model_input")  # Euler's method for flows has nothing to scale
     for i, timestep in enumerate(sampler.timesteps):
         guided = i < guided_steps
@@ -181,6 +184,11 @@ def run_sampler(
         latents = sampler.step(prediction, timestep, latents, **options).prev_sample
         if on_step:
             on_step(i + 1, steps)
+        if after_step:
+            changed = after_step(i, timestep, latents)
+            if changed is None:
+                break
+            latents = changed
     return latents
 
 

@@ -102,17 +102,17 @@ class TestRecordedCalls:
         for (prompt, motion), options in requested:
             options = {"steps": 2} | options
             expected = pipe.generate(prompt, motion, **options)
-            for got, wanted in zip(recording(prompt, motion, **options), expected, strict=True):
+            for got, wanted in zip(recording.generate(prompt, motion, **options), expected, strict=True):
                 np.testing.assert_array_equal(got, wanted)
 
     def test_one_recording_serves_all_clips_of_a_shape(self, recording, motions):
         for seed, motion in enumerate(motions * 2):
-            recording(f"cat {seed}", motion, steps=3, seed=seed)
+            recording.generate(f"cat {seed}", motion, steps=3, seed=seed)
         assert Recorder.recorded == 1
-        recording(["a", "b"], motions[0], steps=1)
-        recording("a", recording.extract_motion(clip(0, 16, 24)), steps=1)
+        recording.generate(["a", "b"], motions[0], steps=1)
+        recording.generate("a", recording.extract_motion(clip(0, 16, 24)), steps=1)
         assert Recorder.recorded == 3
-        recording("a", motions[0], steps=1)
+        recording.generate("a", motions[0], steps=1)
         assert Recorder.recorded == 3
 
     def test_references_of_a_shape_that_comes_again(self, pipe, recording):
@@ -129,7 +129,7 @@ class TestRecordedCalls:
         for prompts in (["a"], ["a"] * 2, ["a"], ["a"] * 3, ["a"], ["a"] * 2):
             seeds = list(range(len(prompts)))
             expected = pipe.generate(prompts, motions[0], steps=1, seed=seeds)
-            np.testing.assert_array_equal(recording(prompts, motions[0], steps=1, seed=seeds), expected)
+            np.testing.assert_array_equal(recording.generate(prompts, motions[0], steps=1, seed=seeds), expected)
         assert Recorder.recorded == 4
 
     def test_a_motion_that_has_given_way_is_not_mistaken_for_the_next_one(self, recording, motions):
@@ -155,13 +155,13 @@ class TestRecordedCalls:
     @torch.no_grad()
     def test_weights_that_change(self, recording, motions):
         """In place they are read anew; those moved elsewhere are recorded anew."""
-        before = recording("a cat", motions[0], steps=1)
+        before = recording.generate("a cat", motions[0], steps=1)
         recording.unet.conv_out.weight.mul_(2)
-        changed = recording("a cat", motions[0], steps=1)
+        changed = recording.generate("a cat", motions[0], steps=1)
         assert (before[0] != changed[0]).any()
         assert Recorder.recorded == 1
         recording.unet.conv_out.weight.data = recording.unet.conv_out.weight / 2
-        np.testing.assert_array_equal(recording("a cat", motions[0], steps=1), before)
+        np.testing.assert_array_equal(recording.generate("a cat", motions[0], steps=1), before)
         assert Recorder.recorded == 2
 
 
@@ -181,7 +181,7 @@ class TestWeightsForTheGpu:
         assert all(torch.equal(after[name], before[name]) for name in before)
         attention = own.unet.mid_block.attentions[0].transformer_blocks[0].attn1
         assert attention.to_qkv.weight.data_ptr() == attention.to_q.weight.data_ptr()
-        got, wanted = (p("a cat", motions[0], steps=2)[0].astype(int) for p in (own, pipe))
+        got, wanted = (p.generate("a cat", motions[0], steps=2)[0].astype(int) for p in (own, pipe))
         assert np.abs(got - wanted).max() <= 1
         own.unet.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in after.items()})
         assert not attention.to_qkv.weight.any()
@@ -239,7 +239,7 @@ class TestLowMemory:
         (got,) = pipe.generate("a cat", motion, steps=2)
         assert {part.device.type for part in (pipe.unet, pipe.text_encoder)} == {"cpu"}
         usual = load_pipeline(folder, "cuda", torch.float16)
-        (wanted,) = usual("a cat", usual.extract_motion(clip()), steps=2)
+        (wanted,) = usual.generate("a cat", usual.extract_motion(clip()), steps=2)
         assert np.abs(got.astype(int) - wanted.astype(int)).mean() < 0.5
 
 

@@ -40,6 +40,7 @@ emt.features | emt.evaluate
 emt.backbone
 emt.cache emt.model_folder | emt.device
 emt.backends | emt.sampling | emt.prompts | emt.importing
+emt.diffusers_interface
 emt.pipeline
 emt.backbones.sd15 | emt.backbones.wan21
 emt.unet

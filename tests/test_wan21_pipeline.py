@@ -150,6 +150,14 @@ class TestMotion:
         for made, prompt, one, seed in zip(together, ["a cat", "a dog"], [motion, other], [3, 4], strict=True):
             assert far(made, pipe.generate(prompt, one, seed=seed)[0]) < 0.1
 
+    def test_called_as_diffusers_pipelines_are_it_makes_the_same_clip(self, pipe, motion):
+        seed = torch.Generator().manual_seed(3)
+        (found,) = pipe("a cat", clip(), negative_prompt="a dog", generator=seed, output_type="np").frames
+        expected = pipe.generate("a cat", motion, negative_prompt="a dog", seed=3)[0]
+        assert far(np.round(found * 255), expected) == 0
+        with pytest.raises(ValueError, match="num_frames is 8"):
+            pipe("a cat", clip(), num_frames=8)
+
     @pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc", "dpm++"])
     def test_every_sampler_of_a_flow(self, pipe, motion, scheduler):
         made = pipe.generate("a cat", motion, scheduler=scheduler)[0]

@@ -142,7 +142,7 @@ class Images:
                         "Move it into another folder.",
                     )
                 with _one_at_a_time if image.width * image.height > _LARGE else nullcontext():
-                    _place(image, frame, fit)
+                    place(image, frame, fit)
         return ()
 
     def counted(self) -> Images:
@@ -194,7 +194,7 @@ class Animation:
                 while number < place:
                     number += 1
                     _seek(image, number + self.first)
-                _place(image, frame, fit)
+                place(image, frame, fit)
         return ()
 
     def counted(self) -> Animation:
@@ -219,7 +219,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else (image.width, image.height)
 
 
-def _place(image: Image.Image, frame: np.ndarray, fit: Fit) -> None:
+def place(image: Image.Image, frame: np.ndarray, fit: Fit) -> None:
     """Bring a picture to a frame's size, upright, over white where it is transparent."""
     height, width = frame.shape[:2]
     orientation = _orientation(image)

@@ -1,0 +1,342 @@
+"""The pipeline called as diffusers' pipelines are: arguments, output, scheduler, callback, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
+from diffusers.utils import export_to_video
+from PIL import Image
+
+from emt.backbones.sd15.random_model import random_model
+from emt.diffusers_interface import MotionTransferOutput, read_video, videos_of
+from emt.errors import EmtError
+from emt.features import Motion
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.video import read_clip, write_clip
+
+FRAMES, HEIGHT, WIDTH = 4, 16, 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sizes = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "steps": 2}
+    return random_model(tmp_path_factory.mktemp("interface") / "model", **sizes)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> MotionTransferPipeline:
+    opened = load_pipeline(folder)
+    opened.set_progress_bar_config(disable=True)
+    return opened
+
+
+@pytest.fixture
+def restored(pipe):
+    """The pipeline, whose scheduler is its own again afterwards."""
+    yield pipe
+    pipe.scheduler = pipe.models_scheduler
+
+
+def pixels(seed: int = 0, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def motion(pipe) -> Motion:
+    return pipe.extract_motion(pixels())
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(pipe, *arguments, seed: int = 3, **options) -> np.ndarray:
+    """The first clip, (frames, height, width, 3)."""
+    found = pipe(*arguments, **{"generator": seeded(seed), "output_type": "np", **options})
+    return (found.frames[0] * 255).round().astype(np.uint8)
+
+
+# ---- the same clips as generate() makes ---------------------------------------------------------------------------
+
+
+def test_a_generators_seed_is_the_seed_of_generate(pipe, motion):
+    (expected,) = pipe.generate("a cat", motion, seed=3, negative_prompt="a dog", guidance=4.0, steps=3)
+    options = {"negative_prompt": "a dog", "guidance_scale": 4.0, "num_inference_steps": 3}
+    np.testing.assert_array_equal(made(pipe, "a cat", motion=motion, **options), expected)
+    np.testing.assert_array_equal(made(pipe, "a cat", pixels(), **options), expected)
+
+
+def test_without_guidance_and_without_a_reference(pipe):
+    np.testing.assert_array_equal(made(pipe, "a cat", guidance_scale=1), pipe.generate("a cat", seed=3, guidance=1)[0])
+    assert made(pipe, "a cat", num_frames=3, height=8, width=32).shape == (3, 8, 32, 3)
+
+
+def test_a_batch_has_a_generator_a_motion_and_a_negative_prompt_for_each(pipe, motion):
+    other = pipe.extract_motion(pixels(1))
+    together = pipe(
+        ["a cat", "a dog"],
+        motion=[motion, other],
+        negative_prompt=["", "x"],
+        generator=[seeded(5), seeded(6)],
+        output_type="np",
+    ).frames
+    alone = [made(pipe, "a cat", motion=motion, seed=5), made(pipe, "a dog", motion=other, negative_prompt="x", seed=6)]
+    for one, expected in zip(together, alone, strict=True):
+        assert np.abs(one * 255 - expected).max() <= 1
+
+
+def test_several_videos_of_a_prompt_come_one_after_the_other(pipe, motion):
+    generators = [seeded(n) for n in range(4)]
+    clips = pipe(["a", "b"], motion=motion, num_videos_per_prompt=2, generator=generators, output_type="np").frames
+    for clip, (prompt, seed) in zip(clips, [("a", 0), ("a", 1), ("b", 2), ("b", 3)], strict=True):
+        assert np.abs(clip * 255 - made(pipe, prompt, motion=motion, seed=seed)).max() <= 1
+
+
+def test_encodings_and_latents_stand_for_prompts_and_noise(pipe, motion):
+    expected = made(pipe, "a cat", motion=motion, negative_prompt="a dog")
+    cat, dog = pipe.encode_prompts(["a cat"]), pipe.encode_prompts(["a dog"])
+    noise = pipe.initial_noise([seeded(3)], FRAMES, HEIGHT, WIDTH)
+    given = {"prompt_embeds": cat, "negative_prompt_embeds": dog, "latents": noise, "generator": None}
+    assert np.abs(made(pipe, motion=motion, **given).astype(int) - expected).max() <= 1
+
+
+def test_without_a_generator_clips_differ(pipe, motion):
+    clips = [pipe("a", motion=motion, num_inference_steps=1, output_type="pt").frames for _ in range(2)]
+    assert not torch.equal(*clips)
+
+
+# ---- videos of every kind -----------------------------------------------------------------------------------------
+
+
+def kinds(frames: np.ndarray) -> dict[str, object]:
+    floats = frames.astype(np.float32) / 255
+    return {
+        "array": frames,
+        "array of floats": floats,
+        "list of arrays": list(frames),
+        "PIL images": [Image.fromarray(frame) for frame in frames],
+        "tensor": torch.from_numpy(frames).permute(0, 3, 1, 2),
+        "tensor of floats": torch.from_numpy(floats).permute(0, 3, 1, 2),
+        "list of tensors": list(torch.from_numpy(floats).permute(0, 3, 1, 2)),
+        "double": floats.astype(np.float64),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds(pixels()))
+def test_every_kind_of_video_is_the_same_frames(kind):
+    given = kinds(pixels())[kind]
+    assert len(videos_of(given)) == 1
+    assert len(videos_of([given, given])) == 2
+    np.testing.assert_array_equal(read_video(given, FRAMES, (WIDTH, HEIGHT)), pixels())
+
+
+def test_a_dark_video_of_bytes_is_not_taken_for_one_of_fractions():
+    """Its numbers, 0 and 1, are allowed for both; the dtype alone decides."""
+    dark = pixels() // 128
+    np.testing.assert_array_equal(read_video(dark, FRAMES, (WIDTH, HEIGHT)), dark)
+    np.testing.assert_array_equal(read_video(dark.astype(np.float32), FRAMES, (WIDTH, HEIGHT)), dark * 255)
+
+
+def test_files_and_frames_are_sampled_and_cropped_alike(tmp_path):
+    path = tmp_path / "clip"
+    write_clip(path, pixels(frames=11, height=40, width=40), 8)
+    expected = read_clip(path, frames=FRAMES, size=(WIDTH, HEIGHT))
+    for given in (path, str(path), expected, pixels(frames=11, height=40, width=40)):
+        np.testing.assert_array_equal(read_video(given, FRAMES, (WIDTH, HEIGHT)), expected.frames)
+    assert len(videos_of([path, str(path)])) == 2
+    assert len(videos_of(np.stack([pixels(), pixels(1)]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (pixels().astype(np.float32), ValueError, "0 to 255"),
+        (pixels().astype(np.float32) / 127.5 - 1, ValueError, "from -1 to 1, expected 0 to 1"),
+        (np.full((FRAMES, 8, 8, 3), np.nan), ValueError, "nan"),
+        (pixels().astype(np.int64), TypeError, "int64"),
+        (pixels()[..., :1], ValueError, r"\(frames, height, width, 3\)"),
+        (torch.from_numpy(pixels()), ValueError, r"\(frames, 3, height, width\)"),
+        (pixels()[:2], ValueError, "num_frames=2"),
+        ([pixels()[0], pixels()[0, :8]], ValueError, "differ"),
+    ],
+)
+def test_what_is_no_video_is_named(given, error, said):
+    with pytest.raises(error, match=said):
+        read_video(given, FRAMES, (WIDTH, HEIGHT))
+
+
+def test_a_missing_file_is_one_error(pipe, tmp_path):
+    with pytest.raises(EmtError, match="nothing"):
+        pipe("a cat", tmp_path / "nothing.mp4")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt": "a", "video": 3}, "video is a int"),
+        ({"prompt": "a", "video": []}, "empty"),
+        ({"video": pixels()}, "prompt or prompt_embeds"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": "a", "output_type": "gif"}, "pil, np, pt, latent"),
+        ({"prompt": "a", "height": 12}, "height is 12, allowed are multiples of 8"),
+        ({"prompt": "a", "num_frames": 1}, "num_frames is 1, allowed are 2 to"),
+        ({"prompt": "a", "video": pixels(), "num_frames": 999}, "num_frames is 999"),
+        ({"prompt": ["a", "b", "c"], "video": [pixels(), pixels(1)]}, "video has 2 entries, expected 1 or 3"),
+        ({"prompt": "a", "generator": [torch.Generator()] * 2}, "generator has 2 entries, expected one or 1"),
+        ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
+        ({"prompt": "a", "latents": torch.zeros(1, 4, 2, 2, 2)}, "latents have shape"),
+        ({"prompt_embeds": torch.zeros(1, 4, 5)}, "encodings of prompts have shape"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "allowed are latents, prompt_embeds"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(pipe, options, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        pipe(**options)
+
+
+def test_a_motion_goes_where_motions_go(pipe, motion):
+    with pytest.raises(TypeError, match="motion="):
+        pipe("a cat", motion)
+    with pytest.raises(ValueError, match="both"):
+        pipe("a cat", pixels(), motion)
+    with pytest.raises(ValueError, match="height is 32, but the motion was read at 16"):
+        pipe("a cat", motion=motion, height=32)
+
+
+# ---- the output ---------------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_those_of_diffusers(pipe, motion, tmp_path):
+    outputs = {
+        kind: pipe("a cat", motion=motion, generator=seeded(3), output_type=kind) for kind in ("pil", "np", "pt")
+    }
+    assert all(isinstance(output, MotionTransferOutput) for output in outputs.values())
+    array = outputs["np"].frames
+    assert (array.shape, array.dtype) == ((1, FRAMES, HEIGHT, WIDTH, 3), np.float32)
+    assert outputs["pt"].frames.shape == (1, FRAMES, 3, HEIGHT, WIDTH)
+    assert torch.equal(outputs["pt"].frames, torch.from_numpy(array).permute(0, 1, 4, 2, 3))
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in outputs["pil"].frames[0]]), array[0] * 255)
+    (latents,) = pipe("a cat", motion=motion, generator=seeded(3), output_type="latent", return_dict=False)
+    assert latents.shape == (1, 4, FRAMES, HEIGHT // 8, WIDTH // 8)
+    np.testing.assert_array_equal(pipe.decode_latents(latents[0]), np.round(array[0] * 255).astype(np.uint8))
+    for kind in ("pil", "np"):
+        path = export_to_video(outputs[kind].frames[0], str(tmp_path / f"{kind}.mp4"), fps=8)
+        assert read_clip(path, frames=FRAMES).frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
+
+
+def test_a_call_shows_its_progress(folder, motion, capsys):
+    pipe = load_pipeline(folder)
+    pipe("a cat", motion=motion, num_inference_steps=2)
+    assert "2/2" in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a cat", motion=motion, num_inference_steps=2)
+    assert capsys.readouterr().err == ""
+
+
+# ---- the scheduler ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["euler", "lcm"])
+def test_a_scheduler_put_in_place_of_the_models_samples(restored, motion, name):
+    pipe, steps = restored, 3
+    own = made(pipe, "a cat", motion=motion, num_inference_steps=steps)
+    expected = pipe.generate("a cat", motion, seed=3, scheduler=name, steps=steps, guidance=1.5)[0]
+    kind = {"euler": EulerDiscreteScheduler, "lcm": LCMScheduler}[name]
+    spacing = {"timestep_spacing": "trailing"} if name == "euler" else {}
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **spacing)
+    found = made(pipe, "a cat", motion=motion, num_inference_steps=steps, guidance_scale=1.5)
+    np.testing.assert_array_equal(found, expected)
+    assert (found != own).any()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    assert np.abs(made(pipe, "a cat", motion=motion, num_inference_steps=5).astype(int)).max() > 0
+
+
+# ---- the callback -------------------------------------------------------------------------------------------------
+
+
+def test_a_callback_sees_each_step_and_changes_what_it_returns(pipe, motion):
+    seen = []
+
+    def look(given, step, timestep, tensors):
+        seen.append((given, step, int(timestep), sorted(tensors)))
+        return {}
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    options = {"motion": motion, "num_inference_steps": 3}
+    plain = made(pipe, "a cat", **options)
+    watched = made(pipe, "a cat", **options, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
+    np.testing.assert_array_equal(watched, plain)
+    assert [step for _, step, _, _ in seen] == [0, 1, 2]
+    assert all(given is pipe and tensors == sorted(names) for given, _, _, tensors in seen)
+    assert [timestep for _, _, timestep, _ in seen] == pipe.make_sampler("ddim", 3).timesteps.tolist()
+
+    dog = pipe.encode_prompts(["a dog"])
+    changed = made(pipe, "a cat", **options, callback_on_step_end=lambda *_: {"prompt_embeds": dog})
+    assert (changed != plain).any()
+    zero = pipe(
+        "a cat", **options, output_type="latent", callback_on_step_end=lambda *a: {"latents": 0 * a[3]["latents"]}
+    )
+    assert not zero.frames.any()
+
+
+def test_a_callback_ends_the_call_and_the_next_one_is_whole(pipe, motion):
+    steps = []
+
+    def stop(given, step, timestep, tensors):
+        steps.append(step)
+        given._interrupt = step == 1
+        return tensors
+
+    options = {"motion": motion, "num_inference_steps": 4, "generator": seeded(3)}
+    pipe("a cat", **options, callback_on_step_end=stop)
+    assert steps == [0, 1]
+    np.testing.assert_array_equal(
+        made(pipe, "a cat", motion=motion, num_inference_steps=4),
+        pipe.generate("a cat", motion, seed=3, steps=4)[0],
+    )
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_makes_the_same_clip(folder, pipe, how, monkeypatch):
+    """On the CPU in a GPU's place, which accelerate knows without a number only."""
+    offload = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda part, at, **how: offload(part, torch.device(at.type), **how))
+    spared = load_pipeline(folder)
+    spared.set_progress_bar_config(disable=True)
+    getattr(spared, how)(device="cpu")
+    for _ in range(2):
+        np.testing.assert_array_equal(made(spared, "a cat", pixels()), made(pipe, "a cat", pixels()))
+    assert spared.backend.low_memory
+    assert ("meta" in {p.device.type for p in spared.vae.parameters()}) == (how == "enable_sequential_cpu_offload")
+
+
+# ---- the model folder ---------------------------------------------------------------------------------------------
+
+
+def test_diffusers_opens_a_model_folder_by_itself(folder, pipe):
+    """In a process that has not imported anything of this project."""
+    code = (
+        "import sys, numpy, torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline='pipeline', trust_remote_code=True)\n"
+        "frames = pipe('a cat', output_type='np', generator=torch.Generator().manual_seed(3)).frames[0]\n"
+        "numpy.save(sys.argv[2], frames)\n"
+    )
+    saved = folder.parent / "frames.npy"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules")}
+    command = [sys.executable, "-c", code, str(folder), str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal((np.load(saved) * 255).round().astype(np.uint8), made(pipe, "a cat"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline")
