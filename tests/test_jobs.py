@@ -110,7 +110,7 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
     changes = {
         "frames": 8, "height": 64, "width": 64, "steps": 3, "guidance": 2.0, "scheduler": Scheduler.LCM,
         "negative_prompt": "x", "fit": "pad", "start": 1.0, "duration": 2.0, "stride": 2, "fps": 3.0, "format": "gif",
-        "best_of": 3, "guidance_until": 0.5, "cache_interval": 2,
+        "best_of": 3, "guidance_until": 0.5, "cache_interval": 2, "audio": "copy",
     }  # fmt: skip
     assert set(changes) | {"preset", "size"} == set(SETTING_NAMES)  # these are what they set
     others = [replace(JOB, settings=replace(JOB.settings, **{k: parse_field(k, v)})) for k, v in changes.items()]
@@ -118,8 +118,15 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
     identities = {identity(), identity(reference="q"), identity(model="n"), identity(precision="fp32")}
     identities |= {identity(job) for job in others}
     assert len(identities) == 4 + len(others)
+
     moved = replace(JOB, reference=Path("/elsewhere/other name.mp4"), origin="line 3", overrides=("steps",))
     assert identity(moved) == identity(), "where a file lies and where a job was read is no part of it"
+
+
+def test_jobs_without_the_later_settings_are_those_of_earlier_versions():
+    settings = Settings().as_dict()
+    assert "audio" not in settings
+    assert identify(JOB, reference="r", model="m", precision="auto") == "67a299af6d796929e0b581335c199a2a"
 
 
 # ---- values -------------------------------------------------------------------------------------------------------

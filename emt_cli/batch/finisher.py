@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
 from emt_cli.batch.best_of import Candidate
-from emt_cli.batch.generator import playback_rate
+from emt_cli.batch.generator import playback_rate, silence_warnings
 from emt_cli.batch.inputs import syntax_warnings
 from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.results import write_result
@@ -127,7 +127,10 @@ class Finisher:
         try:
             record = self.generator.record(task.job, task.identity, task.reference.sha256, batch)
             record |= task.candidates.record() if task.candidates else {}
-            warnings = [*task.reference.warnings, *task.warnings, *syntax_warnings(task.job)]
+            sound = task.reference.sound(task.job, self.index)
+            silent = silence_warnings(task.job, sound)
+            self.outcomes.warn(silent)
+            warnings = [*task.reference.warnings, *task.warnings, *syntax_warnings(task.job), *silent]
             record |= {"warnings": warnings} if warnings else {}
             reason = ""
             if self.filter:
@@ -140,7 +143,7 @@ class Finisher:
             begun = time.monotonic()
             if not reason:
                 clip = self.outcomes.out / task.output
-                write_result(clip, frames, playback_rate(task.job, task.reference.fps), record)
+                write_result(clip, frames, playback_rate(task.job, task.reference.fps), record, sound)
                 timings["encode"] = time.monotonic() - begun
             rounded = {name: round(seconds, 4) for name, seconds in timings.items()}
             line = {**task.line, **record, "timings": rounded, "peak_memory": peak}

@@ -19,7 +19,8 @@ from emt.errors import EmtError
 from emt.model_folder import Model
 from emt_cli.batch.estimates import size_that_fits
 from emt_cli.batch.jobs import NUMERICS_VERSION, Job, digest
-from emt_cli.text import size
+from emt_cli.batch.options import Audio
+from emt_cli.text import printable, size
 from emt_engines.choice import TORCH, Engine, EngineChoice
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from emt.features import Motion
     from emt.pipeline import MotionTransferPipeline
     from emt.prompts import PromptEncoder
-    from emt.video import Clip
+    from emt.video import Clip, Sound
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -54,6 +55,26 @@ def read_reference(job: Job, path: Path | None = None) -> Clip:
     sampling = job.sampling
     shape = {"frames": sampling.pop("frames"), "size": (sampling.pop("width"), sampling.pop("height"))}
     return read_clip(path or job.reference, **shape, **sampling)
+
+
+def read_sound(job: Job, path: Path | None = None) -> Sound | None:
+    """The sound that goes along with a job's clip, of the time that `read_reference` samples; None for none.
+
+    Raises:
+        EmtError: the reference cannot be read.
+    """
+    from emt.video import sampled_sound
+
+    if job.settings.audio is Audio.NONE:
+        return None
+    s = job.settings
+    return sampled_sound(path or job.reference, frames=s.frames, start=s.start, duration=s.duration, stride=s.stride)
+
+
+def silence_warnings(job: Job, sound: Sound | None) -> list[str]:
+    """A line if there was sound to take along, and the reference has none."""
+    missing = job.settings.audio is Audio.COPY and sound is None
+    return [f"{printable(job.reference.name)} has no sound: the clip is silent"] if missing else []
 
 
 def playback_rate(job: Job, reference_fps: float) -> float:

@@ -30,6 +30,7 @@ from emt_cli.batch.options import (
     Settings,
     TransferOptions,
     UsageError,
+    check_sound,
     check_together,
     parse_defaults,
     parse_field,
@@ -83,7 +84,7 @@ class _Base:
         Jobs with the same share one object.
 
         Raises:
-            EmtError: they depend on the reference, which cannot be read.
+            EmtError: they exclude each other, or depend on the reference, which cannot be read.
         """
         key = (*own.items(), reference if self.look_at_references(own) else None)
         if key not in self._made:
@@ -98,6 +99,7 @@ class _Base:
         given = {**self._sized(self.given, reference), **self._sized(own, reference)}
         if "size" not in own and {"width", "height"} & own.keys():
             given.pop("size", None)
+        check_sound(given)
         preset = preset_values(given.get("preset", Preset.EXACT).value, self.defaults.get("steps", Settings.steps))
         preset = {name: parse_field(name, value) for name, value in preset.items()}
         models = self.defaults.get("scheduler", Settings.scheduler)

@@ -91,6 +91,13 @@ class Format(str, Enum):
     PNG = "png"
 
 
+class Audio(str, Enum):
+    """Sound of a result."""
+
+    NONE = "none"
+    COPY = "copy"
+
+
 class Precision(str, Enum):
     """Arithmetic of the network."""
 
@@ -185,6 +192,10 @@ class Settings:
         _clip("Frame rate of the result, in frames per second. Default: the reference's pace.", min=0.1, max=240.0),
     ] = None
     format: Annotated[Format, _clip("File format of the result. Default: mp4.")] = Format.MP4
+    audio: Annotated[
+        Audio,
+        _clip("Sound of the result. copy: the reference's, in mp4 and webm, as fast as its frames. Default: none."),
+    ] = Audio.NONE
     best_of: Annotated[
         int,
         _clip(
@@ -210,7 +221,7 @@ class Settings:
 
 #: Settings that records and identities have only where they are not the default: so clips made before there was a
 #: choice are those of the same jobs.
-UNLISTED = ("size",)
+UNLISTED = ("size", "audio")
 
 
 MAX_SEED = 2**63 - 1
@@ -321,6 +332,7 @@ class TransferOptions:
             parse_batch_size(self.batch_size)
             parse_seeds(self.seeds)
             check_together(self.settings)
+            check_sound(self.settings)
         named = self.engine not in ("auto", "torch")
         fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
         for both, text in (
@@ -453,6 +465,15 @@ def check_together(given: Mapping[str, Any]) -> None:
     """
     if given.get("size") and (both := [name for name in ("width", "height") if name in given]):
         raise EmtError(f"size and {both[0]} exclude each other", "Give the size alone, or width and height.")
+
+
+def check_sound(given: Mapping[str, Any]) -> None:
+    """Raise an `EmtError` if a result is to have sound whose format has none; `given` are settings by name."""
+    format = given.get("format", Settings.format)
+    if given.get("audio") is Audio.COPY and format not in (Format.MP4, Format.WEBM):
+        raise EmtError(
+            f"clips in the format {format.value} have no sound", "Use --format mp4 or webm, or --audio none."
+        )
 
 
 def parse_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:

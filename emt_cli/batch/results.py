@@ -17,6 +17,8 @@ from emt_cli.batch.records import dumps, parse
 if TYPE_CHECKING:
     import numpy as np
 
+    from emt.video import Sound
+
 _KEY = "emt"
 
 
@@ -25,8 +27,17 @@ def sidecar(clip: Path) -> Path:
     return clip.with_name(clip.name + ".json")
 
 
-def write_result(clip: Path, frames: np.ndarray, fps: float, record: dict[str, Any]) -> None:
+def write_result(
+    clip: Path, frames: np.ndarray, fps: float, record: dict[str, Any], sound: Sound | None = None
+) -> None:
     """Write a clip that carries its record, and then the record beside it; each is whole or not there at all.
+
+    Args:
+        clip: Its path.
+        frames: uint8, (frames, height, width, 3), RGB.
+        fps: Frames per second.
+        record: All that it takes to make it again.
+        sound: Part of the reference's that goes along.
 
     Raises:
         EmtError: the clip cannot be written (a full disk, a folder without permission).
@@ -34,7 +45,7 @@ def write_result(clip: Path, frames: np.ndarray, fps: float, record: dict[str, A
     """
     from emt.video import write_clip
 
-    write_clip(clip, frames, fps, metadata={_KEY: dumps(record).decode()})
+    write_clip(clip, frames, fps, metadata={_KEY: dumps(record).decode()}, sound=sound)
     write_atomically(sidecar(clip), dumps(record) + b"\n")
 
 

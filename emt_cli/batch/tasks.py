@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt_cli.batch.best_of import BestOf
-from emt_cli.batch.generator import describe, read_reference
+from emt_cli.batch.generator import describe, read_reference, read_sound
 from emt_cli.batch.jobs import Job
 
 if TYPE_CHECKING:
     from emt.evaluate.tracks import Tracklets
     from emt.features import Motion
-    from emt.video import Clip
+    from emt.video import Clip, Sound
 
 
 class Reference:
@@ -52,9 +52,23 @@ class Reference:
             EmtError: they cannot be read, or differ from those that its hash was taken of.
         """
         clip = read_reference(self.job)
+        self._check_unchanged(index)
+        return clip
+
+    def sound(self, job: Job, index: ContentIndex) -> Sound | None:
+        """The part of its sound that goes along with a job's clip; None for none.
+
+        Raises:
+            EmtError: as `read`.
+        """
+        sound = read_sound(job)
+        if sound:
+            self._check_unchanged(index)
+        return sound
+
+    def _check_unchanged(self, index: ContentIndex) -> None:
         if index.sha256(self.job.reference) != self.sha256:
             raise EmtError(f"{self.job.reference.name} changed while it was read", "Run again.")
-        return clip
 
     def tracklets(self, index: ContentIndex) -> Tracklets:
         """Track its points on first use; threads may share it."""

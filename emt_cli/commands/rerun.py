@@ -138,7 +138,13 @@ def _make_again(
     device: str,
     kernels: Kernels | None,
 ) -> None:
-    from emt_cli.batch.generator import heard_warnings, playback_rate, read_reference
+    from emt_cli.batch.generator import (
+        heard_warnings,
+        playback_rate,
+        read_reference,
+        read_sound,
+        silence_warnings,
+    )
     from emt_cli.batch.results import write_result
     from emt_cli.batch.session import SessionOptions, open_session
 
@@ -168,7 +174,7 @@ def _make_again(
         reporter.say(f"note: {text}: bits may differ")
     try:
         reporter.phase("reading")
-        source = read_reference(job)
+        source, sound = read_reference(job), read_sound(job)
         reporter.phase("loading")
         with heard_warnings() as heard:
             motion = generator.encode(job, source)
@@ -180,7 +186,7 @@ def _make_again(
             )
     except Exception as error:
         raise generator.explain(error, job) from None
-    warnings = [*source.warnings, *heard]
+    warnings = [*source.warnings, *heard, *silence_warnings(job, sound)]
     for text in warnings:
         reporter.say(f"warning: {text}")
     new = generator.record(job, record["id"], record["reference_sha256"], record["batch"])
@@ -188,7 +194,7 @@ def _make_again(
     new |= {name: record[name] for name in _KEPT if name in record}
     reporter.phase("writing")
     original = _all_frames(clip) if clip.exists() else None
-    write_result(output, clips[made.index], playback_rate(job, source.fps), new)
+    write_result(output, clips[made.index], playback_rate(job, source.fps), new, sound)
     versions = _other_versions(record)
     if original is not None:
         reporter.phase("comparing")
