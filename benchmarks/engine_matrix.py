@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from emt.backbones.sd15.lora import merge_loras
 from emt.backbones.sd15.random_model import random_model
+from emt.backbones.sd15.switching import merge_loras
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
 from emt.pipeline import MotionTransferPipeline, load_pipeline

@@ -28,6 +28,9 @@ BACKBONES = {
 #: The network of the published method, which is meant where no model is named.
 PUBLISHED = "MotionTransferUNet"
 
+#: Networks whose package has `switching`: clips may have LoRAs, a VAE and embeddings of their own.
+SWITCHING = ("MotionTransferUNet",)
+
 #: Text encoders that are too large to be open beside a network, by the class that `model_index.json` names: prompts are
 #: encoded apart (`emt.prompts`).
 LARGE_TEXT_ENCODERS = ("UMT5EncoderModel",)

@@ -5,6 +5,7 @@ What is fetched stays in huggingface_hub's cache, from which it is read where th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,52 @@ Choose = Callable[[Sequence[str]], list[str]]
 
 _HUB = re.compile(r"hf://(?:models/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/(?!/)(.*))?")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def split_scale(value: str) -> tuple[str, float]:
+    """`FILE` or `FILE:SCALE` → path or address, and scale, 1 unless given.
+
+    The colon of a drive (`C:\\x.safetensors`), of an address (`hf://…`, `https://host:8080/…`) and of a file whose name
+    has one begins no scale.
+
+    Raises:
+        EmtError: if the scale is no finite number.
+    """
+    path, colon, scale = value.rpartition(":")
+    if not colon or re.search(r"[/\\]", scale) or Path(value).exists():
+        return value, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise EmtError(f"--lora {value}: the scale {scale!r} is not a number", "Write --lora FILE or --lora FILE:0.8.")
+    return path, number
+
+
+def parse_lora(value: str) -> tuple[Path, float]:
+    """`split_scale`, with a path.
+
+    Raises:
+        EmtError: if the scale is no finite number.
+    """
+    path, scale = split_scale(value)
+    return Path(path), scale
+
+
+def split_word(value: str) -> tuple[str, str]:
+    """`NAME=FILE` → a word of prompts and the path or address of its embedding.
+
+    Raises:
+        EmtError: if the name is none, or is no single word.
+    """
+    name, equals, path = value.partition("=")
+    if not equals or not path or not re.fullmatch(r"[^\s,=]+", name):
+        raise EmtError(
+            f"--embedding {value}: not a word and a file",
+            "Write --embedding NAME=FILE, with a NAME without spaces, and use it in prompts.",
+        )
+    return name, path
 
 
 def matching(*patterns: str) -> Choose:
@@ -71,7 +118,13 @@ def parse_hub(given: str | Path) -> HubPath | None:
 
 
 def locate(
-    given: str | Path, kind: str, folder: Choose | None = None, *, hint: str = "", on_fetch: OnFetch | None = None
+    given: str | Path,
+    kind: str,
+    folder: Choose | None = None,
+    *,
+    hint: str = "",
+    on_fetch: OnFetch | None = None,
+    download: bool = True,
 ) -> Path:
     """The path of a file or folder that is given by path, by `hf://` address or by hub id; fetched if need be.
 
@@ -82,6 +135,7 @@ def locate(
             must hold a single file of weights.
         hint: of messages, where another than the usual one helps.
         on_fetch: Called with the progress.
+        download: Fetch what the hub's cache lacks.
 
     Raises:
         EmtError: if there is nothing of the name, or it cannot be fetched.
@@ -99,7 +153,7 @@ def locate(
             )
         place = HubPath(str(given))
     try:
-        return _fetch(place, kind, folder, on_fetch)
+        return _fetch(place, kind, folder, on_fetch, download)
     except EmtError:
         raise
     except Exception as error:  # of network, authentication, cache and disk, which have no common base
@@ -110,10 +164,12 @@ def locate(
         ) from error
 
 
-def _fetch(place: HubPath, kind: str, choose: Choose | None, on_fetch: OnFetch | None) -> Path:
+def _fetch(place: HubPath, kind: str, choose: Choose | None, on_fetch: OnFetch | None, download: bool) -> Path:
     """The path in the cache of a file, or of a folder with the chosen files."""
     # The list is requested first: without a network it fails at once, where a file would be tried for half a minute.
-    names, online = _list(place)
+    names, online = _list(place) if download else (_cached(place), False)
+    if not names:
+        raise EmtError(f"the {kind} {place} is not on this machine", "emt transfer fetches it.")
     if PurePosixPath(place.path).suffix in CHECKPOINT_SUFFIXES:
         return _fetch_file(place, place.path, on_fetch, online=online)
     inside = f"{place.path}/" if place.path else ""
@@ -139,21 +195,27 @@ def _fetch_file(place: HubPath, name: str, on_fetch: OnFetch | None, *, online: 
 
 def _list(place: HubPath) -> tuple[list[str], bool]:
     """Names of a repository's files, and whether the hub answered; else those that the cache has."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
     try:
         siblings = HfApi().model_info(place.repo, revision=place.revision).siblings or []
         names = [sibling.rfilename for sibling in siblings]
         return [name for name in names if ".." not in name.split("/") and not name.startswith("/")], True
     except Exception:  # whatever keeps the hub from answering: what is cached serves without it
-        cache = Path(constants.HF_HUB_CACHE) / f"models--{place.repo.replace('/', '--')}"
-        revision = place.revision or "main"
-        ref = cache / "refs" / revision
-        snapshot = cache / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
-        names = [path.relative_to(snapshot).as_posix() for path in sorted(snapshot.rglob("*")) if path.is_file()]
-        if not names:
+        if not (names := _cached(place)):
             raise
         return names, False
+
+
+def _cached(place: HubPath) -> list[str]:
+    """Names of a repository's files that the cache has."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{place.repo.replace('/', '--')}"
+    revision = place.revision or "main"
+    ref = cache / "refs" / revision
+    snapshot = cache / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+    return [path.relative_to(snapshot).as_posix() for path in sorted(snapshot.rglob("*")) if path.is_file()]
 
 
 def _only_checkpoint(place: HubPath, names: Sequence[str]) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from emt.checkpoints import Source
-from emt.errors import EmtError
 from emt.hub import megabytes
 from emt.model_folder import model_card
 
@@ -48,24 +46,6 @@ class Steps:
         """Report that all is done."""
         if self.report:
             self.report("Done", self.total, self.total)
-
-
-def parse_lora(value: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` → path or hf:// address, and scale, 1 unless given.
-
-    Raises:
-        EmtError: if the scale is no finite number.
-    """
-    path, colon, scale = value.rpartition(":")
-    if not colon or Path(value).exists() or (path == "hf" and scale.startswith("//")):
-        return Path(value), 1.0
-    try:
-        number = float(scale)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise EmtError(f"--lora {value}: the scale {scale!r} is not a number", "Write --lora FILE or --lora FILE:0.8.")
-    return Path(path), number
 
 
 def import_card(model: str, sources: Sequence[Source], dtype: str) -> str:

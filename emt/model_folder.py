@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from emt import demo
-from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, Facts, facts_of
+from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, SWITCHING, Facts, facts_of
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
 from emt.storage import apply_umask, replace_folder, sync, sync_tree
@@ -45,6 +45,8 @@ DEFAULTS: Mapping[str, Any] = {
 }
 #: Names of settings in `model_index.json` that differ: its "scheduler" is a part of the model.
 _LISTED = {"scheduler": "sampler"}
+#: Settings that lay files over a model, or read its text encoder in another way.
+_OVER = ("lora", "vae", "embedding", "clip_skip")
 _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
 
 
@@ -116,6 +118,12 @@ class Model:
         return isinstance(listed, list) and bool(listed) and listed[-1] in LARGE_TEXT_ENCODERS
 
     @cached_property
+    def text_layers(self) -> int:
+        """Number of layers of its text encoder; 1 if its configuration does not say."""
+        layers = _read_json(self.folder / "text_encoder" / "config.json").get("num_hidden_layers")
+        return layers if isinstance(layers, int) else 1
+
+    @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The words that it knows; None if it reads any."""
         return Vocabulary.read(self.folder)
@@ -136,9 +144,16 @@ class Model:
             prompt: The prompt.
             settings: Of the clip, as plain values; not all of them are read.
         """
+        given = [f"--{name.replace('_', '-')}" for name in _OVER if settings.get(name)]
+        if given and self.network not in SWITCHING:
+            hint = "Leave it out; a LoRA is merged by emt import-weights --lora."
+            raise EmtError(f"{' and '.join(given)}: not with {self.name}, which is no Stable Diffusion 1.5", hint)
+        if (skip := settings.get("clip_skip", 1)) > self.text_layers:
+            raise EmtError(f"clip_skip is {skip}", f"The text encoder of {self.name} has {self.text_layers} layers.")
         if self.vocabulary is not None:
+            words = [text.partition("=")[0] for text in settings.get("embedding", ())]
             for text in (prompt, settings["negative_prompt"]):
-                self.vocabulary.check(text)
+                self.vocabulary.check(text, own=words)
         frames, steps = settings["frames"], settings["steps"]
         if not self.facts.takes_frames(frames):
             allowed = self.facts.allowed_frames()

@@ -103,6 +103,8 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         self.vae_scale_factor = self.codec.pixels
         #: Encodes prompts where there is no `text_encoder`: its encoder is too large to be open beside the network.
         self.prompt_encoder: PromptEncoder | None = None
+        #: Layer of the text encoder that prompts are read from, counted from the last: 1 is the last, 2 the one before.
+        self.clip_skip = 1
         self.backend: Backend = TorchBackend(self)
         #: The scheduler that the model came with: one that was put in its place samples itself (`__call__`).
         self.models_scheduler = scheduler
@@ -355,7 +357,16 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.text_encoder(ids.to(self._execution_device))[0].to(self.unet.dtype)
+        return self._encode_tokens(ids)
+
+    def _encode_tokens(self, ids: Tensor) -> Tensor:
+        """Text encoding of token ids (prompts, tokens), from the layer that `clip_skip` says."""
+        encoder: Any = self.text_encoder
+        ids = ids.to(self._execution_device)
+        if self.clip_skip == 1:
+            return encoder(ids)[0].to(self.unet.dtype)
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
+        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden).to(self.unet.dtype)
 
     def check_words(self, prompt: str) -> None:
         """Raise an `EmtError` if the vocabulary is one of whole words and lacks some of the prompt."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,9 +89,11 @@ class Vocabulary:
         words = zip(read.tokens, read.offsets)
         return [prompt[first:last] for token, (first, last) in words if token == self.unknown_word]
 
-    def check(self, prompt: str, hint: str = "emt doctor lists those that it knows.") -> None:
-        """Raise EmtError with `hint` unless the model knows all words of a prompt."""
-        if unknown := self.unknown(prompt):
+    def check(
+        self, prompt: str, hint: str = "emt doctor lists those that it knows.", own: Collection[str] = ()
+    ) -> None:
+        """Raise EmtError with `hint` unless the model knows all words of a prompt, or they are of `own`."""
+        if unknown := self.unknown(without(prompt, own)):
             shown, named = shorten(prompt, 200, placeholder=" …"), ", ".join(dict.fromkeys(unknown))
             raise EmtError(
                 f"the prompt {shown!r} has words that the model does not know: {named}",
@@ -108,6 +111,13 @@ class Vocabulary:
     def lines(self) -> list[str]:
         """A line for each kind of words, with all of them."""
         return [f"{len(words)} {kind}: {', '.join(words)}" for kind, words in self.groups.items()]
+
+
+def without(prompt: str, words: Collection[str]) -> str:
+    """A prompt without some words, such as those of textual inversions."""
+    for word in words:
+        prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", " ", prompt)
+    return prompt
 
 
 def _phrase(words: object) -> str:

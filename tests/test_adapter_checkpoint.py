@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from weight_files import Files, State, assert_same_weights
 
-from emt.backbones.sd15.lora import merge_loras
+from emt.backbones.sd15.switching import merge_loras
 from emt.errors import EmtError
 
 TO_Q = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -28,8 +28,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.exc import CppCompileError
 
-from emt.backbones.sd15.lora import merge_loras
 from emt.backbones.sd15.random_model import random_model
+from emt.backbones.sd15.switching import merge_loras
 from emt.backbones.wan21.random_model import random_model as wan_model
 from emt.backends.base import Backend
 from emt.backends.torch import TorchBackend

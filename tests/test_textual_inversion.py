@@ -12,7 +12,8 @@ from torch import Tensor
 
 from emt import EmtError
 from emt.backbones.sd15.random_model import random_model
-from emt.backbones.sd15.textual_inversion import add_embeddings, parse_embedding, read_embedding
+from emt.backbones.sd15.textual_inversion import add_embeddings, read_embedding
+from emt.hub import split_word
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 
 WIDTH = 32
@@ -82,10 +83,10 @@ def test_what_is_no_embedding_of_the_model_is_reported(content: Any, message: st
 
 
 def test_a_word_and_a_file() -> None:
-    assert parse_embedding("easynegative=a/b=c.pt") == ("easynegative", Path("a/b=c.pt"))
+    assert split_word("easynegative=a/b=c.pt") == ("easynegative", "a/b=c.pt")
     for bad in ("x", "=x", "a b=x", "x=", ""):
         with pytest.raises(EmtError, match="not a word and a file"):
-            parse_embedding(bad)
+            split_word(bad)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ from emt import EmtError
 from emt.backbones.sd15.import_weights import import_weights
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.unet import MotionTransferUNet
-from emt.importing import parse_lora
+from emt.hub import parse_lora
 from emt.pipeline import MotionTransferPipeline
 
 

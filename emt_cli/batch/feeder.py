@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Feeder:
                     {"event": "job", **{key: value for key, value in known.items() if value}}, item.error
                 )
             elif task := self._task(item):
-                key = (item.reference, task.reference.sha256, *item.sampling.values())
+                laid = str(task.job.addons.of_motion())
+                key = (item.reference, task.reference.sha256, laid, *item.sampling.values())
                 if reference is None or key != group:
                     group, reference = key, task.reference
                 task.reference = reference
@@ -65,6 +67,7 @@ class Feeder:
         try:
             sha256 = line["reference_sha256"] = self._hash(job.reference)
             self.generator.check(job)
+            job = replace(job, addons=self.generator.addons.find(job.settings))
             how = {"precision": self.options.numerics, "method": self.options.method}
             identity = identify(job, reference=sha256, model=self.generator.model_sha256, **how)
             output = output_name(job, sha256)

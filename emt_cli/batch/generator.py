@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt import __version__
+from emt.backbone import module_of
+from emt.cache import ContentIndex, default_dir
 from emt.device import Device, is_out_of_memory
 from emt.errors import EmtError
 from emt.model_folder import Model
+from emt_cli.batch.addons import NONE, AddonFinder, Addons
 from emt_cli.batch.estimates import size_that_fits
 from emt_cli.batch.jobs import NUMERICS_VERSION, Job, digest
 from emt_cli.batch.options import Audio
@@ -175,6 +178,7 @@ class Generator:
         low_memory: Spare the GPU's memory, at the expense of time.
         cache_dir: Folder of the caches, where encodings of prompts are kept, too; None for the user's.
         say: Called with what was chosen and why.
+        addons: Finds the files that jobs lay over the model; None makes one.
     """
 
     def __init__(
@@ -189,7 +193,11 @@ class Generator:
         low_memory: bool = False,
         cache_dir: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
+        addons: AddonFinder | None = None,
     ) -> None:
+        self.addons = addons or AddonFinder(ContentIndex(cache_dir or default_dir()), say=say)
+        self._laid = NONE
+        self._weights: Any = None  # the `WeightSwitch` of the pipeline
         #: Prompts that are known before the model is opened, for one whose text encoder is not open beside its network.
         self.prompts: Collection[str] = ()
         self.cache_dir = cache_dir
@@ -227,21 +235,47 @@ class Generator:
                 self._device = device
             return self._device
 
-    def load(self) -> MotionTransferPipeline:
+    def load(self, addons: Addons | None = None) -> MotionTransferPipeline:
         """The pipeline, loaded on first use.
 
+        Args:
+            addons: Laid over it; None leaves those that are.
+
         Raises:
-            EmtError: there is no such device, or the model cannot be opened on it.
+            EmtError: there is no such device, the model cannot be opened on it, or a file does not fit it.
         """
+        if addons is not None and self._pipe is not None and addons.files != self._laid.files and self._is_quantized:
+            self._pipe = self._weights = None  # float8 weights were computed from what they were; they are made anew
+            self._backends.clear()
         if self._pipe is None:
             device = self.device  # first: it takes its turn at importing
             if self._engines:
                 self._engines.check_match(device)
             encoder = self._encode_prompts(device) if self.model.encodes_prompts_apart else None
-            self._pipe = open_pipeline(self.model, device, low_memory=self.low_memory)
+            over = addons if addons is not None and self._is_quantized else NONE
+            self._pipe = open_pipeline(
+                self.model, device, low_memory=self.low_memory, prepare=lambda pipe: self._lay(pipe, over)
+            )
             self._pipe.prompt_encoder = encoder
             self._torch = self._pipe.backend
+        if addons is not None and addons != self._laid:
+            self._lay(self._pipe, addons)
         return self._pipe
+
+    @property
+    def _is_quantized(self) -> bool:
+        return self.device.precision == "fp8"
+
+    def _lay(self, pipe: MotionTransferPipeline, addons: Addons) -> None:
+        """Have these add-ons over the model, and no others."""
+        fresh = self._weights is None or self._weights.pipe is not pipe
+        if addons.files != (() if fresh else self._laid.files):
+            addons.check_unchanged(self.addons.index)
+            if self._weights is None or fresh:
+                self._weights = module_of(self.model.network, "switching").WeightSwitch(pipe)
+            self._weights.set(addons.loras, addons.vae, addons.embeddings)
+        pipe.clip_skip = addons.clip_skip
+        self._laid = addons
 
     def _encode_prompts(self, device: Device) -> PromptEncoder:
         """Encode known prompts while the device has room for the text encoder."""
@@ -269,7 +303,7 @@ class Generator:
         self.model.check(job.prompt, job.settings.as_dict())
         if self._engines:
             s = job.settings
-            self._engines.check(s.width, s.height, s.frames, s.cache_interval)
+            self._engines.check(s.width, s.height, s.frames, s.cache_interval, changed=bool(s.lora or s.vae))
 
     def engine(self, job: Job) -> Engine | None:
         """The engine that makes a job's clip; None for PyTorch.
@@ -280,7 +314,7 @@ class Generator:
         s = job.settings
         if self._engines is None or not self._engines.applies(s.cache_interval):
             return None
-        return self._engines.find(self.device, s.width, s.height, s.frames)
+        return self._engines.find(self.device, s.width, s.height, s.frames, changed=job.addons.changes_networks)
 
     def _switch(self, pipe: MotionTransferPipeline, engine: Engine | None) -> None:
         """Let an engine, or PyTorch, execute the network from here on."""
@@ -302,7 +336,8 @@ class Generator:
         """Cache key of motion features, which depend on the device too: a clip can be made again exactly."""
         engine = self.engine(job)
         device = self.device
-        where = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]
+        where: list[Any] = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]
+        where += [laid] if (laid := job.addons.of_motion()) else []
         return digest("motion", NUMERICS_VERSION, reference_sha256, job.sampling, self.model_sha256, *where)
 
     def encode(self, job: Job, source: Clip | Motion) -> Motion:
@@ -312,7 +347,7 @@ class Generator:
         if isinstance(source, Motion):
             motion = source
         else:
-            pipe = self.load()
+            pipe = self.load(job.addons)
             self._switch(pipe, self.engine(job))
             motion = pipe.extract_motion(source)
         motion = motion.to(self.device.torch_device)
@@ -327,7 +362,7 @@ class Generator:
         Returns:
             The frames of each; a clip's share of the time of steps and VAE, in seconds; peak memory in bytes.
         """
-        pipe, settings = self.load(), jobs[0].settings
+        pipe, settings = self.load(jobs[0].addons), jobs[0].settings
         self._switch(pipe, self.engine(jobs[0]))
         self.device.start_measuring()
         begun = stepped = time.monotonic()
@@ -375,6 +410,7 @@ class Generator:
         return {
             "id": identity,
             **describe(job),
+            **job.addons.record(),
             "reference_sha256": reference_sha256,
             "model": self.model.name,
             "model_folder": str(self.model.folder.absolute()),

@@ -20,7 +20,7 @@ from typing import Any
 
 from emt.errors import EmtError
 from emt.presets import SCHEDULER_DEFAULTS, preset_values
-from emt.vocabulary import Vocabulary
+from emt.vocabulary import Vocabulary, without
 from emt_cli.batch.jobs import Item, Job, Rejected
 from emt_cli.batch.options import (
     JOB_FIELDS,
@@ -540,7 +540,7 @@ class PromptWarnings:
     def look(self, items: Iterable[Item]) -> None:
         """Warn of all that is new in the prompts, in one line each."""
         jobs = (item for item in items if isinstance(item, Job))
-        prompts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
+        prompts = dict.fromkeys(text for job in jobs for text in _texts(job))
         self._look_at_syntax(prompts)
         if self.vocabulary is not None:
             self._look_at_words(prompts, self.vocabulary)
@@ -568,6 +568,13 @@ class PromptWarnings:
         self._say(f"{warning}. Words that it knows (emt doctor lists all):" if known else warning)
         for line in known:
             self._say(f"  {line}")
+
+
+def _texts(job: Job) -> Iterator[str]:
+    """The prompts of a job, without the words of its embeddings."""
+    words = [text.partition("=")[0] for text in job.settings.embedding]
+    for text in (job.prompt, job.settings.negative_prompt):
+        yield without(text, words)
 
 
 #: Syntax that other programs read in prompts, by what it means there.

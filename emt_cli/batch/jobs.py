@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
+from emt_cli.batch.addons import NONE, Addons
 from emt_cli.batch.options import (
     Format,
     Kernels,
@@ -40,6 +41,7 @@ class Job:
         settings: Everything else that decides its frames.
         overrides: Names of the settings that the job's own line sets; they are part of its name.
         origin: Where it was read, such as `jobs.jsonl line 3`; empty for the command line.
+        addons: What it lays over the model, once its files have been looked at.
     """
 
     reference: Path
@@ -48,12 +50,15 @@ class Job:
     settings: Settings
     overrides: tuple[str, ...] = ()
     origin: str = ""
+    addons: Addons = NONE
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """Key that the jobs of one batch share."""
         s = self.settings
-        return s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
+        own = s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
+        # Clips of one batch are made with one set of weights.
+        return *own, s.lora, s.vae, s.embedding, s.clip_skip, self.addons
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
     settings = job.settings.as_dict()
     for name in ("preset", "size"):  # what it sets decides, by whatever name
         settings.pop(name, None)
+    settings |= job.addons.identity()  # the contents of the files decide, wherever they are
     for name in ("best_of", "guidance_until", "cache_interval"):
         if settings[name] == 1:
             del settings[name]  # clips made before there was a choice are still these jobs'
@@ -143,6 +149,7 @@ def output_name(job: Job, reference: str) -> str:
         reference: SHA-256 of the reference's content.
     """
     own = {key: value for key, value in job.settings.as_dict().items() if key in job.overrides and key != "format"}
+    own |= {key: content for key, content in job.addons.identity().items() if key in own}
     suffix = f"_{digest(own)[:10]}" if own else ""
     extension = "" if job.settings.format is Format.PNG else f".{job.settings.format.value}"
     folder = _folder_name(job.reference.stem, job.reference.suffix, reference)

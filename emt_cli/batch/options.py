@@ -7,6 +7,8 @@ turns them into a command's parameters, `parse_field` checks one value of a JSON
 from __future__ import annotations
 
 import math
+import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +16,10 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from emt.errors import EmtError
+from emt.hub import split_scale, split_word
 
 
 class UsageError(EmtError):
@@ -128,6 +131,7 @@ MAX_SIDE = 4096  # pixels of a clip's width or height
 REFERENCE_SIZE = "reference"
 SIZE_NAMES = ("portrait", "landscape", REFERENCE_SIZE)
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w-]+")
 _CLIP, _JOBS, _RUN = "The clip", "Jobs", "Running"
 
 
@@ -191,6 +195,37 @@ class Settings:
         float | None,
         _clip("Frame rate of the result, in frames per second. Default: the reference's pace.", min=0.1, max=240.0),
     ] = None
+    lora: Annotated[
+        tuple[str, ...],
+        _clip(
+            "LoRA to lay over the model for these clips, also of motion: a file or hf://owner/name/file; the default "
+            "scale is 1. May be repeated.",
+            metavar="SOURCE[:SCALE]",
+        ),
+    ] = ()
+    vae: Annotated[
+        str | None,
+        _clip(
+            "VAE to use instead of the model's, such as vae-ft-mse-840000-ema-pruned.safetensors.",
+            metavar="SOURCE",
+        ),
+    ] = None
+    embedding: Annotated[
+        tuple[str, ...],
+        _clip(
+            "Textual inversion: a word of the prompts and its file. May be repeated.",
+            metavar="NAME=SOURCE",
+        ),
+    ] = ()
+    clip_skip: Annotated[
+        int,
+        _clip(
+            "Layer of the text encoder that prompts are read from, counted from the last, as the web UI counts: 2 is "
+            "the one before the last. Default: 1.",
+            min=1,
+            max=12,
+        ),
+    ] = 1
     format: Annotated[Format, _clip("File format of the result. Default: mp4.")] = Format.MP4
     audio: Annotated[
         Audio,
@@ -213,7 +248,7 @@ class Settings:
     @cached_property
     def _values(self) -> dict[str, Any]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self) if not self._is_unlisted(f.name, f.default))
-        return {name: value.value if isinstance(value, Enum) else value for name, value in values}
+        return {name: _plain(value) for name, value in values}
 
     def _is_unlisted(self, name: str, default: Any) -> bool:
         return name in UNLISTED and getattr(self, name) == default
@@ -221,7 +256,14 @@ class Settings:
 
 #: Settings that records and identities have only where they are not the default: so clips made before there was a
 #: choice are those of the same jobs.
-UNLISTED = ("size", "audio")
+UNLISTED = ("size", "audio", "lora", "vae", "embedding", "clip_skip")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
 
 
 MAX_SEED = 2**63 - 1
@@ -395,7 +437,8 @@ def _hints() -> dict[str, tuple[type, bool, Any]]:
         annotation, info = get_args(hint)
         alternatives = get_args(annotation)
         optional = type(None) in alternatives
-        hints[name] = (alternatives[0] if optional else annotation, optional, info)
+        kind = alternatives[0] if optional else annotation
+        hints[name] = (tuple if get_origin(kind) is tuple else kind, optional, info)
     return hints
 
 
@@ -426,6 +469,10 @@ def parse_field(name: str, value: Any) -> Any:
     kind, optional, info = _HINTS[name]
     if value is None and optional:
         return None
+    if kind is tuple:
+        return tuple(dict.fromkeys(_source(name, text) for text in _texts(name, value)))
+    if name == "vae":
+        return _source(name, value)
     if issubclass(kind, Enum):
         try:
             return kind(value)
@@ -488,6 +535,38 @@ def parse_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
         raise EmtError(
             f"the model's defaults: {error.problem}", f"{error.hint} They are in its model_index.json."
         ) from None
+
+
+def _texts(name: str, value: Any) -> list[Any]:
+    """The entries of a setting that has several: a JSON list, or a text with semicolons between them."""
+    if isinstance(value, str):
+        return [part for part in map(str.strip, value.split(";")) if part]
+    if isinstance(value, list | tuple):
+        return list(value)
+    raise EmtError(f"{name} is {value!r:.100}", "It must be a text or a list of texts.")
+
+
+def _source(name: str, value: Any) -> str:
+    """The file of a `lora`, `vae` or `embedding`, with what goes with it: `/x.safetensors:0.8`, `style=/y.pt`.
+
+    Paths become absolute; addresses and hub ids stay as they are.
+    """
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > MAX_PROMPT:
+        raise EmtError(f"{name} is {value!r:.100}", "Name a file, or hf://owner/name/file.")
+    if name == "lora":
+        source, scale = split_scale(value)
+        return f"{_place(source)}:{scale!r}"
+    if name == "embedding":
+        word, source = split_word(value)
+        return f"{word}={_place(source)}"
+    return _place(value)
+
+
+def _place(source: str) -> str:
+    """A path made absolute; another kind of address as it is."""
+    if re.match(r"[\w+-]{2,}:/", source) or (_HUB_ID.fullmatch(source) and not os.path.lexists(source)):
+        return source
+    return os.path.abspath(source)
 
 
 def _number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> Any:

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from emt.errors import EmtError
 from emt.model_folder import Model, find_model
 from emt.storage import check_readable
 from emt_cli.batch import estimates, journal
+from emt_cli.batch.addons import AddonFinder
 from emt_cli.batch.best_of import check_tracking
 from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
@@ -173,6 +174,7 @@ def _planned(
     references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looked = dict(zip(references, pool.map(lambda path: _look(path, index), references)))
+    addons = AddonFinder(index, download=False)
     seen: set[str] = set()
     for item in items:
         if isinstance(item, Rejected):
@@ -183,6 +185,11 @@ def _planned(
             yield PlannedJob(item, "problem", error=found)
             continue
         sha256, frames = found
+        try:
+            item = replace(item, addons=addons.find(item.settings))
+        except EmtError as error:
+            yield PlannedJob(item, "problem", error=error)
+            continue
         output = output_name(item, sha256)
         if output in seen:
             continue

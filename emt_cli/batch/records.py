@@ -108,7 +108,31 @@ def _each(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _setting(value: Any) -> Any:
+    if isinstance(value, list):
+        return _texts(value)
     return value if isinstance(value, str | bool) or value is None else _number(value)
+
+
+def _texts(value: Any) -> Any:
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else _MISSING
+
+
+def _addons(value: Any) -> Any:
+    """Files that were laid over a model: a LoRA with its scale, a VAE, an embedding with its word."""
+    details: dict[str, dict[str, Callable[[Any], Any]]] = {
+        "lora": {"scale": _number},
+        "vae": {},
+        "embedding": {"word": _text},
+    }
+    if not isinstance(value, list):
+        return _MISSING
+    for file in value:
+        if not isinstance(file, dict) or file.get("kind") not in details:
+            return _MISSING
+        checks = {"sha256": _text, "file": _text} | details[file["kind"]]
+        if any(check(file.get(name)) is _MISSING for name, check in checks.items()):
+            return _MISSING
+    return value
 
 
 def _batch(value: Any) -> Any:
@@ -136,10 +160,6 @@ def _is_choice(record: dict[str, Any]) -> bool:
     return bool(kept) and _number(kept[0].get("motion_fidelity")) is not _MISSING
 
 
-def _warnings(value: Any) -> Any:
-    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else _MISSING
-
-
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("event", "state", "id", "reference", "reference_sha256", "prompt", "origin"), _text),
     **dict.fromkeys(("model", "model_folder", "model_sha256", "device", "precision", "kernels", "memory"), _text),
@@ -153,5 +173,6 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "phases": _each(_number),
     "batch": _batch,
     "best_of": _choice,
-    "warnings": _warnings,
+    "warnings": _texts,
+    "addons": _addons,
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from emt.cache import ContentIndex, MotionCache, default_dir
 from emt.model_folder import Model, find_model
+from emt_cli.batch.addons import AddonFinder
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.options import Memory, TransferOptions, parse_batch_size
 from emt_engines.choice import EngineChoice, engines_dir
@@ -128,12 +129,13 @@ def open_session(
     motions = MotionCache(folder / "motion", options.cache_size * 1e9, say)
     model = model or find_model(options.model, download=options.download)
     sha256 = model.sha256(index)
+    addons = AddonFinder(index, download=options.download, say=say)
     engines = None
     if options.teacher:
         from emt_cli.batch.teaching import TeachingGenerator
 
         generator: Generator = TeachingGenerator(
-            model, sha256, device, options.precision, options.teacher, kernels=options.kernels
+            model, sha256, device, options.precision, options.teacher, kernels=options.kernels, addons=addons
         )
         return Session(model, index, motions, generator)
     if not options.low_memory:
@@ -148,5 +150,6 @@ def open_session(
         low_memory=options.low_memory,
         cache_dir=options.cache_dir,
         say=say,
+        addons=addons,
     )
     return Session(model, index, motions, generator, engines)

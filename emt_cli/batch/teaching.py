@@ -17,6 +17,7 @@ from emt.errors import EmtError
 from emt.model_folder import Model
 from emt.storage import write_atomically
 from emt_cli.batch import journal
+from emt_cli.batch.addons import AddonFinder
 from emt_cli.batch.generator import Generator, playback_rate, read_reference
 from emt_cli.batch.jobs import Job, Rejected, digest
 from emt_cli.batch.options import Settings, parse_field
@@ -45,6 +46,7 @@ class TeachingGenerator(Generator):
         precision: auto, fp32, fp16 or bf16.
         guidance: How motions are imposed.
         kernels: auto, triton or reference.
+        addons: Finds the files that jobs lay over the model; None makes one.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class TeachingGenerator(Generator):
         guidance: Guidance,
         *,
         kernels: str = "auto",
+        addons: AddonFinder | None = None,
     ) -> None:
-        super().__init__(model, model_sha256, device, precision, kernels=kernels)
+        super().__init__(model, model_sha256, device, precision, kernels=kernels, addons=addons)
         self.guidance = guidance
         self._teacher: Teacher | None = None
 
@@ -69,8 +72,8 @@ class TeachingGenerator(Generator):
 
         from emt.train.teacher import Teacher
 
-        settings = jobs[0].settings
-        self._teacher = self._teacher or Teacher(self.load(), self.guidance)
+        settings, pipe = jobs[0].settings, self.load(jobs[0].addons)
+        self._teacher = self._teacher or Teacher(pipe, self.guidance)
         self.device.start_measuring()
         begun = time.monotonic()
         latents = self._teacher.sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -22,7 +22,8 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
     def run(**given: Any) -> None:
         values = {name: given.pop(name) for name in SETTING_NAMES}
         with usage_errors():
-            settings = {name: parse_field(name, value) for name, value in values.items() if value is not None}
+            # An option that may be repeated is an empty list where it is left out.
+            settings = {name: parse_field(name, value) for name, value in values.items() if value not in (None, [])}
         options = TransferOptions(**given, settings=settings)
         options.check()
         command(options)
@@ -35,6 +36,7 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
             parameters.append(_parameter(option.name, kind, declared, option.default))
     for name in SETTING_NAMES:
         kind, declared = get_args(hints[name])
+        kind = list[str] if get_origin(kind) is tuple else kind
         parameters.append(_parameter(name, kind | None, declared, None))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -116,12 +116,13 @@ def build_engine(
     target = Device.open(device, precision.value)
 
     from emt.backbone import module_of
-    from emt.importing import parse_lora
+    from emt.hub import parse_lora
     from emt_engines.build import build_engine as build
     from emt_engines.build import check_target
 
-    adapters = module_of(found.network, "lora")
-    loras = [(adapters.find_lora(path), scale) for path, scale in map(parse_lora, lora or [])]
+    find_lora = module_of(found.network, "lora").find_lora
+    merge_loras = module_of(found.network, "switching").merge_loras
+    loras = [(find_lora(path), scale) for path, scale in map(parse_lora, lora or [])]
     request = Request(
         backend=backend.value,
         precision=target.precision,
@@ -150,7 +151,7 @@ def build_engine(
             if not console.is_terminal:
                 print(printable(what), file=sys.stderr, flush=True)
 
-        pipe = open_pipeline(found, target, prepare=lambda pipe: adapters.merge_loras(pipe, loras))
+        pipe = open_pipeline(found, target, prepare=lambda pipe: merge_loras(pipe, loras))
         with insistent_interrupts():
             manifest = build(pipe, request, folder, progress)
     parity = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"

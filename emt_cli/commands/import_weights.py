@@ -170,7 +170,7 @@ def import_weights(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from emt.importing import parse_lora
+    from emt.hub import parse_lora
 
     importer = module_of(network, "import_weights")
     disable_progress_bar()  # it would write over ours

@@ -37,6 +37,10 @@ def rerun(
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub id, if the model has moved.", show_default=False)
     ] = None,
+    addon: Annotated[
+        list[Path] | None,
+        typer.Option(help="LoRA, VAE or embedding that has moved; may be repeated.", show_default=False),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -76,7 +80,7 @@ def rerun(
     made = _Made.read(result)
     with ProgressReporter() as reporter:
         reporter.total = 1
-        _make_again(made, clip, output, reporter, reference, model, engine, device, kernels)
+        _make_again(made, clip, output, reporter, reference, model, addon or [], engine, device, kernels)
     typer.echo(output)
 
 
@@ -134,10 +138,12 @@ def _make_again(
     reporter: Any,
     reference: Path | None,
     model: str | None,
+    moved: list[Path],
     engine: str | None,
     device: str,
     kernels: Kernels | None,
 ) -> None:
+    from emt_cli.batch.addons import AddonFinder, settings_of
     from emt_cli.batch.generator import (
         heard_warnings,
         playback_rate,
@@ -168,6 +174,11 @@ def _make_again(
             f"the model {session.model.folder} is not the one that made {clip.name}: its files have changed",
             "Name the one that did with --model.",
         )
+    # Nothing is fetched on a record's word.
+    addons = AddonFinder(session.index, download=False).find_again(record, job.settings, moved)
+    if addons.files:
+        job = replace(job, settings=replace(job.settings, **settings_of(addons)))
+    job = replace(job, addons=addons)
     generator.check(job)
     reporter.phase("importing")
     for text in _differences(record, generator.device.name, generator.device.kernels):

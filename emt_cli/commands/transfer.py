@@ -6,7 +6,7 @@ from itertools import chain
 
 import typer
 
-from emt_cli.batch.options import TransferOptions
+from emt_cli.batch.options import Settings, TransferOptions
 from emt_cli.commands.arguments import takes_options
 
 
@@ -58,6 +58,7 @@ def transfer(options: TransferOptions) -> None:
         words = PromptWarnings(model.name, model.vocabulary, reporter.say)
         words.look(listed)
         session = open_session(SessionOptions.of(options), options.device, reporter.say, model)
+        session.generator.addons.find(Settings(**options.settings))  # what is not there fails at once, not job by job
         jobs = [job for job in listed if isinstance(job, Job)]
         texts = (text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
         session.generator.prompts = list(dict.fromkeys(texts))

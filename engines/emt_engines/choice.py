@@ -90,10 +90,10 @@ class EngineChoice:
         self.named = None if requested in (AUTO, TORCH) else Engine(Path(requested), Manifest.read(Path(requested)))
         self._guard = threading.Lock()
         self._passed = False
-        self._chosen: dict[tuple[int, int, int], Engine | None] = {}
+        self._chosen: dict[tuple[int, int, int, bool], Engine | None] = {}
         self._fitting: list[Engine] | None = None
 
-    def check(self, width: int, height: int, frames: int, cache_interval: int) -> None:
+    def check(self, width: int, height: int, frames: int, cache_interval: int, *, changed: bool = False) -> None:
         """Raise EmtError unless the named engine, if there is one, makes clips of this shape; needs no torch.
 
         Args:
@@ -101,12 +101,18 @@ class EngineChoice:
             height: Pixels.
             frames: Of a clip.
             cache_interval: Steps between computations of the deep levels.
+            changed: With other weights than the model's, of a LoRA or a VAE.
 
         Raises:
             EmtError: it does not; the hint has the command that builds one that does.
         """
         if not self.named:
             return
+        if changed and not self.named.manifest.refits:
+            raise EmtError(
+                f"the engine {self.named.folder} has the model's weights built in, and takes no --lora and no --vae",
+                "Use --engine torch, or an engine of the backend inductor.",
+            )
         if cache_interval > 1:
             raise EmtError(
                 f"the engine {self.named.folder} computes the whole network in every step, cache_interval is "
@@ -144,24 +150,27 @@ class EngineChoice:
             with self._guard:
                 self._fitting = self._fitting or self._fits(device)
 
-    def find(self, device: Device, width: int, height: int, frames: int) -> Engine | None:
-        """The engine for clips of a shape; None for PyTorch.
+    def find(self, device: Device, width: int, height: int, frames: int, *, changed: bool = False) -> Engine | None:
+        """The engine for clips of a shape; None for PyTorch. `changed` is as for `check`.
 
         Raises:
             EmtError: the engine that the user named may not run here; says why, and what to build.
         """
         with self._guard:
-            shape = (width, height, frames)
+            shape = (width, height, frames, changed)
             if shape not in self._chosen:
                 self._chosen[shape] = self._choose(device, *shape)
             return self._chosen[shape]
 
-    def _choose(self, device: Device, width: int, height: int, frames: int) -> Engine | None:
+    def _choose(self, device: Device, width: int, height: int, frames: int, changed: bool) -> Engine | None:
         if self.requested == TORCH:
             return None
         if self._fitting is None:
             self._fitting = self._fits(device)
         fitting = [engine for engine in self._fitting if engine.manifest.covers(width, height, frames)]
+        if changed and fitting and not (fitting := [engine for engine in fitting if engine.manifest.refits]):
+            self.say("engine: torch for clips with --lora or --vae, since the engines here have their weights built in")
+            return None
         if self.requested != AUTO:
             return fitting[0] if fitting else None
         if fitting:

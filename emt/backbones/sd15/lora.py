@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from emt.backbones.sd15.motion_checkpoint import published_motion_name
 from emt.checkpoints import Checkpoint, Origin, State, differ, peft_scale, peft_settings, read_checkpoint, shorten
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
-
-if TYPE_CHECKING:
-    from emt.pipeline import MotionTransferPipeline
 
 # A key's module and the role of its tensor: kohya, PEFT, diffusers, the attention processors of diffusers and
 # AnimateDiff, LyCORIS. PEFT puts an adapter's name, such as `default`, before or after.
@@ -190,30 +187,6 @@ def _sums(state: State, name: str, layers: Sequence[tuple[LoraLayer, float, floa
                 sums[key] = sums[key] + scale * change
                 changed.add(key)
     return {key: sums[key] for key in sums if key in changed}
-
-
-@torch.no_grad()
-def merge_loras(pipe: MotionTransferPipeline, loras: Sequence[tuple[str | Path, float]]) -> None:
-    """Add LoRA files, each times its scale, to the weights of a pipeline that is on the CPU, in place.
-
-    Raises:
-        EmtError: for a file that does not fit, or with which a weight is beyond the pipeline's dtype.
-    """
-    own = {"unet": dict(pipe.unet.named_parameters())}
-    own["text_encoder"] = {n.removeprefix("text_model."): p for n, p in pipe.text_encoder.named_parameters()}
-    merge = LoraMerge(*({name: p.data for name, p in part.items()} for part in own.values()))
-    for path, scale in loras:
-        merge.read(path, scale)
-    changed = merge.apply(pipe.unet.dtype)
-    bad = [name for part, name in changed if not torch.isfinite(merge.states[part][name]).all()]
-    if bad:
-        files = ", ".join(str(path) for path, _ in loras)
-        raise EmtError(
-            f"with {files} {len(bad)} weights are not finite in {pipe.unet.dtype}: {bad[0]}, …",
-            "Give a lower scale, or --precision fp32.",
-        )
-    for part, name in changed:
-        own[part][name].copy_(merge.states[part][name])
 
 
 def find_lora(lora: str | Path, on_fetch: OnFetch | None = None) -> Path:

@@ -36,7 +36,7 @@ from emt.hub import OnFetch, locate
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 HEADS = 8
 GROUPS = 32
-_VAE_SCALE = 0.18215
+VAE_SCALE = 0.18215
 # Settings of diffusers' `UNet2DConditionModel` that the network here has built in.
 _UNET_BUILT_IN: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
@@ -361,7 +361,7 @@ def vae_config(*, block_out_channels: Sequence[int], **sizes: Any) -> dict[str, 
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "norm_num_groups": GROUPS,
         "sample_size": 512,
-        "scaling_factor": _VAE_SCALE,
+        "scaling_factor": VAE_SCALE,
     } | sizes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emt.backbones.sd15.checkpoint_kinds import EMBEDDING, SD2, SDXL, describe, wrong_kind
+from emt.backbones.sd15.checkpoint_kinds import EMBEDDING, LORA, SD2, SDXL, describe, wrong_kind
 from emt.checkpoints import read_checkpoint
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
@@ -19,21 +18,6 @@ if TYPE_CHECKING:
     from emt.pipeline import MotionTransferPipeline
 
 _WIDTHS = {1024: SD2, 1280: SDXL}
-
-
-def parse_embedding(value: str) -> tuple[str, Path]:
-    """`NAME=FILE` → the word and the file, a path or hf:// address.
-
-    Raises:
-        EmtError: if the name is none, or is no single word.
-    """
-    name, equals, path = value.partition("=")
-    if not equals or not path or not re.fullmatch(r"[^\s,=]+", name):
-        raise EmtError(
-            f"--embedding {value}: not a word and a file",
-            "Write --embedding NAME=FILE, with a NAME without spaces, and use it in prompts.",
-        )
-    return name, Path(path)
 
 
 def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None = None) -> Tensor:
@@ -54,7 +38,8 @@ def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None
     state = read_checkpoint(path).state
     if "clip_g" in state:
         raise EmtError(f"the embedding {path} is of {SDXL}", "Give one of Stable Diffusion 1.5.")
-    if (kind := describe(state)) != EMBEDDING and any(tensor.ndim > 2 for tensor in state.values()):
+    kind = describe(state)
+    if kind.startswith(LORA) or (kind != EMBEDDING and any(tensor.ndim > 2 for tensor in state.values())):
         raise wrong_kind(path, kind, EMBEDDING)
     if len(state) != 1:
         raise EmtError(
@@ -81,7 +66,15 @@ def add_embeddings(pipe: MotionTransferPipeline, embeddings: Mapping[str, Tensor
     Raises:
         EmtError: if the tokenizer has a word already, or two embeddings have the same.
     """
+    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     for name, vectors in embeddings.items():
-        if name in pipe.tokenizer.get_vocab():
+        if name in tokenizer.get_vocab():
             raise EmtError(f"--embedding {name}=…: the model has a word {name!r}", "Give the embedding another name.")
-        pipe.load_textual_inversion({name: vectors}, token=name)
+        # The names by which diffusers' `maybe_convert_prompt` writes a word out.
+        words = [name, *(f"{name}_{i}" for i in range(1, len(vectors)))]
+        tokenizer.add_tokens(words)
+        old = encoder.get_input_embeddings()
+        table = torch.nn.Embedding(max(len(tokenizer), old.num_embeddings), old.embedding_dim).to(old.weight)
+        table.weight.data[: old.num_embeddings] = old.weight.data
+        table.weight.data[tokenizer.convert_tokens_to_ids(words)] = vectors.to(old.weight)
+        encoder.set_input_embeddings(table)
