@@ -12,6 +12,7 @@ import sys
 TYPE_CHECKING = False  # as type checkers know it; importing `typing` takes as long as all else here
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -59,10 +60,15 @@ def _run(app: Callable[..., object], came: list[int]) -> int:
 
     try:
         try:
-            app(standalone_mode=True)
-        except Exception:
+            code = app(standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except Exception as error:
             if came:
                 raise KeyboardInterrupt from None
+            if hasattr(error, "format_message"):  # of the parser: typer brings its own click, or not
+                return _bad_usage(error)
+            if type(error).__name__ == "Abort":  # a question was answered by the end of input
+                return EXIT_FAILED
             raise
     except SystemExit as stop:
         # Libraries that write to a pipe without a reader end with 1; here it is the reader's way to say: enough.
@@ -84,15 +90,24 @@ def _run(app: Callable[..., object], came: list[int]) -> int:
         if error.filename != OUTPUT:  # that is said at the end
             _print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
         return EXIT_FAILED
-    return 0
+
+
+def _bad_usage(error: Any) -> int:
+    """Say in a line which argument the parser does not take, and what it may have been meant to be."""
+    from emt_cli.commands.group import describe_error
+
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        _print(f"error: {describe_error(error)}")
+    return error.exit_code
 
 
 def _print(text: str) -> None:
-    from emt_cli.streams import print_last
-    from emt_cli.text import printable
+    from emt_cli.messages import ERROR, say
 
     for line in text.rstrip("\n").split("\n"):
-        print_last(printable(line))
+        say(line, ERROR)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections import Counter
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from emt_cli import messages
 from emt_cli.batch.best_of import describe_choice
 from emt_cli.batch.records import dumps
 from emt_cli.streams import Stream, TextOf
@@ -67,7 +68,8 @@ class ProgressReporter:
         self._results = results
         self._out = Stream(sys.stdout, backlog=_RESULTS)
         self._err = Stream(sys.stderr, backlog=_MESSAGES, lossy=True)
-        self._on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._on_terminal = sys.stderr is not None and sys.stderr.isatty() and messages.shows(messages.NOTE)
+        self._detailed = messages.shows(messages.DETAIL)
         self._guard = threading.RLock()
         self._bars: Progress | None = None
         self._started = time.monotonic()
@@ -75,10 +77,11 @@ class ProgressReporter:
         self._skipped = 0  # in a row, so far
         self._rows: dict[str, list[dict[str, Any]]] = {}  # the first jobs of each state
         self._phase = ("", 0.0)
+        self._phases_begun: set[str] = set()
         self._phases_said: set[str] = set()
         self._closed = threading.Event()
         self._warned = False
-        if not self._on_terminal:
+        if not self._on_terminal and messages.shows(messages.NOTE):
             threading.Thread(target=self._say_phases, daemon=True).start()
 
     def __enter__(self) -> ProgressReporter:
@@ -104,6 +107,13 @@ class ProgressReporter:
     def phase(self, text: str) -> None:
         """The run has come to something that may take a while."""
         self._phase = (text, time.monotonic())
+        if text not in self._phases_begun:
+            self._phases_begun.add(text)
+            if self._detailed:
+                self._phases_said.add(text)
+                self.say(f"{_PHASES.get(text, text)} …", messages.DETAIL)
+            else:
+                messages.keep(_PHASES.get(text, text), messages.DETAIL)
         if self._on_terminal and text not in self._phases_said:
             with self._guard:
                 self._phases_said.add(text)
@@ -115,10 +125,21 @@ class ProgressReporter:
             text, begun = self._phase
             if text and text not in self._phases_said and time.monotonic() - begun >= _WHILE:
                 self._phases_said.add(text)
-                self.say(f"{_PHASES.get(text, text)} …")
+                self._show(f"{_PHASES.get(text, text)} …")
 
-    def say(self, text: str) -> None:
-        """A line for people."""
+    def say(self, text: str, level: int = 0) -> None:
+        """A line for people.
+
+        Args:
+            text: The line.
+            level: How much it matters (`emt_cli.messages`); by its first word if 0.
+        """
+        level = level or messages.level_of(text)
+        messages.keep(text, level)
+        if messages.shows(level):
+            self._show(text)
+
+    def _show(self, text: str) -> None:
         with self._guard:
             if self._bars:
                 self._bars.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
@@ -134,13 +155,13 @@ class ProgressReporter:
         else:
             return
         if self._bars and sys.stdout.isatty():
-            self.say(os.fsdecode(text))
+            self._show(os.fsdecode(text))
         else:
             self._out.write(text + b"\n")
         if self.failed and not self._warned:
             self._warned = True
             reason = self._out.error.strerror if self._out.error else ""
-            self.say(f"cannot write to standard output: {reason}; the journal has what became of each job")
+            self.say(f"warning: cannot write to standard output: {reason}; the journal has what became of each job")
 
     def job(self, line: dict[str, Any]) -> None:
         """A job has ended: `line` is the journal's, its state done, skipped, dropped or failed."""
@@ -153,11 +174,14 @@ class ProgressReporter:
             self._draw()
             if state == "skipped" and not self._bars:
                 self._skipped += 1
-            if state == "failed" or (not self._bars and (state != "skipped" or self._skipped <= _EACH)):
+            place, note = f"[{count}/{self.total}]" if self.total else f"[{count}]", _note(line)
+            text = f"{place} {MARKS[state]} {_title(line)}" + (f": {note}" if note else "")
+            level = messages.WARNING if state == "failed" else messages.NOTE
+            messages.keep(text, level)
+            each = state != "skipped" or self._skipped <= _EACH or self._detailed
+            if state == "failed" or (not self._bars and each and messages.shows(level)):
                 self._say_skipped()
-                place = f"[{count}/{self.total}]" if self.total else f"[{count}]"
-                note = _note(line)
-                self.say(f"{place} {MARKS[state]} {_title(line)}" + (f": {note}" if note else ""))
+                self._show(text)
                 self._skipped = self._skipped if state == "skipped" else 0
             if self._bars:
                 made = self._counts["done"] + self._counts["dropped"]
@@ -169,8 +193,8 @@ class ProgressReporter:
 
     def _say_skipped(self) -> None:
         """One line for the many jobs in a row that are done already."""
-        if self._skipped > _EACH:
-            self.say(f"… and {self._skipped - _EACH:,} more that are there")
+        if self._skipped > _EACH and not self._detailed and messages.shows(messages.NOTE):
+            self._show(f"… and {self._skipped - _EACH:,} more that are there")
 
     def step(self, prompts: list[str], done: int, steps: int, memory: int) -> None:
         """The running batch has done so many of its steps; `memory` in bytes."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePath
-
-from emt_cli.streams import print_last
 
 _ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -22,9 +21,10 @@ def message(problem: str, hint: str = "") -> str:
     return " ".join(f"{problem.rstrip('.')}. {hint}".split())
 
 
-def say(text: object) -> None:
-    """Print a line for people on standard error, safe for a terminal."""
-    print_last(printable(text))
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that another one is most like; empty if it is like none."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return found[0] if found else ""
 
 
 def duration(seconds: float) -> str:

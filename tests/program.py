@@ -55,8 +55,9 @@ def model() -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """A cache of its own in `folder`, and one thread."""
-    return {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    """A cache and a config folder of its own in `folder`, and one thread."""
+    homes = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "config")}
+    return {**homes, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def clip(path: Path, seed: int = 0, frames: int = 8) -> Path:

@@ -46,8 +46,9 @@ emt.backbones.sd15 | emt.backbones.wan21
 emt.unet
 emt.train
 emt_engines
-emt_cli emt_cli.text emt_cli.streams
+emt_cli emt_cli.text emt_cli.streams emt_cli.messages
 emt_cli.batch
+emt_cli.config
 emt_cli.executors | emt_cli.report | emt_cli.terminal
 emt_cli.commands
 emt_cli.app
@@ -64,7 +65,7 @@ emt.device
 emt_kernels emt_engines emt_engines.registry emt_engines.choice
 emt_cli.app emt_cli.text emt_cli.streams emt_cli.terminal emt_cli.batch.options emt_cli.batch.jobs emt_cli.batch.inputs
 emt_cli.batch.journal emt_cli.batch.results emt_cli.batch.estimates emt_cli.batch.planning emt_cli.batch.session
-emt_cli.commands.arguments
+emt_cli.commands.arguments emt_cli.config emt_cli.messages
 """
 
 

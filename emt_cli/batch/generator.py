@@ -19,6 +19,7 @@ from emt.cache import ContentIndex, default_dir
 from emt.device import Device, is_out_of_memory
 from emt.errors import EmtError
 from emt.model_folder import Model
+from emt_cli import messages
 from emt_cli.batch.addons import NONE, AddonFinder, Addons
 from emt_cli.batch.estimates import size_that_fits
 from emt_cli.batch.jobs import NUMERICS_VERSION, Job, digest
@@ -115,15 +116,16 @@ def heard_warnings() -> Iterator[list[str]]:
 
 
 def silence_libraries() -> None:
-    """No warnings and progress bars of libraries from here on: they are for developers, not for who runs this."""
+    """No progress bars of libraries from here on, nor, unless details are shown, warnings, which are for developers."""
     import warnings
 
     import transformers
     from diffusers.utils import logging as diffusers_logging
 
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
+    if not messages.shows(messages.DETAIL):
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        diffusers_logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
 

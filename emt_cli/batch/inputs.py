@@ -14,29 +14,34 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from emt.errors import EmtError
-from emt.presets import SCHEDULER_DEFAULTS, preset_values
+from emt.presets import PRESETS, SCHEDULER_DEFAULTS, preset_values
 from emt.vocabulary import Vocabulary, without
 from emt_cli.batch.jobs import Item, Job, Rejected
 from emt_cli.batch.options import (
     JOB_FIELDS,
     REFERENCE_SIZE,
     SETTING_NAMES,
-    Preset,
     Settings,
     TransferOptions,
     UsageError,
     check_sound,
     check_together,
+    field_name,
     parse_defaults,
     parse_field,
     parse_seeds,
+    unknown_field,
+    usage_errors,
 )
+from emt_cli.batch.seeds import draw_seeds
 from emt_cli.batch.shapes import Shapes
+from emt_cli.text import nearest
 
 MAX_LINE = 1 << 20  # characters of one line of a job file
 _MAX_PROMPTS = 1 << 28  # bytes of a prompts file; /dev/zero has no end
@@ -69,6 +74,8 @@ class _Base:
     defaults: Mapping[str, Any]
     given: Mapping[str, Any]
     shapes: Shapes
+    background: Sequence[Mapping[str, Any]] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Settings] = field(default_factory=dict)
     _paths: dict[str, Path] = field(default_factory=dict)
 
@@ -92,21 +99,28 @@ class _Base:
         return self._made[key]
 
     def look_at_references(self, own: Mapping[str, Any]) -> bool:
-        """Return whether settings of a job whose own line sets some depend on its reference."""
-        return own.get("size", self.given.get("size")) == REFERENCE_SIZE
+        """Return whether settings of a job whose own line sets some may depend on its reference."""
+        layers = (own, self.given, *self.background, *self.presets.values())
+        return any(layer.get("size") == REFERENCE_SIZE for layer in layers)
 
     def _make(self, own: Mapping[str, Any], reference: Path) -> Settings:
-        given = {**self._sized(self.given, reference), **self._sized(own, reference)}
-        if "size" not in own and {"width", "height"} & own.keys():
-            given.pop("size", None)
-        check_sound(given)
-        preset = preset_values(given.get("preset", Preset.EXACT).value, self.defaults.get("steps", Settings.steps))
-        preset = {name: parse_field(name, value) for name, value in preset.items()}
+        values: Mapping[str, Any] = {}
+        for layer in (*self.background, self._over(self.given, own, reference)):
+            if "preset" in layer:  # it wins over what a weaker source sets
+                values = self._over(values, self.preset(layer["preset"]), reference)
+            values = self._over(values, layer, reference)
+        check_sound(values)
         models = self.defaults.get("scheduler", Settings.scheduler)
-        chosen = {"scheduler": models, **preset, **given}["scheduler"]
+        chosen = values.get("scheduler", models)
         own = {} if chosen is models else SCHEDULER_DEFAULTS.get(chosen.value, {})
         own = {name: parse_field(name, value) for name, value in own.items()}
-        return Settings(**{**self.defaults, **own, **preset, **given})
+        return Settings(**{**self.defaults, **own, **values})
+
+    def _over(self, weaker: Mapping[str, Any], layer: Mapping[str, Any], reference: Path) -> dict[str, Any]:
+        """Settings of a layer over those of a weaker one; a size and a width or height take each other's place."""
+        layer = self._sized(layer, reference)
+        replaced = {"size"} if "size" not in layer and {"width", "height"} & layer.keys() else set()
+        return {**{name: value for name, value in weaker.items() if name not in replaced}, **layer}
 
     def _sized(self, given: Mapping[str, Any], reference: Path) -> Mapping[str, Any]:
         """Settings with the width and height that their size stands for."""
@@ -115,12 +129,63 @@ class _Base:
         width, height = self.shapes.size(given["size"], reference)
         return {**given, "width": width, "height": height}
 
+    def check_layers(self) -> None:
+        """Check what the command line, the environment and config files set.
+
+        Raises:
+            UsageError: there is no such preset, or settings of one of them exclude each other.
+        """
+        with usage_errors():
+            for layer in (*self.background, self.given, *self.presets.values()):
+                check_together(layer)
+                if "preset" in layer:
+                    self.preset(layer["preset"])
+
+    def preset(self, name: str) -> Mapping[str, Any]:
+        """Values of a preset, of emt or the user's own."""
+        if name in self.presets:
+            return self.presets[name]
+        if name not in PRESETS:
+            known = (*PRESETS, *self.presets)
+            near = f"Did you mean {close}? " if (close := nearest(name, known)) else ""
+            allowed = f"{near}Allowed are {', '.join(known)}, and what a config file defines."
+            raise EmtError(f"there is no preset {name!r:.100}", allowed)
+        values = preset_values(name, self.defaults.get("steps", Settings.steps))
+        return {name: parse_field(name, value) for name, value in values.items()}
+
+
+def settings_of(options: TransferOptions, defaults: Mapping[str, Any]) -> Settings:
+    """The settings of a clip whose own line sets none, but for the size of its reference.
+
+    Args:
+        options: The command line.
+        defaults: The model's own defaults, by setting.
+    """
+    given = [*options.background, options.settings]
+    layers = [{name: value for name, value in layer.items() if value != REFERENCE_SIZE} for layer in given]
+    known = replace(options, background=layers[:-1], settings=layers[-1])  # there is no reference to look at
+    return _base(known, defaults).settings({}, Path())
+
+
+def preset_of(options: TransferOptions, name: str, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values that a preset sets.
+
+    Raises:
+        EmtError: there is no such preset.
+    """
+    return _base(options, defaults).preset(name)
+
+
+def _base(options: TransferOptions, defaults: Mapping[str, Any], shapes: Shapes | None = None) -> _Base:
+    return _Base(parse_defaults(defaults), options.settings, shapes or Shapes(), options.background, options.presets)
+
 
 def expand(
     options: TransferOptions,
     defaults: Mapping[str, Any],
     say: Callable[[str], None] = lambda text: None,
     shapes: Shapes | None = None,
+    keep_seeds: bool = True,
 ) -> tuple[list[Job | Rejected], Iterator[Item]]:
     """All jobs of a command line.
 
@@ -129,6 +194,7 @@ def expand(
         defaults: The model's own defaults, by setting.
         say: Called with a line for each folder of which files are not read.
         shapes: Of the model's clips; None for the published one's.
+        keep_seeds: Keep the seeds that are drawn in the output folder.
 
     Returns:
         The jobs that are named, those of one shape and one reference next to each other; and those that
@@ -147,8 +213,9 @@ def expand(
         raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
     references = _Finder(options.recursive, options.out, say).find(arguments)
-    base = _Base(parse_defaults(defaults), options.settings, shapes or Shapes())
-    seeds = parse_seeds(options.seeds)
+    base = _base(options, defaults, shapes)
+    base.check_layers()
+    seeds = parse_seeds(options.seeds, partial(draw_seeds, options.out, keep=keep_seeds, say=say))
 
     pairs: list[tuple[Path | Rejected | None, _Line | Rejected | None]]
     if options.pair:
@@ -243,7 +310,10 @@ def _checked(fields: Any, origin: str = "") -> _Line | Rejected:
     try:
         if not isinstance(fields, dict):
             raise EmtError("the line is not a JSON object", f"A job has the fields {', '.join(JOB_FIELDS)}.")
-        line = _Line({name: parse_field(name, value) for name, value in fields.items()}, origin)
+        named = [(field_name(name), value) for name, value in fields.items()]
+        if len(dict(named)) < len(named):
+            raise EmtError("a field is given twice, by two of its names", "Give it once.")
+        line = _Line({name: parse_field(name, value) for name, value in named}, origin)
         check_together(line.fields)
         return line
     except EmtError as error:
@@ -325,10 +395,11 @@ def _read_csv(path: Path, text: str) -> list[_Line | Rejected]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[_Line | Rejected] = []
     try:
-        unknown = [name for name in reader.fieldnames or [] if name not in JOB_FIELDS]
+        unknown = [name for name in reader.fieldnames or [] if field_name(name) not in JOB_FIELDS]
         if unknown or not reader.fieldnames:
             allowed = f"the first line names the columns, of {', '.join(JOB_FIELDS)}"
-            raise UsageError(f"--prompts {path.name}: unknown columns {unknown}; {allowed}")
+            hint = unknown_field(unknown[0]).hint if unknown else ""
+            raise UsageError(f"--prompts {path.name}: unknown columns {unknown}; {allowed}", hint)
         for cells in reader:
             origin = f"{path.name} line {reader.line_num}"
             if None in cells:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -20,6 +20,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from emt.errors import EmtError
 from emt.hub import split_scale, split_word
+from emt.presets import PRESETS
+from emt_cli.text import nearest
 
 
 class UsageError(EmtError):
@@ -46,6 +48,7 @@ class Field:
         max: Largest number allowed.
         metavar: Name of its value in `--help`; empty for its type's.
         short: Its one-letter name, such as `-o`; empty for none.
+        also: Other long names, by which users of other programs know it.
         positional: Takes the arguments that no option claims.
         show_default: `--help` shows the default.
     """
@@ -56,6 +59,7 @@ class Field:
     max: float | None = None
     metavar: str = ""
     short: str = ""
+    also: tuple[str, ...] = ()
     positional: bool = False
     show_default: bool = True
 
@@ -68,13 +72,6 @@ class Scheduler(str, Enum):
     UNIPC = "unipc"
     EULER = "euler"
     LCM = "lcm"
-
-
-class Preset(str, Enum):
-    """Named choices between speed and fidelity (`emt.presets`)."""
-
-    EXACT = "exact"
-    FAST = "fast"
 
 
 class Fit(str, Enum):
@@ -157,19 +154,35 @@ class Settings:
             metavar="WxH|NAME",
         ),
     ] = None
-    steps: Annotated[int, _clip("Number of denoising steps. Default: the model's.", min=1, max=500)] = 25
+    steps: Annotated[
+        int,
+        _clip(
+            "Number of denoising steps. Default: the model's.",
+            min=1,
+            max=500,
+            short="-n",
+            also=("--num-inference-steps",),
+        ),
+    ] = 25
     guidance: Annotated[
-        float, _clip("Classifier-free guidance scale; 1 disables it. Default: the model's.", min=1.0, max=50.0)
+        float,
+        _clip(
+            "Classifier-free guidance scale; 1 disables it. Default: the model's.",
+            min=1.0,
+            max=50.0,
+            also=("--guidance-scale",),
+        ),
     ] = 6.0
     scheduler: Annotated[Scheduler, _clip("Sampler. Default: the model's, ddim for most.")] = Scheduler.DDIM
     preset: Annotated[
-        Preset,
+        str,
         _clip(
             "Sampling defaults. exact: the model's own. fast: an approximation in less time, by fewer steps of a "
             "better sampler, guidance in the first steps only and reuse of deep features. Explicit options take "
-            "precedence."
+            "precedence. A config file may define others.",
+            metavar="|".join((*PRESETS, "NAME")),
         ),
-    ] = Preset.EXACT
+    ] = "exact"
     guidance_until: Annotated[
         float, _clip("Fraction of the steps, from the first, that use guidance. Default: 1.", min=0.0, max=1.0)
     ] = 1.0
@@ -283,7 +296,9 @@ class TransferOptions:
             show_default=False,
         ),
     ] = None
-    prompt: Annotated[list[str] | None, Field("Text prompt of what the new clip shows; may be repeated.", _JOBS)] = None
+    prompt: Annotated[
+        list[str] | None, Field("Text prompt of what the new clip shows; may be repeated.", _JOBS, short="-p")
+    ] = None
     prompts: Annotated[
         list[Path] | None,
         Field(
@@ -292,7 +307,15 @@ class TransferOptions:
             _JOBS,
         ),
     ] = None
-    seeds: Annotated[str, Field("Random seeds: numbers and ranges, as in 0,7,10-15.", _JOBS)] = "0"
+    seeds: Annotated[
+        str,
+        Field(
+            "Seeds: numbers and ranges, as in 0,7,10-15, or random:N for N that are drawn once for an output folder, "
+            "which keeps them.",
+            _JOBS,
+            also=("--seed",),
+        ),
+    ] = "0"
     pair: Annotated[
         bool,
         Field(
@@ -305,7 +328,7 @@ class TransferOptions:
     ] = False
     out: Annotated[
         Path,
-        Field("Output folder.", _JOBS, short="-o"),
+        Field("Output folder.", _JOBS, short="-o", also=("--output",)),
     ] = Path("out")
     overwrite: Annotated[bool, Field("Generate finished clips again and replace them.", _JOBS)] = False
     model: Annotated[
@@ -314,6 +337,7 @@ class TransferOptions:
             "Model folder (emt import-weights makes one) or hub id. Default: demo, a small model; "
             "emt doctor lists the words that it knows.",
             _RUN,
+            short="-m",
             show_default=False,
         ),
     ] = None
@@ -366,6 +390,8 @@ class TransferOptions:
     report: Annotated[bool, Field("Write a gallery of the results, OUT/report.html, at the end.", _RUN)] = False
     dry_run: Annotated[bool, Field("Print the plan and stop, as `emt plan` does.", _RUN)] = False
     settings: Mapping[str, Any] = field(default_factory=dict)  # the settings given on the command line, by name
+    background: Sequence[Mapping[str, Any]] = ()  # those of config files and of the environment, the weakest first
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the user's own: values by setting
 
     def check(self) -> None:
         """Raise `UsageError` unless values and combinations of options are allowed."""
@@ -413,17 +439,28 @@ def parse_batch_size(text: str) -> int | None:
     raise EmtError(f"--batch-size is {text!r}", "Allowed are auto and 1 to 64.")
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from a list such as `0,7,10-15`.
+def parse_seeds(text: str, draw: Callable[[int], list[int]] = lambda count: []) -> list[int]:
+    """Seeds from a list such as `0,7,10-15` or `random:4`.
+
+    Args:
+        text: The list.
+        draw: Draws so many; none where the list is only checked.
 
     Raises:
         EmtError: something in it is no seed, or they are more than a million.
     """
     seeds: list[int] = []
     for part in text.split(","):
+        first, colon, count = part.strip().partition(":")
+        if first == "random":
+            if not (count.isdecimal() if colon else not count) or not 1 <= int(count or 1) < MAX_SEEDS:
+                raise EmtError(f"--seeds has {part!r}", f"Allowed are random:1 to random:{MAX_SEEDS - 1}.")
+            seeds.extend(draw(int(count or 1)))
+            continue
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise EmtError(f"--seeds has {part!r}", "Seeds are whole numbers and ranges, as in 0,7,10-15.")
+            hint = "Seeds are whole numbers and ranges, as in 0,7,10-15, or random:N."
+            raise EmtError(f"--seeds has {part!r}", hint)
         low, high = parse_field("seed", first), parse_field("seed", last if dash else first)
         if high < low or high - low + len(seeds) >= MAX_SEEDS:
             raise EmtError(f"--seeds has {part!r}", f"Ranges rise, and at most {MAX_SEEDS:,} seeds are taken.")
@@ -445,6 +482,19 @@ def _hints() -> dict[str, tuple[type, bool, Any]]:
 _HINTS = _hints()
 SETTING_NAMES = tuple(_HINTS)
 JOB_FIELDS = ("reference", "prompt", "seed", *SETTING_NAMES)
+_ALSO = {other[2:].replace("-", "_"): name for name, (*_, info) in _HINTS.items() for other in info.also}
+
+
+def field_name(name: str) -> str:
+    """The name of a field of a job, which may be given by another one of its option, such as `guidance_scale`."""
+    return _ALSO.get(name, name)
+
+
+def unknown_field(name: str) -> EmtError:
+    """The error that a job has no such field, with the nearest that it has."""
+    near = nearest(name, (*JOB_FIELDS, *_ALSO))
+    hint = f"Did you mean {near}?" if near else f"A job has the fields {', '.join(JOB_FIELDS)}."
+    return EmtError(f"unknown field {name!r:.100}", hint)
 
 
 def parse_field(name: str, value: Any) -> Any:
@@ -465,7 +515,7 @@ def parse_field(name: str, value: Any) -> Any:
     if name in ("prompt", "reference"):
         return _text(name, value)
     if name not in _HINTS:
-        raise EmtError(f"unknown field {name!r}", f"A job has the fields {', '.join(JOB_FIELDS)}.")
+        raise unknown_field(name)
     kind, optional, info = _HINTS[name]
     if value is None and optional:
         return None
@@ -589,7 +639,8 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise EmtError(f"{name} is {value!r:.100}", "It must be a text.")
     if name != "negative_prompt" and not value.strip():
-        raise EmtError(f"the {name} is empty", "Say what the clip shows." if name == "prompt" else "Name a clip.")
+        hints = {"prompt": "Say what the clip shows.", "reference": "Name a clip."}
+        raise EmtError(f"the {name} is empty", hints.get(name, "Name one."))
     if name == "reference":
         if "\0" in value:
             raise EmtError(f"reference {value!r:.100} has a zero byte", "Name a clip.")

@@ -23,7 +23,8 @@ from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_n
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import find_place
 from emt_cli.batch.shapes import Shapes
-from emt_cli.text import say, size
+from emt_cli.messages import say
+from emt_cli.text import size
 from emt_engines.choice import engine_id
 
 TO_DO = ("open", "replaces", "failed")
@@ -115,7 +116,7 @@ def make_plan(options: TransferOptions) -> Plan:
     """
     model = find_model(options.model, download=False)
     index = ContentIndex(options.cache_dir or default_dir())
-    listed, streamed = expand(options, model.defaults, say, Shapes(model, index))
+    listed, streamed = expand(options, model.defaults, say, keep_seeds=False, shapes=Shapes(model, index))
     items = _both(listed, streamed)
     PromptWarnings(model.name, model.vocabulary, say).look(items)
     model_sha256 = model.sha256(index)

@@ -16,6 +16,7 @@ import typer
 
 from emt.errors import EmtError
 from emt_cli.batch.options import Precision, Settings, check_device, parse_defaults, parse_field, usage_errors
+from emt_cli.messages import console as stderr_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,10 +145,8 @@ def _found(name: str | None, device: Device) -> Iterator[Model]:
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
     """A line on a terminal that says what is being timed."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    console = stderr_console()
+    if quiet or console.quiet or not console.is_terminal:
         yield lambda text: None
         return
     with console.status("loading the model") as status:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from enum import Enum
@@ -17,6 +16,8 @@ import typer
 
 from emt.errors import EmtError
 from emt_cli.batch.options import Precision, check_device, parse_defaults
+from emt_cli.messages import console as stderr_console
+from emt_cli.messages import say
 
 
 class EngineBackend(str, Enum):
@@ -88,7 +89,6 @@ def build_engine(
     of the cache by itself, or the one that `--engine` names. The engine is compared with PyTorch, and not kept if it
     differs too much; Ctrl-C leaves nothing half-written.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from emt.cache import ContentIndex, default_dir
@@ -141,7 +141,7 @@ def build_engine(
     )
     folder = output or engines_dir() / name
     check_target(folder)
-    console = Console(stderr=True)
+    console = stderr_console()
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task("loading the model", total=1.0)
@@ -149,13 +149,13 @@ def build_engine(
         def progress(what: str, done: float) -> None:
             bars.update(task, description=printable(what), completed=done)
             if not console.is_terminal:
-                print(printable(what), file=sys.stderr, flush=True)
+                say(what)
 
         pipe = open_pipeline(found, target, prepare=lambda pipe: merge_loras(pipe, loras))
         with insistent_interrupts():
             manifest = build(pipe, request, folder, progress)
     parity = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"
-    print(f"built in {manifest.seconds:.0f} s; {parity}", file=sys.stderr)
+    say(f"built in {manifest.seconds:.0f} s; {parity}")
     typer.echo(folder)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from emt.errors import EmtError
 from emt.storage import write_atomically
+from emt_cli.messages import WARNING, say
 from emt_cli.text import printable
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
             _print_json({"folder": str(folder), "error": error.problem})
         return
     if not found and not damaged:
-        print("no engines yet; build one with: emt build-engine --model MODEL", file=sys.stderr)
+        say("no engines yet; build one with: emt build-engine --model MODEL")
         return
     from rich.console import Console
     from rich.table import Table
@@ -178,10 +179,10 @@ def prune(
         if reason:
             to_remove.append((engine.folder, reason))
     if not to_remove:
-        print("nothing to remove", file=sys.stderr)
+        say("nothing to remove")
         return
     for folder, reason in to_remove:
-        print(printable(f"{folder}: {reason}"), file=sys.stderr)
+        say(f"{folder}: {reason}", WARNING)
     if not yes and not typer.confirm(f"Remove {len(to_remove)}?", err=True):
         raise typer.Exit(1)
     for folder, reason in to_remove:

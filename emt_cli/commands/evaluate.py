@@ -20,8 +20,10 @@ from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_text
 from emt_cli.batch.records import dumps
+from emt_cli.messages import WARNING, say
+from emt_cli.messages import console as stderr_console
 from emt_cli.report.metrics import FILE_NAME as METRICS
-from emt_cli.text import message, printable, say, short_names
+from emt_cli.text import message, printable, short_names
 
 if TYPE_CHECKING:
     from emt.evaluate.judge import Judge
@@ -151,10 +153,9 @@ class _Progress:
     """A bar on standard error, where that is a terminal, and a line for each pair that failed."""
 
     def __init__(self, total: int) -> None:
-        from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        console = Console(stderr=True)
+        console = stderr_console()
         self._bar = Progress(
             *Progress.get_default_columns()[:2],
             MofNCompleteColumn(),
@@ -169,7 +170,7 @@ class _Progress:
     def step(self, row: Row) -> None:
         self._bar.advance(self._task)
         if row.error is not None:
-            say(f"{row.pair.result}: {message(row.error.problem, row.error.hint)}")
+            say(f"{row.pair.result}: {message(row.error.problem, row.error.hint)}", WARNING)
 
     def stop(self) -> None:
         self._bar.stop()

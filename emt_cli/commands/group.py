@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from typing import Annotated, Any
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from emt import __version__
+from emt_cli.text import nearest
+
+if TYPE_CHECKING:
+    from emt_cli.config import Option
 
 COMMANDS = {
     "transfer": "Make clips that move like the references and show what the prompts say.",
@@ -22,6 +31,7 @@ COMMANDS = {
     "bench": "Time the parts of a clip on this machine.",
     "rerun": "Make a result again from the settings it carries.",
     "doctor": "Look at GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.",
+    "config": "Show options that hold where the command line leaves them out, and where they come from.",
     "import-weights": "Make one model folder from Stable Diffusion 1.5, a motion module and the adapter.",
 }
 
@@ -42,6 +52,25 @@ EXAMPLES = {
 }
 
 
+class Command(TyperCommand):
+    """A command with flags that the command line can turn off, too, where a config file turns them on."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """The parser, which knows `--no-…` of every flag; help names the flags alone."""
+        flags: list[Any] = [
+            parameter
+            for parameter in self.params
+            if getattr(parameter, "is_flag", False) and not parameter.secondary_opts and not parameter.is_eager
+        ]
+        for flag in flags:
+            flag.secondary_opts = [f"--no-{name[2:]}" for name in flag.opts if name.startswith("--")]
+        try:
+            return super().make_parser(ctx)
+        finally:
+            for flag in flags:
+                flag.secondary_opts = []
+
+
 class LazyGroup(TyperGroup):
     """Commands that are imported when they are run: `emt --help` answers before a large option table is built."""
 
@@ -53,20 +82,90 @@ class LazyGroup(TyperGroup):
         """Import and build one command; its module and function are named after it."""
         if cmd_name not in COMMANDS:
             return None
-        name = cmd_name.replace("-", "_")
-        function = getattr(importlib.import_module(f"emt_cli.commands.{name}"), name)
+        from emt_cli.commands.arguments import completed
+
+        function = _function(cmd_name)
         if isinstance(function, typer.Typer):
-            return typer.main.get_command(function)
+            group = copy.copy(function)
+            group.registered_commands = [copy.copy(known) for known in function.registered_commands]
+            for known in group.registered_commands:
+                assert known.callback is not None
+                known.callback = completed(known.callback, f"{cmd_name} {_name(known)}", all_options)
+                known.cls = Command
+            return typer.main.get_command(group)
         single = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
         # A terminal has its own width: only paragraphs are kept of the lines that a docstring has.
         text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        single.command(cmd_name, help=text, epilog=f"Example: {EXAMPLES[cmd_name]}", context_settings=_HELP)(function)
+        single.command(
+            cmd_name, cls=Command, help=text, epilog=f"Example: {EXAMPLES[cmd_name]}", context_settings=_HELP
+        )(completed(function, cmd_name, all_options))
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The list of commands, without importing any."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _function(command: str) -> Any:
+    """The function of a command, or the group that it is."""
+    name = command.replace("-", "_")
+    return getattr(importlib.import_module(f"emt_cli.commands.{name}"), name)
+
+
+def _name(known: Any) -> str:
+    """Name of a command of a group."""
+    return known.name or known.callback.__name__.replace("_", "-")
+
+
+def all_options() -> dict[str, list[Option]]:
+    """The options of all commands by name; imports them all."""
+    from emt_cli.commands.arguments import options_of
+
+    return {name: options_of(function) for name, function in _functions()}
+
+
+def _functions() -> Iterator[tuple[str, Any]]:
+    """All commands by name, those of groups as `engines list`, with their functions."""
+    for command in COMMANDS:
+        function = _function(command)
+        if isinstance(function, typer.Typer):
+            yield from ((f"{command} {_name(known)}", known.callback) for known in function.registered_commands)
+        else:
+            yield command, function
+
+
+def default_of(command: str, parameter: str) -> Any:
+    """Default of a command's parameter."""
+    function = dict(_functions())[command]
+    return inspect.signature(function).parameters[parameter].default
+
+
+def describe_error(error: Any) -> str:
+    """An error of the parser in one line: the argument, the nearest that there is, and where all are listed."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").rstrip(".")
+    if context is None:
+        return text
+    near = ""
+    if parameter is not None and (value := re.match("Invalid value for .*?: (.*)", text)):
+        text = f"invalid value for {_source_of(context, parameter)}: {value[1].removeprefix('Value error, ')}"
+    elif unknown := re.match("No such option:? (\\S+)", text):
+        options = [name for known in context.command.params for name in (*known.opts, *known.secondary_opts)]
+        text, near = f"no such option: {unknown[1]}", nearest(unknown[1], options)
+    elif unknown := re.match("No such command '(.*?)'", text):
+        text, near = f"no such command: {unknown[1]}", nearest(unknown[1], context.command.list_commands(context))
+    text += f" (did you mean {near}?)" if near else ""
+    return f"{text}; {context.command_path} --help lists what is allowed"
+
+
+def _source_of(context: Any, parameter: Any) -> str:
+    """An option or argument as the user gave it."""
+    source = getattr(context.get_parameter_source(parameter.name), "name", "")
+    if source == "ENVIRONMENT":
+        names = [parameter.envvar] if isinstance(parameter.envvar, str) else parameter.envvar or []
+        return next((f"the environment variable {name}" for name in names if os.environ.get(name)), parameter.name)
+    return max(parameter.opts, key=lambda name: name.startswith("--"), default=parameter.name)
 
 
 _HELP = {"help_option_names": ["-h", "--help"]}

@@ -11,6 +11,8 @@ import typer
 
 from emt.backbone import BACKBONES, PUBLISHED, module_of
 from emt_cli.batch.options import UsageError
+from emt_cli.messages import console as stderr_console
+from emt_cli.messages import say
 
 _FILES = "Files"
 _PUBLISHED_FILES = module_of(PUBLISHED, "published").PUBLISHED
@@ -166,7 +168,6 @@ def import_weights(
         missing = [name for name, given in (("--base", base), ("--motion-module", motion_module)) if given is None]
         raise UsageError(f"{' and '.join(missing)} missing", "Give both, or --published for the published files.")
 
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
 
@@ -175,7 +176,7 @@ def import_weights(
     importer = module_of(network, "import_weights")
     disable_progress_bar()  # it would write over ours
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = stderr_console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Importing", total=1)
         written = time.monotonic()
@@ -185,7 +186,7 @@ def import_weights(
             progress.update(task, description=what, completed=done, total=total)
             # A log gets a line now and then of an import that takes long.
             if not console.is_terminal and time.monotonic() - written > _LOG_INTERVAL:
-                typer.echo(f"{what} ({done} of {total} steps done)", err=True)
+                say(f"{what} ({done} of {total} steps done)")
                 written = time.monotonic()
 
         report = importer.import_weights(

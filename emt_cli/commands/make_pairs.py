@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,8 @@ from emt_cli.batch.options import (
     parse_seeds,
     usage_errors,
 )
+from emt_cli.messages import console as stderr_console
+from emt_cli.messages import say
 from emt_cli.text import printable
 
 if TYPE_CHECKING:
@@ -172,7 +173,6 @@ def _check_options(context: typer.Context, other: str) -> None:
 
 
 def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from emt.device import Device
@@ -180,14 +180,14 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
     from emt.train.data import write_pairs
 
     place = Device.open(device, "fp32").torch_device
-    console = Console(stderr=True)
+    console = stderr_console()
     columns = (TextColumn("motions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     made, printed = 0, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=motions)
 
         def make_world() -> World:
-            print(f"painting the world on {place}", file=sys.stderr)
+            say(f"painting the world on {place}")
             return World(place, seed=rendering.seed)
 
         for done, fresh in write_pairs(out, motions, rendering, make_world, workers=rendering.appearances):
@@ -195,8 +195,8 @@ def _render(out: Path, motions: int, rendering: Rendering, device: str) -> None:
             progress.update(task, completed=done)
             if not console.is_terminal and time.monotonic() - printed > _PLAIN_SECONDS:
                 printed = time.monotonic()
-                print(f"{done} of {motions} motions", file=sys.stderr, flush=True)
-    print(f"{made} motions made, {motions - made} were there", file=sys.stderr)
+                say(f"{done} of {motions} motions")
+    say(f"{made} motions made, {motions - made} were there")
 
 
 def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None:
@@ -238,7 +238,6 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
 
 def _print_summary(report: Sequence[dict[str, Any]]) -> None:
     """A table on standard error: what was kept of each reference."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -253,4 +252,4 @@ def _print_summary(report: Sequence[dict[str, Any]]) -> None:
             values = [row[name] for row in rows if row[name] is not None]
             means.append(f"{sum(values) / len(values):.3f}" if values else "")
         table.add_row(Text(printable(Path(reference).name)), *count, *means)
-    Console(stderr=True).print(table)
+    stderr_console().print(table)

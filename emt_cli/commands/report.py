@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from emt_cli.batch import journal
+from emt_cli.messages import say
 from emt_cli.report.page import check_folder, order_of, write_report
-from emt_cli.text import say
 
 
 def report(

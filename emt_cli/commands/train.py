@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
+from emt_cli.messages import NOTE, keep, shows
+from emt_cli.messages import console as stderr_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -168,7 +170,10 @@ def train(
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, above the bar."""
+    keep(text, NOTE)
+    if shows(NOTE):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _stop_on_signals() -> Callable[[], bool]:
@@ -200,8 +205,7 @@ class _ProgressReporter:
         self._steps, self._shown = steps, shown
         self._bar: Progress | None = None
         self._printed = -_PLAIN_SECONDS
-        if shown and sys.stderr.isatty():
-            from rich.console import Console
+        if shown and shows(NOTE) and sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
@@ -210,7 +214,7 @@ class _ProgressReporter:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=stderr_console(),
                 redirect_stdout=False,
                 redirect_stderr=True,  # what is said meanwhile goes above the bar
             )

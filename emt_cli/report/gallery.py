@@ -24,6 +24,7 @@ from emt.storage import write_atomically
 from emt_cli.batch.jobs import digest
 from emt_cli.batch.options import Settings, parse_field
 from emt_cli.batch.records import dumps
+from emt_cli.messages import console as stderr_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,10 +106,9 @@ class Gallery:
         """Entries of the references and of the results of jobs, by their lines in the journal."""
         from concurrent.futures import ThreadPoolExecutor
 
-        from rich.console import Console
         from rich.progress import track
 
-        console = Console(stderr=True)
+        console = stderr_console()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             shown = [pool.submit(_noted, self.reference, line) for line in references]
             made = [pool.submit(_noted, self.result, self.out / line["output"]) for line in results]

@@ -1,0 +1,253 @@
+"""Config files: options of commands and presets, in TOML.
+
+    model = "models/rv"          # of every command that has such an option
+
+    [transfer]                   # of one command; emt plan reads them too
+    steps = 12
+    lora = ["film.safetensors:0.7"]
+
+    [presets.draft]              # --preset draft, and "preset": "draft" in job lines
+    steps = 6
+    scheduler = "dpm++"
+
+Of several files the later one wins, option by option; in a file a command's own section wins over the top. Nothing is
+declared here: which options there are, and of which type, follows from the parameters of the commands.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from emt.errors import EmtError
+from emt.presets import PRESETS
+from emt_cli.batch.options import SETTING_NAMES, UsageError, field_name, parse_field
+from emt_cli.text import nearest
+
+FILE_NAME = "emt.toml"
+_PRESETS = "presets"
+#: Options of a command that its own section alone sets: elsewhere the name means another kind of file.
+OWN = ("out", "output")
+_SECTIONS = {"plan": ("transfer", "plan")}  # of a command, where they are more than its own
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command, as files and the environment name it.
+
+    Attributes:
+        parameter: Name of the command's parameter.
+        names: Its long names without dashes in front, such as `guidance-scale`.
+        kind: Type of its value, or of each of its values.
+        multiple: It takes several.
+        min: Smallest number allowed.
+        max: Largest number allowed.
+        own: Set by the command's own section, or its own variable, alone.
+    """
+
+    parameter: str
+    names: tuple[str, ...]
+    kind: type
+    multiple: bool = False
+    min: float | None = None
+    max: float | None = None
+    own: bool = False
+
+    def variables(self, command: str) -> list[str]:
+        """Environment variables that set it, the first that is set wins; none if it takes several values."""
+        names = [name.upper().replace("-", "_") for name in self.names]
+        prefix = command.upper().replace("-", "_").replace(" ", "_")
+        found = [f"EMT_{prefix}_{name}" for name in names] + ([] if self.own else [f"EMT_{name}" for name in names])
+        return [] if self.multiple else found
+
+    def read(self, value: Any, where: str) -> Any:
+        """A value of a file in the type of the option.
+
+        Raises:
+            EmtError: it is of another type, or not allowed.
+        """
+        if self.multiple:
+            return [self._read_one(one, where) for one in (value if isinstance(value, list) else [value])]
+        return self._read_one(value, where)
+
+    def _read_one(self, value: Any, where: str) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.kind is bool:
+            allowed, fits = "true or false", isinstance(value, bool)
+        elif issubclass(self.kind, Enum):
+            values = [str(member.value) for member in self.kind]
+            near = nearest(value, values) if isinstance(value, str) else ""
+            allowed, fits = ", ".join(values) + (f" (did you mean {near}?)" if near else ""), value in values
+        elif self.kind in (int, float):
+            low, high = (f" {text} {limit:g}" if limit is not None else "" for text, limit in self._limits())
+            allowed = ("a whole number" if self.kind is int else "a number") + low + high
+            number = number and (self.kind is float or isinstance(value, int))
+            low_enough = number and (self.max is None or value <= self.max)
+            fits = low_enough and (self.min is None or value >= self.min)
+        else:
+            allowed, fits = "a text", number or isinstance(value, str)
+            value = str(value)
+        if not fits:
+            raise EmtError(f"{where} is {value!r:.80}; allowed: {allowed}")
+        return value
+
+    def _limits(self) -> tuple[tuple[str, float | None], tuple[str, float | None]]:
+        return ("from", self.min), ("to" if self.min is not None else "up to", self.max)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Config files that hold, the strongest last.
+
+    Attributes:
+        files: Their paths.
+        tables: Their contents.
+        presets: Presets that they define, checked: values by setting.
+    """
+
+    files: tuple[Path, ...] = ()
+    tables: tuple[Mapping[str, Any], ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, given: Path | None = None) -> Config:
+        """Read the file that is given, or else those that are found: the user's, and the working folder's over it.
+
+        Raises:
+            UsageError: one cannot be read or is no TOML, or a preset is not allowed.
+        """
+        files = [given] if given is not None else [path for path in (user_file(), Path(FILE_NAME)) if path.is_file()]
+        tables = tuple(_parse(path) for path in files)
+        presets: dict[str, Mapping[str, Any]] = {}
+        for path, table in zip(files, tables):
+            presets |= _presets(path, table.get(_PRESETS, {}))
+        return cls(tuple(files), tables, presets)
+
+    def values(
+        self, command: str, options: Sequence[Option], others: Callable[[], Mapping[str, Sequence[Option]]]
+    ) -> dict[str, tuple[Any, Path]]:
+        """Values of a command's options, each with the file that sets it.
+
+        Args:
+            command: Its name, such as `transfer` or `engines list`.
+            options: Its options.
+            others: Called for the options of all commands where a name may be another command's.
+
+        Raises:
+            UsageError: a section or a key is unknown, or a value not allowed.
+        """
+        found: dict[str, tuple[Any, Path]] = {}
+        known = {name: option for option in options for name in option.names}
+        sections = _SECTIONS.get(command, (command,))
+        for path, table in zip(self.files, self.tables):
+            top = {key: value for key, value in table.items() if not isinstance(value, dict)}
+            _check_sections(path, table, others)
+            for key, value in top.items():
+                option = known.get(key.replace("_", "-"))
+                if option is not None and not option.own:
+                    found[option.parameter] = _read(option, value, path, key), path
+                elif option is None or option.own:
+                    _check_top(path, key, others)
+            for section in sections:
+                for key, value in _section(table, section).items():
+                    option = known.get(key.replace("_", "-"))
+                    if option is None:
+                        raise _unknown(path, f"[{section}] has no option {key!r}", key, known)
+                    found[option.parameter] = _read(option, value, path, f"[{section}] {key}"), path
+        return found
+
+    def check(self, commands: Mapping[str, Sequence[Option]]) -> None:
+        """Check the sections of all commands.
+
+        Raises:
+            UsageError: as for `values`.
+        """
+        for command, options in commands.items():
+            self.values(command, options, lambda: commands)
+
+
+def user_file() -> Path:
+    """The user's config file: in ~/.config/emt (or $XDG_CONFIG_HOME), %APPDATA%\\emt, or Application Support."""
+    return Path(typer.get_app_dir("emt")) / FILE_NAME
+
+
+def _parse(path: Path) -> Mapping[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "Name a TOML file with --config.") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no TOML: {' '.join(str(error).split())}") from None
+
+
+def _presets(path: Path, table: Any) -> dict[str, Mapping[str, Any]]:
+    if not isinstance(table, dict) or not all(isinstance(values, dict) for values in table.values()):
+        raise UsageError(f"{path}: presets are sections, as in [{_PRESETS}.draft]")
+    for name, values in table.items():
+        if name in PRESETS:
+            raise UsageError(f"{path}: [{_PRESETS}.{name}] is a preset of emt; give yours another name")
+        for key in values:
+            if field_name(key.replace("-", "_")) not in SETTING_NAMES or key == "preset":
+                raise _unknown(path, f"[{_PRESETS}.{name}] has no setting {key!r}", key, SETTING_NAMES)
+    try:
+        return {
+            name: {
+                (setting := field_name(key.replace("-", "_"))): parse_field(setting, value)
+                for key, value in values.items()
+            }
+            for name, values in table.items()
+        }
+    except EmtError as error:
+        raise UsageError(f"{path}: [{_PRESETS}]: {error.problem}. {error.hint}") from None
+
+
+def _section(table: Mapping[str, Any], command: str) -> Mapping[str, Any]:
+    """The section of a command; of a command in a group, such as `engines list`, the section in the group's."""
+    for name in command.split():
+        inner = table.get(name, table.get(name.replace("-", "_"), {}))
+        table = inner if isinstance(inner, dict) else {}
+    return {key: value for key, value in table.items() if not isinstance(value, dict)}
+
+
+def _check_sections(path: Path, table: Mapping[str, Any], others: Callable[[], Mapping[str, Sequence[Option]]]) -> None:
+    sections = {key: value for key, value in table.items() if isinstance(value, dict)}
+    if not sections.keys() - {_PRESETS, "transfer"}:
+        return
+    commands = others()
+    groups = {name.partition(" ")[0] for name in commands}
+    for key, value in sections.items():
+        if key.replace("_", "-") not in groups | {_PRESETS}:
+            raise _unknown(path, f"there is no section [{key}]", key, groups | {_PRESETS})
+        for inner, content in value.items() if key != _PRESETS else ():
+            if isinstance(content, dict) and f"{key} {inner}" not in commands:
+                raise _unknown(path, f"there is no section [{key}.{inner}]", f"{key} {inner}", commands)
+
+
+def _check_top(path: Path, key: str, others: Callable[[], Mapping[str, Sequence[Option]]]) -> None:
+    """Raise `UsageError` unless a key at the top is an option of another command."""
+    commands = others()
+    names = {name for options in commands.values() for option in options for name in option.names}
+    if key.replace("_", "-") not in names:
+        raise _unknown(path, f"no command has an option {key!r}", key, names)
+
+
+def _read(option: Option, value: Any, path: Path, where: str) -> Any:
+    try:
+        return option.read(value, where)
+    except EmtError as error:
+        raise UsageError(f"{path}: {error.problem}") from None
+
+
+def _unknown(path: Path, problem: str, key: str, known: Any) -> UsageError:
+    near = nearest(key, known) or nearest(key.replace("_", "-"), known)
+    return UsageError(f"{path}: {problem}" + (f" (did you mean {near}?)" if near else ""))
