@@ -27,6 +27,8 @@ from emt import demo
 from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, SWITCHING, Facts, facts_of
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
+from emt.hub import OnFetch
+from emt.remote import fetch_folder, fetched, is_url, normal, shown, to_path
 from emt.storage import apply_umask, replace_folder, sync, sync_tree
 from emt.vocabulary import Vocabulary
 
@@ -168,18 +170,22 @@ class Model:
             raise EmtError(f"steps is {steps}", f"The scheduler lcm takes at most {_LCM_STEPS}; 4 to 8 are usual.")
 
 
-def find_model(name: str | None, *, download: bool) -> Model:
-    """The model of `--model`: a folder, a hub id, or `demo`, the small one.
+def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = None) -> Model:
+    """The model of `--model`: a folder, its URL, a hub id, or `demo`, the small one.
 
     Args:
         name: What the user gave; None is `demo`. A folder of that name is `./demo`.
-        download: Fetch a hub model that is not on this machine yet.
+        download: Fetch a model of the hub or of a URL that is not on this machine yet; of a URL, what has changed, too.
+        on_fetch: Called with the progress of a URL's files.
 
     Raises:
         EmtError: there is no such model, or files of it are missing.
     """
     name = name or demo.NAME
-    folder = demo.path() if name == demo.NAME else _locate(name, download)
+    if is_url(name):
+        folder, name = _fetch(normal(name), download, on_fetch), shown(normal(name))
+    else:
+        folder = demo.path() if name == demo.NAME else _locate(name, download)
     listed = _read_json(folder / "model_index.json")
     missing = []
     for part, kind in listed.items():
@@ -194,8 +200,20 @@ def find_model(name: str | None, *, download: bool) -> Model:
     return Model(name, folder, {name: listed.get(_LISTED.get(name, name), value) for name, value in DEFAULTS.items()})
 
 
+def _fetch(url: str, download: bool, on_fetch: OnFetch | None) -> Path:
+    """The copy of the model folder behind a URL."""
+    folder = fetch_folder(url, _CONTENT, on_fetch) if download else fetched(url)
+    if folder is None:
+        raise EmtError(
+            f"the model {shown(url)} is not on this machine yet", "`emt transfer` with the same --model downloads it."
+        )
+    if not (folder / "model_index.json").is_file():
+        raise EmtError(f"{shown(url)} is not a model folder: it has no model_index.json", _HOW_TO_GET)
+    return folder
+
+
 def _locate(name: str, download: bool) -> Path:
-    folder = Path(name)
+    folder = to_path(name)
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists():

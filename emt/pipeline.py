@@ -27,8 +27,10 @@ from emt.checkpoints import check_loaded
 from emt.diffusers_interface import DiffusersInterface
 from emt.errors import EmtError
 from emt.features import Motion, joined
+from emt.model_folder import find_model
 from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
 from emt.prompts import PromptEncoder
+from emt.remote import is_url
 from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
 from emt.vocabulary import Vocabulary
 
@@ -428,12 +430,14 @@ def _broadcast(name: str, values: list[T], count: int) -> list[T]:
 def load_pipeline(
     model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MotionTransferPipeline:
-    """Open a model folder or hub id on a device.
+    """Open a model folder, the URL of one, or a hub id on a device.
 
     Raises:
         EmtError: if there is no such model, or it is not one of motion transfer, or a file of it is damaged.
     """
     hint = "Make a model folder with: emt import-weights --help"
+    if is_url(model):
+        model = find_model(str(model), download=True).folder
     local = isinstance(model, Path) or Path(model).exists()
     if local and not (Path(model) / "model_index.json").is_file():
         raise EmtError(f"{model} is not a model folder: it has no model_index.json", hint)

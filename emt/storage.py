@@ -121,6 +121,27 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Context manager: nobody else, in whatever process or thread, is in a block with the same lock file; waits.
+
+    Where the file system has no locks, it lets everybody in.
+
+    Args:
+        path: The lock file, which is made and stays.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while _lock(descriptor) is False:
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def replace_folder(partial: Path, folder: Path) -> None:
     """Rename a folder to a name that another one has, which is removed; or leave that one, if it cannot be.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
+from emt.remote import Downloads
 from emt.storage import write_atomically
 from emt_cli.batch.best_of import check_tracking
 from emt_cli.batch.generator import describe
@@ -34,6 +35,7 @@ class Feeder:
     def __init__(self, session: Session, outcomes: Outcomes, options: RunOptions) -> None:
         self.generator, self.index = session.generator, session.index
         self.outcomes, self.options = outcomes, options
+        self._downloads = Downloads(outcomes.listener.say)
         self._hashed: tuple[Path | None, str, float] = (None, "", 0.0)
         self._seen: dict[str, tuple[str, str]] = {}  # by name: identity, and where its clip goes
 
@@ -65,6 +67,8 @@ class Feeder:
         """The task of a job, or None if it is already done, a duplicate, or invalid (then reported)."""
         line = {"event": "job", **describe(job)}
         try:
+            if job.source:
+                job = replace(job, reference=self._downloads.fetch(job.source))
             sha256 = line["reference_sha256"] = self._hash(job.reference)
             self.generator.check(job)
             job = replace(job, addons=self.generator.addons.find(job.settings))

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def describe(job: Job) -> dict[str, Any]:
     """A job as records describe it."""
     line = {
-        "reference": str(job.reference),
+        "reference": job.named,
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": job.settings.as_dict(),

@@ -21,6 +21,20 @@ from typing import Any
 
 from emt.errors import EmtError
 from emt.presets import PRESETS, SCHEDULER_DEFAULTS, preset_values
+from emt.remote import (
+    Downloads,
+    MissingError,
+    child,
+    copy_of,
+    fetch,
+    files,
+    is_url,
+    matching,
+    normal,
+    shown,
+    stat,
+    to_path,
+)
 from emt.vocabulary import Vocabulary, without
 from emt_cli.batch.jobs import Item, Job, Rejected
 from emt_cli.batch.options import (
@@ -77,13 +91,36 @@ class _Base:
     background: Sequence[Mapping[str, Any]] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Settings] = field(default_factory=dict)
+    downloads: Downloads = field(default_factory=lambda: Downloads(lambda text: None))
+    sources: dict[Path, str] = field(default_factory=dict)
     _paths: dict[str, Path] = field(default_factory=dict)
 
     def path(self, reference: str) -> Path:
-        """The absolute path of a reference; jobs with the same share one object."""
+        """The absolute path of a reference; of one behind a URL that of its copy. Jobs with the same share one object.
+
+        Attributes:
+            sources: URLs by the paths of their copies, which may be yet to come.
+        """
         if reference not in self._paths:
-            self._paths[reference] = Path(os.path.abspath(reference))
+            path = Path(os.path.abspath(copy_of(reference) if is_url(reference) else to_path(reference)))
+            self._paths[reference] = path
+            if is_url(reference):
+                self.sources[path] = normal(reference)
         return self._paths[reference]
+
+    def named(self, path: Path) -> str:
+        """A reference as the user named it."""
+        return shown(self.sources[path]) if path in self.sources else str(path)
+
+    def fetch(self, path: Path) -> Path:
+        """A reference on disk, fetched if it is behind a URL.
+
+        Raises:
+            EmtError: it cannot be fetched.
+        """
+        if path in self.sources:
+            self.downloads.fetch(self.sources[path])
+        return path
 
     def settings(self, own: Mapping[str, Any], reference: Path) -> Settings:
         """The settings of a job whose own line sets some: it wins over the command line, and both over presets.
@@ -126,8 +163,11 @@ class _Base:
         """Settings with the width and height that their size stands for."""
         if not given.get("size"):
             return given
-        width, height = self.shapes.size(given["size"], reference)
+        width, height = self.shapes.size(given["size"], self._looked_at(given["size"], reference))
         return {**given, "width": width, "height": height}
+
+    def _looked_at(self, size: str, reference: Path) -> Path:
+        return self.fetch(reference) if size == REFERENCE_SIZE else reference
 
     def check_layers(self) -> None:
         """Check what the command line, the environment and config files set.
@@ -177,7 +217,8 @@ def preset_of(options: TransferOptions, name: str, defaults: Mapping[str, Any]) 
 
 
 def _base(options: TransferOptions, defaults: Mapping[str, Any], shapes: Shapes | None = None) -> _Base:
-    return _Base(parse_defaults(defaults), options.settings, shapes or Shapes(), options.background, options.presets)
+    shapes = shapes or Shapes()
+    return _Base(parse_defaults(defaults), options.settings, shapes, options.background, options.presets)
 
 
 def expand(
@@ -212,8 +253,9 @@ def expand(
     if not arguments and not complete and not rejected:
         raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
-    references = _Finder(options.recursive, options.out, say).find(arguments)
     base = _base(options, defaults, shapes)
+    base = replace(base, downloads=Downloads(say))
+    references = _Finder(options.recursive, options.out, say, base.path).find(arguments)
     base.check_layers()
     seeds = parse_seeds(options.seeds, partial(draw_seeds, options.out, keep=keep_seeds, say=say))
 
@@ -240,7 +282,8 @@ def _looked_at(pairs: Iterable[tuple[Any, Any]], base: _Base) -> dict[Path, None
         fields = row.fields if isinstance(row, _Line) else {}
         if base.look_at_references(fields):
             path = base.path(fields["reference"]) if "reference" in fields else reference
-            found |= {path: None} if isinstance(path, Path) else {}
+            with suppress(EmtError):  # it is raised where its job is
+                found |= {base.fetch(path): None} if isinstance(path, Path) else {}
     return found
 
 
@@ -272,20 +315,20 @@ def _jobs(
         yield Rejected(EmtError("the job has no reference", 'Give "reference", or name clips before it.'), origin)
         return
     texts: list[_Line | Rejected] = (
-        [_Line({"prompt": fields["prompt"]}, origin)] if "prompt" in fields else _beside(path)
+        [_Line({"prompt": fields["prompt"]}, origin)] if "prompt" in fields else _beside(path, base)
     )
     own = tuple(name for name in SETTING_NAMES if name in fields)
     try:
         settings = base.settings({name: fields[name] for name in own}, path)
     except EmtError as error:
-        yield Rejected(error, origin, str(path), fields.get("prompt", ""))
+        yield Rejected(error, origin, base.named(path), fields.get("prompt", ""))
         return
     for text in texts:
         if isinstance(text, Rejected):
             yield replace(text, origin=origin or text.origin)
             continue
         for seed in [fields["seed"]] if "seed" in fields else seeds:
-            yield Job(path, text.fields["prompt"], seed, settings, own, text.origin)
+            yield Job(path, text.fields["prompt"], seed, settings, own, text.origin, source=base.sources.get(path, ""))
 
 
 def _together(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
@@ -321,11 +364,15 @@ def _checked(fields: Any, origin: str = "") -> _Line | Rejected:
         return Rejected(error, origin, str(known.get("reference", "")), str(known.get("prompt", "")))
 
 
-def _read_file(path: Path) -> list[_Line | Rejected]:
+def _read_file(given: Path) -> list[_Line | Rejected]:
     """The lines of a prompts file, or of a pipe."""
-    kind, named = path.suffix.lower(), f"--prompts {str(path)!r}"
+    path = copy_of(str(given)) if is_url(given) else to_path(given)
+    kind, named = path.suffix.lower(), f"--prompts {shown(normal(given)) if is_url(given) else str(path)!r}"
     if kind not in (*_LINES, *_JOB_LINES, *_CELLS) and os.path.lexists(path):
         raise UsageError(f"{named} is a {kind} file, which is not read", _PROMPT_FILES)
+    if is_url(given):
+        with usage_errors():
+            fetch(normal(given))
     try:
         text = read_text(path)
     except OSError as error:
@@ -447,19 +494,30 @@ def _read_stream() -> Iterator[_Line | Rejected | None]:
         skipping = False
 
 
-def _beside(reference: Path) -> list[_Line | Rejected]:
+def _beside(reference: Path, base: _Base) -> list[_Line | Rejected]:
     """The prompts in `clip.txt` beside `clip.mp4`."""
     companion = reference.with_suffix(".txt")
     rows: list[_Line | Rejected] = []
+    named = base.named(reference)
+    if reference in base.sources:
+        url = base.sources[reference]
+        place, dot, suffix = url.rpartition(".")
+        beside = f"{place}.txt" if dot and "/" not in suffix else f"{url}.txt"
+        try:
+            companion = base.downloads.fetch(beside)
+        except MissingError:
+            pass
+        except EmtError as error:
+            return [Rejected(error, "", named)]
     if companion != reference and companion.is_file():
         try:
             rows = _read_lines(companion.name, read_text(companion))
         except OSError as error:
-            return [Rejected(EmtError(f"cannot read {companion.name}: {error.strerror}"), "", str(reference))]
+            return [Rejected(EmtError(f"cannot read {companion.name}: {error.strerror}"), "", named)]
         except EmtError as error:
-            return [Rejected(EmtError(f"{companion.name} {error.problem}", error.hint), "", str(reference))]
+            return [Rejected(EmtError(f"{companion.name} {error.problem}", error.hint), "", named)]
     problem = EmtError("no prompt", f"Give --prompt or --prompts, or write {companion.name} beside the clip.")
-    return rows or [Rejected(problem, "", str(reference))]
+    return rows or [Rejected(problem, "", named)]
 
 
 # ---- references ----------------------------------------------------------------------------------------------------
@@ -488,10 +546,14 @@ class _Finder:
         recursive: Search folders of folders.
         out: Folder of the results, which are no references unless named.
         say: Called with a line for each folder of which something is not read, the first few.
+        locate: The path of a reference.
     """
 
-    def __init__(self, recursive: bool, out: Path, say: Callable[[str], None]) -> None:
-        self.recursive, self._out, self._say = recursive, os.path.abspath(out), say
+    def __init__(
+        self, recursive: bool, out: Path, say: Callable[[str], None], locate: Callable[[str], Path] = Path
+    ) -> None:
+        self.recursive, self._say, self._locate = recursive, say, locate
+        self._out = normal(out) if is_url(out) else os.path.abspath(out)
         self._stems: dict[Path, set[str]] = {}  # names of clips without their suffixes, by folder
         self._said = 0
 
@@ -502,9 +564,12 @@ class _Finder:
             if argument == "-":
                 continue
             try:
-                found.extend(Path(os.path.abspath(path)) for path in self._named(argument))
+                if is_url(argument):
+                    found.extend(self._locate(url) for url in self._in_store(normal(argument)))
+                else:
+                    found.extend(Path(os.path.abspath(path)) for path in self._named(str(to_path(argument))))
             except EmtError as error:
-                found.append(Rejected(error, "", argument))
+                found.append(Rejected(error, "", shown(normal(argument)) if is_url(argument) else argument))
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 found.append(Rejected(EmtError(f"cannot read it: {reason}"), "", argument))
@@ -531,6 +596,35 @@ class _Finder:
         if path.suffix == ".txt" and path.stem in self._clips_of(path.parent):
             return []  # the prompts of the clip beside it, as a shell's `clips/*` names them too
         return [path]
+
+    def _in_store(self, url: str) -> list[str]:
+        """URLs of the clips that a URL names: a file, a folder of clips, or a glob."""
+        from emt.video import VIDEO_SUFFIXES
+
+        if url.startswith(("http://", "https://")):
+            return [url]
+        try:
+            is_folder = stat(url).is_folder
+        except MissingError:
+            matches = matching(url) if re.search(r"[*?\[]", url) else []
+            if not matches:
+                raise
+            matches = sorted(matches, key=lambda match: _by_name(Path(match)))
+            return [match for match in matches if Path(match).suffix.lower() in VIDEO_SUFFIXES] or matches
+        if not is_folder:
+            return [url]
+        names = [name for name in files(url, recursive=self.recursive) if not re.search(r"(^|/)\.", name)]
+        names = [name for name in names if not child(url, name).startswith(f"{self._out}/")]
+        clips = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+        if not clips:
+            deeper = "" if self.recursive else "Search its folders with --recursive. "
+            raise EmtError("no clips in this folder", f"{deeper}A folder of frames is read from disk alone.")
+        left = {Path(name).stem for name in clips}
+        unread = [name for name in names if name not in clips and Path(name).stem not in left]
+        if unread:
+            more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+            self._note(f"not read in {shown(url)}: {unread[0]}{more}")
+        return [child(url, name) for name in sorted(clips, key=lambda name: _by_name(Path(name)))]
 
     def _inside(self, folder: Path) -> list[Path]:
         """The clips in a folder, with --recursive in its folders too."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
+from emt.remote import shown
 from emt_cli.batch.addons import NONE, Addons
 from emt_cli.batch.options import (
     Format,
@@ -42,6 +43,7 @@ class Job:
         overrides: Names of the settings that the job's own line sets; they are part of its name.
         origin: Where it was read, such as `jobs.jsonl line 3`; empty for the command line.
         addons: What it lays over the model, once its files have been looked at.
+        source: URL of the reference, whose copy `reference` is once it is fetched; empty for one on disk.
     """
 
     reference: Path
@@ -51,6 +53,12 @@ class Job:
     overrides: tuple[str, ...] = ()
     origin: str = ""
     addons: Addons = NONE
+    source: str = ""
+
+    @property
+    def named(self) -> str:
+        """The reference as the user named it: its URL without secrets, or its absolute path."""
+        return shown(self.source) if self.source else str(self.reference)
 
     @property
     def shape(self) -> tuple[Any, ...]:

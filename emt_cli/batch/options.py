@@ -21,6 +21,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from emt.errors import EmtError
 from emt.hub import split_scale, split_word
 from emt.presets import PRESETS
+from emt.remote import check_on_disk
 from emt_cli.text import nearest
 
 
@@ -291,7 +292,8 @@ class TransferOptions:
     references: Annotated[
         list[str] | None,
         Field(
-            "Reference clips, folders of clips or globs; - reads jobs as JSON Lines from standard input.",
+            "Reference clips, folders of clips or globs, on disk or by URL (s3://bucket/clips/*.mp4); - reads jobs as "
+            "JSON Lines from standard input.",
             positional=True,
             show_default=False,
         ),
@@ -302,8 +304,9 @@ class TransferOptions:
     prompts: Annotated[
         list[Path] | None,
         Field(
-            "File of prompts: one per line (# starts a comment), or .csv/.jsonl with any field of a job: reference, "
-            "prompt, seed and the options under “The clip”. Without any prompts, clip.txt beside clip.mp4 is read.",
+            "File of prompts, or its URL: one per line (# starts a comment), or .csv/.jsonl with any field of a job: "
+            "reference, prompt, seed and the options under “The clip”. Without any prompts, clip.txt beside clip.mp4 "
+            "is read.",
             _JOBS,
         ),
     ] = None
@@ -334,7 +337,7 @@ class TransferOptions:
     model: Annotated[
         str | None,
         Field(
-            "Model folder (emt import-weights makes one) or hub id. Default: demo, a small model; "
+            "Model folder (emt import-weights makes one), its URL, or hub id. Default: demo, a small model; "
             "emt doctor lists the words that it knows.",
             _RUN,
             short="-m",
@@ -396,6 +399,8 @@ class TransferOptions:
     def check(self) -> None:
         """Raise `UsageError` unless values and combinations of options are allowed."""
         with usage_errors():
+            check_on_disk(self.out, "--out")
+            check_on_disk(self.cache_dir, "--cache-dir")
             check_device(self.device)
             parse_batch_size(self.batch_size)
             parse_seeds(self.seeds)

@@ -14,6 +14,7 @@ from typing import Any
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
 from emt.model_folder import Model, find_model
+from emt.remote import Downloads
 from emt.storage import check_readable
 from emt_cli.batch import estimates, journal
 from emt_cli.batch.addons import AddonFinder
@@ -58,7 +59,7 @@ class PlannedJob:
         line: dict[str, Any] = {"event": "job", "state": self.state}
         line |= {"output": self.output, "id": self.identity} if self.output else {}
         if isinstance(self.item, Job):
-            line |= {"reference": str(self.item.reference), "prompt": self.item.prompt, "seed": self.item.seed}
+            line |= {"reference": self.item.named, "prompt": self.item.prompt, "seed": self.item.seed}
             line |= {"settings": self.item.settings.as_dict()}
         else:
             line |= {"reference": self.item.reference, "prompt": self.item.prompt}
@@ -172,9 +173,12 @@ def _planned(
     from emt.video.names import count
 
     precision = numerics(options, engine_id(options.engine))
-    references = list(dict.fromkeys(item.reference for item in items if isinstance(item, Job)))
+    downloads = Downloads(say)
+    references = {item.reference: item.source for item in items if isinstance(item, Job)}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        looked = dict(zip(references, pool.map(lambda path: _look(path, index), references)))
+        looked = dict(
+            zip(references, pool.map(lambda named: _look(named[0], named[1], index, downloads), references.items()))
+        )
     addons = AddonFinder(index, download=False)
     seen: set[str] = set()
     for item in items:
@@ -215,11 +219,13 @@ def _planned(
         yield line
 
 
-def _look(path: Path, index: ContentIndex) -> tuple[str, int] | EmtError:
-    """Hash and number of frames of a reference, or what is wrong with it."""
+def _look(path: Path, source: str, index: ContentIndex, downloads: Downloads) -> tuple[str, int] | EmtError:
+    """Hash and number of frames of a reference, or what is wrong with it; one behind a URL is fetched."""
     from emt.video import probe
 
     try:
+        if source:
+            downloads.fetch(source)
         status = check_readable(path)
         if path.is_dir():
             return index.sha256(path), probe(path).frames

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
+from emt.remote import copy_of, is_url
 from emt.storage import write_atomically
 from emt_cli.batch.jobs import Job, own_name
 from emt_cli.batch.journal import Known
@@ -47,6 +48,14 @@ def write_result(
 
     write_clip(clip, frames, fps, metadata={_KEY: dumps(record).decode()}, sound=sound)
     write_atomically(sidecar(clip), dumps(record) + b"\n")
+
+
+def reference_of(folder: Path, recorded: str) -> Path:
+    """Path of the reference that a record names, relative to a folder; of one behind a URL that of its copy.
+
+    Anybody may have written the record: nothing is fetched on its word, and the copy may be missing.
+    """
+    return copy_of(recorded) if is_url(recorded) else folder / recorded
 
 
 def read_record(clip: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from emt_cli.batch.generator import Generator, playback_rate, read_reference
 from emt_cli.batch.jobs import Job, Rejected, digest
 from emt_cli.batch.options import Settings, parse_field
 from emt_cli.batch.records import dumps
-from emt_cli.batch.results import read_record
+from emt_cli.batch.results import read_record, reference_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +122,7 @@ def check_motions(items: Iterable[Job | Rejected]) -> list[Job | Rejected]:
         if isinstance(item, Job) and others:
             hint = f"A line of prompts for pairs may set {', '.join(_OWN)}."
             error = EmtError(f"pairs cannot be made with a {others[0]} of their own", hint)
-            item = Rejected(error, item.origin, str(item.reference), item.prompt)
+            item = Rejected(error, item.origin, item.named, item.prompt)
         checked.append(item)
     return checked
 
@@ -187,7 +187,7 @@ def _write_reference(path: Path, line: dict[str, Any]) -> None:
     from emt.video import write_clip
 
     settings = Settings(**{name: parse_field(name, value) for name, value in line["settings"].items()})
-    job = Job(Path(line["reference"]), line["prompt"], line["seed"], settings)
+    job = Job(reference_of(path.parent, line["reference"]), line["prompt"], line["seed"], settings)
     identity = digest("reference", line["reference_sha256"], job.sampling)
     if path.is_file() and read_record(path).get("id") == identity:
         return

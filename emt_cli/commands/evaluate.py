@@ -20,6 +20,7 @@ from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_text
 from emt_cli.batch.records import dumps
+from emt_cli.batch.results import reference_of
 from emt_cli.messages import WARNING, say
 from emt_cli.messages import console as stderr_console
 from emt_cli.report.metrics import FILE_NAME as METRICS
@@ -226,7 +227,7 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
         timings = line.get("timings") or {}
         record = {key: line[key] for key in ("seed", "model", "engine", "device") if line.get(key) is not None}
         yield Pair(
-            reference=folder / line.get("reference", "the reference that the journal does not name"),
+            reference=reference_of(folder, line.get("reference", "the reference that the journal does not name")),
             result=folder / line["output"],
             prompt=line.get("prompt"),
             seconds=sum(timings.values()) if timings else None,

@@ -58,7 +58,8 @@ def _print_table(plan: Plan) -> None:
     order = ("problem", "failed", "replaces", "open", "done")
     for job in sorted(plan.jobs, key=lambda job: order.index(job.state))[:_TABLE_ROWS]:
         item = job.item
-        title = job.output or " ".join(part for part in (item.origin, str(item.reference), item.prompt[:60]) if part)
+        named = item.named if isinstance(item, Job) else item.reference
+        title = job.output or " ".join(part for part in (item.origin, named, item.prompt[:60]) if part)
         style = {"problem": "red", "failed": "red", "replaces": "yellow", "done": "green"}.get(job.state, "")
         note = message(job.error.problem, job.error.hint) if job.error else ""
         if not note and isinstance(item, Job) and item.settings.best_of > 1:

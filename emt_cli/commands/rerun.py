@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
+from emt.remote import Announcer, fetch, is_url, normal, to_path
 from emt_cli.batch.options import Kernels, Precision, Settings, check_device, parse_field, usage_errors
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def rerun(
         ),
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Path of the reference, if it has moved.", show_default=False)
+        Path | None, typer.Option(help="Path or URL of the reference, if it has moved.", show_default=False)
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub id, if the model has moved.", show_default=False)
@@ -67,7 +69,8 @@ def rerun(
     is there, the new clip is compared with it.
 
     A record may be anybody's: nothing is downloaded on its word, no engine is opened that is not in your own cache,
-    and files are looked for where it says only if their paths are absolute.
+    and files are looked for where it says only if their paths are absolute. A reference behind a URL is taken from the
+    copies on this machine; --reference URL fetches it.
     """
     from emt_cli.terminal import ProgressReporter
 
@@ -105,6 +108,7 @@ class _Made:
             EmtError: there is none, or it is damaged.
         """
         from emt_cli.batch.jobs import Job
+        from emt_cli.batch.results import reference_of
         from emt_cli.batch.teaching import read_guidance
 
         record = _find_record(result)
@@ -116,9 +120,10 @@ class _Made:
                 record[name]
             if batch["size"] > _MOST_CLIPS:
                 raise ValueError(f"a batch of {batch['size']}")
+            source = normal(record["reference"]) if is_url(record["reference"]) else ""
             return cls(
                 record,
-                Job(Path(record["reference"]), prompt, seed, settings),
+                Job(reference_of(Path(), record["reference"]), prompt, seed, settings, source=source),
                 batch["size"],
                 batch["index"],
                 batch["shared_reference"],
@@ -156,7 +161,12 @@ def _make_again(
 
     record = made.record
     reporter.phase("looking for the model and the reference")
-    job = replace(made.job, reference=reference.absolute()) if reference else made.job
+    job = made.job
+    if reference is not None and is_url(reference):
+        url = normal(reference)
+        job = replace(job, reference=fetch(url, Announcer(reporter.say)), source=url)
+    elif reference is not None:
+        job = replace(job, reference=to_path(reference).absolute(), source="")
     options = SessionOptions(
         model=model or _recorded_model(record),
         precision=made.precision.value,
@@ -168,7 +178,7 @@ def _make_again(
     )
     session = open_session(options, device, reporter.say)
     generator = session.generator
-    _check_reference(session.index, job.reference, record["reference_sha256"])
+    _check_reference(session.index, job, record["reference_sha256"])
     if generator.model_sha256 != record["model_sha256"]:
         raise EmtError(
             f"the model {session.model.folder} is not the one that made {clip.name}: its files have changed",
@@ -295,8 +305,12 @@ def _find_record(result: Path) -> dict[str, Any]:
     return record
 
 
-def _check_reference(contents: ContentIndex, path: Path, sha256: str) -> None:
-    hint = "Say where it is now with --reference."
+def _check_reference(contents: ContentIndex, job: Job, sha256: str) -> None:
+    path, hint = job.reference, "Say where it is now with --reference."
+    if job.source:
+        hint = f"To fetch it from where the record says: --reference {shlex.quote(job.named)}"
+        if not path.exists():
+            raise EmtError(f"the reference, {job.named}, has not been fetched to this machine", hint)
     if not path.is_absolute():
         raise EmtError(f"the record names the reference by a relative path, {path}", hint)
     try:
@@ -304,7 +318,7 @@ def _check_reference(contents: ContentIndex, path: Path, sha256: str) -> None:
     except EmtError as error:
         raise EmtError(f"the reference is not where it was: {error.problem}", f"It was {path}. {hint}") from None
     if found != sha256:
-        raise EmtError(f"the reference {path} is not the one that was used: its content differs", hint)
+        raise EmtError(f"the reference {job.named} is not the one that was used: its content differs", hint)
 
 
 def _recorded_model(record: dict[str, Any]) -> str:
@@ -322,7 +336,8 @@ def _recorded_model(record: dict[str, Any]) -> str:
         return name
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) and not Path(name).exists():
         return name  # it is not downloaded
-    raise EmtError(f"the model that made it, {name} in {folder}, is not there", "Say where it is now with --model.")
+    hint = f"To fetch it: --model {shlex.quote(name)}" if is_url(name) else "Say where it is now with --model."
+    raise EmtError(f"the model that made it, {name} in {folder}, is not there", hint)
 
 
 def _recorded_engine(record: dict[str, Any], say: Callable[[str], None]) -> str:

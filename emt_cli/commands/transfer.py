@@ -30,6 +30,7 @@ def transfer(options: TransferOptions) -> None:
     """
     from emt.cache import ContentIndex, default_dir
     from emt.model_folder import find_model
+    from emt.remote import Announcer, trim_copies
     from emt_cli.batch.best_of import check_tracking
     from emt_cli.batch.inputs import PromptWarnings, expand
     from emt_cli.batch.jobs import Job, numerics
@@ -46,7 +47,8 @@ def transfer(options: TransferOptions) -> None:
         return
     with ProgressReporter(Results.JSON if options.json else Results.PATHS) as reporter:
         reporter.phase("looking for the model and clips")
-        model = find_model(options.model, download=True)
+        trim_copies(options.cache_size * 1e9)
+        model = find_model(options.model, download=True, on_fetch=Announcer(reporter.say))
         shapes = Shapes(model, ContentIndex(options.cache_dir or default_dir()))
         listed, streamed = expand(options, model.defaults, reporter.say, shapes)
         for job in listed:

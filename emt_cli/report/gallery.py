@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError, first_line
+from emt.remote import is_url
 from emt.storage import write_atomically
 from emt_cli.batch.jobs import digest
 from emt_cli.batch.options import Settings, parse_field
 from emt_cli.batch.records import dumps
+from emt_cli.batch.results import reference_of
 from emt_cli.messages import console as stderr_console
 
 if TYPE_CHECKING:
@@ -77,9 +79,11 @@ def read_shown(
     """
     from emt.video import read_clip
 
-    path, sampling = out / line["reference"], sampling_of(line)
+    path, sampling = reference_of(out, line["reference"]), sampling_of(line)
     if not line.get("reference_sha256"):
         raise EmtError("The job has ended before its reference was read.")
+    if is_url(line["reference"]) and not path.exists():
+        raise EmtError("The reference is not on this machine.", "Fetch what the journal names with --fetch.")
     if index.sha256(path) != line["reference_sha256"]:
         raise EmtError("The reference has changed since.")
     return read_clip(path, size=size(sampling.pop("width"), sampling.pop("height")), **sampling)
