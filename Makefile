@@ -38,7 +38,7 @@ test-lowest:
 	$(LOWEST)/bin/pip install -q uv pytest pytest-xdist hypothesis setuptools
 	$(LOWEST)/bin/pip install -q -c constraints.txt torch
 	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct \
-		$$(grep '^torch==' constraints.txt) -e '.[evaluate,train,engines]'
+		$$(grep '^torch==' constraints.txt) -e '.[evaluate,train,engines,ray]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile
 
 lint: $(STAMP)

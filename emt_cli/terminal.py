@@ -24,7 +24,7 @@ from emt_cli.text import duration, message, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 MARKS = {"done": "done", "skipped": "have", "failed": "FAILED", "dropped": "dropped"}
 _TABLE_ROWS = 40
@@ -37,6 +37,7 @@ _PHASES = {
     "sampling": "denoising",
     "finishing": "writing clips",
 }
+_WORKER_BARS = 16  # workers that have bars of their own
 _EACH = 20  # jobs in a row that are done already, up to which each has its line
 _WHILE = 1.0  # seconds after which a phase is worth a line
 _MESSAGES, _RESULTS = 1 << 20, 1 << 25  # bytes that may wait for who reads standard error, and standard output
@@ -72,6 +73,7 @@ class ProgressReporter:
         self._detailed = messages.shows(messages.DETAIL)
         self._guard = threading.RLock()
         self._bars: Progress | None = None
+        self._bars_of: dict[str, TaskID] = {}  # by worker
         self._started = time.monotonic()
         self._counts: Counter[str] = Counter()
         self._skipped = 0  # in a row, so far
@@ -175,7 +177,8 @@ class ProgressReporter:
             if state == "skipped" and not self._bars:
                 self._skipped += 1
             place, note = f"[{count}/{self.total}]" if self.total else f"[{count}]", _note(line)
-            text = f"{place} {MARKS[state]} {_title(line)}" + (f": {note}" if note else "")
+            by = f" ({line['worker']})" if "worker" in line else ""
+            text = f"{place} {MARKS[state]} {_title(line)}{by}" + (f": {note}" if note else "")
             level = messages.WARNING if state == "failed" else messages.NOTE
             messages.keep(text, level)
             each = state != "skipped" or self._skipped <= _EACH or self._detailed
@@ -196,13 +199,25 @@ class ProgressReporter:
         if self._skipped > _EACH and not self._detailed and messages.shows(messages.NOTE):
             self._show(f"… and {self._skipped - _EACH:,} more that are there")
 
-    def step(self, prompts: list[str], done: int, steps: int, memory: int) -> None:
-        """The running batch has done so many of its steps; `memory` in bytes."""
+    def step(self, prompts: list[str], done: int, steps: int, memory: int, worker: str = "") -> None:
+        """The running batch, of a worker where there are several, has done so many of its steps; `memory` in bytes."""
         with self._guard:
             if self._bars:
                 clips = printable(prompts[0]) + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
                 note = f"{memory / 2**30:.1f} GiB  {clips[:60]}"
-                self._bars.update(self._steps, completed=done, total=steps, note=note, description="steps")
+                bar = self._bar_of(self._bars, worker)
+                self._bars.update(bar, completed=done, total=steps, note=note, description=worker or "steps")
+
+    def _bar_of(self, bars: Progress, worker: str) -> TaskID:
+        """The bar of a worker: its own for the first ones, one for all others."""
+        if not worker:
+            return self._steps
+        if worker not in self._bars_of and len(self._bars_of) < _WORKER_BARS:
+            bars.update(self._steps, visible=False)
+            self._bars_of[worker] = bars.add_task(worker, total=None, note="")
+        elif worker not in self._bars_of:
+            bars.update(self._steps, visible=True)
+        return self._bars_of.get(worker, self._steps)
 
     def ended(self, line: dict[str, Any]) -> None:
         """The end of a run: its journal line. Waits until who reads standard output has all results."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -46,3 +47,14 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     distinct = sorted(set(paths))
     count = Counter(PurePath(path).name for path in distinct)
     return {path: "/".join(PurePath(path).parts[-1 if count[PurePath(path).name] == 1 else -2 :]) for path in distinct}
+
+
+def slug(text: str, limit: int = 80) -> str:
+    """The letters, digits and marks of a text, of any language, with `-` between words, at most `limit` UTF-8 bytes."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in folded)
+    name = "-".join(kept.split())
+    if len(name.encode()) > limit:
+        name = name.encode()[:limit].decode(errors="ignore")
+        name = name[: name.rfind("-")] if "-" in name[limit // 2 :] else name
+    return name

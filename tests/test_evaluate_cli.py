@@ -297,7 +297,7 @@ def test_k5_hostile_lines_of_a_journal_leave_the_others(folder):
 
     changes = [{field: value} for field, values in HOSTILE.items() for value in values]
     add(folder, *changes)
-    rows = evaluate_pairs(list(_pairs(folder, [], None)))
+    rows = evaluate_pairs(list(_pairs(folder, None)))
     assert rows[0].values["motion_fidelity"] > 0.95
     failed = {row.pair.result.name: row.error for row in rows if row.error is not None}
     assert len(rows) == 1 + len(changes) - 3, "paths out of the folder are no results"

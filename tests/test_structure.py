@@ -65,6 +65,7 @@ emt.model_folder emt.device
 emt_kernels emt_engines emt_engines.registry emt_engines.choice
 emt_cli.app emt_cli.text emt_cli.streams emt_cli.terminal emt_cli.batch.options emt_cli.batch.jobs emt_cli.batch.inputs
 emt_cli.batch.journal emt_cli.batch.results emt_cli.batch.estimates emt_cli.batch.planning emt_cli.batch.session
+emt_cli.batch.shards emt_cli.executors.choice emt_cli.executors.fleet emt_cli.executors.ray
 emt_cli.commands.arguments emt_cli.config emt_cli.messages
 """
 

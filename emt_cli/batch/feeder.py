@@ -16,7 +16,7 @@ from emt_cli.batch.generator import describe
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, output_name
 from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.records import dumps
-from emt_cli.batch.results import Place, find_place, read_record, sidecar
+from emt_cli.batch.results import Place, find_place, read_record, sidecar, state_on_disk
 from emt_cli.batch.session import RunOptions, Session
 from emt_cli.batch.tasks import Reference, Task
 
@@ -62,6 +62,14 @@ class Feeder:
                     group, reference = key, task.reference
                 task.reference = reference
                 yield task
+
+    def recover(self, task: Task) -> bool:
+        """Return whether the worker of a task had written its clip when it died; the clip is done then."""
+        clip = self.outcomes.out / task.output
+        if state_on_disk(None, clip, task.job, task.identity) != "made":
+            return False
+        self._adopt(task.line, clip, report=True)
+        return True
 
     def _task(self, job: Job) -> Task | None:
         """The task of a job, or None if it is already done, a duplicate, or invalid (then reported)."""
@@ -131,11 +139,11 @@ class Feeder:
         )
         return True
 
-    def _adopt(self, line: dict[str, Any], clip: Path) -> None:
-        """Write down what an earlier run had made when it was killed."""
+    def _adopt(self, line: dict[str, Any], clip: Path, report: bool = False) -> None:
+        """Write down what a process had made when it was killed."""
         record = read_record(clip)
         write_atomically(sidecar(clip), dumps(record) + b"\n")
-        self.outcomes.done({**line, **record, "adopted": True}, report=False)
+        self.outcomes.done({**line, **record, "adopted": True}, report=report)
 
     def _fails_filter(self, line: dict[str, Any], state: str) -> str:
         """Reason why a job of an earlier run does not pass this run's filter, by its measures; empty if it may."""

@@ -239,7 +239,7 @@ def expand(
 
     Returns:
         The jobs that are named, those of one shape and one reference next to each other; and those that
-        arrive on standard input, if it was named, line by line as they do.
+        arrive on standard input, if it was named, line by line as they do. Both of the shard alone.
 
     Raises:
         UsageError: the command line makes no sense (no prompts file, unequal `--pair`, nothing to do).
@@ -271,8 +271,9 @@ def expand(
         pairs = [(reference, row) for reference in references for row in each]
         pairs = [*pairs, *((None, row) for row in complete), *((None, row) for row in rejected)]
     base.shapes.look_at(_looked_at(pairs, base))
-    listed = _together(item for reference, row in pairs for item in _jobs(reference, row, base, seeds))
-    return listed, _streamed(references, loose, base, seeds) if streamed else iter(())
+    shard = options.part
+    listed = _together(shard.of(item for reference, row in pairs for item in _jobs(reference, row, base, seeds)))
+    return listed, shard.of(_streamed(references, loose, base, seeds)) if streamed else iter(())
 
 
 def _looked_at(pairs: Iterable[tuple[Any, Any]], base: _Base) -> dict[Path, None]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from emt_cli.batch.options import (
     Settings,
     TransferOptions,
 )
+from emt_cli.text import slug
 
 #: Raised when the same inputs and settings would give other frames than before; part of every identity.
 NUMERICS_VERSION = 2
@@ -131,17 +131,6 @@ def numerics(options: TransferOptions, engine: str = "auto") -> str:
     given += [f"kernels {options.kernels.value}"] if options.kernels is not Kernels.AUTO else []
     given += ["memory low"] if options.memory is Memory.LOW else []
     return " ".join(given)
-
-
-def slug(text: str, limit: int = 80) -> str:
-    """The letters, digits and marks of a text, of any language, with `-` between words, at most `limit` UTF-8 bytes."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in folded)
-    name = "-".join(kept.split())
-    if len(name.encode()) > limit:
-        name = name.encode()[:limit].decode(errors="ignore")
-        name = name[: name.rfind("-")] if "-" in name[limit // 2 :] else name
-    return name
 
 
 def output_name(job: Job, reference: str) -> str:

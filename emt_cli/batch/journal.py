@@ -31,7 +31,8 @@ between the first and the last batch in which the device waited for data).
 same way), journal line (one write, synced). So a line never names a clip that is not whole; a clip without a
 line carries its job's identity in its metadata and is adopted by the next run; and a torn last line is cut off
 when the journal is next opened for writing. One process at a time may be a writer: it holds a lock on `OUT/.lock`
-(others on `OUT/.lock-<writer>`), which the system drops when the process ends in whatever way.
+(others on `OUT/.lock-<writer>`), which the system drops when the process ends in whatever way. Two runs that might make
+the same clips exclude each other: a run looks whether others hold locks that it must be alone with (`Journal.beside`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ import heapq
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,11 @@ from emt_cli.batch.records import dumps, parse
 
 FILE_NAME = "journal.jsonl"
 LOCK_NAME = ".lock"
+#: End of the names of writers that are workers of a run, by their number.
+WORKER = re.compile(r"(?:^|-)worker-(\d+)$")
 _BLOCK = 1 << 16  # bytes
+_MOMENT = 0.5  # seconds for which another process may hold a lock that it only looks at
+_DYING = 5.0  # seconds that workers may live on after their run was killed
 
 
 def exists(out: Path) -> bool:
@@ -105,6 +111,12 @@ def current(out: Path) -> list[dict[str, Any]]:
             others.pop(facts, None)  # the last word takes the last place
             others[facts] = line
     return [*named.values(), *(line for others in nameless.values() for line in others.values())]
+
+
+def file_of(out: Path, writer: str = "") -> Path:
+    """Path of a writer's journal in an output folder."""
+    name = Path(FILE_NAME)
+    return out / f"{name.stem}-{writer}{name.suffix}" if writer else out / name
 
 
 def _files(out: Path) -> list[Path]:
@@ -182,16 +194,20 @@ class Journal:
     Args:
         out: The output folder; made if it is missing.
         writer: Name of the writer, where there are several; empty for the first.
+        beside: Whether another writer, by its name, may write at the same time; None for any.
+        read: Read what all writers have done; a worker that is given its jobs need not know.
 
     Attributes:
-        known: What all writers have done.
+        known: What all writers have done; with `read`.
 
     Raises:
-        EmtError: another process is this writer, or the folder cannot be written to.
+        EmtError: another process is this writer, or one that may not be beside it, or the folder cannot be written to.
         ValueError: `writer` is no name.
     """
 
-    def __init__(self, out: Path, writer: str = "") -> None:
+    def __init__(
+        self, out: Path, writer: str = "", *, beside: Callable[[str], bool] | None = None, read: bool = True
+    ) -> None:
         if not re.fullmatch(r"[\w.-]*", writer):
             raise ValueError(f"writer is {writer!r}: letters, digits, ., _ and - are allowed")
         self.out = out
@@ -201,13 +217,19 @@ class Journal:
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(out / f"{LOCK_NAME}{suffix}")
-            name = Path(FILE_NAME)
-            self._file = os.open(out / f"{name.stem}{suffix}{name.suffix}", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                if beside is not None:
+                    _expect_none(out, lambda other: other != writer and not beside(other))
+                self._file = os.open(file_of(out, writer), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            except (EmtError, OSError):
+                os.close(self._lock)
+                raise
             self._repair()
         except OSError as error:
             raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
         self.known = Known()
-        for line in lines(out, Known.FIELDS):
+        self._reads = read
+        for line in lines(out, Known.FIELDS) if read else ():
             self.known.add(line)
 
     def _repair(self) -> None:
@@ -243,7 +265,8 @@ class Journal:
             except OSError:
                 os.ftruncate(self._file, size)
                 raise
-            self.known.add(line)
+            if self._reads:
+                self.known.add(line)
 
     def close(self) -> None:
         """Let the folder go; waits for a line that another thread is writing."""
@@ -255,7 +278,28 @@ class Journal:
             self._guard.release()
 
 
-def _lock(path: Path) -> int:
+def _expect_none(out: Path, unwanted: Callable[[str], bool]) -> None:
+    """Raise EmtError if other processes are writers that are not wanted; those of a run that was killed end soon."""
+    for path in sorted(out.glob(f"{LOCK_NAME}*")):
+        if path.name != LOCK_NAME and not path.name.startswith(f"{LOCK_NAME}-"):
+            continue
+        writer = path.name[len(LOCK_NAME) + 1 :]
+        if unwanted(writer):
+            os.close(_lock(path, _DYING if WORKER.search(writer) else _MOMENT))
+
+
+def _lock(path: Path, seconds: float = _MOMENT) -> int:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return _try_lock(path)
+        except EmtError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.02)
+
+
+def _try_lock(path: Path) -> int:
     import fcntl  # not on Windows, where the rest of this module is read too
 
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

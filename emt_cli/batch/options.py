@@ -22,6 +22,7 @@ from emt.errors import EmtError
 from emt.hub import split_scale, split_word
 from emt.presets import PRESETS
 from emt.remote import check_on_disk
+from emt_cli.batch.shards import Shard
 from emt_cli.text import nearest
 
 
@@ -334,6 +335,16 @@ class TransferOptions:
         Field("Output folder.", _JOBS, short="-o", also=("--output",)),
     ] = Path("out")
     overwrite: Annotated[bool, Field("Generate finished clips again and replace them.", _JOBS)] = False
+    shard: Annotated[
+        str,
+        Field(
+            "Do part i of n of the jobs, i from 0 to n-1, by a hash of each reference; n such runs share the list and "
+            "the output folder.",
+            _JOBS,
+            metavar="i/n",
+            show_default=False,
+        ),
+    ] = ""
     model: Annotated[
         str | None,
         Field(
@@ -345,6 +356,35 @@ class TransferOptions:
         ),
     ] = None
     device: Annotated[str, Field("Device to run on: auto, cuda, cuda:N, mps or cpu.", _RUN, metavar="DEVICE")] = "auto"
+    gpus: Annotated[
+        str,
+        Field(
+            "GPUs of this machine to share the jobs: all, how many, or their numbers. Needs the extra ray.",
+            _RUN,
+            metavar="all|N|0,2,5",
+            show_default=False,
+        ),
+    ] = ""
+    workers: Annotated[
+        int | None,
+        Field(
+            "With --device cpu: number of processes to share the jobs. Needs the extra ray.",
+            _RUN,
+            min=1,
+            max=1024,
+            show_default=False,
+        ),
+    ] = None
+    ray: Annotated[
+        str,
+        Field(
+            "Ray cluster whose GPUs (or CPUs, with --device cpu) share the jobs: auto for the one of this machine, or "
+            "the address of its head. All of them, or as many as --gpus N or --workers N say.",
+            _RUN,
+            metavar="auto|ADDRESS",
+            show_default=False,
+        ),
+    ] = ""
     precision: Annotated[
         Precision,
         Field(
@@ -395,6 +435,16 @@ class TransferOptions:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the settings given on the command line, by name
     background: Sequence[Mapping[str, Any]] = ()  # those of config files and of the environment, the weakest first
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the user's own: values by setting
+    others: Sequence[Path] = ()  # further output folders, of `emt plan`
+
+    @property
+    def part(self) -> Shard:
+        """The shard of the jobs.
+
+        Raises:
+            EmtError: `--shard` is not i/n.
+        """
+        return Shard.parse(self.shard)
 
     def check(self) -> None:
         """Raise `UsageError` unless values and combinations of options are allowed."""
@@ -406,6 +456,16 @@ class TransferOptions:
             parse_seeds(self.seeds)
             check_together(self.settings)
             check_sound(self.settings)
+            self.part  # noqa: B018
+            gpus = parse_gpus(self.gpus) if self.gpus else None
+        if self.gpus and self.device not in ("auto", "cuda"):
+            raise UsageError(f"--gpus and --device {self.device} exclude each other", "Give one of them.")
+        if self.workers and self.device != "cpu":
+            raise UsageError("--workers goes with --device cpu", "GPUs are chosen with --gpus all, N or a list.")
+        if self.ray and self.device not in ("auto", "cuda", "cpu"):
+            raise UsageError(f"--ray and --device {self.device} exclude each other", "Allowed are cuda and cpu.")
+        if self.ray and isinstance(gpus, list):
+            raise UsageError("--ray takes --gpus all or N", "A cluster chooses which of its GPUs are used.")
         named = self.engine not in ("auto", "torch")
         fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
         for both, text in (
@@ -429,6 +489,24 @@ def check_device(device: str) -> str:
     if device in ("auto", "mps", "cpu"):
         return device
     raise EmtError(f"--device is {device!r}", "Allowed are auto, cuda, cuda:N, mps and cpu.")
+
+
+def parse_gpus(text: str) -> int | list[int] | None:
+    """Number of GPUs that `--gpus` names, or their numbers; None for all.
+
+    Raises:
+        EmtError: it is neither all, nor a number from 1, nor a list of numbers from 0.
+    """
+    if text == "all":
+        return None
+    parts = text.split(",")
+    if all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts) and len(set(map(int, parts))) == len(parts):
+        if len(parts) > 1:
+            return [int(part) for part in parts]
+        if int(text) > 0:
+            return int(text)
+    hint = "Allowed are all, how many (from 1), and a list of numbers from 0, as in 0,2,5 (one alone: --device cuda:2)."
+    raise EmtError(f"--gpus is {text!r:.100}", hint)
 
 
 def parse_batch_size(text: str) -> int | None:

@@ -26,8 +26,8 @@ class Listener(Protocol):
     def phase(self, text: str) -> None:
         """The run has come to something that takes a while."""
 
-    def step(self, prompts: list[str], done: int, steps: int, memory: int) -> None:
-        """The running batch has done so many of its steps; `memory` in bytes."""
+    def step(self, prompts: list[str], done: int, steps: int, memory: int, worker: str = "") -> None:
+        """The running batch, of a worker where there are several, has done so many of its steps; `memory` in bytes."""
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -106,6 +106,10 @@ class Outcomes:
         self.journal.append(line)
         if report:
             self._report(line)
+
+    def relay(self, line: dict[str, Any]) -> None:
+        """A job has ended in another process, whose journal has it: `line` is that journal's."""
+        self._report(line)
 
     def seen(self, line: dict[str, Any], status: os.stat_result) -> None:
         """A clip was looked at and found whole with another time: the next run need not look."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,7 +109,7 @@ class Plan:
 
 
 def make_plan(options: TransferOptions) -> Plan:
-    """Plan a run without loading anything: no torch, no weights.
+    """Plan a run without loading anything: no torch, no weights; a job that one of several folders has is done.
 
     Raises:
         EmtError: the model or files of it are missing.
@@ -131,7 +131,8 @@ def make_plan(options: TransferOptions) -> Plan:
         if past
         else "a rough model of the arithmetic, as nothing was made here with this model on this device"
     )
-    planned = list(_planned(items, options, model, model_sha256, index, known))
+    elsewhere = [(out, _known(out)) for out in options.others]
+    planned = list(_planned(items, options, model, model_sha256, index, known, elsewhere))
     plan = Plan(planned, model, device, source)
     half = bool(gpu) if options.precision is Precision.AUTO else options.precision is not Precision.FP32
     for line in planned:
@@ -149,6 +150,13 @@ def make_plan(options: TransferOptions) -> Plan:
         plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")
     plan.problems += _disk_problems(options.out, plan.disk)
     return plan
+
+
+def _known(out: Path) -> journal.Known:
+    known = journal.Known()
+    for line in journal.lines(out, journal.Known.FIELDS):
+        known.add(line)
+    return known
 
 
 def _both(listed: list[Job | Rejected], streamed: Iterator[Item]) -> list[Job | Rejected]:
@@ -169,6 +177,7 @@ def _planned(
     model_sha256: str,
     index: ContentIndex,
     known: journal.Known,
+    elsewhere: Sequence[tuple[Path, journal.Known]],
 ) -> Iterator[PlannedJob]:
     from emt.video.names import count
 
@@ -212,6 +221,9 @@ def _planned(
             line.state, line.error = "problem", error
         if not line.error:
             place = find_place(options.out, known, item, output, identity, options.overwrite)
+            for other, its in elsewhere if place.state == "open" else ():
+                there = find_place(other, its, item, output, identity, overwrite=False)
+                place = there if there.state in ("done", "made") else place
             line.output, line.state = place.output, "done" if place.state == "made" else place.state
             failed = known.failed.get(line.output, {})
             if place.state == "open" and failed.get("id") == identity:

@@ -169,6 +169,8 @@ class Worker:
 
     Attributes:
         phases: Where its time went.
+        taken: Tasks that it has begun with so far.
+        batch: Clips that it denoises together, as far as it is known yet.
     """
 
     def __init__(self, session: Session, outcomes: Outcomes, finisher: Finisher, options: RunOptions) -> None:
@@ -177,6 +179,7 @@ class Worker:
         self.phases = Phases(self.listener.phase)
         self.sizes = BatchSizes(options.batch_size)
         self._intake = Intake(session, outcomes)
+        self.taken, self.batch = 0, options.batch_size or 1
         self._busy = False
         self._first_batch = self._last_batch = 0.0  # when
         self._waited = (0.0, 0.0)  # until then
@@ -208,6 +211,7 @@ class Worker:
                 batch = self._finish(batch)
             if task == "end":
                 return
+            self.taken += isinstance(task, Task)
             if isinstance(task, Task) and self._encode(task):
                 for candidate in task.split():
                     batch.append(candidate)
@@ -254,7 +258,8 @@ class Worker:
         return True
 
     def _limit(self, job: Job) -> int:
-        return self.sizes.limit(job, self.generator.most_clips(job))
+        self.batch = self.sizes.limit(job, self.generator.most_clips(job))
+        return self.batch
 
     def _run_batch(self, tasks: list[Task]) -> None:
         """Make the clips of tasks of one shape; what fails together is tried in smaller batches."""

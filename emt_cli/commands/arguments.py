@@ -6,7 +6,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -36,7 +36,15 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
     Settings left out on the command line are absent from `TransferOptions.settings`, so that a model's own
     defaults can be distinguished from what the user gave. A value that is not allowed is a `UsageError`.
     """
+    return _taking(command)
 
+
+def takes_options_and_folders(command: Callable[[TransferOptions], None]) -> Callable[..., None]:
+    """As `takes_options`, but `--out` may be repeated: `TransferOptions.others` has those after the first."""
+    return _taking(command, several=True)
+
+
+def _taking(command: Callable[[TransferOptions], None], several: bool = False) -> Callable[..., None]:
     def run(context: typer.Context, **given: Any) -> None:
         config, files = configuration(context)
         layers: dict[str, dict[str, Any]] = {"DEFAULT_MAP": {}, "ENVIRONMENT": {}, "COMMANDLINE": {}}
@@ -50,6 +58,8 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
                 except EmtError as error:
                     raise UsageError(f"{where}{error.problem}", error.hint) from None
         settings = layers.pop("COMMANDLINE")
+        if several:
+            given["out"], *given["others"] = dict.fromkeys(given["out"])
         options = TransferOptions(**given, settings=settings, background=tuple(layers.values()), presets=config.presets)
         options.check()
         command(options)
@@ -59,7 +69,11 @@ def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., N
     for option in fields(TransferOptions):
         if option.name in hints and get_origin(hints[option.name]) is Annotated:
             kind, declared = get_args(hints[option.name])
-            parameters.append(_parameter(option.name, kind, declared, option.default))
+            default: Any = option.default
+            if several and option.name == "out":
+                kind, default = list[Path], [default]
+                declared = replace(declared, help=f"{declared.help} Repeated: what another one has is done, too.")
+            parameters.append(_parameter(option.name, kind, declared, default))
     for name in SETTING_NAMES:
         kind, declared = get_args(hints[name])
         kind = list[str] if get_origin(kind) is tuple else kind

@@ -51,11 +51,12 @@ class Tracks(str, Enum):
 
 
 def evaluate(
-    source: Annotated[
-        Path | None,
+    sources: Annotated[
+        list[Path] | None,
         typer.Argument(
-            help="An output folder of `emt transfer`, or a .jsonl or .csv file with the fields reference, result and "
-            "(optional) prompt; its paths are relative to the file.",
+            metavar="[SOURCE]...",
+            help="Output folders of `emt transfer`, or .jsonl or .csv files with the fields reference, result and "
+            "(optional) prompt; their paths are relative to the file.",
             show_default=False,
         ),
     ] = None,
@@ -88,7 +89,7 @@ def evaluate(
         typer.Option(
             "--output",
             "-o",
-            help="File to write the JSON Lines to. Default, of an output folder: OUT/metrics.jsonl, where the report "
+            help="File to write the JSON Lines to. Default: metrics.jsonl in each output folder, where the report "
             "looks for them.",
             show_default=False,
         ),
@@ -105,10 +106,15 @@ def evaluate(
     line. Measures of an output folder are kept in it for `emt report OUT`, which explains each. A pair that cannot be
     read is reported, the others go on, and the exit code is 1.
     """
-    pairs = list(_pairs(source, pair or [], frames))
+    sources = list(dict.fromkeys(sources or []))
+    found = [(source, list(_pairs(source, frames))) for source in sources]
+    pairs = [*_given_pairs(pair or [], frames), *(pair for _, own in found for pair in own)]
     if not pairs:
+        named = " and ".join(map(str, sources))
         raise EmtError(
-            f"{source} has no finished results." if source else "Nothing to evaluate.",
+            f"{named} {'has' if len(sources) == 1 else 'have'} no finished results."
+            if named
+            else "Nothing to evaluate.",
             "Give an output folder of `emt transfer`, a .jsonl or .csv file, or --pair REFERENCE=RESULT.",
         )
     from emt.evaluate.pairs import evaluate_pairs, summarise
@@ -127,13 +133,14 @@ def evaluate(
     finally:
         bar.stop()
     summary = summarise(rows)
-    lines = [dumps(row.as_dict()) for row in rows]
+    lines = _lines(rows, summary)
     failed = [row for row in rows if row.error is not None]
-    totals = {name: estimate.as_dict() for name, estimate in summary.items()}
-    lines.append(dumps({"summary": totals, "clips": len(rows) - len(failed), "failed": len(failed)}))
-    if output is None and source is not None and source.is_dir():
-        output = source / METRICS
     unwritten = _write(output, lines) if output is not None else None
+    row_of = {id(row.pair): row for row in rows}
+    for source, own in found:
+        if output is None and source.is_dir() and own:
+            of_it = [row_of[id(pair)] for pair in own]
+            unwritten = _write(source / METRICS, _lines(of_it, summarise(of_it))) or unwritten
     if plots is not None:
         from emt.evaluate.plots import write_plots
 
@@ -177,7 +184,15 @@ class _Progress:
         self._bar.stop()
 
 
-def _pairs(source: Path | None, given: Sequence[str], frames: int | None) -> Iterator[Pair]:
+def _lines(rows: Sequence[Row], summary: dict[str, Estimate]) -> list[bytes]:
+    """Measures as JSON Lines: a row each, then their summary."""
+    failed = sum(row.error is not None for row in rows)
+    totals = {name: estimate.as_dict() for name, estimate in summary.items()}
+    lines = [dumps(row.as_dict()) for row in rows]
+    return [*lines, dumps({"summary": totals, "clips": len(rows) - failed, "failed": failed})]
+
+
+def _given_pairs(given: Sequence[str], frames: int | None) -> Iterator[Pair]:
     from emt.evaluate.pairs import Pair
 
     for text in given:
@@ -185,8 +200,11 @@ def _pairs(source: Path | None, given: Sequence[str], frames: int | None) -> Ite
         if len(parts) < 2 or not parts[0] or not parts[1]:
             raise typer.BadParameter(f"{text!r} is not REFERENCE=RESULT", param_hint="--pair")
         yield Pair(Path(parts[0]), Path(parts[1]), parts[2] if len(parts) == 3 else None, frames=frames)
-    if source is None:
-        return
+
+
+def _pairs(source: Path, frames: int | None) -> Iterator[Pair]:
+    from emt.evaluate.pairs import Pair
+
     if source.is_dir():
         yield from _from_results(source, frames)
     elif source.suffix.lower() in (".jsonl", ".csv"):

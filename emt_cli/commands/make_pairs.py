@@ -20,6 +20,7 @@ from emt_cli.batch.options import (
     parse_seeds,
     usage_errors,
 )
+from emt_cli.batch.shards import Shard
 from emt_cli.messages import console as stderr_console
 from emt_cli.messages import say
 from emt_cli.text import printable
@@ -34,7 +35,7 @@ _OPTIONS = {
     _RENDERED: ("motions", "appearances", "realism", "two_subjects", "camera", "seed", "fps"),
     _TAUGHT: (
         *("from_references", "prompts", "seeds", "model", "steps", "guidance", "motion_guidance"),
-        *("min_fidelity", "min_consistency", "no_filter", "precision", "batch_size"),
+        *("min_fidelity", "min_consistency", "no_filter", "precision", "batch_size", "shard"),
     ),
 }
 
@@ -110,6 +111,14 @@ def make_pairs(
     batch_size: Annotated[
         str, _taught("Number of clips denoised together, 1 to 64, or auto.", metavar="N|auto")
     ] = "auto",
+    shard: Annotated[
+        str,
+        _taught(
+            "Do part i of n of the clips, by a hash of each reference; n such runs share OUT.",
+            metavar="i/n",
+            show_default=False,
+        ),
+    ] = "",
     device: Annotated[str, typer.Option(help="Device to compute on: auto, cuda, cuda:N, mps or cpu.")] = "auto",
 ) -> None:
     """Make pairs of clips for `emt train`: the same motion, played with different content.
@@ -142,6 +151,7 @@ def make_pairs(
         with usage_errors():
             parse_seeds(seeds)
             parse_batch_size(batch_size)
+            Shard.parse(shard)
             if precision is Precision.FP8:
                 raise EmtError("--precision is fp8, which has no gradients", "Allowed are auto, fp32, fp16 and bf16.")
         from emt.train.teacher import Filter, Guidance
@@ -156,6 +166,7 @@ def make_pairs(
             device=device,
             precision=precision,
             batch_size=batch_size,
+            shard=shard,
             settings={name: value for name, value in given.items() if value is not None},
         )
         wanted = Filter(None, None) if no_filter else Filter(min_fidelity, min_consistency)
@@ -223,7 +234,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
         PromptWarnings(model.name, model.vocabulary, reporter.say).look(listed)
         session = open_session(SessionOptions.of(options, guidance), options.device, reporter.say, model)
         how = replace(RunOptions.of(options, numerics(options)), method=method(guidance), filter=wanted)
-        journal = Journal(options.out)
+        journal = Journal(options.out, options.part.writer, beside=options.part.is_beside)
         try:
             summary = LocalExecutor(session, journal, reporter, how).run(listed)
             report = complete(options.out, reporter.say)

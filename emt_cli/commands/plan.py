@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from emt_cli.batch.options import TransferOptions
-from emt_cli.commands.arguments import takes_options
+from emt_cli.commands.arguments import takes_options_and_folders
 from emt_cli.text import duration, message, printable, size
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _TABLE_ROWS = 60
 
 
-@takes_options
+@takes_options_and_folders
 def plan(options: TransferOptions) -> None:
     """Show what `emt transfer` with the same arguments would do, without loading anything.
 

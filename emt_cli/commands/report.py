@@ -14,9 +14,17 @@ from emt_cli.report.page import check_folder, order_of, write_report
 
 
 def report(
-    out: Annotated[Path, typer.Argument(help="An output folder of `emt transfer`.", show_default=False)],
+    outs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="OUT...",
+            help="An output folder of `emt transfer`; or several, which are shown as one.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page. Default: OUT/report.html.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="The page. Default: report.html in the first OUT.", show_default=False),
     ] = None,
     compare: Annotated[
         Path | None,
@@ -42,13 +50,16 @@ def report(
     has measured the results, the page sorts and filters by each measure and explains it. With --compare it shows the
     results of two output folders side by side.
     """
+    out, *others = dict.fromkeys(outs)
     if sheet is None:
-        typer.echo(os.fsencode(write_report(out, output, compare)))
+        typer.echo(os.fsencode(write_report(out, output, compare, others)))
         return
     from emt_cli.report.sheet import check_sheet, write_sheet
 
     if output is not None or compare is not None:
         raise typer.BadParameter("--sheet is written instead of a page: leave --output and --compare out")
+    if others:
+        raise typer.BadParameter("--sheet shows one output folder")
     check_folder(out)
     check_sheet(sheet)
     write_sheet(sheet, sorted(journal.current(out), key=order_of), out, say)

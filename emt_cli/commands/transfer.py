@@ -23,6 +23,9 @@ def transfer(options: TransferOptions) -> None:
     With --best-of N each job makes N clips, with its seed and those after it, and keeps the one whose motion, measured
     on tracks of points, follows the reference best; its record has all scores.
 
+    With --shard i/n it does one of n parts of the jobs; n such runs, on one machine or many, share OUT, and each writes
+    a journal of its own, OUT/journal-shard-i-of-n.jsonl.
+
     Standard output has the paths of the clips, or with --json a line for each job; all else is on standard error.
     Ctrl-C finishes the running batch, a second one stops at once.
     Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed (or standard output is full),
@@ -38,7 +41,7 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.batch.session import RunOptions, SessionOptions, open_session
     from emt_cli.batch.shapes import Shapes
     from emt_cli.commands.plan import show
-    from emt_cli.executors.local import LocalExecutor
+    from emt_cli.executors.choice import choose_executor
     from emt_cli.terminal import ProgressReporter, Results
     from emt_engines.choice import engine_id
 
@@ -59,15 +62,17 @@ def transfer(options: TransferOptions) -> None:
             reporter.say(model.introduction())
         words = PromptWarnings(model.name, model.vocabulary, reporter.say)
         words.look(listed)
-        session = open_session(SessionOptions.of(options), options.device, reporter.say, model)
+        chosen = SessionOptions.of(options)
+        executor = choose_executor(options, chosen)
+        session = open_session(chosen, options.device, reporter.say, model)
         session.generator.addons.find(Settings(**options.settings))  # what is not there fails at once, not job by job
         jobs = [job for job in listed if isinstance(job, Job)]
         texts = (text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
         session.generator.prompts = list(dict.fromkeys(texts))
         how = RunOptions.of(options, numerics(options, engine_id(options.engine)))
-        journal = Journal(options.out)
+        journal = Journal(options.out, options.part.writer, beside=options.part.is_beside)
         try:
-            summary = LocalExecutor(session, journal, reporter, how).run(chain(listed, words.watch(streamed)))
+            summary = executor(session, journal, reporter, how).run(chain(listed, words.watch(streamed)))
         finally:
             journal.close()
         if options.report:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from emt_cli.batch.feeder import Feeder
@@ -74,3 +76,11 @@ class Pieces:
         finisher = Finisher(session, outcomes, options)
         worker = Worker(session, outcomes, finisher, options)
         return cls(outcomes, Feeder(session, outcomes, options), worker, finisher)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what dead processes left half-written."""
+    from emt.storage import remove_partials
+
+    for folder in [out, *(Path(entry.path) for entry in os.scandir(out) if entry.is_dir(follow_symlinks=False))]:
+        remove_partials(folder)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from emt_cli.batch.jobs import Item
@@ -13,7 +11,7 @@ from emt_cli.batch.journal import Journal
 from emt_cli.batch.outcomes import Listener
 from emt_cli.batch.phases import process_age
 from emt_cli.batch.session import RunOptions, Session
-from emt_cli.executors.base import Pieces, Summary
+from emt_cli.executors.base import Pieces, Summary, remove_leftovers
 from emt_cli.executors.interrupts import Interrupts
 
 
@@ -41,7 +39,7 @@ class LocalExecutor:
         """
         outcomes, worker, finisher = self.pieces.outcomes, self.pieces.worker, self.pieces.finisher
         summary = Summary(outcomes.counts)
-        _remove_leftovers(self.journal.out)
+        remove_leftovers(self.journal.out)
         with Interrupts(lambda: self._working and worker.idle, self._stop, self._abandon) as interrupts:
             finisher.start()
             try:
@@ -83,11 +81,3 @@ class LocalExecutor:
     def _abandon(self) -> None:
         self.listener.abandon()
         self.journal.close()  # after a line that is being written
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove what dead processes left half-written."""
-    from emt.storage import remove_partials
-
-    for folder in [out, *(Path(entry.path) for entry in os.scandir(out) if entry.is_dir(follow_symlinks=False))]:
-        remove_partials(folder)

@@ -35,13 +35,16 @@ _MADE = (
 )
 
 
-def write_report(out: Path, output: Path | None = None, compare: Path | None = None) -> Path:
-    """Write the page of an output folder.
+def write_report(
+    out: Path, output: Path | None = None, compare: Path | None = None, others: Sequence[Path] = ()
+) -> Path:
+    """Write the page of an output folder, or of several.
 
     Args:
         out: The folder, with a journal.
         output: The page; `OUT/report.html` if None. It refers to clips by their paths relative to it.
         compare: Another output folder, whose results are beside those of the same reference, prompt and seed.
+        others: Further output folders, whose jobs are shown among those of the first.
 
     Returns:
         The page.
@@ -49,11 +52,12 @@ def write_report(out: Path, output: Path | None = None, compare: Path | None = N
     Raises:
         EmtError: a folder has no journal, or the page cannot be written.
     """
-    folders = [out] if compare is None else [out, compare]
-    for folder in folders:
-        check_folder(folder)
+    sides = [[out, *others]] if compare is None else [[out, *others], [compare]]
+    for side in sides:
+        for folder in side:
+            check_folder(folder)
     output = output or out / FILE_NAME
-    content = render(_collect(folders, output.absolute().parent))
+    content = render(_collect(sides, output.absolute().parent))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, content)
@@ -111,9 +115,45 @@ class _Folder:
         return _short(job)
 
 
-def _collect(outs: Sequence[Path], page: Path) -> dict[str, Any]:
+class _Side:
+    """One column of the page: an output folder, or several as one.
+
+    Args:
+        outs: The folders.
+        page: The page's folder.
+        kept: The output folder that keeps first frames and copies.
+
+    Attributes:
+        lines: The last words on the jobs of all, in order.
+    """
+
+    def __init__(self, outs: Sequence[Path], page: Path, kept: Path) -> None:
+        self._folders = [_Folder(out, page, kept) for out in outs]
+        self.lines = sorted((line for folder in self._folders for line in folder.lines), key=order_of)
+        self._of = {id(line): folder for folder in self._folders for line in folder.lines}
+
+    def show(self, references: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Entries of references, by lines of jobs that have them."""
+        wanted = list(references)
+        entries: dict[int, dict[str, Any]] = {}
+        for folder in self._folders:
+            own = [line for line in wanted if self._of[id(line)] is folder]
+            entries.update(zip(map(id, own), folder.show(own)))
+        return [entries[id(line)] for line in wanted]
+
+    def job(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """State of a job, as its folder has it."""
+        return self._of[id(line)].job(line)
+
+    @property
+    def summary(self) -> Mapping[str, Any] | None:
+        """Means of the measures; None where several folders have their own."""
+        return self._folders[0].metrics.summary if len(self._folders) == 1 else None
+
+
+def _collect(outs: Sequence[Sequence[Path]], page: Path) -> dict[str, Any]:
     """Content of the page, as JSON values."""
-    folders = [_Folder(out, page, outs[0]) for out in outs]
+    folders = [_Side(side, page, outs[0][0]) for side in outs]
     rows = _side_by_side([folder.lines for folder in folders])
     labels = short_names(line["reference"] for folder in folders for line in folder.lines if line.get("reference"))
     wanted: list[dict[str, Mapping[str, Any]]] = [{} for _ in folders]
@@ -139,14 +179,14 @@ def _collect(outs: Sequence[Path], page: Path) -> dict[str, Any]:
         if known.get("reference"):
             job |= {"reference": labels[known["reference"]], "path": known["reference"], "media": place[key]}
         jobs.append(_short(job))
-    names = short_names(str(out.absolute()) for out in outs)
+    names = short_names(str(out.absolute()) for side in outs for out in side)
     return {
-        "folders": [names[str(out.absolute())] for out in outs],
+        "folders": [", ".join(names[str(out.absolute())] for out in side) for side in outs],
         "measures": [{"name": name, **asdict(MEASURES[name])} for name in SHOWN],
         "references": references,
         "settings": settings.values,
         "jobs": jobs,
-        "summaries": [folder.metrics.summary for folder in folders],
+        "summaries": [folder.summary for folder in folders],
     }
 
 

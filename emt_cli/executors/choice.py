@@ -1,0 +1,57 @@
+"""Choice of the executor: this process and one device, or many workers (`--gpus`, `--workers`, `--ray`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.options import TransferOptions, parse_gpus
+from emt_cli.batch.outcomes import Listener
+from emt_cli.batch.session import RunOptions, Session, SessionOptions
+from emt_cli.executors.base import Executor
+
+
+def choose_executor(
+    options: TransferOptions, session_options: SessionOptions
+) -> Callable[[Session, Journal, Listener, RunOptions], Executor]:
+    """The executor of a command line, to be made of the session, the journal, the listener and the run's options.
+
+    Raises:
+        EmtError: what many workers need is not installed, or there are not as many GPUs.
+    """
+    if not (options.gpus or options.workers or options.ray):
+        from emt_cli.executors.local import LocalExecutor
+
+        return LocalExecutor
+    from emt_cli.executors.gpus import choose_gpus
+    from emt_cli.executors.ray import LocalRay, RayCluster, check_ray
+
+    check_ray("--ray" if options.ray else "--gpus" if options.gpus else "--workers")
+    on_gpus = options.device != "cpu"
+    gpus = parse_gpus(options.gpus) if options.gpus else None
+    place: LocalRay | RayCluster
+    if options.ray:
+        place = RayCluster(options.ray, gpus if isinstance(gpus, int) else options.workers, on_gpus)
+    else:
+        named = choose_gpus(options.gpus) if on_gpus else []
+        place = LocalRay(len(named) or options.workers or 1, named)
+
+    def make(session: Session, journal: Journal, listener: Listener, run: RunOptions) -> Executor:
+        from emt_cli.executors.fleet import FleetExecutor, worker_name
+        from emt_cli.executors.ray import RayFleet
+        from emt_cli.executors.worker import WorkerOptions
+
+        writer = options.part.writer
+        base = WorkerOptions(
+            session_options,
+            "cuda" if on_gpus else "cpu",
+            run,
+            options.out.absolute(),
+            "",
+            tuple(session.generator.prompts),
+        )
+        fleet = RayFleet(place, lambda number: replace(base, writer=worker_name(writer, number)))
+        return FleetExecutor(session, journal, listener, run, fleet, writer)
+
+    return make
