@@ -166,8 +166,8 @@ class Model:
                 near = max(multiple, round(settings[name] / multiple) * multiple)
                 allowed = f"The model {self.name} makes clips of multiples of {multiple}: --{name} {near}"
                 raise EmtError(f"{name} is {settings[name]}", allowed)
-        if settings["scheduler"] == "lcm" and steps > _LCM_STEPS:
-            raise EmtError(f"steps is {steps}", f"The scheduler lcm takes at most {_LCM_STEPS}; 4 to 8 are usual.")
+        if (name := settings["scheduler"]) in ("lcm", "tcd") and steps > _LCM_STEPS:
+            raise EmtError(f"steps is {steps}", f"The scheduler {name} takes at most {_LCM_STEPS}; 4 to 8 are usual.")
 
 
 def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = None) -> Model:

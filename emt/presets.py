@@ -16,9 +16,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 #: Defaults of a sampler, in place of the model's: models of latent consistency have guidance distilled into them
 #: (Luo et al. 2023, arXiv 2310.04378).
-SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {"lcm": {"guidance": 1.0}}
+SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {"lcm": {"guidance": 1.0}, "tcd": {"guidance": 1.0}}
 #: Guidance above which a sampler burns colours.
-MOST_GUIDANCE = {"lcm": 2.0}
+MOST_GUIDANCE = {"lcm": 2.0, "tcd": 2.0}
+#: Samplers that call the network twice in every step but the last.
+TWICE = ("heun", "dpm2", "dpm2_karras", "dpm2_a", "dpm2_a_karras")
 
 
 def preset_values(name: str, steps: int) -> dict[str, Any]:

@@ -12,11 +12,19 @@ import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -78,7 +86,42 @@ SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     "unipc": UniPCMultistepScheduler,
     "euler": EulerDiscreteScheduler,
     "lcm": LCMScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "dpm2": KDPM2DiscreteScheduler,
+    "dpm2_karras": KDPM2DiscreteScheduler,
+    "dpm2_a": KDPM2AncestralDiscreteScheduler,
+    "dpm2_a_karras": KDPM2AncestralDiscreteScheduler,
+    "dpm++_2m": DPMSolverMultistepScheduler,
+    "dpm++_2m_karras": DPMSolverMultistepScheduler,
+    "dpm++_2m_sde": DPMSolverMultistepScheduler,
+    "dpm++_2m_sde_karras": DPMSolverMultistepScheduler,
+    "dpm++_sde": DPMSolverSinglestepScheduler,
+    "dpm++_sde_karras": DPMSolverSinglestepScheduler,
+    "deis": DEISMultistepScheduler,
+    "ddpm": DDPMScheduler,
+    "tcd": TCDScheduler,
 }
+
+#: Samplers that have the model's own spacing, or that of their distillation.
+_OWN_SPACING = ("ddim", "lcm", "tcd")
+
+
+def scheduler_options(name: str, steps: int) -> dict[str, Any]:
+    """Options of the class of `SCHEDULERS` of a name, as diffusers' table of the names of other programs has them."""
+    options: dict[str, Any] = {}
+    if name not in _OWN_SPACING or (name, steps) == ("ddim", 1):
+        # Of some larger numbers of steps, "trailing" has one more, at timestep −1; fine steps are alike in both.
+        # The noise levels of Karras et al. (2022, arXiv 2206.00364, equation 5) go down to the last timestep, 0.
+        trailing = steps == 1 or (steps <= _COARSE and not name.endswith("_karras"))
+        options["timestep_spacing"] = "trailing" if trailing else "linspace"
+    if name.endswith("_karras"):
+        options["use_karras_sigmas"] = True
+    if "_sde" in name:
+        options["algorithm_type"] = "sde-dpmsolver++"
+    if SCHEDULERS[name] is DPMSolverSinglestepScheduler:
+        options["lower_order_final"] = True  # else it does not take an odd number of steps
+    return options
 
 
 #: Of a flow; DDIM without added noise is Euler's method there.
@@ -100,8 +143,8 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 def make_sampler(name: str, scheduler: SchedulerMixin, steps: int) -> Any:
     """Make a sampler with its timesteps, from noise to image, on the CPU; a new one for each clip, as it keeps state.
 
-    The spacing does not depend on how the model was opened: `dpm++`, `unipc` and `euler` begin at the end of the
-    schedule ("trailing", Lin et al. 2023, arXiv 2305.08891, table 2), `lcm` has the timesteps of its distillation.
+    The spacing does not depend on how the model was opened: samplers begin at the end of the schedule ("trailing", Lin
+    et al. 2023, arXiv 2305.08891, table 2); `lcm` and `tcd` have the timesteps of their distillation.
     `ddim` has the model's own spacing; of one step, it takes the last timestep, not the first.
 
     Args:
@@ -120,11 +163,7 @@ def make_sampler(name: str, scheduler: SchedulerMixin, steps: int) -> Any:
         raise EmtError(f"{what} {name!r}", f"Allowed: {', '.join(allowed)}.")
     shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
     if not flow:
-        spacing = {}
-        if name in ("dpm++", "unipc", "euler") or (name, steps) == ("ddim", 1):
-            # Of some larger numbers of steps, "trailing" has one more, at timestep −1; fine steps are alike in both.
-            spacing = {"timestep_spacing": "trailing" if steps <= _COARSE else "linspace"}
-        sampler = allowed[name].from_config(scheduler.config, **spacing)
+        sampler = allowed[name].from_config(scheduler.config, **scheduler_options(name, steps))
     elif allowed[name] is FlowMatchEulerDiscreteScheduler:
         sampler = FlowMatchEulerDiscreteScheduler(shift=shift)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from emt.backbones.sd15.switching import WeightSwitch
 from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt.hub import split_scale
+from emt.model_folder import DEFAULTS
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.video import read_clip
 from emt_cli.batch.addons import AddonFinder
+from emt_cli.batch.inputs import expand
 from emt_cli.batch.jobs import Job, identify, output_name
-from emt_cli.batch.options import Settings, parse_field
+from emt_cli.batch.options import Settings, TransferOptions, parse_field
 
 SPATIAL = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 TEMPORAL = "up_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_v"
@@ -318,3 +321,30 @@ def test_a_file_that_is_not_there_or_does_not_fit_is_one_line(run):
     assert [line["error"] for line in lines(ended)] == [f"{run}/vae.safetensors is a VAE, not a LoRA"]
     ended = transfer(run, "a.mp4", "--prompt", "x", "--clip-skip", 2, "-o", "bad", "--json")
     assert [line["error"] for line in lines(ended)] == ["clip_skip is 2"]
+
+
+# ---- LoRAs of few steps --------------------------------------------------------------------------------------------
+
+
+def test_a_distilled_lora_brings_its_sampling_and_says_so_once(tmp_path):
+    """As in an import; what the clip sets for itself holds."""
+    said: list[str] = []
+
+    def settings(lora, **given):
+        given = {name: parse_field(name, value) for name, value in given.items()}
+        options = TransferOptions(["-"], settings={"lora": parse_field("lora", lora), **given})
+        options = replace(options, references=[str(clip(tmp_path / "a.mp4", 1))], prompt=["x"])
+        [job], _ = expand(options, DEFAULTS, said.append)
+        return job.settings.scheduler.value, job.settings.steps, job.settings.guidance
+
+    for lora in ("lcm-lora-sdv1-5.safetensors:0.9", "hf://latent-consistency/lcm-lora-sdv1-5"):
+        said.clear()
+        assert settings(lora) == ("lcm", 6, 1.0)
+        assert said == [
+            "note: a LoRA of latent consistency: --scheduler lcm --steps 6 --guidance 1.0 "
+            "(options of the clip change them)"
+        ]
+    said.clear()
+    assert settings("x/AnimateLCM_sd15_t2v_lora.safetensors", steps=4) == ("lcm", 4, 1.5)
+    assert "--scheduler lcm --guidance 1.5" in said[0]
+    assert settings("lcm/other.safetensors") == ("ddim", 25, 6.0), "the folder of a file says nothing"

@@ -149,7 +149,7 @@ def test_values_of_job_files(name, value, parsed):
         ("width", 100, "96 or 104"), ("guidance", float("nan"), "from 1 to 50"), ("guidance", "nan", "from 1 to 50"),
         ("scheduler", "magic", "ddim, dpm++"), ("seed", -1, "from 0"), ("seed", 2**63, "to 9223372036854775807"),
         ("prompt", "  ", "Say"), ("prompt", "a\x1b[31m", "Remove"), ("prompt", "\ud800", "UTF-8"),
-        ("prompt", 5, "text"), ("prompt", "word " * 10_000, "4,000"), ("colour", "red", "reference, prompt, seed"),
+        ("prompt", 5, "text"), ("prompt", "word " * 10_000, "4,000"), ("hue", "red", "reference, prompt, seed"),
         ("frames", 1e400, "whole"),
     ],
 )  # fmt: skip

@@ -253,8 +253,8 @@ class TestErrors:
             pipe.generate(["a", "b"], [motion, other])
 
     def test_an_unknown_scheduler(self, pipe, motion):
-        with pytest.raises(EmtError, match="no scheduler 'heun'"):
-            pipe.generate("a", motion, scheduler="heun")
+        with pytest.raises(EmtError, match="no scheduler 'plms'"):
+            pipe.generate("a", motion, scheduler="plms")
 
     def test_a_result_that_is_not_finite_names_its_clips(self, folder):
         pipe = load_pipeline(folder)

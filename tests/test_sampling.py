@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.errors import EmtError
-from emt.sampling import SCHEDULERS, make_sampler, run_sampler
+from emt.presets import TWICE
+from emt.sampling import SCHEDULERS, make_sampler, noise_generator, run_sampler
+from emt_cli.batch.options import Scheduler, parse_field
 
 SHAPE = (2, 4, 3, 5, 5)
 
@@ -35,7 +38,7 @@ def test_k2_a_sampler_is_the_same_however_the_model_was_opened(tmp_path, schedul
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 25, 50])
-@pytest.mark.parametrize("name", ["dpm++", "unipc", "euler", "lcm"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ddim"])
 def test_samplers_begin_at_the_end_of_the_schedule(name, steps):
     assert int(make_sampler(name, animatediff_scheduler("epsilon"), steps).timesteps[0]) == 999
 
@@ -92,6 +95,56 @@ def test_each_step_lands_at_the_timestep_of_the_next_one(steps):
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9, 61])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in ("ddim", "lcm", "tcd")])
+def test_every_sampler_arrives_at_an_image_that_the_network_knows(name, steps):
+    """Whatever noise it adds on the way: the noise that is predicted is the one in its sample, at its own timestep."""
+    scheduler = animatediff_scheduler("epsilon")
+    image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    levels = scheduler.alphas_cumprod.double().numpy()
+
+    def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+        signal = torch.tensor(np.interp(float(timestep), np.arange(1000), levels))  # some stand between two
+        return ((sample - signal.sqrt() * image) / (1 - signal).sqrt()).float()
+
+    sampler = make_sampler(name, scheduler, steps)
+    assert len(sampler.timesteps) == (2 * steps - 1 if name in TWICE else steps)
+    generators = [noise_generator(seed) for seed in range(len(image))]
+    found = run_sampler(predict, sampler, noise, 1.0, generators=generators)
+    torch.testing.assert_close(found, image, atol=0.1 if name == "deis" else 0.02, rtol=0)
+
+
+def test_samplers_are_those_of_the_options_and_of_diffusers_table():
+    """By the names of other programs, as diffusers' documentation maps them to its classes and options."""
+    assert {member.value for member in Scheduler} == SCHEDULERS.keys()
+    table = {
+        "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+        "dpm2_a_karras": ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}),
+        "dpm++_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+        "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        "dpm++_2m_sde_karras": (
+            "DPMSolverMultistepScheduler",
+            {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+        ),
+        "dpm++_sde": ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    }
+    for name, (kind, options) in table.items():
+        sampler = make_sampler(name, animatediff_scheduler("epsilon"), 8)
+        assert type(sampler).__name__ == kind
+        assert {option: sampler.config[option] for option in options} == options
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [("DPM++ 2M Karras", "dpm++_2m_karras"), ("Euler a", "euler_a"), ("DPM2 a", "dpm2_a"), ("DDIM", "ddim")],
+)
+def test_jobs_may_spell_samplers_as_the_web_ui_does(spelled, name):
+    assert parse_field("scheduler", spelled).value == name
+    with pytest.raises(EmtError, match="scheduler is 'PLMS'"):
+        parse_field("scheduler", "PLMS")
+
+
 def test_guidance_leads_from_the_first_half_to_the_second():
     """The halves of a doubled batch have one order: away from what the first predicts, towards the second."""
     noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
@@ -110,5 +163,5 @@ def test_guidance_leads_from_the_first_half_to_the_second():
 def test_steps_that_a_sampler_does_not_take_are_an_error():
     with pytest.raises(EmtError, match="lcm does not take 51 steps"):
         make_sampler("lcm", animatediff_scheduler("epsilon"), 51)
-    with pytest.raises(EmtError, match="no scheduler 'heun'"):
-        make_sampler("heun", animatediff_scheduler("epsilon"), 5)
+    with pytest.raises(EmtError, match="no scheduler 'plms'"):
+        make_sampler("plms", animatediff_scheduler("epsilon"), 5)

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from emt.model_folder import Model
+from emt.presets import TWICE
 from emt_cli.batch.options import Settings
 
 #: Arithmetic a second that is reached on one H100 in fp16 and on two CPU cores in fp32, where the journal has no time.
@@ -56,10 +57,11 @@ def work(settings: Mapping[str, Any]) -> float:
 
     Below its highest resolution the network does half of its work.
     """
-    guided = 0 if settings["guidance"] == 1 else math.ceil(settings.get("guidance_until", 1) * settings["steps"])
+    steps = settings["steps"] * (2 if settings.get("scheduler") in TWICE else 1)
+    guided = 0 if settings["guidance"] == 1 else math.ceil(settings.get("guidance_until", 1) * steps)
     positions = settings["frames"] * settings["height"] * settings["width"] / 64
     computed = 0.5 + 0.5 / settings.get("cache_interval", 1)
-    return positions * (settings["steps"] + guided) * computed * settings.get("best_of", 1)
+    return positions * (steps + guided) * computed * settings.get("best_of", 1)
 
 
 @dataclass(frozen=True)

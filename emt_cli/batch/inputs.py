@@ -19,7 +19,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from emt.backbone import PUBLISHED, module_of
 from emt.errors import EmtError
+from emt.hub import parse_hub, split_scale
 from emt.presets import PRESETS, SCHEDULER_DEFAULTS, preset_values
 from emt.remote import (
     Downloads,
@@ -90,6 +92,8 @@ class _Base:
     shapes: Shapes
     background: Sequence[Mapping[str, Any]] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda text: None
+    _said: set[tuple[str, str]] = field(default_factory=set)
     _made: dict[tuple[Any, ...], Settings] = field(default_factory=dict)
     downloads: Downloads = field(default_factory=lambda: Downloads(lambda text: None))
     sources: dict[Path, str] = field(default_factory=dict)
@@ -148,10 +152,26 @@ class _Base:
             values = self._over(values, layer, reference)
         check_sound(values)
         models = self.defaults.get("scheduler", Settings.scheduler)
-        chosen = values.get("scheduler", models)
+        made_for = self._few_steps(values)
+        chosen = values.get("scheduler", made_for.get("scheduler", models))
         own = {} if chosen is models else SCHEDULER_DEFAULTS.get(chosen.value, {})
         own = {name: parse_field(name, value) for name, value in own.items()}
-        return Settings(**{**self.defaults, **own, **values})
+        return Settings(**{**self.defaults, **own, **made_for, **values})
+
+    def _few_steps(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The sampling that the first distilled LoRA of a clip is made for, which is said once."""
+        sources = [split_scale(text)[0] for text in values.get("lora", ())]
+        names = [source if parse_hub(source) else re.split(r"[/\\]", source)[-1] for source in sources]
+        few = module_of(PUBLISHED, "few_steps").find_few_steps(names) if names else None
+        if few is None:
+            return {}
+        made_for = {"scheduler": few.sampler, "steps": few.steps, "guidance": few.guidance}
+        made_for = {name: parse_field(name, value) for name, value in made_for.items() if name not in values}
+        words = " ".join(f"--{name} {getattr(value, 'value', value)}" for name, value in made_for.items())
+        if words and (few.title, words) not in self._said:
+            self._said.add((few.title, words))
+            self.say(f"note: a LoRA of {few.title}: {words} (options of the clip change them)")
+        return made_for
 
     def _over(self, weaker: Mapping[str, Any], layer: Mapping[str, Any], reference: Path) -> dict[str, Any]:
         """Settings of a layer over those of a weaker one; a size and a width or height take each other's place."""
@@ -216,9 +236,14 @@ def preset_of(options: TransferOptions, name: str, defaults: Mapping[str, Any]) 
     return _base(options, defaults).preset(name)
 
 
-def _base(options: TransferOptions, defaults: Mapping[str, Any], shapes: Shapes | None = None) -> _Base:
-    shapes = shapes or Shapes()
-    return _Base(parse_defaults(defaults), options.settings, shapes, options.background, options.presets)
+def _base(
+    options: TransferOptions,
+    defaults: Mapping[str, Any],
+    shapes: Shapes | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> _Base:
+    layers = options.settings, shapes or Shapes(), options.background, options.presets
+    return _Base(parse_defaults(defaults), *layers, say)
 
 
 def expand(
@@ -253,8 +278,7 @@ def expand(
     if not arguments and not complete and not rejected:
         raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
-    base = _base(options, defaults, shapes)
-    base = replace(base, downloads=Downloads(say))
+    base = replace(_base(options, defaults, shapes, say), downloads=Downloads(say))
     references = _Finder(options.recursive, options.out, say, base.path).find(arguments)
     base.check_layers()
     seeds = parse_seeds(options.seeds, partial(draw_seeds, options.out, keep=keep_seeds, say=say))

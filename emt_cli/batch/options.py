@@ -74,6 +74,27 @@ class Scheduler(str, Enum):
     UNIPC = "unipc"
     EULER = "euler"
     LCM = "lcm"
+    EULER_A = "euler_a"
+    HEUN = "heun"
+    DPM2 = "dpm2"
+    DPM2_KARRAS = "dpm2_karras"
+    DPM2_A = "dpm2_a"
+    DPM2_A_KARRAS = "dpm2_a_karras"
+    DPM_2M = "dpm++_2m"
+    DPM_2M_KARRAS = "dpm++_2m_karras"
+    DPM_2M_SDE = "dpm++_2m_sde"
+    DPM_2M_SDE_KARRAS = "dpm++_2m_sde_karras"
+    DPM_SDE = "dpm++_sde"
+    DPM_SDE_KARRAS = "dpm++_sde_karras"
+    DEIS = "deis"
+    DDPM = "ddpm"
+    TCD = "tcd"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Scheduler | None:
+        """The sampler of a name as the web UI spells it, such as “DPM++ 2M Karras”."""
+        name = re.sub(r"[\s_-]+", "_", str(value).strip().lower())
+        return next((member for member in cls if member.value == name), None)
 
 
 class Fit(str, Enum):
