@@ -41,7 +41,7 @@ class Facts:
     """Limits and costs of a network, which follow from its configuration alone.
 
     Attributes:
-        max_frames: most frames of a clip.
+        max_frames: most frames that it takes at once.
         frame_step: frames of every latent frame but the first.
         grid_step: height and width of latents are multiples of this.
         even_step: multiples of this are halved evenly from level to level, as graphs for any size need it.
@@ -50,6 +50,8 @@ class Facts:
         activation_bytes: memory at the peak for each pixel of all frames, in half precision.
         attention_flop: floating-point operations of attention between all positions, for each pair of them.
         first_frames: frames of the first latent frame.
+        windows: clips of more than `max_frames` frames are made window by window (`emt.windows`), as every latent frame
+            is of one frame and the features of references are (n, frames, …).
     """
 
     max_frames: int
@@ -60,13 +62,22 @@ class Facts:
     activation_bytes: float
     attention_flop: float = 0.0
     first_frames: int = 1
+    windows: bool = False
+
+    def makes_frames(self, frames: int) -> bool:
+        """Return whether clips may have so many frames."""
+        return self.takes_frames(frames) or (self.windows and frames > self.max_frames)
+
+    def allowed_clips(self) -> str:
+        """The numbers of frames that clips may have, in words."""
+        return "2 or more" if self.windows else self.allowed_frames()
 
     def takes_frames(self, frames: int) -> bool:
-        """Return whether clips may have so many frames."""
+        """Return whether the network takes so many frames at once."""
         return 2 <= frames <= self.max_frames and (frames - self.first_frames) % self.frame_step == 0
 
     def allowed_frames(self) -> str:
-        """The numbers of frames that clips may have, in words."""
+        """The numbers of frames that the network takes at once, in words."""
         if self.frame_step == 1:
             return f"2 to {self.max_frames}"
         least = self.first_frames if self.first_frames > 1 else 1 + self.frame_step

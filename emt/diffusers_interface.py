@@ -25,6 +25,7 @@ from emt.features import Motion, joined
 from emt.sampling import run_sampler
 from emt.video import Clip, read_clip
 from emt.video.frames import sample_frames
+from emt.windowed import WindowedDenoiser
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -148,10 +149,14 @@ class DiffusersInterface:
         noise = self._noise(clips, shape, generator, latents)
 
         device = pipe._execution_device
-        moved = self.backend.prepare_motion(joined(motions)) if motions else None
+        windows = pipe.windows_over(shape[0])
+        in_windows = WindowedDenoiser(windows, self.backend, motions, 1) if windows else None
+        moved = self.backend.prepare_motion(joined(motions)) if motions and not windows else None
         text = _Text(self.unet, towards, away)
 
         def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+            if in_windows:
+                return in_windows(sample.to(self.unet.dtype), timestep, text.features, True)
             return self.backend.denoise(sample.to(self.unet.dtype), timestep, text.features, moved)
 
         self._interrupt = False
@@ -179,7 +184,7 @@ class DiffusersInterface:
             problem = "the network produced NaN or infinity"
             hint = "Half precision may have overflowed: open the model with dtype=torch.bfloat16 or torch.float32"
             raise EmtError(problem, f"{hint}, or use a lower guidance_scale.")
-        frames = made if output_type == "latent" else _converted(pipe.decode_clips(list(made)), output_type)
+        frames = made if output_type == "latent" else _converted(pipe.decode_clips(list(made), windows), output_type)
         pipe.maybe_free_model_hooks()
         return MotionTransferOutput(frames=frames) if return_dict else (frames,)
 
@@ -349,8 +354,8 @@ def _check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
     for name, pixels in (("height", height), ("width", width)):
         if pixels < step or pixels % step:
             raise ValueError(f"{name} is {pixels}, allowed are multiples of {step}")
-    if not facts.takes_frames(frames):
-        raise ValueError(f"num_frames is {frames}, allowed are {facts.allowed_frames()}")
+    if not facts.makes_frames(frames):
+        raise ValueError(f"num_frames is {frames}, allowed are {facts.allowed_clips()}")
 
 
 def _each(name: str, values: list[T], count: int, repeats: int = 1) -> list[T]:

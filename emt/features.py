@@ -91,6 +91,11 @@ class Motion:
     width: int
     seed: int
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of its features."""
+        return sum(x.numel() * x.element_size() for x in tensors_of(self.features))
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Motion:
         """The same motion on another device or in another dtype."""
         return Motion(self.features.to(device, dtype), self.frames, self.height, self.width, self.seed)

@@ -108,6 +108,12 @@ class Model:
         except ValueError as error:
             raise EmtError(f"{error} in {path}", _HOW_TO_GET) from None
 
+    def frames_at_once(self, frames: int) -> int:
+        """Frames that the network is given at once for a clip: all, or a window of the model's own number of frames."""
+        if self.facts.takes_frames(frames):
+            return frames
+        return min(self.defaults["frames"], self.facts.max_frames)
+
     @property
     def size_multiple(self) -> int:
         """Height and width of its clips are multiples of this, in pixels: of eight for each latent."""
@@ -157,8 +163,8 @@ class Model:
             for text in (prompt, settings["negative_prompt"]):
                 self.vocabulary.check(text, own=words)
         frames, steps = settings["frames"], settings["steps"]
-        if not self.facts.takes_frames(frames):
-            allowed = self.facts.allowed_frames()
+        if not self.facts.makes_frames(frames):
+            allowed = self.facts.allowed_clips()
             raise EmtError(f"frames is {frames}", f"The model {self.name} makes clips of {allowed} frames.")
         multiple = self.size_multiple
         for name in ("height", "width"):

@@ -26,13 +26,16 @@ from emt.backends.torch import TorchBackend
 from emt.checkpoints import check_loaded
 from emt.diffusers_interface import DiffusersInterface
 from emt.errors import EmtError
-from emt.features import Motion, joined
+from emt.features import Motion, MotionFeatures, joined
 from emt.model_folder import find_model
 from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
 from emt.prompts import PromptEncoder
 from emt.remote import is_url
 from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
+from emt.scratch import scratch_array
 from emt.vocabulary import Vocabulary
+from emt.windowed import WindowedDenoiser, read_in_windows
+from emt.windows import Windows, windows_over
 
 if TYPE_CHECKING:
     from emt.video import Clip
@@ -174,14 +177,17 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
     # ------------------------------------------------------------------------------------------------------ motion
 
     @torch.no_grad()
-    def extract_motion(self, frames: NDArray[np.uint8] | Clip, seed: int = 0) -> Motion:
+    def extract_motion(self, frames: NDArray[np.uint8] | Clip, seed: int = 0, *, window: int | None = None) -> Motion:
         """Read the motion of a reference clip (EfficientMT, section 3.2).
 
-        One pass of the backbone over the sampled latents, noised to the reference timestep, with the empty prompt.
+        One pass of the backbone over the sampled latents, noised to the reference timestep, with the empty prompt; of
+        more frames than the network takes, a pass for each window (`emt.windows`), and the features are in the
+        computer's memory.
 
         Args:
             frames: RGB, (frames, height, width, 3), height and width multiples of `size_multiple`; or a `Clip`.
             seed: of the sampled latents and of the noise.
+            window: frames of a window; None for the model's frames.
 
         Raises:
             ValueError: for a wrong shape, which it names.
@@ -192,14 +198,17 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
                 f"reference frames have shape {pixels.shape}, expected (frames, height, width, 3) with height and "
                 f"width multiples of {step}"
             )
-        if not self.unet.facts.takes_frames(len(pixels)):
-            raise ValueError(f"a reference has {len(pixels)} frames, allowed are {self.unet.facts.allowed_frames()}")
+        windows = self.windows_over(len(pixels), window)
         generator = noise_generator(seed)
-        latents = self.encode_frames(pixels, generator)
+        latents = self.encode_frames(pixels, generator, windows)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timestep = torch.tensor([self.config.reference_timestep], device=latents.device)
-        noisy = add_noise(self.scheduler, latents, noise, timestep)
-        features = self.backend.encode_reference(noisy, timestep, self.encode_prompts([""]))
+        noisy, empty = add_noise(self.scheduler, latents, noise, timestep), self.encode_prompts([""])
+
+        def read(part: Tensor) -> MotionFeatures:
+            return self.backend.encode_reference(part, timestep, empty)
+
+        features = read_in_windows(windows, noisy, read) if windows else read(noisy)
         count, height, width, _ = pixels.shape
         return Motion(features, count, height, width, seed)
 
@@ -219,6 +228,7 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         guidance_until: float = 1.0,
         motion_until: float = 1.0,
         cache_interval: int = 1,
+        window: int | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[NDArray[np.uint8]]:
         """Generate a clip for each prompt, moving as its reference does.
@@ -242,6 +252,8 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
                 and have less of it to take over.
             cache_interval: what lies below the network's highest resolution is computed in every n-th step only, and
                 reused in between (DeepCache, Ma et al. 2023, arXiv 2312.00858, section 3.2).
+            window: of clips with more frames than the network takes at once, the frames that it is given; None for the
+                model's frames (`emt.windows`).
             on_step: called with (steps done, steps) after each.
 
         Returns:
@@ -279,6 +291,7 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
             raise EmtError(problem, "Use --cache-interval 1, or --engine torch.")
 
         shape = self.shape_of(motions)
+        windows = self.windows_over(shape[0], window)
         sampler = self.make_sampler(scheduler, self.config.steps if steps is None else steps)
         generators = [noise_generator(s) for s in seeds]
         if guidance > (most := MOST_GUIDANCE.get(scheduler, guidance)):
@@ -289,7 +302,7 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         moved_steps = math.ceil(motion_until * count)
         # What steps need of prompts and motions is let go before the clips are decoded.
         latents = run_sampler(
-            self._network(prompts, negatives, motions, guided, plain, moved_steps, cache_interval),
+            self._network(prompts, negatives, motions, guided, plain, moved_steps, cache_interval, windows),
             sampler,
             self.initial_noise(generators, *shape).to(self._execution_device),
             guidance,
@@ -298,7 +311,7 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
             on_step=on_step,
         )
         check_finite(latents, seeds)
-        return self.decode_clips(list(latents))
+        return self.decode_clips(list(latents), windows)
 
     def _network(
         self,
@@ -309,6 +322,7 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         plain: bool,
         moved_steps: int,
         cache_interval: int,
+        windows: Windows | None,
     ) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
         """The network with prompts and motions, as `run_sampler` takes it.
 
@@ -320,10 +334,19 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
             plain: whether there are steps without, too.
             moved_steps: steps with the motion, the first ones.
             cache_interval: as `generate` has it.
+            windows: over the clips' frames; None where the network takes all at once.
         """
         text = self.encode_prompts(negatives + prompts if guided else prompts)
         features = self.unet.encode_text(text)
         alone = self.unet.encode_text(text[-len(prompts) :]) if plain else features
+        if windows:
+            denoise_windows = WindowedDenoiser(windows, self.backend, motions, cache_interval)
+
+            def predict_in_windows(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+                known = features if guided else alone
+                return denoise_windows(sample.to(self.unet.dtype), timestep, known, step < moved_steps)
+
+            return predict_in_windows
         moved = self.backend.prepare_motion(joined(motions)) if motions else None
         denoise = DeepFeatureReuse(self.backend, cache_interval)
 
@@ -376,17 +399,46 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
             known = ", ".join(phrase for group in vocabulary.groups.values() for phrase in group)
             vocabulary.check(prompt, f"It knows: {known}")
 
-    def encode_frames(self, frames: NDArray[np.uint8], generator: torch.Generator) -> Tensor:
-        """Latents of RGB frames (frames, height, width, 3): (1, channels, latent frames, height/8, width/8)."""
-        images = torch.from_numpy(np.ascontiguousarray(frames)).to(self._execution_device)
-        return self.codec.encode(self.backend, images, generator).to(self.unet.dtype)
+    def windows_over(self, frames: int, window: int | None = None) -> Windows | None:
+        """Windows over a clip of so many frames; None where the network takes all of them at once.
+
+        Args:
+            frames: of the clip.
+            window: frames of a window; None for the model's frames.
+
+        Raises:
+            ValueError: for a number of frames that the model makes no clips of.
+        """
+        facts = self.unet.facts
+        return windows_over(facts, frames, window or min(self.config.frames, facts.max_frames))
+
+    def encode_frames(
+        self, frames: NDArray[np.uint8], generator: torch.Generator, windows: Windows | None = None
+    ) -> Tensor:
+        """Latents of RGB frames (frames, height, width, 3): (1, channels, latent frames, height/8, width/8).
+
+        With windows, the device has the frames of one at a time.
+        """
+        if windows is None:
+            images = torch.from_numpy(np.ascontiguousarray(frames)).to(self._execution_device)
+            return self.codec.encode(self.backend, images, generator).to(self.unet.dtype)
+        encoded = []
+        for start, new in windows.chunks():
+            latents = self.encode_frames(frames[start : start + windows.size], generator)
+            encoded.append(latents[:, :, new.start - start :])
+        return torch.cat(encoded, dim=2)
 
     def decode_latents(self, latents: Tensor) -> NDArray[np.uint8]:
         """RGB frames (frames, height, width, 3) of latents (channels, latent frames, height/8, width/8)."""
         return self.decode_clips([latents])[0]
 
-    def decode_clips(self, clips: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
-        """`decode_latents` of several clips, parts of which are copied to the host while others are decoded."""
+    def decode_clips(self, clips: Sequence[Tensor], windows: Windows | None = None) -> list[NDArray[np.uint8]]:
+        """`decode_latents` of several clips, parts of which are copied to the host while others are decoded.
+
+        With windows, the device has the frames of one at a time.
+        """
+        if windows:
+            return [self._decode_in_windows(latents, windows) for latents in clips]
         decoded = []
         for latents in clips:
             parts = []
@@ -398,6 +450,15 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         if clips[0].is_cuda:
             torch.cuda.synchronize(clips[0].device)
         return [(parts[0] if len(parts) == 1 else torch.cat(parts)).numpy() for parts in decoded]
+
+    def _decode_in_windows(self, latents: Tensor, windows: Windows) -> NDArray[np.uint8]:
+        factor = self.vae_scale_factor
+        height, width = (factor * side for side in latents.shape[2:])
+        frames = scratch_array((windows.frames, height, width, 3))
+        for start, new in windows.chunks():
+            (part,) = self.decode_clips([latents[:, start : start + windows.size]])
+            frames[new] = part[new.start - start :]
+        return frames
 
     def initial_noise(self, generators: Sequence[torch.Generator], frames: int, height: int, width: int) -> Tensor:
         """Noise for a clip of each generator: (clips, channels, latent frames, height/8, width/8), on the CPU."""

@@ -47,7 +47,7 @@ class Backend(Protocol):
 
         Classes that derive from this one inherit it.
         """
-        return self.unet.prepare(features)
+        return self.unet.prepare(features.to(self.unet.device))
 
     def denoise(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
         """One call of the network, on a batch with classifier-free guidance or without."""

@@ -160,6 +160,7 @@ class TorchBackend(PipelineBackend):
             return PreparedMotion(LayerByLayer(self.unet, features))
         device = self.unet.device
         self._prepare_weights(device)
+        features = features.to(device)
         if not self._captures(device):
             return self.unet.prepare(features)
         key = shapes_of(features)

@@ -15,7 +15,7 @@ FOLDER_FPS = 24.0
 """Frame rate of a folder of images that does not say its own (`write_clip` records one in the PNG files)."""
 MAX_PIXELS = 1 << 26
 """Largest frame that is decoded, twice 8K; a damaged or hostile header can claim any size."""
-MAX_FRAMES = 2048
+MAX_FRAMES = 65_536
 """Most frames that one `read_clip` samples."""
 SPARSE_SECONDS = 1.0
 """Average time between two sampled frames from which on movement is lost between them, and a warning says so."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from emt.errors import EmtError
+from emt.scratch import scratch_array
 from emt.video.clip import (
     FITS,
     MAX_FRAMES,
@@ -71,7 +72,7 @@ def read_clip(
     _check_request(frames, size, fit, start, duration, stride)
     source = _open(Path(path))
     width, height = size or (source.info.width, source.info.height)
-    out = np.empty((frames, height, width, 3), np.uint8)
+    out = scratch_array((frames, height, width, 3))
     picked = _sample(source, frames, start, duration, stride)
     try:
         said = source.read(picked, out, fit)
@@ -90,6 +91,20 @@ def read_clip(
     warnings = (*info.warnings, *said, *_sparse(info, picked, times))
     sound = source.sound(float(times[0]), frames / fps) if isinstance(source, Video) else None
     return Clip(out, round(fps, 9), info, tuple(times.round(9).tolist()), warnings, sound)
+
+
+def count_frames(
+    path: str | os.PathLike[str], *, start: float = 0.0, duration: float | None = None, stride: int | None = None
+) -> int:
+    """Most frames that `read_clip` samples with the same arguments without taking any twice; decodes one of them.
+
+    Raises:
+        EmtError: As `read_clip`.
+    """
+    _check_request(1, None, "crop", start, duration, stride)
+    source = _open(Path(path))
+    first, last = _part(source.times - source.times[0], start, duration)
+    return (last - first - 1) // (stride or 1) + 1 if last > first else 0
 
 
 def sampled_sound(
@@ -149,9 +164,7 @@ def _check_request(
 def _sample(source: Source, frames: int, start: float, duration: float | None, stride: int | None) -> np.ndarray:
     """Indices, not decreasing, of the frames to take."""
     times = source.times - source.times[0]
-    slack = half_gap(times)  # a frame presented at `start`, up to rounding of the container's clock, belongs to it
-    first = int(np.searchsorted(times, start - slack))
-    last = int(np.searchsorted(times, start + duration - slack)) if duration is not None else len(times)
+    first, last = _part(times, start, duration)
     count, info = last - first, source.info
     needed = (frames - 1) * (stride or 1) + 1
     if count < needed:
@@ -174,6 +187,13 @@ def _sample(source: Source, frames: int, start: float, duration: float | None, s
         return first + np.linspace(0, count - 1, frames, dtype=int)
     wanted = np.linspace(times[0], times[-1], frames) + np.median(np.diff(times)) / 4
     return first + np.searchsorted(times, wanted, side="right") - 1
+
+
+def _part(times: np.ndarray, start: float, duration: float | None) -> tuple[int, int]:
+    """Numbers of the first frame of a subclip and of the one after its last, by the times of all frames."""
+    slack = half_gap(times)  # a frame presented at `start`, up to rounding of the container's clock, belongs to it
+    first = int(np.searchsorted(times, start - slack))
+    return first, int(np.searchsorted(times, start + duration - slack)) if duration is not None else len(times)
 
 
 def _open(path: Path) -> Source:

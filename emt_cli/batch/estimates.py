@@ -14,6 +14,7 @@ from typing import Any
 
 from emt.model_folder import Model
 from emt.presets import TWICE
+from emt.windows import Windows
 from emt_cli.batch.options import Settings
 
 #: Arithmetic a second that is reached on one H100 in fp16 and on two CPU cores in fp32, where the journal has no time.
@@ -26,7 +27,7 @@ _CLIP_BYTES = 0.25
 
 def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) -> float:
     """Estimated peak memory in bytes for denoising clips together; a model, not a measurement."""
-    pixels = settings.frames * settings.height * settings.width
+    pixels = model.frames_at_once(settings.frames) * settings.height * settings.width
     together = [n for part, n in model.parameters.items() if part != "text_encoder" or not model.encodes_prompts_apart]
     weights = 2 * sum(together)
     return (1 if half else 2) * (weights + clips * model.facts.activation_bytes * pixels)
@@ -34,9 +35,10 @@ def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) 
 
 def seconds(model: Model, settings: Settings, gpu: bool) -> float:
     """Estimated time of a job; a model, not a measurement."""
-    facts, positions = model.facts, settings.frames * settings.height * settings.width / 64
+    facts, window = model.facts, model.frames_at_once(settings.frames)
+    positions = window * settings.height * settings.width / 64
     pass_flop = facts.flop * model.parameters.get("unet", 0) + facts.attention_flop * positions  # for each position
-    flop = pass_flop * work(settings.as_dict())
+    flop = pass_flop * work(settings.as_dict(), window)
     return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps * settings.best_of)
 
 
@@ -49,17 +51,24 @@ def size_that_fits(model: Model, settings: Settings, available: float, half: boo
         smaller = replace(settings, width=width, height=height)
         if scale * memory(model, smaller, half=half) < 0.9 * available:
             return f"--width {width} --height {height}"
-    return f"--frames {max(2, settings.frames // 2)} and the smallest size that serves"
+    return f"--frames {max(2, model.frames_at_once(settings.frames) // 2)} and the smallest size that serves"
 
 
-def work(settings: Mapping[str, Any]) -> float:
+def work(settings: Mapping[str, Any], window: int | None = None) -> float:
     """Amount of computation of a job, in units of one pass over a latent position: time is proportional to it.
 
     Below its highest resolution the network does half of its work.
+
+    Args:
+        settings: Of the clip.
+        window: Frames that the network is given at once; None for all.
     """
     steps = settings["steps"] * (2 if settings.get("scheduler") in TWICE else 1)
     guided = 0 if settings["guidance"] == 1 else math.ceil(settings.get("guidance_until", 1) * steps)
-    positions = settings["frames"] * settings["height"] * settings["width"] / 64
+    frames = settings["frames"]
+    if window and window < frames:
+        frames = Windows(frames, window).most * window
+    positions = frames * settings["height"] * settings["width"] / 64
     computed = 0.5 + 0.5 / settings.get("cache_interval", 1)
     return positions * (steps + guided) * computed * settings.get("best_of", 1)
 
@@ -72,12 +81,12 @@ class PastTimings:
         device: Name of the device.
         jobs: How many finished jobs it is drawn from.
         seconds: A unit of `work`.
-        memory: Bytes at the peak, per pixel of all frames.
+        memory: Bytes at the peak, per pixel of the frames that the network is given at once.
         size: Bytes of a clip, per pixel of all frames.
     """
 
     #: Fields of journal lines that it is drawn from.
-    FIELDS = ("state", "model_sha256", "device", "settings", "timings", "peak_memory", "bytes")
+    FIELDS = ("state", "model_sha256", "device", "settings", "window", "timings", "peak_memory", "bytes")
 
     device: str
     jobs: int
@@ -95,9 +104,10 @@ class PastTimings:
             # Adopted clips have no timings; lines of other versions may lack others.
             with suppress(KeyError, TypeError):
                 settings, timings = line["settings"], line["timings"]
-                pixels = settings["frames"] * settings["height"] * settings["width"]
-                seconds = timings["steps"] + timings["vae"]
-                rows.append((seconds / work(settings), line["peak_memory"] / pixels, line["bytes"] / pixels))
+                window = line.get("window") or settings["frames"]
+                area, seconds = settings["height"] * settings["width"], timings["steps"] + timings["vae"]
+                memory, size = line["peak_memory"] / (window * area), line["bytes"] / (settings["frames"] * area)
+                rows.append((seconds / work(settings, window), memory, size))
         if not rows:
             return None
         seconds, memory, size = (median(values) for values in zip(*rows))

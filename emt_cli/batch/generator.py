@@ -206,6 +206,8 @@ class Generator:
         self.model = model
         self.model_sha256 = model_sha256
         self.low_memory = low_memory
+        #: Frames of a window of clips that are longer than the network takes; None for the engine's or the model's.
+        self.window: int | None = None
         self._requested = device, precision, kernels
         self._say = say
         self._guard = threading.Lock()
@@ -305,7 +307,8 @@ class Generator:
         self.model.check(job.prompt, job.settings.as_dict())
         if self._engines:
             s = job.settings
-            self._engines.check(s.width, s.height, s.frames, s.cache_interval, changed=bool(s.lora or s.vae))
+            changed = bool(s.lora or s.vae)
+            self._engines.check(s.width, s.height, self.frames_at_once(job), s.cache_interval, changed=changed)
 
     def engine(self, job: Job) -> Engine | None:
         """The engine that makes a job's clip; None for PyTorch.
@@ -316,7 +319,16 @@ class Generator:
         s = job.settings
         if self._engines is None or not self._engines.applies(s.cache_interval):
             return None
-        return self._engines.find(self.device, s.width, s.height, s.frames, changed=job.addons.changes_networks)
+        changed = job.addons.changes_networks
+        return self._engines.find(self.device, s.width, s.height, self.frames_at_once(job), changed=changed)
+
+    def frames_at_once(self, job: Job) -> int:
+        """Frames that the network is given at once for a job's clip: all of them, or a window."""
+        frames = job.settings.frames
+        if self.model.facts.takes_frames(frames):
+            return frames
+        engine = self._engines.frames if self._engines else None
+        return self.window or engine or self.model.frames_at_once(frames)
 
     def _switch(self, pipe: MotionTransferPipeline, engine: Engine | None) -> None:
         """Let an engine, or PyTorch, execute the network from here on."""
@@ -340,10 +352,15 @@ class Generator:
         device = self.device
         where: list[Any] = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]
         where += [laid] if (laid := job.addons.of_motion()) else []
+        if (window := self.frames_at_once(job)) < job.settings.frames:
+            where.append(f"windows of {window}")
         return digest("motion", NUMERICS_VERSION, reference_sha256, job.sampling, self.model_sha256, *where)
 
     def encode(self, job: Job, source: Clip | Motion) -> Motion:
-        """The motion of a job's clip, on the device; a motion that was read from the cache is moved there."""
+        """The motion of a job's clip, on the device; a motion that was read from the cache is moved there.
+
+        That of a clip in windows stays in the computer's memory or on its disk.
+        """
         from emt.features import Motion
 
         if isinstance(source, Motion):
@@ -351,8 +368,9 @@ class Generator:
         else:
             pipe = self.load(job.addons)
             self._switch(pipe, self.engine(job))
-            motion = pipe.extract_motion(source)
-        motion = motion.to(self.device.torch_device)
+            motion = pipe.extract_motion(source, window=self.frames_at_once(job))
+        if self.frames_at_once(job) == job.settings.frames:
+            motion = motion.to(self.device.torch_device)
         self.device.synchronize()
         return motion
 
@@ -391,6 +409,7 @@ class Generator:
             scheduler=settings.scheduler.value,
             guidance_until=settings.guidance_until,
             cache_interval=settings.cache_interval,
+            window=self.frames_at_once(jobs[0]),
             on_step=stepped_to,
         )
         ended = time.monotonic()
@@ -403,12 +422,14 @@ class Generator:
     def record(self, job: Job, identity: str, reference_sha256: str, batch: dict[str, Any]) -> dict[str, Any]:
         """All that it takes to make a clip again: what the clip and its sidecar carry."""
         engine = self.engine(job)
-        ran = {"engine": TORCH}
+        ran: dict[str, Any] = {"engine": TORCH}
         if engine:
             own = engine.manifest
             ran = {"engine": own.backend, "engine_id": own.id, "engine_folder": str(engine.folder.absolute())}
         if self.low_memory:
             ran["memory"] = "low"
+        if (window := self.frames_at_once(job)) < job.settings.frames:
+            ran["window"] = window
         return {
             "id": identity,
             **describe(job),

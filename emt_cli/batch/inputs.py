@@ -40,6 +40,7 @@ from emt.remote import (
 from emt.vocabulary import Vocabulary, without
 from emt_cli.batch.jobs import Item, Job, Rejected
 from emt_cli.batch.options import (
+    ALL_FRAMES,
     JOB_FIELDS,
     REFERENCE_SIZE,
     SETTING_NAMES,
@@ -142,7 +143,7 @@ class _Base:
     def look_at_references(self, own: Mapping[str, Any]) -> bool:
         """Return whether settings of a job whose own line sets some may depend on its reference."""
         layers = (own, self.given, *self.background, *self.presets.values())
-        return any(layer.get("size") == REFERENCE_SIZE for layer in layers)
+        return any(layer.get("size") == REFERENCE_SIZE or layer.get("frames") == ALL_FRAMES for layer in layers)
 
     def _make(self, own: Mapping[str, Any], reference: Path) -> Settings:
         values: Mapping[str, Any] = {}
@@ -150,6 +151,9 @@ class _Base:
             if "preset" in layer:  # it wins over what a weaker source sets
                 values = self._over(values, self.preset(layer["preset"]), reference)
             values = self._over(values, layer, reference)
+        if values.get("frames") == ALL_FRAMES:
+            part = {name: values.get(name, getattr(Settings, name)) for name in ("start", "duration", "stride")}
+            values = {**values, "frames": self.shapes.frames(self.fetch(reference), **part)}
         check_sound(values)
         models = self.defaults.get("scheduler", Settings.scheduler)
         made_for = self._few_steps(values)

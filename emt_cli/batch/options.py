@@ -53,6 +53,7 @@ class Field:
         also: Other long names, by which users of other programs know it.
         positional: Takes the arguments that no option claims.
         show_default: `--help` shows the default.
+        words: Words that may stand in place of a number.
     """
 
     help: str
@@ -64,6 +65,7 @@ class Field:
     also: tuple[str, ...] = ()
     positional: bool = False
     show_default: bool = True
+    words: tuple[str, ...] = ()
 
 
 class Scheduler(str, Enum):
@@ -146,6 +148,8 @@ class Memory(str, Enum):
     LOW = "low"
 
 
+MAX_FRAMES = 65_536  # of a clip
+ALL_FRAMES = "all"
 MAX_SIDE = 4096  # pixels of a clip's width or height
 #: Name of the size that has the aspect of each reference, and those of fixed aspects.
 REFERENCE_SIZE = "reference"
@@ -166,7 +170,17 @@ class Settings:
     The defaults are the published ones; a model's own override the first six (`emt.model_folder.DEFAULTS`).
     """
 
-    frames: Annotated[int, _clip("Number of frames. Default: the model's.", min=2, max=81)] = 16
+    frames: Annotated[
+        int,
+        _clip(
+            "Number of frames, or all: as many as there are in the part of the reference that is used. More than the "
+            "network takes at once are made in overlapping windows. Default: the model's.",
+            min=2,
+            max=MAX_FRAMES,
+            words=(ALL_FRAMES,),
+            metavar="N|all",
+        ),
+    ] = 16
     height: Annotated[int, _clip("Height in pixels, a multiple of 8. Default: the model's.", min=8, max=MAX_SIDE)] = 512
     width: Annotated[int, _clip("Width in pixels, a multiple of 8. Default: the model's.", min=8, max=MAX_SIDE)] = 512
     size: Annotated[
@@ -609,7 +623,7 @@ def parse_field(name: str, value: Any) -> Any:
         value: A JSON value, or the text of a CSV cell or of a command-line option.
 
     Returns:
-        The value in the type of its declaration.
+        The value in the type of its declaration, or one of its words.
 
     Raises:
         EmtError: the value is not allowed; says which are.
@@ -637,7 +651,9 @@ def parse_field(name: str, value: Any) -> Any:
         return _size(value)
     if kind is str:
         return _text(name, value)
-    number = _number(name, value, kind, info.min, info.max)
+    if value in info.words:
+        return value
+    number = _number(name, value, kind, info.min, info.max, info.words)
     if name in ("height", "width") and number % 8:
         raise EmtError(
             f"{name} is {number}",
@@ -684,6 +700,8 @@ def parse_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
         EmtError: one of them is not allowed.
     """
     try:
+        if words := [value for value in defaults.values() if value == ALL_FRAMES]:
+            raise EmtError(f"frames is {words[0]!r}", "A number is needed.")
         return {name: parse_field(name, value) for name, value in defaults.items()}
     except EmtError as error:
         raise EmtError(
@@ -723,9 +741,12 @@ def _place(source: str) -> str:
     return os.path.abspath(source)
 
 
-def _number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> Any:
+def _number(
+    name: str, value: Any, kind: type, low: float | None, high: float | None, words: tuple[str, ...] = ()
+) -> Any:
     allowed = f"{'a whole number' if kind is int else 'a number'} from {low if kind is int else f'{low:g}'}"
     allowed += f" to {high if kind is int else f'{high:g}'}" if high is not None else ""
+    allowed += "".join(f", or {word}" for word in words)
     try:
         if isinstance(value, bool):
             raise ValueError

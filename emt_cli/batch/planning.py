@@ -138,9 +138,10 @@ def make_plan(options: TransferOptions) -> Plan:
     for line in planned:
         if line.state in TO_DO and isinstance(line.item, Job):
             settings = line.item.settings
-            pixels = settings.frames * settings.height * settings.width
+            window = model.frames_at_once(settings.frames)
+            pixels = window * settings.height * settings.width
             if past:
-                line.seconds = past.seconds * estimates.work(settings.as_dict())
+                line.seconds = past.seconds * estimates.work(settings.as_dict(), window)
                 plan.memory = max(plan.memory, past.memory * pixels)
             else:
                 line.seconds = estimates.seconds(model, settings, bool(gpu))

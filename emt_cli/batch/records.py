@@ -164,7 +164,9 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("event", "state", "id", "reference", "reference_sha256", "prompt", "origin"), _text),
     **dict.fromkeys(("model", "model_folder", "model_sha256", "device", "precision", "kernels", "memory"), _text),
     **dict.fromkeys(("engine", "engine_id", "engine_folder", "error", "hint", "finished"), _text),
-    **dict.fromkeys(("seed", "arithmetic", "bytes", "mtime_ns", "done", "skipped", "failed", "dropped"), _whole),
+    **dict.fromkeys(
+        ("seed", "window", "arithmetic", "bytes", "mtime_ns", "done", "skipped", "failed", "dropped"), _whole
+    ),
     **dict.fromkeys(("motion_fidelity", "temporal_consistency", "peak_memory", "seconds", "device_wait"), _number),
     **dict.fromkeys(("adopted", "duplicate", "interrupted"), _flag),
     "settings": _each(_setting),

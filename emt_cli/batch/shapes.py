@@ -1,19 +1,22 @@
-"""Shapes of clips that settings leave to the model and the reference: `--size` by name."""
+"""Shapes of clips that settings leave to the model and the reference: `--size` by name, `--frames all`."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt.model_folder import DEFAULTS, Model
 from emt.storage import check_readable
 from emt_cli.batch.options import MAX_SIDE, REFERENCE_SIZE
+
+T = TypeVar("T")
 
 #: Width by height of the sizes that have a name.
 ASPECTS = {"landscape": 16 / 9, "portrait": 9 / 16}
@@ -40,6 +43,7 @@ class Shapes:
         own = model.defaults if model else DEFAULTS
         self._area = own["height"] * own["width"]
         self._multiple = model.size_multiple if model else 8
+        self._facts = model.facts if model else None
         self._index = index
 
     def size(self, name: str, reference: Path) -> tuple[int, int]:
@@ -54,8 +58,28 @@ class Shapes:
         aspect = self._aspect(reference) if name == REFERENCE_SIZE else ASPECTS[name]
         return size_of(aspect, self._area, self._multiple)
 
+    def frames(self, reference: Path, start: float, duration: float | None, stride: int | None) -> int:
+        """All frames of the part of a reference that settings use; at least 2, so that a shorter one fails as usual.
+
+        A model that takes certain numbers of frames only is given the largest of them that there are.
+
+        Raises:
+            EmtError: the reference cannot be read.
+        """
+        from emt.video import count_frames
+
+        def find() -> int:
+            return count_frames(reference, start=start, duration=duration, stride=stride)
+
+        count = self._remembered(f"frames from {start} for {duration} by {stride}", reference, find, int)
+        facts = self._facts
+        if facts is None or facts.makes_frames(count):
+            return max(count, 2)
+        fewer = range(count, max(count - facts.frame_step, 1), -1)
+        return next((number for number in fewer if facts.takes_frames(number)), max(count, 2))
+
     def look_at(self, references: Iterable[Path]) -> None:
-        """Look at references at the same time, before they are asked after one by one."""
+        """Look at references at the same time, before they are needed one by one."""
 
         def look(path: Path) -> None:
             with suppress(EmtError):  # it is raised where its job is
@@ -72,7 +96,10 @@ class Shapes:
             info = probe(reference)
             return info.width / info.height
 
+        return self._remembered("aspect", reference, find, float)
+
+    def _remembered(self, fact: str, reference: Path, find: Callable[[], T], kind: type) -> T:
         status = check_readable(reference)
         if self._index is None or reference.is_dir():  # what is in a folder may change without it
             return find()
-        return self._index.remember("aspect", reference, status, find, float)
+        return self._index.remember(fact, reference, status, find, kind)

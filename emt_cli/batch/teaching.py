@@ -64,6 +64,13 @@ class TeachingGenerator(Generator):
         self.guidance = guidance
         self._teacher: Teacher | None = None
 
+    def check(self, job: Job) -> None:
+        """As `Generator.check`; a teacher makes no clips in windows."""
+        super().check(job)
+        facts, frames = self.model.facts, job.settings.frames
+        if not facts.takes_frames(frames):
+            raise EmtError(f"frames is {frames}", f"Pairs are made with {facts.allowed_frames()} frames.")
+
     def generate(
         self, jobs: Sequence[Job], motions: Sequence[Motion], on_step: Callable[[int, int], None]
     ) -> tuple[list[np.ndarray], dict[str, float], int]:

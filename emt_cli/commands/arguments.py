@@ -85,7 +85,10 @@ def _taking(command: Callable[[TransferOptions], None], several: bool = False) -
 def _parameter(name: str, kind: Any, declared: Field, default: Any) -> inspect.Parameter:
     """A parameter as typer reads it."""
     known: dict[str, Any] = {"help": declared.help, "show_default": declared.show_default}
-    known |= {"min": declared.min, "max": declared.max}
+    if declared.words:  # `parse_field` checks numbers, too
+        kind = str | None
+    else:
+        known |= {"min": declared.min, "max": declared.max}
     known |= {"rich_help_panel": declared.panel or None, "metavar": declared.metavar or None}
     if declared.positional:
         info = typer.Argument(**known)

@@ -100,6 +100,9 @@ def bench(
     with _found(model, place) as found, _status(json) as say:
         settings = Settings(**{**parse_defaults(found.defaults), **given})
         found.check("", settings.as_dict())
+        if not found.facts.takes_frames(settings.frames):
+            allowed = found.facts.allowed_frames()
+            raise EmtError(f"--frames is {settings.frames}", f"What is timed is one window: {allowed} frames.")
         named = "random weights" if model is None and place.is_gpu else found.name
         for row in _rows(found, place, settings, engine, say):
             rows.append(row)

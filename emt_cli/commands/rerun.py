@@ -118,6 +118,8 @@ class _Made:
             batch = record["batch"]
             for name in ("id", "device", "model", "reference_sha256", "model_sha256"):
                 record[name]
+            if not isinstance(settings.frames, int):
+                raise ValueError(f"frames is {settings.frames!r}")
             if batch["size"] > _MOST_CLIPS:
                 raise ValueError(f"a batch of {batch['size']}")
             source = normal(record["reference"]) if is_url(record["reference"]) else ""
@@ -178,6 +180,7 @@ def _make_again(
     )
     session = open_session(options, device, reporter.say)
     generator = session.generator
+    generator.window = record.get("window")
     _check_reference(session.index, job, record["reference_sha256"])
     if generator.model_sha256 != record["model_sha256"]:
         raise EmtError(

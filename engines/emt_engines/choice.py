@@ -93,6 +93,11 @@ class EngineChoice:
         self._chosen: dict[tuple[int, int, int, bool], Engine | None] = {}
         self._fitting: list[Engine] | None = None
 
+    @property
+    def frames(self) -> int | None:
+        """Frames of the named engine's clips, which are its windows of longer ones; None if there is none."""
+        return self.named.manifest.frames if self.named else None
+
     def check(self, width: int, height: int, frames: int, cache_interval: int, *, changed: bool = False) -> None:
         """Raise EmtError unless the named engine, if there is one, makes clips of this shape; needs no torch.
 

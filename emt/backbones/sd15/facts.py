@@ -29,4 +29,5 @@ def facts(config: Mapping[str, Any]) -> Facts:
         even_step=2 ** (len(widths) - 1),
         flop=_FLOP,
         activation_bytes=_ACTIVATION_BYTES * widths[0],
+        windows=True,
     )

@@ -1,0 +1,224 @@
+"""Clips longer than the network's window: what its seams show, by ways to lay windows and to blend them.
+
+    python benchmarks/long_clips.py [--seconds 10] [--clips 2 | --real FOLDER] [--schemes quarter fixed …] [--out FILE]
+
+References are rendered: motions of the demo model's training families that swing to and fro, at 8 frames a second, so
+that the truth is known for any length. Measured on the clips that the demo model makes of them:
+
+- consistency: `emt.evaluate.consistency` of frames at seams (a step on either side of where one window gives way to
+  the next, at the first step of the sampler) as a share of that of the frames between them;
+- fidelity: motion fidelity of the 8 frames around a seam, as a share of that of 8 frames between seams;
+- looks: share of the seconds in which the judge finds the prompt's subject, colour and scene.
+
+A result is a line of FILE; what is there is not made again. A table follows on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from emt import demo
+from emt.evaluate.consistency import temporal_consistency
+from emt.evaluate.judge import Judge, read_prompt
+from emt.evaluate.motion import motion_fidelity
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.synthetic.renderer import World
+from emt.video import count_frames, is_clip, read_clip, write_clip
+from emt.windows import Windows
+
+FPS, SWING = 8, 21  # frames a second, and of a swing: as fast as the motions of training's 16 frames
+
+
+@dataclass(frozen=True)
+class Fixed(Windows):
+    """The same windows in every step."""
+
+    def starts(self, shift: int) -> list[int]:
+        """Beginnings of the windows of a step."""
+        return super().starts(0)
+
+
+@dataclass(frozen=True)
+class Flat(Windows):
+    """All frames of a window count alike."""
+
+    def weights(self) -> list[int]:
+        """Weights of a window's frames."""
+        return [1] * self.size
+
+
+@dataclass(frozen=True)
+class Half(Windows):
+    """Windows that overlap by half: half as much time again."""
+
+    @property
+    def stride(self) -> int:
+        """Frames between the beginnings of windows."""
+        return self.size // 2
+
+
+@dataclass(frozen=True)
+class Apart(Fixed):
+    """Windows side by side, each a clip of its own."""
+
+    @property
+    def stride(self) -> int:
+        """Frames between the beginnings of windows."""
+        return self.size
+
+
+#: Ways to lay windows and to blend them; `quarter` is `emt.windows.Windows`, the others differ from it in one thing.
+SCHEMES = {"quarter": Windows, "apart": Apart, "fixed": Fixed, "flat": Flat, "half": Half, "repeated": Windows}
+
+
+def repeat_noise(pipe: MotionTransferPipeline, size: int) -> None:
+    """Let windows begin with the same noise, its frames shuffled (FreeNoise, Qiu et al. 2023, arXiv 2310.15169)."""
+    plain = pipe.initial_noise
+
+    def initial_noise(generators, frames, height, width):  # type: ignore[no-untyped-def]
+        noise = plain(generators, frames, height, width)
+        step = size // 4
+        for start in range(size, frames, step):
+            order = torch.randperm(step, generator=generators[0])
+            part = noise[:, :, start - size : start - size + step][:, :, order]
+            noise[:, :, start : start + step] = part[:, :, : frames - start]
+        return noise
+
+    pipe.initial_noise = initial_noise  # type: ignore[method-assign]
+
+
+def swinging(frames: np.ndarray, count: int) -> np.ndarray:
+    """A clip forwards, backwards, forwards, …, to a number of frames."""
+    last = len(frames) - 1
+    return frames[last - np.abs(np.arange(count) % (2 * last) - last)]
+
+
+def measure(judge: Judge, reference: np.ndarray, clip: np.ndarray, prompt: str, windows: Windows) -> dict[str, float]:
+    """Measures of one clip, as the module describes them."""
+    seams = [taken.start for _, taken in windows.readings()][1:]
+    steps = np.array([temporal_consistency(clip[i : i + 2]) for i in range(len(clip) - 1)])
+    away = np.min([np.abs(np.arange(len(steps)) + 1 - seam) for seam in seams], axis=0)
+    middles = [(a + b) // 2 for a, b in itertools.pairwise(seams)]
+
+    def fidelity(places: list[int]) -> float:
+        parts = [slice(place - 4, place + 4) for place in places]
+        return float(np.mean([motion_fidelity(reference[part], clip[part]) for part in parts]))
+
+    wanted = read_prompt(prompt, judge.vocabulary)
+    assert wanted is not None
+    seconds = torch.from_numpy(clip[: len(clip) // FPS * FPS]).permute(0, 3, 1, 2).unflatten(0, (-1, FPS))
+    reading = judge.observe(seconds, torch.ones(len(seconds), dtype=torch.long))
+    return {
+        "consistency_at_seams": float(steps[away <= 1].mean()),
+        "consistency_inside": float(steps[away >= 3].mean()),
+        "fidelity_at_seams": fidelity(seams),
+        "fidelity_inside": fidelity(middles),
+        "fidelity": motion_fidelity(reference, clip),
+        "subject": float((reading.subject[:, 0].argmax(-1) == wanted.subjects[0]).float().mean()),
+        "colour": float((reading.colour[:, 0].argmax(-1) == wanted.colours[0]).float().mean()),
+        "scene": float((reading.scene.argmax(-1) == wanted.scene).float().mean()),
+    }
+
+
+def cases(o: argparse.Namespace) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Name, reference and prompt of each clip to make."""
+    world, generator = World(frames=SWING, variants=2, textures=2), torch.Generator().manual_seed(o.seed)
+    files = sorted(path for path in o.real.iterdir() if is_clip(path)) if o.real else []
+    count = len(files) or o.clips
+    motions = world.motions(count, generator, two_subjects=0.0, camera=0.3)
+    requested, shown = (world.appearances(motions, generator, held_out=False) for _ in range(2))
+    prompts = world.captions(requested, motions)
+    if files:
+        for path, prompt in zip(files, prompts):
+            yield path.stem, read_clip(path, frames=count_frames(path), size=(128, 128)).frames, prompt
+        return
+    rendered = world.render(motions, shown).permute(0, 1, 3, 4, 2).numpy()
+    for i in range(count):
+        yield f"rendered {i}", swinging(rendered[i], round(o.seconds * FPS)), prompts[i]
+
+
+def run(o: argparse.Namespace) -> None:
+    """Make and measure what is missing in the file."""
+    there = {(r["scheme"], r["frames"], r["clip"], r["steps"]) for r in results(o.out)}
+    pipe, judge = load_pipeline(demo.path()), Judge.load()
+    for name, reference, prompt in cases(o):
+        count = len(reference)
+        for scheme in o.schemes:
+            if (scheme, count, name, o.steps) in there or count <= pipe.config.frames:
+                continue
+            windows = SCHEMES[scheme](count, pipe.config.frames)
+            pipe.windows_over = lambda frames, window=None, windows=windows: windows
+            if scheme == "repeated":
+                repeat_noise(pipe, windows.size)
+            begun = time.monotonic()
+            motion = pipe.extract_motion(reference)
+            (clip,) = pipe.generate(prompt, motion, steps=o.steps, scheduler="dpm++", guidance_until=0.5)
+            pipe.__dict__.pop("initial_noise", None)
+            taken = round(time.monotonic() - begun, 1)
+            line = {"scheme": scheme, "frames": count, "clip": name, "steps": o.steps, "prompt": prompt, "time": taken}
+            with o.out.open("a") as file:
+                print(json.dumps(line | measure(judge, reference, clip, prompt, windows)), file=file)
+            if o.keep:
+                both = np.concatenate([reference, clip], axis=2)
+                write_clip(o.keep / f"{name} {scheme} {count}.mp4", both, FPS, metadata={"prompt": prompt})
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over clips by scheme and kind, as Markdown."""
+    head = ("scheme", "clips", "frames", "consistency: seams, between, ratio", "fidelity: seams, between, ratio")
+    lines = [*_markdown([(*head, "fidelity", "subject", "colour", "scene")]), f"|{'---|' * (len(head) + 4)}"]
+    for group in dict.fromkeys(map(_group, rows)):
+        own = [row for row in rows if _group(row) == group]
+        mean = {name: float(np.mean([r[name] for r in own])) for name in own[0] if isinstance(own[0][name], float)}
+        ratios = []
+        for name in ("consistency", "fidelity"):
+            seams, inside = mean[f"{name}_at_seams"], mean[f"{name}_inside"]
+            ratios.append(f"{seams:.3f}, {inside:.3f}, **{seams / inside:.3f}**")
+        rest = [f"{mean[name]:.3f}" for name in ("fidelity", "subject", "colour", "scene")]
+        scheme, kind, frames = group
+        lines += _markdown([(scheme, f"{len(own)} {kind}", frames, *ratios, *rest)])
+    return "\n".join(lines)
+
+
+def _group(row: dict[str, Any]) -> tuple[str, str, str]:
+    rendered = row["clip"].startswith("rendered")
+    return row["scheme"], "rendered" if rendered else "real", str(row["frames"]) if rendered else "whole"
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def main() -> None:
+    """Run as the module describes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10, help="of rendered references")
+    parser.add_argument("--clips", type=int, default=2, help="rendered references")
+    parser.add_argument("--real", type=Path, help="folder of clips, whole, in place of rendered ones")
+    parser.add_argument("--steps", type=int, default=8, help="of dpm++, the first half of them guided")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--schemes", nargs="+", default=["quarter"], choices=list(SCHEMES))
+    parser.add_argument("--out", type=Path, default=Path("long_clips.jsonl"))
+    parser.add_argument("--keep", type=Path, help="folder for the clips, beside their references")
+    o = parser.parse_args()
+    run(o)
+    print(table(results(o.out)))
+
+
+if __name__ == "__main__":
+    main()

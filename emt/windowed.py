@@ -1,0 +1,107 @@
+"""Reading references and denoising clips window by window (`emt.windows` says why, and where windows are)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from emt.backends.base import Backend
+from emt.features import Motion, MotionFeatures, PreparedMotion, TextFeatures, joined
+from emt.scratch import scratch_tensor
+from emt.windows import Windows
+
+
+def read_in_windows(windows: Windows, latents: Tensor, read: Callable[[Tensor], MotionFeatures]) -> MotionFeatures:
+    """Features of all frames of a reference, in the computer's memory or on its disk.
+
+    Args:
+        windows: over its frames.
+        latents: noisy ones, (1, channels, frames, height, width).
+        read: reads a window of them; the features that it returns are (1, frames, …).
+    """
+    layers: dict[str, tuple[Tensor, ...]] = {}
+    for start, taken in windows.readings():
+        found = read(latents[:, :, start : start + windows.size].contiguous())
+        if not layers:
+            for path, parts in found.layers.items():
+                layers[path] = tuple(scratch_tensor((1, windows.frames, *part.shape[2:]), part.dtype) for part in parts)
+        for path, parts in found.layers.items():
+            for all_of_it, part in zip(layers[path], parts, strict=True):
+                all_of_it[:, taken] = part[:, taken.start - start : taken.stop - start]
+    return MotionFeatures(layers)
+
+
+def window_of(motions: Sequence[Motion], start: int, size: int) -> MotionFeatures:
+    """Features of a window of several motions, for a batch; a motion that serves all of it is not repeated."""
+    parts = {}
+    for motion in motions:
+        if id(motion) not in parts:
+            layers = {
+                path: tuple(feature[:, start : start + size] for feature in layer)
+                for path, layer in motion.features.layers.items()
+            }
+            parts[id(motion)] = Motion(MotionFeatures(layers), size, motion.height, motion.width, motion.seed)
+    return joined([parts[id(motion)] for motion in motions])
+
+
+class WindowedDenoiser:
+    """Denoises all frames of clips, window by window, as `emt.sampling.DeepFeatureReuse` denoises one window.
+
+    Args:
+        windows: over the clips' frames.
+        backend: executes the network.
+        motions: of the references of a batch, with the clips' number of frames; or none.
+        interval: steps of which one computes what lies below the highest resolution. The windows of the others are the
+            same as its own; the deep features wait in the computer's memory or on its disk.
+    """
+
+    def __init__(self, windows: Windows, backend: Backend, motions: Sequence[Motion], interval: int) -> None:
+        self._windows, self._backend, self._motions, self._interval = windows, backend, motions, interval
+        self._weights = torch.tensor(windows.weights(), dtype=torch.float32)
+        self._shift = -1
+        self._batch = self._age = 0
+        self._deep: Tensor | None = None
+
+    def __call__(self, sample: Tensor, timestep: Tensor, text: TextFeatures, moved: bool) -> Tensor:
+        """The prediction, float32, shaped as the sample.
+
+        Args:
+            sample: noisy latents, (batch, channels, frames, height, width).
+            timestep: of all.
+            text: features of the prompts.
+            moved: whether the references are attended to.
+        """
+        self._age += 1
+        fresh = self._age >= self._interval or self._batch != len(sample) or self._shift < 0
+        if fresh:
+            self._batch, self._age, self._shift = len(sample), 0, self._shift + 1
+        size, starts = self._windows.size, self._windows.starts(self._shift)
+        total = torch.zeros(sample.shape, device=sample.device)
+        weight = torch.zeros(self._windows.frames)
+        for i, start in enumerate(starts):
+            part, motion = slice(start, start + size), None
+            if moved and self._motions:
+                motion = self._backend.prepare_motion(window_of(self._motions, start, size))
+            own = sample[:, :, part].contiguous()
+            prediction = self._denoise(own, timestep, text, motion, i, fresh)
+            weights = self._weights.to(sample.device)[:, None, None]
+            total[:, :, part] += weights * prediction.float()
+            weight[part] += self._weights
+        return total / weight.to(sample.device)[:, None, None]
+
+    def _denoise(
+        self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None, i: int, fresh: bool
+    ) -> Tensor:
+        if self._interval == 1:
+            return self._backend.denoise(sample, timestep, text, motion)
+        if not fresh:
+            assert self._deep is not None
+            deep = self._deep[i].to(sample.device)
+            return self._backend.denoise_shallow(sample, timestep, text, motion, deep)
+        prediction, deep = self._backend.denoise_deep(sample, timestep, text, motion)
+        if self._deep is None or self._deep.shape[1:] != deep.shape:
+            self._deep = scratch_tensor((self._windows.most, *deep.shape), deep.dtype)
+        self._deep[i] = deep
+        return prediction

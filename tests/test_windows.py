@@ -1,0 +1,284 @@
+"""Clips longer than the network takes at once: windows, what is read and blended in them, and what they cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emt import scratch
+from emt.backbone import Facts
+from emt.backbones.sd15.random_model import random_model
+from emt.errors import EmtError
+from emt.features import Motion, MotionFeatures
+from emt.model_folder import find_model
+from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.windowed import WindowedDenoiser, read_in_windows
+from emt.windows import Windows, windows_over
+from emt_cli.batch import estimates
+from emt_cli.batch.options import Settings
+
+SIZE, SIDE = 4, 16  # frames of a window and of the network at most, and pixels of a side
+LAYOUTS = st.integers(2, 40).flatmap(lambda size: st.builds(Windows, st.integers(size + 1, size * 12), st.just(size)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose network takes 4 frames at once."""
+    sizes = {"frames": SIZE, "height": SIDE, "width": SIDE, "steps": 2, "motion_max_frames": SIZE}
+    return random_model(tmp_path_factory.mktemp("windows") / "model", **sizes)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> MotionTransferPipeline:
+    return load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def motion(pipe: MotionTransferPipeline) -> Motion:
+    return pipe.extract_motion(reference(11))
+
+
+def reference(frames: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+class Counting:
+    """A backend around another one, that counts what goes through it and how much motion is alive."""
+
+    def __init__(self, backend) -> None:
+        self.backend, self.calls, self.frames = backend, Counter(), set()
+
+    def __getattr__(self, name):
+        found = getattr(self.backend, name)
+        if name not in ("encode_reference", "denoise", "denoise_deep", "denoise_shallow", "prepare_motion"):
+            return found
+
+        def counted(*arguments):
+            self.calls[name] += 1
+            if name != "prepare_motion":
+                self.frames.add(arguments[0].shape[2])
+            return found(*arguments)
+
+        return counted
+
+
+# ---- where windows are ---------------------------------------------------------------------------------------------
+
+
+@given(LAYOUTS, st.integers(0, 500))
+def test_every_frame_is_in_a_window_in_every_step(windows, shift):
+    starts = windows.starts(shift)
+    assert starts == sorted(set(starts))
+    assert starts[0] == 0
+    assert starts[-1] == windows.frames - windows.size
+    assert all(b - a <= windows.stride for a, b in itertools.pairwise(starts))
+    assert len(starts) <= windows.most
+
+
+@given(LAYOUTS)
+@settings(max_examples=50)
+def test_no_frame_is_always_at_the_edge_of_its_windows(windows):
+    """Over steps as many as a stride is long, each frame is well inside a window; those at the clip's ends cannot."""
+    margin = windows.size // 4
+    inside = np.zeros(windows.frames, bool)
+    for shift in range(2 * windows.stride):
+        for start in windows.starts(shift):
+            inside[start + margin : start + windows.size - margin] = True
+    assert inside[margin : windows.frames - margin].all()
+
+
+@given(LAYOUTS)
+def test_each_frame_is_read_and_decoded_once(windows):
+    for parts in (windows.readings(), windows.chunks()):
+        taken = []
+        for start, frames in parts:
+            assert 0 <= start <= frames.start < frames.stop <= start + windows.size <= windows.frames
+            taken += range(frames.start, frames.stop)
+        assert taken == list(range(windows.frames))
+
+
+@given(LAYOUTS)
+def test_windows_grow_in_number_as_clips_in_length(windows):
+    assert windows.most <= (windows.frames - windows.size) / windows.stride + 3
+
+
+def test_the_network_takes_what_it_can_at_once():
+    facts = Facts(32, 1, 1, 8, 1.0, 1.0, windows=True)
+    assert windows_over(facts, 32, 16) is None
+    assert windows_over(facts, 33, 16) == Windows(33, 16)
+    with pytest.raises(ValueError, match=r"a clip has 1 frames, allowed are 2 or more"):
+        windows_over(facts, 1, 16)
+    with pytest.raises(ValueError, match=r"a window has 33 frames, allowed are 2 to 32"):
+        windows_over(facts, 50, 33)
+
+
+def test_a_network_without_windows_says_what_it_takes():
+    facts = Facts(81, 4, 2, 8, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"a clip has 85 frames, allowed are 5, 9, … up to 81"):
+        windows_over(facts, 85, 81)
+
+
+# ---- reading and blending ------------------------------------------------------------------------------------------
+
+
+class Constant:
+    """A backend whose prediction is one number, or the number of each frame as the sample says it."""
+
+    def __init__(self, value: float | None) -> None:
+        self.value = value
+
+    def denoise(self, sample, timestep, text, motion):
+        return sample if self.value is None else torch.full_like(sample, self.value)
+
+
+@given(LAYOUTS, st.floats(-1e3, 1e3))
+@settings(max_examples=30)
+def test_constant_predictions_stay_constant_where_they_are_blended(windows, value):
+    sample = torch.arange(windows.frames).float()[None, None, :, None, None].expand(2, 1, -1, 1, 2)
+    for backend, expected in ((Constant(value), torch.full_like(sample, value)), (Constant(None), sample)):
+        denoise = WindowedDenoiser(windows, backend, [], 1)
+        for _ in range(3):
+            torch.testing.assert_close(denoise(sample, torch.tensor(1), None, False), expected)
+
+
+@given(LAYOUTS)
+@settings(max_examples=30)
+def test_a_frame_is_read_in_the_window_in_whose_middle_it_is(windows):
+    latents = torch.arange(windows.frames).float()[None, None, :, None, None]
+
+    def read(part):
+        place = torch.arange(windows.size).float()
+        edge = torch.minimum(place, windows.size - 1 - place)[None]
+        return MotionFeatures({"layer": (part[:, 0, :, 0], edge)})
+
+    numbers, edge = read_in_windows(windows, latents, read).layers["layer"]
+    assert numbers.flatten().tolist() == list(range(windows.frames))
+    ends = min(windows.frames, windows.size // 2)
+    margin = (windows.size - windows.stride - 1) // 2
+    assert (edge[0, ends : windows.frames - ends] >= margin).all()
+
+
+# ---- the pipeline --------------------------------------------------------------------------------------------------
+
+
+def test_within_the_network_nothing_changes(pipe, folder):
+    """Clips that fit are made as by a pipeline that knows of no windows, to the bit."""
+    short = pipe.extract_motion(reference(SIZE), window=3)
+    assert pipe.windows_over(SIZE, 3) is None
+    with torch.no_grad():
+        latents = pipe.encode_frames(reference(SIZE), torch.Generator().manual_seed(0))
+    assert latents.shape[2] == SIZE
+    first, second = (pipe.generate("a cat", short, steps=2, window=window)[0] for window in (None, 2))
+    assert np.array_equal(first, second)
+
+
+def test_one_window_is_the_plain_path_to_the_bit(pipe):
+    """A layout of one window over all frames calls the network once, with all of them."""
+    short = pipe.extract_motion(reference(SIZE))
+    plain = pipe.backend.prepare_motion(short.features)
+    text = pipe.unet.encode_text(pipe.encode_prompts(["", "a cat"]))
+    sample, timestep = torch.randn(2, 4, SIZE, 2, 2), torch.tensor(500)
+    with torch.no_grad():
+        whole = pipe.backend.denoise(sample, timestep, text, plain)
+        blended = WindowedDenoiser(Windows(SIZE, SIZE), pipe.backend, [short], 1)(sample, timestep, text, True)
+    assert torch.equal(whole, blended)
+
+
+def test_a_long_clip_has_all_frames_and_follows_what_is_given(pipe, motion):
+    (clip,) = pipe.generate("a cat", motion, steps=2)
+    assert clip.shape == (11, SIDE, SIDE, 3)
+    assert np.array_equal(clip, pipe.generate("a cat", motion, steps=2)[0])
+    other = pipe.extract_motion(np.concatenate([reference(8), reference(3, seed=1)]))
+    (moved,) = pipe.generate("a cat", other, steps=2)
+    assert (moved[-1] != clip[-1]).any()
+    assert (pipe.generate("a dog", motion, steps=2)[0] != clip).any()
+
+
+def test_long_clips_of_a_batch_are_those_made_alone(pipe, motion):
+    other = pipe.extract_motion(reference(11, seed=1))
+    batch = pipe.generate(["a cat", "a dog"], [motion, other], steps=2, seed=[3, 4], guidance_until=0.5)
+    for i, own in enumerate((motion, other)):
+        (alone,) = pipe.generate(["a cat", "a dog"][i], own, steps=2, seed=3 + i, guidance_until=0.5)
+        assert np.abs(batch[i].astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_diffusers_call_makes_long_clips_too(pipe, motion):
+    made = pipe("a cat", motion=motion, num_inference_steps=1, output_type="np").frames
+    assert np.asarray(made[0]).shape == (11, SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_time_is_linear_and_the_network_never_sees_more_than_a_window(pipe, monkeypatch, interval):
+    counts = []
+    for frames in (8, 16, 32):
+        backend = Counting(pipe.backend)
+        monkeypatch.setattr(pipe, "backend", backend)
+        long = pipe.extract_motion(reference(frames))
+        pipe.generate("a cat", long, steps=2 * interval, cache_interval=interval)
+        monkeypatch.undo()
+        assert backend.frames == {SIZE}
+        assert backend.calls["encode_reference"] == len(list(Windows(frames, SIZE).readings())), "read once"
+        windows = [Windows(frames, SIZE).starts(step // interval) for step in range(2 * interval)]
+        calls = sum(backend.calls[name] for name in ("denoise", "denoise_deep", "denoise_shallow"))
+        assert calls == sum(map(len, windows)) == backend.calls["prepare_motion"]
+        assert bool(backend.calls["denoise_shallow"]) == (interval > 1)
+        counts.append(calls)
+    first, second = np.diff(counts)
+    assert second == pytest.approx(2 * first, rel=0.15)
+
+
+def test_one_windows_motion_is_prepared_at_a_time(pipe, motion, monkeypatch):
+    """What is on the device does not grow with the clip: constants of one window give way to the next one's."""
+    import weakref
+
+    alive: list[weakref.ref] = []
+    prepare = type(pipe.backend).prepare_motion
+
+    def prepared(self, features):
+        made = prepare(self, features)
+        alive.append(weakref.ref(made))
+        assert sum(ref() is not None for ref in alive) <= 2, "the last one, and the one that takes its place"
+        assert all(part.shape[1] == SIZE for layer in features.layers.values() for part in layer)
+        return made
+
+    monkeypatch.setattr(type(pipe.backend), "prepare_motion", prepared)
+    pipe.generate("a cat", motion, steps=2)
+    assert len(alive) > 4
+
+
+def test_long_motions_are_kept_in_files_beyond_the_memory(pipe, motion, monkeypatch, tmp_path):
+    (expected,) = pipe.generate("a cat", motion, steps=1)
+    monkeypatch.setattr(scratch, "IN_MEMORY", 0)
+    filed = pipe.extract_motion(reference(11))
+    assert np.array_equal(pipe.generate("a cat", filed, steps=1)[0], expected)
+    filed.save(tmp_path / "motion.safetensors")
+    assert np.array_equal(pipe.generate("a cat", Motion.load(tmp_path / "motion.safetensors"), steps=1)[0], expected)
+
+
+def test_a_full_disk_is_said_and_not_met_in_the_middle(monkeypatch):
+    def full(descriptor, start, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(EmtError, match=r"no room for 1\.0 GiB in .*: No space left on device") as raised:
+        scratch.scratch_array((1 << 30,))
+    assert "TMPDIR" in raised.value.hint
+
+
+# ---- what is known before ------------------------------------------------------------------------------------------
+
+
+def test_a_plan_knows_that_memory_stays_and_time_is_linear(folder):
+    model = find_model(str(folder), download=False)
+    lengths = [Settings(frames=frames, height=SIDE, width=SIDE) for frames in (SIZE, 40, 80, 160)]
+    memory = [estimates.memory(model, settings) for settings in lengths]
+    assert len(set(memory)) == 1
+    work = [estimates.work(settings.as_dict(), model.frames_at_once(settings.frames)) for settings in lengths]
+    assert (work[3] - work[2]) == pytest.approx(2 * (work[2] - work[1]), rel=0.1)
