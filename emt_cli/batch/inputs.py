@@ -179,7 +179,7 @@ class _Base:
 
     def _over(self, weaker: Mapping[str, Any], layer: Mapping[str, Any], reference: Path) -> dict[str, Any]:
         """Settings of a layer over those of a weaker one; a size and a width or height take each other's place."""
-        layer = self._sized(layer, reference)
+        weaker, layer = self._sized(weaker, reference), self._sized(layer, reference)
         replaced = {"size"} if "size" not in layer and {"width", "height"} & layer.keys() else set()
         return {**{name: value for name, value in weaker.items() if name not in replaced}, **layer}
 
