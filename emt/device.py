@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ class Device:
                 torch.cuda.memory_reserved(self.torch_device),
             )
             return used, torch.cuda.max_memory_allocated(self.torch_device), free + reserved
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = _peak_memory()
         return peak, peak, _system_memory()
 
     def forget(self) -> None:
@@ -155,10 +154,22 @@ def _choose_kernels(torch_device: str, requested: str) -> tuple[str, str]:
     return "reference", "requested" if requested == "reference" else f"the device is {torch_device}"
 
 
-def _system_memory() -> int:
-    import os
+def _peak_memory() -> int:
+    """Bytes of memory that this process has had at most; on systems that do not keep that, those that it has."""
+    try:
+        import resource
+    except ImportError:
+        import psutil
 
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _system_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().total
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,6 @@ a plan over thousands of jobs is there at once.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch
 from emt.remote import fetch_folder, fetched, is_url, normal, shown, to_path
-from emt.storage import apply_umask, replace_folder, sync, sync_tree
+from emt.storage import apply_umask, replace_folder, sync, sync_tree, try_lock
 from emt.vocabulary import Vocabulary
 
 _IMPORT = "Make one with `emt import-weights --base … --motion-module … --adapter … -o FOLDER`."
@@ -317,12 +316,10 @@ def new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
         # The lock goes with the process that holds it: what a killed import left is distinguishable from one at work.
-        lock = os.open(partial, os.O_RDONLY)
+        lock = try_lock(output.with_name(f".{output.name}.lock"))
+        if lock is None:
+            raise EmtError(f"{output} is being written by another import", "Wait for it to end.")
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise EmtError(f"{output} is being written by another import", "Wait for it to end.") from error
             try:
                 _empty(partial)
                 yield partial
@@ -337,7 +334,8 @@ def new_folder(output: Path, overwrite: bool, inputs: Sequence[str | Path | None
                 raise
             sync(output.parent)
         finally:
-            os.close(lock)
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise EmtError(
             f"{output} cannot be written: {first_line(error)}", "Check the free space and permissions."

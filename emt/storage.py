@@ -12,8 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emt.errors import EmtError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 PARTIAL = ".emt-partial-"
 """Prefix of the names of files that are being written; partial files of a killed process have it."""
@@ -55,12 +59,15 @@ def sync(path: Path) -> None:
     """fsync a file or a directory entry.
 
     File systems that cannot sync a folder (CIFS, vboxsf, some FUSE) say so, and are taken at their word: there the
-    entry is as durable as the mount makes it.
+    entry is as durable as the mount makes it. Windows opens no folder, and flushes only what is open for writing.
 
     Raises:
         OSError: It cannot be synced.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -94,31 +101,61 @@ def partial_file(path: Path, folder: bool = False) -> Iterator[Path]:
     while True:
         partial = partial_beside(path)
         partial.mkdir() if folder else partial.touch(exist_ok=False)
-        descriptor = os.open(partial, os.O_RDONLY)
-        if _lock(descriptor) and not partial.exists():  # taken for a dead process's before it was locked
-            os.close(descriptor)
+        descriptor, locked = _open_locked(partial)
+        if locked and not partial.exists():  # taken for a dead process's before it was locked
+            _close(descriptor)
             continue
         break
     try:
         yield partial
     finally:
         _remove(partial)
-        os.close(descriptor)
+        _close(descriptor)
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Lock a file for as long as its descriptor is open: False if another process has, None if nothing can."""
+def _open_locked(path: Path) -> tuple[int | None, bool | None]:
+    """Open a file or a folder and lock it for as long as it is open.
+
+    Returns:
+        Its descriptor; and whether it is locked: False if another process has, None if nothing can. On Windows there is
+        neither: what is open cannot be renamed there.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows
-        return None
+    except ImportError:
+        return None, None
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return descriptor, False
     except OSError:  # ENOLCK, ENOSYS: a network mount without locks
+        return descriptor, None
+    return descriptor, True
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def try_lock(path: Path) -> BaseFileLock | None:
+    """Lock a file of its own, made if it is missing, until the lock is released or this process ends in whatever way.
+
+    Returns:
+        The lock; None if another process has it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0, thread_local=False)  # threads of this process share it
+    try:
+        lock.acquire()
+    except Timeout:
         return None
-    return True
+    return lock
 
 
 @contextmanager
@@ -154,9 +191,8 @@ def replace_folder(partial: Path, folder: Path) -> None:
     old = partial_beside(folder)
     if len(os.fsencode(old.name)) + len(os.fsencode(_SET_ASIDE + folder.name)) <= 255:
         old = old.with_name(old.name + _SET_ASIDE + folder.name)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, _ = _open_locked(folder)
     try:
-        _lock(descriptor)
         folder.rename(old)
         try:
             partial.rename(folder)
@@ -165,7 +201,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
             raise
         _remove(old)
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 @contextmanager
@@ -210,14 +246,13 @@ def remove_partials(folder: str | os.PathLike[str], *, older_than: float = 3600.
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
                 continue
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            descriptor, is_free = _open_locked(path)
             try:
-                is_free = _lock(descriptor)
                 if is_free or (is_free is None and time.time() - status.st_mtime >= older_than):
                     _remove(path)
                     removed.append(path)
             finally:
-                os.close(descriptor)
+                _close(descriptor)
     return removed
 
 

@@ -223,7 +223,12 @@ def _write(descriptor: int, content: bytes, end: float = float("inf")) -> None:
     Raises:
         OSError: the stream has failed, or nobody has read until `end`.
     """
-    ready = select.poll()
+    poll = getattr(select, "poll", None)
+    if poll is None:  # Windows can wait for sockets alone
+        while content:
+            content = content[os.write(descriptor, content[:_CHUNK]) :]
+        return
+    ready = poll()
     ready.register(descriptor, select.POLLOUT)
     while content:
         if not ready.poll(1000 * _POLL):

@@ -26,6 +26,14 @@ _FORMATS = (
 )
 
 
+def _name_of(number: int) -> str:
+    """Name of a signal."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class Ffmpeg:
     """One ffmpeg process, killed when it overstays and always reaped. Use as a context manager.
 
@@ -48,7 +56,9 @@ class Ffmpeg:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "AV_LOG_FORCE_NOCOLOR": "1"},
-            start_new_session=True,  # Ctrl-C is for the program, which may want to finish this clip first
+            # Ctrl-C is for the program, which may want to finish this clip first.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
         assert self._process.stdout is not None
         self.stdout, self.stdin = self._process.stdout, self._process.stdin
@@ -92,7 +102,7 @@ class Ffmpeg:
         """Reason of the failure, after `finish`, in one line."""
         errors = re.findall(r"^(?:\[[^\]]*\] )*\[(?:error|fatal|panic)\] (.+)", self.log, re.MULTILINE)
         if self._process.returncode < 0:
-            return f"ffmpeg crashed ({signal.Signals(-self._process.returncode).name})"
+            return f"ffmpeg crashed ({_name_of(-self._process.returncode)})"
         return errors[0].strip().rstrip(".") if errors else "frames are missing when it is decoded"
 
     def __enter__(self) -> Ffmpeg:

@@ -506,7 +506,7 @@ def _read_stream() -> Iterator[_Line | Rejected | None]:
             skipping = True
             yield Rejected(EmtError("the line is too long", f"At most {MAX_LINE:,} bytes."), f"line {number + 1}")
         if not newline and not ended:
-            if not select.select([descriptor], [], [], 0)[0]:
+            if not _has_more(descriptor):
                 yield None
             try:
                 chunk = os.read(descriptor, 1 << 16)
@@ -521,6 +521,14 @@ def _read_stream() -> Iterator[_Line | Rejected | None]:
         if line.strip() and not skipping:
             yield _parse_line(line.decode(errors="surrogateescape"), f"line {number}")
         skipping = False
+
+
+def _has_more(descriptor: int) -> bool:
+    """Return whether reading does not wait; where that cannot be seen, as on pipes of Windows, it may."""
+    try:
+        return bool(select.select([descriptor], [], [], 0)[0])
+    except OSError:
+        return False
 
 
 def _beside(reference: Path, base: _Base) -> list[_Line | Rejected]:

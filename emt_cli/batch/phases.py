@@ -52,5 +52,5 @@ def process_age() -> float:
         ticks = int(stat.rpartition(b")")[2].split()[19])  # starttime: the 22nd field; the 2nd may have spaces
         uptime = float(Path("/proc/uptime").read_bytes().split()[0])
         return uptime - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, AttributeError):  # there is neither on other systems than Linux
         return time.monotonic() - _IMPORTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import re
 import signal
@@ -169,8 +170,11 @@ def insistent_interrupts(seconds: float = 5.0) -> Iterator[None]:
 
     def insist() -> None:
         while not ended.wait(seconds):
-            # A signal of its own, which also wakes the thread from whatever it waits for.
-            signal.pthread_kill(main, signal.SIGINT)
+            # A signal of its own, which also wakes the thread from whatever it waits for, where threads can have one.
+            if hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(main, signal.SIGINT)
+            else:
+                _thread.interrupt_main()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not requested.is_set():

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 INTERRUPTED = 130
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+#: Those of them that the system has; Windows sends SIGBREAK for Ctrl-Break.
+_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 _LAST_SECONDS = 0.5  # that the second one leaves to leave in order
 
 
