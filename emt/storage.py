@@ -170,13 +170,18 @@ def exclusive(path: Path) -> Iterator[None]:
     Raises:
         OSError: It cannot be made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    from filelock import FileLock
+
+    lock = FileLock(path, thread_local=False)
     try:
-        while _lock(descriptor) is False:
-            time.sleep(0.05)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

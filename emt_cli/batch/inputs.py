@@ -107,7 +107,8 @@ class _Base:
             sources: URLs by the paths of their copies, which may be yet to come.
         """
         if reference not in self._paths:
-            path = Path(os.path.abspath(copy_of(reference) if is_url(reference) else to_path(reference)))
+            here = copy_of(reference) if is_url(reference) else to_path(_with_slashes(reference))
+            path = Path(os.path.abspath(here))
             self._paths[reference] = path
             if is_url(reference):
                 self.sources[path] = normal(reference)
@@ -529,6 +530,12 @@ def _has_more(descriptor: int) -> bool:
         return bool(select.select([descriptor], [], [], 0)[0])
     except OSError:
         return False
+
+
+def _with_slashes(reference: str) -> str:
+    """A path of a job file as this system writes it: one that Windows wrote has backslashes."""
+    slashed = reference.replace("\\", "/")
+    return slashed if not os.path.lexists(reference) and os.path.lexists(slashed) else reference
 
 
 def _beside(reference: Path, base: _Base) -> list[_Line | Rejected]:

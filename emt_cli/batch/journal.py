@@ -45,17 +45,24 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
+from emt.storage import try_lock
 from emt_cli.batch.records import dumps, parse
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FILE_NAME = "journal.jsonl"
 LOCK_NAME = ".lock"
 #: End of the names of writers that are workers of a run, by their number.
 WORKER = re.compile(r"(?:^|-)worker-(\d+)$")
+_HOLDER_NAME = ".holder"  # of the file beside a lock with the process that has it; Windows lets nobody read the lock
+_APPENDING = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)  # Windows writes \r\n into text files
 _BLOCK = 1 << 16  # bytes
 _MOMENT = 0.5  # seconds for which another process may hold a lock that it only looks at
 _DYING = 5.0  # seconds that workers may live on after their run was killed
@@ -220,10 +227,12 @@ class Journal:
             try:
                 if beside is not None:
                     _expect_none(out, lambda other: other != writer and not beside(other))
-                self._file = os.open(file_of(out, writer), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                self._file = os.open(file_of(out, writer), _APPENDING, 0o644)
             except (EmtError, OSError):
-                os.close(self._lock)
+                self._lock.release()
                 raise
+            with suppress(OSError):
+                _holder_of(out / f"{LOCK_NAME}{suffix}").write_text(str(os.getpid()), encoding="ascii")
             self._repair()
         except OSError as error:
             raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
@@ -239,7 +248,8 @@ class Journal:
         while start and not (blocks and b"\n" in blocks[-1]):
             step = min(start, _BLOCK)
             start -= step
-            blocks.append(os.pread(self._file, step, start))
+            os.lseek(self._file, start, os.SEEK_SET)
+            blocks.append(os.read(self._file, step))
         torn = b"".join(reversed(blocks)).rpartition(b"\n")[2]
         if torn and parse(torn):
             os.write(self._file, b"\n")
@@ -274,7 +284,7 @@ class Journal:
             if self._open:
                 self._open = False
                 os.close(self._file)
-                os.close(self._lock)
+                self._lock.release()
             self._guard.release()
 
 
@@ -285,35 +295,25 @@ def _expect_none(out: Path, unwanted: Callable[[str], bool]) -> None:
             continue
         writer = path.name[len(LOCK_NAME) + 1 :]
         if unwanted(writer):
-            os.close(_lock(path, _DYING if WORKER.search(writer) else _MOMENT))
+            _lock(path, _DYING if WORKER.search(writer) else _MOMENT).release()
 
 
-def _lock(path: Path, seconds: float = _MOMENT) -> int:
+def _holder_of(lock: Path) -> Path:
+    """File with the process that holds a lock."""
+    return lock.with_name(lock.name.replace(LOCK_NAME, _HOLDER_NAME, 1))
+
+
+def _lock(path: Path, seconds: float = _MOMENT) -> BaseFileLock:
     end = time.monotonic() + seconds
-    while True:
-        try:
-            return _try_lock(path)
-        except EmtError:
-            if time.monotonic() >= end:
-                raise
+    while (lock := try_lock(path)) is None:
+        if time.monotonic() < end:
             time.sleep(0.02)
-
-
-def _try_lock(path: Path) -> int:
-    import fcntl  # not on Windows, where the rest of this module is read too
-
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
-        os.close(lock)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
+            continue
+        process = "unknown"
+        with suppress(OSError):
+            process = _holder_of(path).read_text(encoding="ascii", errors="replace").strip()[:32]
         raise EmtError(
-            f"another run (process {holder or 'unknown'}) is writing to {path.parent}",
+            f"another run (process {process}) is writing to {path.parent}",
             "Wait for it to end, or name another folder with --out.",
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
+        )
     return lock

@@ -7,15 +7,12 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from emt.errors import EmtError
-from emt.storage import write_atomically
+from emt.storage import exclusive, write_atomically
 
 FILE_NAME = "seeds.json"
 _LOCK_NAME = ".seeds.lock"
 _LARGEST = 2**32 - 1  # as other programs draw them: short enough to be typed again
-_PATIENCE = 30.0  # seconds; a lock is held for as long as a line is written
 
 
 def draw_seeds(out: Path, count: int, *, keep: bool, say: Callable[[str], None] = lambda text: None) -> list[int]:
@@ -37,13 +34,11 @@ def draw_seeds(out: Path, count: int, *, keep: bool, say: Callable[[str], None] 
         return _filled(known, count)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / _LOCK_NAME, timeout=_PATIENCE):
+        with exclusive(out / _LOCK_NAME):
             known = _read(out / FILE_NAME)
             drawn = _filled(known, count)
             if len(known) < count:
                 write_atomically(out / FILE_NAME, json.dumps({"seeds": drawn}).encode() + b"\n")
-    except Timeout:
-        raise EmtError(f"another run holds {out / _LOCK_NAME}", "Wait for it to end.") from None
     except OSError as error:
         raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
     return drawn

@@ -29,6 +29,7 @@ from emt_cli.executors.fleet import Death
 from emt_cli.executors.gpus import VISIBLE
 from emt_cli.executors.worker import Order, RemoteWorker, Report, WorkerOptions
 
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter alone, which ends a process there at once
 _REPORT = 0.5  # seconds that a worker waits for news
 _STORE = 80 << 20  # bytes of Ray's object store, the fewest that it takes: what goes through it is small
 _PREFIX = "emt-ray-"
@@ -119,7 +120,7 @@ class LocalRay:
         """Kill its processes."""
         for pid in self._children:
             with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, _KILL)
 
     def close(self) -> None:
         """Remove what it has left."""
@@ -294,7 +295,7 @@ class RayFleet:
         """Kill all at once."""
         for pid in list(self._pids.values()):
             with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, _KILL)
         self._place.kill()
         self._place.close()
 
