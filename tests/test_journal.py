@@ -219,7 +219,7 @@ def test_k8_a_long_list_that_is_done_is_looked_through_at_once(tmp_path):
         outcomes = Outcomes(Journal(clips), reporter)
         task = next(Feeder(session, outcomes, RunOptions()).tasks(jobs))
     assert time.process_time() - begun < 1
-    assert task.job is jobs[-1]
+    assert task.job == jobs[-1]
     assert outcomes.counts == {"skipped": 1999}
 
 
