@@ -52,6 +52,7 @@ class Facts:
         first_frames: frames of the first latent frame.
         windows: clips of more than `max_frames` frames are made window by window (`emt.windows`), as every latent frame
             is of one frame and the features of references are (n, frames, …).
+        motion_guidance: its attention over time can guide a clip without an adapter (`emt.train.teacher`).
     """
 
     max_frames: int
@@ -63,6 +64,7 @@ class Facts:
     attention_flop: float = 0.0
     first_frames: int = 1
     windows: bool = False
+    motion_guidance: bool = False
 
     def makes_frames(self, frames: int) -> bool:
         """Return whether clips may have so many frames."""

@@ -131,6 +131,9 @@ class DiffusersInterface:
             allowed = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}, allowed are {allowed}")
         pipe: Any = self
+        if self.config.get("adapter") == "none" and (video is not None or motion is not None):
+            hint = "Use emt.train.teacher.Teacher(pipe).generate, which needs none, or train one: emt train --help"
+            raise EmtError("this model has no trained adapter: it was imported without one", hint)
         motions = self._motions(video, motion, num_frames, height, width)
         shape = pipe.shape_of(motions)
         if not motions:

@@ -48,6 +48,8 @@ DEFAULTS: Mapping[str, Any] = {
 _LISTED = {"scheduler": "sampler"}
 #: Settings that lay files over a model, or read its text encoder in another way.
 _OVER = ("lora", "vae", "embedding", "clip_skip")
+#: Value of "adapter" in the `model_index.json` of a model without a trained one.
+UNTRAINED = "none"
 _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
 
 
@@ -58,7 +60,8 @@ class Model:
     Attributes:
         name: What the user called it.
         folder: Where it is.
-        defaults: Values of `DEFAULTS`: its own as its `model_index.json` has them, unchecked, else the published ones.
+        defaults: Values of `DEFAULTS`: its own as its `model_index.json` has them, unchecked, else the published ones;
+            and the method of a model without a trained adapter.
     """
 
     name: str
@@ -144,6 +147,11 @@ class Model:
             "For all else give --model one of Stable Diffusion 1.5: see emt import-weights --help"
         )
 
+    @cached_property
+    def has_adapter(self) -> bool:
+        """False if its adapter is as an import without one leaves it: not trained."""
+        return _read_json(self.folder / "model_index.json").get("adapter") != UNTRAINED
+
     def check(self, prompt: str, settings: Mapping[str, Any]) -> None:
         """Raise EmtError unless the model can make a clip of a prompt.
 
@@ -161,6 +169,7 @@ class Model:
             words = [text.partition("=")[0] for text in settings.get("embedding", ())]
             for text in (prompt, settings["negative_prompt"]):
                 self.vocabulary.check(text, own=words)
+        self._check_method(settings)
         frames, steps = settings["frames"], settings["steps"]
         if not self.facts.makes_frames(frames):
             allowed = self.facts.allowed_clips()
@@ -173,6 +182,23 @@ class Model:
                 raise EmtError(f"{name} is {settings[name]}", allowed)
         if (name := settings["scheduler"]) in ("lcm", "tcd") and steps > _LCM_STEPS:
             raise EmtError(f"steps is {steps}", f"The scheduler {name} takes at most {_LCM_STEPS}; 4 to 8 are usual.")
+
+    def _check_method(self, settings: Mapping[str, Any]) -> None:
+        if settings.get("method", "adapter") == "adapter":
+            if not self.has_adapter:
+                problem = f"the model {self.name} has no trained adapter: it was imported without one"
+                raise EmtError(problem, "Use --method guidance, or train one: emt train --help")
+        elif not self.facts.motion_guidance:
+            problem = f"the model {self.name} cannot be guided: the attention over time that it would need is not read"
+            raise EmtError(problem, "Use --method adapter, or a model of Stable Diffusion 1.5 with motion modules.")
+        elif not self.facts.takes_frames(settings["frames"]) and self.facts.makes_frames(settings["frames"]):
+            problem = f"frames is {settings['frames']} with method guidance, which takes no windows of a long clip"
+            raise EmtError(problem, f"Use {self.facts.allowed_frames()} frames, or --method adapter.")
+        elif settings.get("cache_interval", 1) > 1:
+            problem = (
+                f"cache_interval is {settings['cache_interval']} with method guidance, which computes all in each step"
+            )
+            raise EmtError(problem, "Use --cache-interval 1.")
 
 
 def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = None) -> Model:
@@ -202,7 +228,10 @@ def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = N
         missing += _missing_shards(folder / part)
     if missing or "unet" not in listed:
         raise EmtError(f"the model {name} lacks {', '.join(missing) or 'a unet'} (in {folder})", _HOW_TO_GET)
-    return Model(name, folder, {name: listed.get(_LISTED.get(name, name), value) for name, value in DEFAULTS.items()})
+    defaults = {name: listed.get(_LISTED.get(name, name), value) for name, value in DEFAULTS.items()}
+    if listed.get("adapter") == UNTRAINED:
+        defaults["method"] = "guidance"
+    return Model(name, folder, defaults)
 
 
 def _fetch(url: str, download: bool, on_fetch: OnFetch | None) -> Path:

@@ -73,6 +73,7 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         guidance: classifier-free guidance scale.
         reference_timestep: noise level at which the reference is read, of 1000.
         sampler: a name of `SCHEDULERS`.
+        adapter: "none" if it is not trained.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -92,6 +93,7 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
         guidance: float = 6.0,
         reference_timestep: int = 400,
         sampler: str = "ddim",
+        adapter: str = "trained",
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
@@ -102,7 +104,9 @@ class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, Di
             steps=steps,
             guidance=guidance,
             reference_timestep=reference_timestep,
-            **({} if sampler == "ddim" else {"sampler": sampler}),  # so that other versions open the folder, too
+            # Only what is not usual, so that other versions open the folder, too.
+            **({} if sampler == "ddim" else {"sampler": sampler}),
+            **({} if adapter == "trained" else {"adapter": adapter}),
         )
         self.codec = codec_of(vae, unet.latent_channels)
         self.vae_scale_factor = self.codec.pixels

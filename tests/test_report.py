@@ -26,7 +26,7 @@ from emt.storage import write_atomically
 from emt.video import probe, read_clip, write_clip
 from emt_cli.batch.jobs import Job, identify, output_name
 from emt_cli.batch.journal import Journal, read
-from emt_cli.batch.options import Format, Settings
+from emt_cli.batch.options import Format, Method, Settings
 from emt_cli.batch.results import write_result
 from emt_cli.report.page import render, write_report
 
@@ -635,7 +635,8 @@ def measured(out: Path, shift: float) -> Folder:
         if not clip.exists():
             write_clip(clip, ball(48, 96, cycles=i + 1), 24)
         for number, prompt in enumerate(("a slow fox", "a quick hare")):
-            settings = replace(SETTINGS, frames=24, fps=24, steps=2 if shift else 8)
+            how = {"steps": 2, "method": Method.GUIDANCE} if shift else {"steps": 8}
+            settings = replace(SETTINGS, frames=24, fps=24, **how)
             result = folder.done(Job(clip, prompt, i, settings), ball(24, cycles=i + 1), 24, mtime_ns=0)
             values = {"motion_fidelity": round(0.2 * i + 0.01 * number + shift, 3), "camera": 0.5 if i else None}
             rows.append({"result": str(result), **values, "pan_x_gain": 0.64})
@@ -680,6 +681,20 @@ def test_jobs_are_sorted_and_filtered_by_a_measure_that_is_explained(browser, tw
     assert reported.count("\n") >= 5
     assert "motion fidelity" in reported
     assert page.complaints == []
+
+
+@needs_browser
+def test_methods_are_shown_filtered_by_and_compared(browser, two, tmp_path):
+    first, second = two
+    page = opened(browser, write_report(first, tmp_path / "both.html", compare=second))
+    table = page("[...document.querySelectorAll('#methods tr')].map(row => row.innerText.split('\\t').slice(0, 3))")
+    assert table[1:] == [["adapter", "8", "0.30"], ["guidance", "8", "0.41"]]
+    assert cells(page, ".method") == ["adapter / guidance"] * 8, "the ninth failed before it had settings"
+    choose(page, "#method", "guidance")
+    assert shown(page) == 8
+    assert page.complaints == []
+    page = opened(browser, write_report(first))
+    assert page("document.querySelector('#method').hidden && document.querySelector('#methods').hidden")
 
 
 @needs_browser

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
+from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline
 from emt.synthetic.renderer import COLOURS, SUBJECTS, World, words
 from emt.train import trainer as trainer_module
@@ -449,12 +450,14 @@ def test_the_result_is_a_model(pairs, tmp_path):
     assert events.Tags()["images"] == ["samples"]
 
 
-def test_the_model_keeps_the_type_it_is_stored_in(pairs, tmp_path):
+def test_the_model_keeps_the_type_it_is_stored_in_and_has_an_adapter(pairs, tmp_path):
     half = MotionTransferPipeline.from_pretrained(str(model()), dtype=torch.float16)
+    half.register_to_config(adapter="none")
     half.save_pretrained(tmp_path / "half")
     Trainer(tmp_path / "half", pairs, tmp_path / "run", settings(steps=1)).train()
     stored = load_file(tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert find_model(str(tmp_path / "run" / "model"), download=False).has_adapter, "it has one now"
     assert {t.dtype for t in load_file(tmp_path / "run" / "adapter.safetensors").values()} == {torch.float32}
 
 

@@ -62,6 +62,7 @@ from emt.backbones.sd15.import_weights import import_weights
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.hub import parse_lora
+from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline
 
 
@@ -243,6 +244,8 @@ def test_an_adapter_of_some_up_blocks_makes_a_network_of_those(whole: bool, file
 
 def test_without_an_adapter_it_starts_from_the_motion_module(files: Files, tmp_path: Path) -> None:
     model = files.run(tmp_path / "m", adapter=None)
+    known = find_model(str(tmp_path / "m"), download=False)
+    assert (known.has_adapter, known.defaults["method"]) == (False, "guidance")
     state = model.weights
     queries = [k for k in state if ".adapter.to_" in k]
     assert len(queries) == 72

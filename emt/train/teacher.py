@@ -26,6 +26,8 @@ things are ours:
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -117,7 +119,11 @@ class Teacher:
     @torch.no_grad()
     def read(self, motions: Sequence[Motion]) -> SparseMaps:
         """The sparse maps of references, from what `MotionTransferPipeline.extract_motion` read of them."""
-        each = [[full.topk(self.guidance.kept, dim=-1) for full in self.maps(motion.features)] for motion in motions]
+        device = self.pipe._execution_device  # features that spare a GPU's memory are on the host
+        each = [
+            [full.topk(self.guidance.kept, dim=-1) for full in self.maps(motion.features.to(device))]
+            for motion in motions
+        ]
         return SparseMaps(
             tuple((torch.cat([v for v, _ in layer]), torch.cat([i for _, i in layer])) for layer in zip(*each))
         )
@@ -145,9 +151,11 @@ class Teacher:
         steps: int | None = None,
         text_guidance: float | None = None,
         negative_prompts: Sequence[str] | None = None,
+        scheduler: str = "ddim",
+        guidance_until: float = 1.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Latents of clips that show the prompts and move as the references do, by DDIM.
+        """Latents of clips that show the prompts and move as the references do.
 
         Args:
             prompts: One for each clip.
@@ -156,6 +164,8 @@ class Teacher:
             steps: None for the model's default.
             text_guidance: s of the module's text; None for the model's default.
             negative_prompts: What guidance by text leads away from; None for nothing.
+            scheduler: A name of `SCHEDULERS`; the authors' is ddim.
+            guidance_until: Part of the steps, from the first, with guidance by text.
             on_step: Called with (steps done, steps) after each.
 
         Returns:
@@ -176,40 +186,79 @@ class Teacher:
         both = encode(pipe.encode_prompts([*(negative_prompts or [""] * count), *prompts]))
         away = TextFeatures({path: (key[:count], value[:count]) for path, (key, value) in both.layers.items()})
 
-        sampler = pipe.make_sampler("ddim", steps)
+        sampler = pipe.make_sampler(scheduler, steps)
+        steps = len(sampler.timesteps)
         generators = [noise_generator(seed) for seed in seeds]
-        latents = pipe.initial_noise(generators, frames, height, width).to(pipe.device)
+        noise = pipe.initial_noise(generators, frames, height, width).to(pipe._execution_device)
+        latents = noise * sampler.init_noise_sigma
+        options = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
         weight = self.guidance.weight * latents[0].numel() / PUBLISHED_VALUES
         for i, timestep in enumerate(sampler.timesteps):
             strength = self.guidance.strength(i, steps)
+            text = s if i < math.ceil(guidance_until * steps) else 1
+            scaled = sampler.scale_model_input(latents, timestep)
             if strength and weight:
                 with torch.enable_grad():
-                    leaf = latents.detach().requires_grad_(True)
+                    leaf = scaled.detach().requires_grad_(True)
                     given, features = self.unet.denoise_with_features(leaf.to(self.unet.dtype), timestep, towards)
                     # Clips of a batch do not touch each other: the sum's gradient is each one's own.
                     energy = weight * strength * self.energy(features, wanted).sum()
                     (gradient,) = torch.autograd.grad(energy, leaf)
                 prediction = given.detach().float()
                 del given, features, energy
-                if s != 1:
-                    without = self.unet(latents.to(self.unet.dtype), timestep, away, adapted=False).float()
-                    prediction = without + s * (prediction - without)
-                signal = sampler.alphas_cumprod[timestep].to(latents)
+                if text != 1:
+                    without = self.unet(scaled.to(self.unet.dtype), timestep, away, adapted=False).float()
+                    prediction = without + text * (prediction - without)
+                signal = sampler.alphas_cumprod[int(timestep)].to(latents)
                 change = (1 - signal).sqrt() * gradient
                 if sampler.config.prediction_type == "v_prediction":
                     change = change / signal.sqrt().clamp(min=SMALLEST_SIGNAL)
                 prediction = prediction + change
-            elif s != 1:
-                sample = torch.cat([latents, latents]).to(self.unet.dtype)
+            elif text != 1:
+                sample = torch.cat([scaled, scaled]).to(self.unet.dtype)
                 without, given = self.unet(sample, timestep, both, adapted=False).float().chunk(2)
-                prediction = without + s * (given - without)
+                prediction = without + text * (given - without)
             else:
-                prediction = self.unet(latents.to(self.unet.dtype), timestep, towards, adapted=False).float()
-            latents = sampler.step(prediction, timestep, latents).prev_sample
+                prediction = self.unet(scaled.to(self.unet.dtype), timestep, towards, adapted=False).float()
+            latents = sampler.step(prediction, timestep, latents, **options).prev_sample
             if on_step:
                 on_step(i + 1, steps)
         check_finite(latents, seeds)
         return latents
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        motion: Motion | Sequence[Motion],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str] = "",
+        scheduler: str = "ddim",
+        guidance_until: float = 1.0,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[NDArray[np.uint8]]:
+        """`MotionTransferPipeline.generate` by motion guidance: `sample` and `decode`.
+
+        Raises:
+            ValueError: If motions differ in shape.
+            EmtError: As `sample`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        motions = [motion] if isinstance(motion, Motion) else list(motion)
+        latents = self.sample(
+            prompts,
+            motions * len(prompts) if len(motions) == 1 else motions,
+            seeds=[seed] * len(prompts) if isinstance(seed, int) else seed,
+            steps=steps,
+            text_guidance=guidance,
+            negative_prompts=[negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt,
+            scheduler=scheduler,
+            guidance_until=guidance_until,
+            on_step=on_step,
+        )
+        return self.decode(latents)
 
     def decode(self, latents: Tensor) -> list[NDArray[np.uint8]]:
         """RGB frames (frames, height, width, 3) of what `sample` made, one array a clip."""

@@ -466,6 +466,9 @@ class Trainer:
                 shutil.copytree(self.model, partial, ignore=shutil.ignore_patterns(".*", "_*"), dirs_exist_ok=True)
                 shutil.rmtree(partial / "unet")
                 unet.save_pretrained(partial / "unet")
+                listed = json.loads((partial / "model_index.json").read_bytes())
+                if listed.pop("adapter", None) is not None:  # that of an import without one
+                    write_text(partial / "model_index.json", json.dumps(listed, indent=2) + "\n")
                 card = partial / "README.md"
                 text = card.read_text(encoding="utf-8") if card.is_file() else "# Motion transfer model\n"
                 write_text(card, f"{text.rstrip()}\n\n{self._account()}")

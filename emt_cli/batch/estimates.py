@@ -15,12 +15,16 @@ from typing import Any
 from emt.model_folder import Model
 from emt.presets import TWICE
 from emt.windows import Windows
-from emt_cli.batch.options import Settings
+from emt_cli.batch.options import Method, Settings
 
 #: Arithmetic a second that is reached on one H100 in fp16 and on two CPU cores in fp32, where the journal has no time.
 _GPU_RATE, _CPU_RATE = 336e12, 17e9
 #: A step of however small a network takes this long, in seconds: its layers are launched one by one.
 _SHORTEST_STEP = 0.02
+#: Motion guidance (`emt.train.teacher`): share of the steps with a gradient; passes of such a step: forward, again for
+#: the checkpointed layers, and back; activations as a multiple of those without gradients. 1.58 times an adapter's time
+#: and 1.8 to 1.86 times its activations were measured with the demo model on a CPU.
+_GUIDED_SHARE, _GRADIENT_PASSES, _GRADIENT_ACTIVATIONS = 0.6, 3, 1.9
 #: Bytes of a finished clip per pixel of all frames, where the journal has none.
 _CLIP_BYTES = 0.25
 
@@ -30,7 +34,13 @@ def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) 
     pixels = model.frames_at_once(settings.frames) * settings.height * settings.width
     together = [n for part, n in model.parameters.items() if part != "text_encoder" or not model.encodes_prompts_apart]
     weights = 2 * sum(together)
-    return (1 if half else 2) * (weights + clips * model.facts.activation_bytes * pixels)
+    held = clips * model.facts.activation_bytes * pixels * activations(settings.as_dict())
+    return (1 if half else 2) * (weights + held)
+
+
+def activations(settings: Mapping[str, Any]) -> float:
+    """Activations of a job's method as a multiple of the adapter's."""
+    return _GRADIENT_ACTIVATIONS if settings.get("method") == "guidance" else 1.0
 
 
 def seconds(model: Model, settings: Settings, gpu: bool) -> float:
@@ -39,7 +49,9 @@ def seconds(model: Model, settings: Settings, gpu: bool) -> float:
     positions = window * settings.height * settings.width / 64
     pass_flop = facts.flop * model.parameters.get("unet", 0) + facts.attention_flop * positions  # for each position
     flop = pass_flop * work(settings.as_dict(), window)
-    return max(flop / (_GPU_RATE if gpu else _CPU_RATE), _SHORTEST_STEP * settings.steps * settings.best_of)
+    passes = guidance_factor(settings.as_dict()) if settings.method is Method.GUIDANCE else 1.0
+    shortest = _SHORTEST_STEP * settings.steps * settings.best_of * passes
+    return max(flop / (_GPU_RATE if gpu else _CPU_RATE), shortest)
 
 
 def size_that_fits(model: Model, settings: Settings, available: float, half: bool) -> str:
@@ -65,12 +77,19 @@ def work(settings: Mapping[str, Any], window: int | None = None) -> float:
     """
     steps = settings["steps"] * (2 if settings.get("scheduler") in TWICE else 1)
     guided = 0 if settings["guidance"] == 1 else math.ceil(settings.get("guidance_until", 1) * steps)
+    if settings.get("method") == "guidance":
+        steps += (_GRADIENT_PASSES - 1) * round(_GUIDED_SHARE * steps)
     frames = settings["frames"]
     if window and window < frames:
         frames = Windows(frames, window).most * window
     positions = frames * settings["height"] * settings["width"] / 64
     computed = 0.5 + 0.5 / settings.get("cache_interval", 1)
     return positions * (steps + guided) * computed * settings.get("best_of", 1)
+
+
+def guidance_factor(settings: Mapping[str, Any]) -> float:
+    """Time of a job by motion guidance as a multiple of an adapter's."""
+    return work({**settings, "method": "guidance"}) / work({**settings, "method": "adapter"})
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ class PastTimings:
         device: Name of the device.
         jobs: How many finished jobs it is drawn from.
         seconds: A unit of `work`.
-        memory: Bytes at the peak, per pixel of the frames that the network is given at once.
+        memory: Bytes at the peak, per pixel of the frames that the network is given at once, of an adapter's clips.
         size: Bytes of a clip, per pixel of all frames.
     """
 
@@ -106,7 +125,10 @@ class PastTimings:
                 settings, timings = line["settings"], line["timings"]
                 window = line.get("window") or settings["frames"]
                 area, seconds = settings["height"] * settings["width"], timings["steps"] + timings["vae"]
-                memory, size = line["peak_memory"] / (window * area), line["bytes"] / (settings["frames"] * area)
+                memory, size = (
+                    line["peak_memory"] / (window * area) / activations(settings),
+                    line["bytes"] / (settings["frames"] * area),
+                )
                 rows.append((seconds / work(settings, window), memory, size))
         if not rows:
             return None

@@ -40,7 +40,8 @@ class Feeder:
         self._seen: dict[str, tuple[str, str]] = {}  # by name: identity, and where its clip goes
 
     def tasks(self, items: Iterable[Item]) -> Iterator[Task | None]:
-        """The tasks of items; consecutive ones with the same sampling of the same content share a reference.
+        """The tasks of items; consecutive ones with the same sampling of the same content, and one
+        method, share a reference.
 
         Yields:
             A task; or None where the next item is yet to come.
@@ -57,7 +58,7 @@ class Feeder:
                 )
             elif task := self._task(item):
                 laid = str(task.job.addons.of_motion())
-                key = (item.reference, task.reference.sha256, laid, *item.sampling.values())
+                key = (item.reference, task.reference.sha256, item.settings.method, laid, *item.sampling.values())
                 if reference is None or key != group:
                     group, reference = key, task.reference
                 task.reference = reference

@@ -23,7 +23,7 @@ from emt_cli import messages
 from emt_cli.batch.addons import NONE, AddonFinder, Addons
 from emt_cli.batch.estimates import size_that_fits
 from emt_cli.batch.jobs import NUMERICS_VERSION, Job, digest
-from emt_cli.batch.options import Audio
+from emt_cli.batch.options import Audio, Method
 from emt_cli.text import printable, size
 from emt_engines.choice import TORCH, Engine, EngineChoice
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from emt.features import Motion
     from emt.pipeline import MotionTransferPipeline
     from emt.prompts import PromptEncoder
+    from emt.train.teacher import Teacher
     from emt.video import Clip, Sound
 
 
@@ -46,6 +47,11 @@ def describe(job: Job) -> dict[str, Any]:
         "settings": job.settings.as_dict(),
     }
     return {**line, "origin": job.origin} if job.origin else line
+
+
+def is_guided(job: Job) -> bool:
+    """Return whether a job's clip is made by motion guidance, without the adapter."""
+    return job.settings.method is Method.GUIDANCE
 
 
 def read_reference(job: Job, path: Path | None = None) -> Clip:
@@ -213,6 +219,7 @@ class Generator:
         self._guard = threading.Lock()
         self._device: Device | None = None
         self._pipe: MotionTransferPipeline | None = None
+        self._teacher: Teacher | None = None
         self._engines = engines
         self._backends: dict[Path, Backend] = {}
         self._peaks: dict[tuple[Any, ...], int] = {}
@@ -305,6 +312,11 @@ class Generator:
             EmtError: it cannot.
         """
         self.model.check(job.prompt, job.settings.as_dict())
+        if is_guided(job):
+            ran = "--precision fp8" if self._requested[1] == "fp8" else ""
+            ran = "--engine" if self._engines and self._engines.named else ran
+            if ran:
+                raise EmtError(f"method guidance needs gradients, which {ran} has not", f"Leave {ran} out.")
         if self._engines:
             s = job.settings
             changed = bool(s.lora or s.vae)
@@ -317,7 +329,7 @@ class Generator:
             EmtError: there is no such device, or the engine that the user named may not run on it.
         """
         s = job.settings
-        if self._engines is None or not self._engines.applies(s.cache_interval):
+        if is_guided(job) or self._engines is None or not self._engines.applies(s.cache_interval):
             return None
         changed = job.addons.changes_networks
         return self._engines.find(self.device, s.width, s.height, self.frames_at_once(job), changed=changed)
@@ -399,7 +411,11 @@ class Generator:
             on_step(done, steps)
 
         shared = all(motion is motions[0] for motion in motions)
-        clips = pipe.generate(
+        make: Callable[..., list[np.ndarray]] = pipe.generate
+        own: dict[str, Any] = {"cache_interval": settings.cache_interval, "window": self.frames_at_once(jobs[0])}
+        if is_guided(jobs[0]):
+            make, own = self._open_teacher(pipe).generate, {}  # of whole passes and clips alone (`Model.check`)
+        clips = make(
             [job.prompt for job in jobs],
             motions[0] if shared else list(motions),
             steps=settings.steps,
@@ -408,9 +424,8 @@ class Generator:
             negative_prompt=[job.settings.negative_prompt for job in jobs],
             scheduler=settings.scheduler.value,
             guidance_until=settings.guidance_until,
-            cache_interval=settings.cache_interval,
-            window=self.frames_at_once(jobs[0]),
             on_step=stepped_to,
+            **own,
         )
         ended = time.monotonic()
         timings = {"steps": (stepped - begun) / len(jobs), "vae": (ended - stepped) / len(jobs)}
@@ -418,6 +433,13 @@ class Generator:
         kind = (*jobs[0].shape, len(jobs), shared)
         peak = self._peaks[kind] = max(self._peaks.get(kind, 0), self.device.memory()[1])
         return clips, timings, peak
+
+    def _open_teacher(self, pipe: MotionTransferPipeline) -> Teacher:
+        """The teacher on the pipeline's network, which makes clips by motion guidance."""
+        from emt.train.teacher import Teacher
+
+        self._teacher = self._teacher or Teacher(pipe)
+        return self._teacher
 
     def record(self, job: Job, identity: str, reference_sha256: str, batch: dict[str, Any]) -> dict[str, Any]:
         """All that it takes to make a clip again: what the clip and its sidecar carry."""

@@ -66,7 +66,7 @@ class Job:
         s = self.settings
         own = s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
         # Clips of one batch are made with one set of weights.
-        return *own, s.lora, s.vae, s.embedding, s.clip_skip, self.addons
+        return *own, s.method, s.lora, s.vae, s.embedding, s.clip_skip, self.addons
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -111,6 +111,8 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
     for name in ("best_of", "guidance_until", "cache_interval"):
         if settings[name] == 1:
             del settings[name]  # clips made before there was a choice are still these jobs'
+    if settings["method"] == "adapter":
+        del settings["method"]
     values = [reference, job.prompt, job.seed, settings, model, precision, *([method] if method else [])]
     if job.seed > 0xFFFFFFFF:
         values.append("seed of 64 bits")  # version 0.1.0 read the last 32

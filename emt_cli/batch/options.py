@@ -99,6 +99,13 @@ class Scheduler(str, Enum):
         return next((member for member in cls if member.value == name), None)
 
 
+class Method(str, Enum):
+    """Ways to make a clip move as its reference does."""
+
+    ADAPTER = "adapter"
+    GUIDANCE = "guidance"
+
+
 class Fit(str, Enum):
     """Ways to fit a reference of another shape to the size of the clip."""
 
@@ -220,6 +227,14 @@ class Settings:
             metavar="|".join((*PRESETS, "NAME")),
         ),
     ] = "exact"
+    method: Annotated[
+        Method,
+        _clip(
+            "Way to transfer the motion. adapter: the trained adapter. guidance: motion guidance, which needs none, by "
+            "gradients of the base model's attention over time; slower, and without an engine. Default: adapter where "
+            "the model has one."
+        ),
+    ] = Method.ADAPTER
     guidance_until: Annotated[
         float, _clip("Fraction of the steps, from the first, that use guidance. Default: 1.", min=0.0, max=1.0)
     ] = 1.0
@@ -503,10 +518,13 @@ class TransferOptions:
             raise UsageError("--ray takes --gpus all or N", "A cluster chooses which of its GPUs are used.")
         named = self.engine not in ("auto", "torch")
         fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
+        guided = self.settings.get("method") is Method.GUIDANCE
         for both, text in (
             (fp8 and low, "--precision fp8 and --memory low"),
             (fp8 and named, "--precision fp8 and --engine"),
             (low and named, "--memory low and --engine"),
+            (guided and fp8, "--method guidance, which needs gradients, and --precision fp8"),
+            (guided and named, "--method guidance, which needs gradients, and --engine"),
         ):
             if both:
                 raise UsageError(f"{text} exclude each other", "Give one of them.")

@@ -142,7 +142,7 @@ def make_plan(options: TransferOptions) -> Plan:
             pixels = window * settings.height * settings.width
             if past:
                 line.seconds = past.seconds * estimates.work(settings.as_dict(), window)
-                plan.memory = max(plan.memory, past.memory * pixels)
+                plan.memory = max(plan.memory, past.memory * pixels * estimates.activations(settings.as_dict()))
             else:
                 line.seconds = estimates.seconds(model, settings, bool(gpu))
                 plan.memory = max(plan.memory, estimates.memory(model, settings, half=half))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from emt_cli.batch.options import TransferOptions
+from emt_cli.batch.estimates import guidance_factor
+from emt_cli.batch.options import Method, Settings, TransferOptions
 from emt_cli.commands.arguments import takes_options_and_folders
 from emt_cli.text import duration, message, printable, size
 
@@ -45,6 +46,15 @@ def show(options: TransferOptions) -> None:
         raise typer.Exit(1)
 
 
+def _describe(settings: Settings) -> str:
+    """Note on a job that takes longer than others: its candidates, its method and what that costs."""
+    notes = [f"the best of {settings.best_of}"] if settings.best_of > 1 else []
+    if settings.method is Method.GUIDANCE:
+        factor = guidance_factor(settings.as_dict())
+        notes.append(f"by motion guidance, about {factor:.1f} times as long as by an adapter")
+    return ", ".join(notes)
+
+
 def _print_table(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -62,8 +72,8 @@ def _print_table(plan: Plan) -> None:
         title = job.output or " ".join(part for part in (item.origin, named, item.prompt[:60]) if part)
         style = {"problem": "red", "failed": "red", "replaces": "yellow", "done": "green"}.get(job.state, "")
         note = message(job.error.problem, job.error.hint) if job.error else ""
-        if not note and isinstance(item, Job) and item.settings.best_of > 1:
-            note = f"the best of {item.settings.best_of}"
+        if not note and isinstance(item, Job):
+            note = _describe(item.settings)
         seconds = duration(job.seconds) if job.state in TO_DO else ""
         table.add_row(Text(job.state, style), Text(printable(title)), seconds, Text(printable(note)))
     console.print(table)

@@ -22,6 +22,7 @@ def facts(config: Mapping[str, Any]) -> Facts:
         ValueError: a value is no positive number, or list of them.
     """
     widths = counts(config, "block_out_channels", [320, 640, 1280, 1280])
+    fused = config.get("fusion_blocks")
     return Facts(
         max_frames=counts(config, "motion_max_frames", [32])[0],
         frame_step=1,
@@ -30,4 +31,6 @@ def facts(config: Mapping[str, Any]) -> Facts:
         flop=_FLOP,
         activation_bytes=_ACTIVATION_BYTES * widths[0],
         windows=True,
+        # It compares the attention of the second up block, which is read where the adapter takes it.
+        motion_guidance=len(widths) > 1 if fused is None else isinstance(fused, list | tuple) and 1 in fused,
     )

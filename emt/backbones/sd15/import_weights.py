@@ -37,7 +37,7 @@ from emt.checkpoints import M, Origin, allocate, check_keys, shorten
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate
 from emt.importing import ImportReport, Progress, Steps, import_card
-from emt.model_folder import new_folder
+from emt.model_folder import UNTRAINED, new_folder
 from emt.pipeline import MotionTransferPipeline
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -192,6 +192,8 @@ def _assemble(
         defaults = {"sampler": few.sampler, "steps": few.steps, "guidance": few.guidance}
         note = f"{few.sampler}, {few.steps} steps, guidance {few.guidance:g}; options of a clip change them"
         origins.append(Origin("sampling", few.title, [], note))
+    if trained is None:
+        defaults["adapter"] = UNTRAINED
     scheduler = animatediff_scheduler(model.prediction_type, few.spacing if few else None)
     pipe = MotionTransferPipeline(vae, text_encoder, words, unet, scheduler, **defaults)
     return pipe, [*origins, words_origin]
