@@ -69,6 +69,7 @@ MICRO = {
     "steps": 2,
 }
 SIZE = Size((SIDE, SIDE), (SIDE, SIDE))
+SHAPES = {"samples": (1, 4), "frames": (FRAMES, FRAMES), "width": (SIDE, SIDE), "height": (SIDE, SIDE)}
 
 
 class KillsItself:
@@ -122,9 +123,7 @@ def put_engine(folder: Path, manifest: Manifest, content: bytes = b"compiled") -
     folder.mkdir(parents=True)
     (folder / "denoise.pt2").write_bytes(content)
     spec = TensorSpec("sample", "float32", ("samples", 4, FRAMES, 4, 4))
-    part = Part(
-        "denoise", "denoise.pt2", sha256_of(folder / "denoise.pt2"), {"samples": (1, 4)}, (spec,), (spec,), 1e-6
-    )
+    part = Part("denoise", "denoise.pt2", sha256_of(folder / "denoise.pt2"), SHAPES, (spec,), (spec,), 1e-6)
     (folder / FILE).write_bytes(replace(manifest, parts=(part,)).as_bytes())
     return folder
 
@@ -163,9 +162,7 @@ def test_what_is_no_size_is_refused(text):
 def test_a_manifest_is_read_as_it_was_written_and_matches_itself(tmp_path_factory, sizes, frames, parity, scale, model):
     folder = tmp_path_factory.mktemp("engine")
     spec = TensorSpec("sample", "float16", ("samples", 4, frames))
-    part = Part(
-        "denoise", "a.pt2", "0" * 64, {"samples": (1, 8)}, (spec,), (spec,), parity, {"b": "1" * 64}, {"n": [1]}
-    )
+    part = Part("denoise", "a.pt2", "0" * 64, SHAPES, (spec,), (spec,), parity, {"b": "1" * 64}, {"n": [1]})
     request = Request("inductor", "fp16", "cpu", tuple(sizes), frames, (1, 4), Weights({"unet": "u"}, (("l", scale),)))
     own = manifest_for(replace(request, model=model), (part,))
     (folder / FILE).write_bytes(own.as_bytes())
@@ -249,6 +246,7 @@ def test_damage_to_a_manifest_is_found(tmp_path_factory, data):
 
 
 #: Text of a manifest, or a change to a field of one whose hash is right all the same.
+PART = asdict(Part("denoise", "a", "0" * 64, SHAPES, (), (TensorSpec("sample", "float32", ()),)))
 HOSTILE = {
     "deep": "[" * 100_000,
     "deep object": '{"a":' * 100_000,
@@ -270,6 +268,11 @@ HOSTILE = {
     "nested": {"parts": [[[[]]]]},
     "null": {"host": None},
     "a part without a hash": {"parts": [{"name": "denoise", "file": "denoise.pt2"}]},
+    "a part without shapes": {"parts": [PART | {"shapes": {}}]},
+    "a shape that no part varies in": {"parts": [PART | {"shapes": {**SHAPES, "depth": (1, 1)}}]},
+    "shapes that fall": {"parts": [PART | {"shapes": {**SHAPES, "samples": (4, 1)}}]},
+    "a part of no network": {"parts": [PART | {"name": "upscale"}]},
+    "a part without outputs": {"parts": [PART | {"outputs": []}]},
     "versions of no libraries": {"host": {"device": "cpu", "capability": "", "instructions": [], "versions": [1]}},
 }
 

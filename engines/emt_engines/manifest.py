@@ -28,6 +28,14 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 PIXELS = 8
 """Width and height are multiples of this."""
 
+#: Dimensions that vary of each part, by its name.
+DIMENSIONS = {
+    "denoise": {"samples", "frames", "width", "height"},
+    "reference": {"frames", "width", "height"},
+    "vae_encoder": {"images", "width", "height"},
+    "vae_decoder": {"images", "width", "height"},
+}
+
 _SIZE = re.compile(r"(\d+)x(\d+)(?:\.\.(\d+)x(\d+))?")
 
 
@@ -334,6 +342,13 @@ class Manifest:
                 Size.parse(str(size))
             except EmtError as error:
                 raise ValueError(error.problem) from None
+        for part in self.parts:
+            if DIMENSIONS.get(part.name) != part.shapes.keys():
+                raise ValueError(f"the part {part.name!r} varies in {sorted(part.shapes)}")
+            if any(not 1 <= least <= most for least, most in part.shapes.values()):
+                raise ValueError(f"the part {part.name!r} varies in {dict(part.shapes)}")
+            if not part.outputs:
+                raise ValueError(f"the part {part.name!r} has no outputs")
 
     def check_files(self, folder: Path) -> None:
         """Check that every file of the engine is there with the content that was built.

@@ -385,7 +385,7 @@ class FileBackend(PipelineBackend):
             EmtError: the engine has no such shape.
         """
         times = times_of(timestep, latents)
-        names = [spec.name for spec in self.parts["reference"].outputs]
+        names = [spec.name for spec in self._part("reference").outputs]
         found = [
             self._run("reference", {"latents": latent, "timestep": time, "text": prompt})
             for latent, time, prompt in zip(latents.split(1), times.split(1), text.split(1))
@@ -406,7 +406,7 @@ class FileBackend(PipelineBackend):
         Raises:
             EmtError: the engine has no such shape.
         """
-        chunks = images.split(self.parts["vae_encoder"].shapes["images"][1])
+        chunks = images.split(self._part("vae_encoder").shapes["images"][1])
         mean, std = (torch.cat(x) for x in zip(*(self._run("vae_encoder", {"images": chunk}) for chunk in chunks)))
         return mean, std
 
@@ -416,11 +416,16 @@ class FileBackend(PipelineBackend):
         Raises:
             EmtError: the engine has no such shape.
         """
-        chunks = latents.split(self.parts["vae_decoder"].shapes["images"][1])
+        chunks = latents.split(self._part("vae_decoder").shapes["images"][1])
         return torch.cat([self._run("vae_decoder", {"latents": chunk})[0] for chunk in chunks])
 
+    def _part(self, name: str) -> Part:
+        if name not in self.parts:
+            raise EmtError(f"the engine {self.folder} has no part {name}", "Build it again with emt build-engine.")
+        return self.parts[name]
+
     def _run(self, name: str, inputs: dict[str, Tensor]) -> Sequence[Tensor]:
-        part = self.parts[name]
+        part = self._part(name)
         first = next(iter(inputs.values()))
         pixels = 1 if name == "vae_encoder" else self.pipe.vae_scale_factor
         requested = {"width": first.shape[-1] * pixels, "height": first.shape[-2] * pixels}

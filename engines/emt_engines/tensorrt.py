@@ -383,13 +383,18 @@ class _Backend(FileBackend):
         return engine
 
     def _profile(self, part: Part, inputs: Mapping[str, Tensor]) -> int:
-        for i, shapes in enumerate(part.facts["profiles"]):
-            if all(
-                low <= extent <= high
-                for name, (least, _, most) in shapes.items()
-                for low, extent, high in zip(least, inputs[name].shape, most)
-            ):
-                return i
+        try:
+            for i, shapes in enumerate(part.facts["profiles"]):
+                if all(
+                    low <= extent <= high
+                    for name, (least, _, most) in shapes.items()
+                    for low, extent, high in zip(least, inputs[name].shape, most)
+                ):
+                    return i
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a forged manifest may have any value there
+            raise EmtError(
+                f"the engine's {part.name} has no profiles of its inputs", "Build it again with emt build-engine."
+            ) from error
         first = next(iter(inputs.values()))
         raise EmtError(
             f"the engine's {part.name} takes no input of shape {tuple(first.shape)}: it was built for "
