@@ -129,8 +129,10 @@ class Motion:
                         features.append(file.get_tensor(name))
                 if sum(map(len, found.values())) != len(names) or not all(found.values()):
                     raise ValueError("its tensors are not those of its layers")
+                if not all(type(value) is int for value in shape.values()):
+                    raise ValueError("its shape is not of whole numbers")
                 return cls(MotionFeatures({layer: tuple(features) for layer, features in found.items()}), **shape)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise EmtError(f"{path} is not a motion file: {error}", "Read the motion from the clip again.") from error
 
 

@@ -14,13 +14,14 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -105,6 +106,11 @@ class PromptEncoder:
         parts = [self.index.sha256(self.model / name) for name in ("text_encoder", "tokenizer")]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
+    @functools.cached_property
+    def width(self) -> int:
+        """Numbers that the text encoder has for a token."""
+        return int(json.loads((self.model / "text_encoder" / "config.json").read_bytes())["d_model"])
+
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Encodings of prompts, padded: (prompts, tokens, width), on the CPU.
 
@@ -138,13 +144,32 @@ class PromptEncoder:
         if key not in self._known and self.cache is not None:
             path = self.cache / f"{key}.safetensors"
             try:
-                self._known[key] = load_file(path)["encoding"]
-                os.utime(path)  # its time of use, by which the oldest are dropped
+                self._known[key] = self._load(path, key)
             except FileNotFoundError:
-                pass
-            except (OSError, SafetensorError, KeyError):
-                path.unlink(missing_ok=True)  # whatever is wrong with it, it can be made again
+                return None
+            except Exception:  # whatever is wrong with it, it can be made again
+                with suppress(OSError):
+                    path.unlink()
+                return None
+            with suppress(OSError):
+                os.utime(path)  # its time of use, by which the oldest are dropped
         return self._known.get(key)
+
+    def _load(self, path: Path, key: str) -> Tensor:
+        """The encoding in a file.
+
+        Raises:
+            ValueError: it is of another prompt or encoder, or no encoding that the network takes.
+        """
+        with safe_open(path, framework="pt") as file:
+            encoding: Tensor = file.get_tensor("encoding")
+            if (file.metadata() or {}).get("key") != key:
+                raise ValueError("it is of another prompt")
+        if encoding.ndim != 2 or not 1 <= len(encoding) <= self.tokens or encoding.shape[1] != self.width:
+            raise ValueError(f"it has the shape {tuple(encoding.shape)}")
+        if not encoding.isfinite().all():
+            raise ValueError("it is not finite")
+        return encoding
 
     def _encode(self, prompts: Sequence[str], device: torch.device | str) -> None:
         try:
@@ -171,7 +196,7 @@ class PromptEncoder:
             return
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.cache / f"{key}.safetensors", save({"encoding": encoding.contiguous()}))
+            write_atomically(self.cache / f"{key}.safetensors", save({"encoding": encoding.contiguous()}, {"key": key}))
             self._drop_oldest(self.cache)
         except OSError as error:
             logger.warning("the encoding of a prompt is not kept in %s: %s", self.cache, error.strerror)

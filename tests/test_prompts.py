@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from emt import prompts
@@ -108,6 +110,29 @@ class TestCache:
         entry.write_bytes(damage)
         assert torch.equal(PromptEncoder(model, cache, index)(["a cat"]), expected)
         assert len(entry.read_bytes()) > 100
+
+    @pytest.mark.parametrize("other", ["another prompt", "another shape", "another width", "NaN", "no key"])
+    def test_k2_an_entry_of_something_else_is_made_again(self, model, cache, index, other):
+        expected = PromptEncoder(model, cache, index)(["a cat"])
+        (entry,) = cache.iterdir()
+        with safe_open(entry, framework="pt") as file:
+            encoding, facts = file.get_tensor("encoding"), file.metadata()
+        if other == "another prompt":
+            PromptEncoder(model, cache, index)(["a dog"])
+            next(path for path in cache.iterdir() if path != entry).replace(entry)
+        else:
+            changed = {"another shape": encoding[0], "another width": encoding[:, 1:], "NaN": encoding * torch.nan}
+            save_file(
+                {"encoding": changed.get(other, encoding + 1).contiguous()}, entry, None if other == "no key" else facts
+            )
+        assert torch.equal(PromptEncoder(model, cache, index)(["a cat"]), expected)
+
+    def test_k5_an_entry_that_cannot_be_removed_costs_time_only(self, model, cache, index):
+        expected = PromptEncoder(model, cache, index)(["a cat"])
+        (entry,) = cache.iterdir()
+        entry.unlink()
+        entry.mkdir()  # neither read nor unlinked nor replaced
+        assert torch.equal(PromptEncoder(model, cache, index)(["a cat"]), expected)
 
     def test_a_folder_that_cannot_be_written_costs_time_only(self, model, tmp_path, index, caplog):
         (tmp_path / "file").write_text("not a folder")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from emt.backbones.wan21.random_model import draw_weights
 from emt.backends.video_vae import decode_frames, encode_frames, latent_frames
+from emt.errors import EmtError
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,21 @@ def test_frames_that_are_not_4n_plus_1(vae):
     for frames in (0, 2, 16):
         with pytest.raises(ValueError, match=f"a clip has {frames} frames, allowed are 1, 5, 9"):
             encode_frames(vae, clip(frames, 16, 16))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@torch.no_grad()
+def test_k2_a_vae_that_makes_nan_is_an_error_that_names_it(vae, part):
+    harmed = copy.deepcopy(vae)
+    getattr(harmed, part).conv_out.bias[0] = torch.nan
+    with pytest.raises(EmtError, match="the VAE AutoencoderKLWan makes no pictures"):
+        list(decode_frames(harmed, encode_frames(harmed, clip(5, 16, 16))))
+
+
+@torch.no_grad()
+def test_k2_a_clip_of_one_colour_is_an_error(vae):
+    black = copy.deepcopy(vae)
+    black.decoder.conv_out.weight.zero_()
+    black.decoder.conv_out.bias.fill_(-3.0)
+    with pytest.raises(EmtError, match="of one colour"):
+        list(decode_frames(black, torch.zeros(1, 16, 2, 2, 2)))

@@ -88,7 +88,7 @@ def encode_exactly(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     posteriors = [exact.encode(image.float()).latent_dist for image in images.split(1)]
     mean, std = torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
     if not is_finite(mean, std):
-        raise _unusable(vae)
+        raise no_pictures(vae)
     return mean, std
 
 
@@ -101,7 +101,7 @@ def decode_exactly(vae: Any, latents: Tensor) -> Tensor:
     exact = _in_float32(vae, latents.device)
     images = torch.cat([exact.decode(latent.float()).sample for latent in latents.split(1)])
     if not are_pictures(images):
-        raise _unusable(vae)
+        raise no_pictures(vae)
     return images
 
 
@@ -112,7 +112,7 @@ def _in_float32(vae: Any, device: torch.device) -> Any:
         EmtError: the VAE is in float32 already.
     """
     if vae.dtype == torch.float32:
-        raise _unusable(vae)
+        raise no_pictures(vae)
     dtype = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(vae.dtype, vae.dtype)
     logger.warning("the VAE overflows in %s: it is computed in fp32", dtype)
     copy = allocate(lambda: type(vae).from_config(vae.config), torch.float32)
@@ -120,9 +120,11 @@ def _in_float32(vae: Any, device: torch.device) -> Any:
     return copy.to(device)
 
 
-def _unusable(vae: Any) -> EmtError:
+def no_pictures(vae: Any) -> EmtError:
+    """The error of a VAE that makes no pictures."""
     name = vae.config.get("_name_or_path") or type(vae).__name__
+    where = ", also not in fp32" if vae.dtype != torch.bfloat16 and vae.dtype != torch.float16 else ""
     return EmtError(
-        f"the VAE {name} makes no pictures, also not in fp32: they are not finite, or of one colour",
+        f"the VAE {name} makes no pictures{where}: they are not finite, or of one colour",
         "Import the model with another VAE: emt import-weights --vae FILE.",
     )

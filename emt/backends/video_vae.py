@@ -15,6 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from emt.backends.vae import as_pixels, is_finite, no_pictures
+
 #: Frames of a latent frame, but the first, and pixels of a latent.
 FRAMES, PIXELS = 4, 8
 
@@ -43,6 +45,7 @@ def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
 
     Raises:
         ValueError: for a number of frames that is not 4n + 1.
+        EmtError: the latents are not finite.
     """
     count, cache, encoded = latent_frames(len(frames)), _cache(vae.encoder), []
     _bring(vae)
@@ -52,7 +55,10 @@ def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
         hidden = vae.encoder(pixels, feat_cache=cache, feat_idx=[0])
         encoded.append(vae.quant_conv(hidden).chunk(2, dim=1)[0])
     mean, std = _statistics(vae)
-    return (torch.cat(encoded, dim=2).float() - mean) / std
+    latents: Tensor = (torch.cat(encoded, dim=2).float() - mean) / std
+    if not is_finite(latents):
+        raise no_pictures(vae)
+    return latents
 
 
 @torch.no_grad()
@@ -65,15 +71,24 @@ def decode_frames(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
 
     Yields:
         One frame, and then four at a time, uint8, (frames, height, width, 3), on the VAE's device.
+
+    Raises:
+        EmtError: they are not finite, or each of them is of one colour.
     """
     _bring(vae)
     mean, std = _statistics(vae)
-    hidden, cache = (latents.float() * std + mean).to(vae.dtype), _cache(vae.decoder)
+    hidden, cache, pictured = (latents.float() * std + mean).to(vae.dtype), _cache(vae.decoder), False
     for i in range(hidden.shape[2]):
         z = vae.post_quant_conv(hidden[:, :, i : i + 1])
         pixels = vae.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
-        images = ((pixels[0].float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        if not is_finite(pixels):
+            raise no_pictures(vae)
+        images = as_pixels(pixels[0])
+        colours = images.flatten(2)
+        pictured = pictured or bool((colours.amax(-1) > colours.amin(-1)).any())
         yield images.permute(1, 2, 3, 0)
+    if not pictured:
+        raise no_pictures(vae)
 
 
 @apply_forward_hook
