@@ -25,6 +25,7 @@ from emt.backends.codec import codec_of
 from emt.backends.torch import TorchBackend
 from emt.checkpoints import check_loaded
 from emt.diffusers_interface import DiffusersInterface
+from emt.diffusers_loras import LoraInterface
 from emt.errors import EmtError
 from emt.features import Motion, MotionFeatures, joined
 from emt.model_folder import find_model
@@ -55,7 +56,7 @@ from emt.pipeline import MotionTransferPipeline
 '''
 
 
-class MotionTransferPipeline(DiffusersInterface, TextualInversionLoaderMixin, DiffusionPipeline):
+class MotionTransferPipeline(DiffusersInterface, LoraInterface, TextualInversionLoaderMixin, DiffusionPipeline):
     """Motion transfer with an adapted text-to-video network (EfficientMT, arXiv 2503.19369).
 
     The numbers are the model's defaults; those of this signature are the published ones.

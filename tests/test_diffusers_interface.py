@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
 from diffusers.utils import export_to_video
 from PIL import Image
+from safetensors.torch import save_file
 
 from emt.backbones.sd15.random_model import random_model
 from emt.diffusers_interface import MotionTransferOutput, read_video, videos_of
@@ -340,3 +341,63 @@ def test_diffusers_opens_a_model_folder_by_itself(folder, pipe):
     np.testing.assert_array_equal((np.load(saved) * 255).round().astype(np.uint8), made(pipe, "a cat"))
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline")
+
+
+# ---- LoRAs and textual inversions ---------------------------------------------------------------------------------
+
+LAYER = "up_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_v"
+
+
+def lora(pipe: MotionTransferPipeline, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A motion LoRA in diffusers' layout of rank 2, alpha 2, and the change that it makes."""
+    rows, columns = pipe.unet.get_parameter(f"{LAYER}.weight").shape
+    down, up = (torch.randn(shape, generator=seeded(seed)) for shape in ((2, columns), (rows, 2)))
+    return {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}, up @ down
+
+
+def test_loras_are_loaded_weighed_and_taken_out_by_diffusers_names(folder, tmp_path):
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    weight = pipe.unet.get_parameter(f"{LAYER}.weight")
+    own, plain = weight.detach().clone(), made(pipe, "a cat", pixels())
+    (first, change), (second, other) = lora(pipe, 1), lora(pipe, 2)
+    pipe.load_lora_weights(first, adapter_name="one")
+    torch.testing.assert_close(weight, own + change)
+    assert (made(pipe, "a cat", pixels()) != plain).any()
+    save_file(second, tmp_path / "two.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="two.safetensors")
+    torch.testing.assert_close(weight, own + change + other)
+    assert (pipe.get_active_adapters(), pipe.get_list_adapters()) == (
+        ["one", "default_0"],
+        {"unet": ["one", "default_0"]},
+    )
+    pipe.set_adapters(["one", "default_0"], [0.5, -0.25])
+    torch.testing.assert_close(weight, own + 0.5 * change - 0.25 * other)
+    pipe.set_adapters("default_0", 2.0)
+    torch.testing.assert_close(weight, own + 2 * other)
+    with pytest.raises(ValueError, match="no adapter 'three', loaded are: one, default_0"):
+        pipe.set_adapters("three")
+    with pytest.raises(ValueError, match="there is an adapter 'one'"):
+        pipe.load_lora_weights(first, adapter_name="one")
+    with pytest.raises(EmtError, match="nothing"):
+        pipe.load_lora_weights({"nothing.lora_A.weight": torch.zeros(2, 2), "nothing.lora_B.weight": torch.zeros(2, 2)})
+    torch.testing.assert_close(weight, own + 2 * other)
+    pipe.delete_adapters("default_0")
+    assert torch.equal(weight, own)
+    pipe.set_adapters("one")
+    pipe.unload_lora_weights()
+    assert torch.equal(weight, own)
+    np.testing.assert_array_equal(made(pipe, "a cat", pixels()), plain)
+
+
+def test_a_textual_inversion_stays_when_loras_come_and_go(folder):
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    width = pipe.text_encoder.config.hidden_size
+    plain = made(pipe, "<toy>")
+    pipe.load_textual_inversion({"<toy>": torch.randn(width, generator=seeded(5)) * 3}, token="<toy>")
+    learned = made(pipe, "<toy>")
+    assert (learned != plain).any()
+    pipe.load_lora_weights(lora(pipe, 1)[0])
+    pipe.unload_lora_weights()
+    np.testing.assert_array_equal(made(pipe, "<toy>"), learned)

@@ -40,7 +40,7 @@ emt.features | emt.evaluate
 emt.backbone emt.windows
 emt.cache emt.remote emt.model_folder | emt.device
 emt.backends emt.windowed | emt.sampling | emt.prompts | emt.importing
-emt.diffusers_interface
+emt.diffusers_interface | emt.diffusers_loras
 emt.pipeline
 emt.backbones.sd15 | emt.backbones.wan21
 emt.unet

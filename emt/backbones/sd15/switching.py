@@ -71,6 +71,10 @@ class WeightSwitch:
             parameters[key].copy_(value)
         self._laid = set(weights)
 
+    def keep_words(self) -> None:
+        """Count the words that the pipeline has now as its own, such as those of `load_textual_inversion`."""
+        self._words = self.pipe.tokenizer, self.pipe.text_encoder.get_input_embeddings()
+
     def _parameters(self) -> dict[_Key, nn.Parameter]:
         parts = {name: dict(getattr(self.pipe, name).named_parameters()) for name in ("unet", "vae")}
         parts["text_encoder"] = text_state(dict(self.pipe.text_encoder.named_parameters()))  # type: ignore[assignment]
