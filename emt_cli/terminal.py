@@ -222,6 +222,7 @@ class ProgressReporter:
     def ended(self, line: dict[str, Any]) -> None:
         """The end of a run: its journal line. Waits until who reads standard output has all results."""
         self._say_skipped()
+        self._phase = ("", 0.0)
         bars = self._bars is not None
         self._stop_bars()
         if bars and self._rows:

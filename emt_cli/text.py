@@ -43,10 +43,16 @@ def size(count: float) -> str:
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """A short name for each path: the file's, with its folder's where two files share it."""
-    distinct = sorted(set(paths))
-    count = Counter(PurePath(path).name for path in distinct)
-    return {path: "/".join(PurePath(path).parts[-1 if count[PurePath(path).name] == 1 else -2 :]) for path in distinct}
+    """A short name for each path: the file's, after as many of its folders as no other path shares with it."""
+    parts = {path: PurePath(path).parts for path in sorted(set(paths))}
+    names, length = {path: own[-1:] for path, own in parts.items()}, 1
+    while shared := {name for name, count in Counter(names.values()).items() if count > 1}:
+        length += 1
+        longer = {path: parts[path][-length:] if name in shared else name for path, name in names.items()}
+        if longer == names:
+            break
+        names = longer
+    return {path: "/".join(name) for path, name in names.items()}
 
 
 def slug(text: str, limit: int = 80) -> str:

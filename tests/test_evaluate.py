@@ -197,13 +197,6 @@ def test_what_is_not_a_clip_is_refused(frames):
         motion_fidelity(frames, frames)
 
 
-def test_unknown_and_missing_trackers_say_what_to_do():
-    with pytest.raises(EmtError, match="opencv or cotracker"):
-        track(clip("line"), "optical")
-    with pytest.raises(EmtError, match="CoTracker"):
-        track(clip("line"), "cotracker")
-
-
 # Camera -------------------------------------------------------------------------------------------------------------
 
 

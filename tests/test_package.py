@@ -28,8 +28,8 @@ PACKAGES = {
 }
 #: Distributions that are called otherwise than what is imported.
 CALLED = {"PIL": "pillow", "cv2": "opencv-python-headless"}
-#: Imported where they are, done without elsewhere: builds of torch for GPUs bring the first, users the second.
-BROUGHT = {"triton", "cotracker"}
+#: Imported where they are, done without elsewhere: builds of torch for GPUs bring it.
+BROUGHT = {"triton"}
 
 
 def declared(requirements: list[str]) -> set[str]:
@@ -70,7 +70,7 @@ def test_every_module_is_imported_without_the_extras():
             for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
                 importlib.import_module(module.name)
     """
-    libraries = "triton cotracker cv2 matplotlib tensorboard onnx onnxscript onnxruntime tensorrt tensorrt_rtx"
+    libraries = "triton cv2 matplotlib tensorboard onnx onnxscript onnxruntime tensorrt tensorrt_rtx"
     command = [sys.executable, "-c", textwrap.dedent(code), libraries, " ".join(PACKAGES)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -38,26 +37,23 @@ class Paths:
         return [group for group in (self.own, ~self.own) if group.sum() >= _GROUP]
 
 
-def motion_fidelity(
-    reference: np.ndarray, result: np.ndarray, *, method: str = "opencv", checkpoint: str | Path | None = None
-) -> float:
+def motion_fidelity(reference: np.ndarray, result: np.ndarray) -> float:
     """Motion fidelity score of two clips with the same number of frames.
 
     Args:
         reference, result: uint8 (frames, height, width, 3); the sizes may differ.
-        method: How points are tracked: `"opencv"`, or `"cotracker"` with its `checkpoint`.
 
     Returns:
         1 for the same motion, about 0 for unrelated motion or a result at rest, −1 for opposite motion; see
         `tracklet_fidelity`.
 
     Raises:
-        EmtError: The clips differ in length, are not clips, or the tracker is not installed.
+        EmtError: The clips differ in length, are not clips, or OpenCV is not installed.
     """
     check_frames(reference, "the reference")
     check_frames(result, "the result")
     _check_lengths(len(reference), len(result))
-    return tracklet_fidelity(track(reference, method, checkpoint), track(result, method, checkpoint))
+    return tracklet_fidelity(track(reference), track(result))
 
 
 def tracklet_fidelity(reference: Tracklets, result: Tracklets) -> float:

@@ -82,8 +82,6 @@ def evaluate_pairs(
     pairs: Iterable[Pair],
     *,
     text_model: ImageTextModel | Judge | None = None,
-    tracks: str = "opencv",
-    checkpoint: Path | None = None,
     workers: int = 1,
     progress: Callable[[Row], None] | None = None,
 ) -> list[Row]:
@@ -93,7 +91,6 @@ def evaluate_pairs(
         pairs: What to measure.
         text_model: Measures text alignment. An `ImageTextModel` also measures temporal consistency and leakage, by
             its embeddings of frames; otherwise those are measured by optical flow and by colour.
-        tracks: How points are tracked, `"opencv"` or `"cotracker"` with its `checkpoint`.
         workers: Threads that read and track clips.
         progress: Called with each row when it is done.
 
@@ -106,7 +103,7 @@ def evaluate_pairs(
     prompts: dict[str, Tensor] = {}
     rows = []
     with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
-        for row, clips in _measured(pairs, pool, tracks, checkpoint):
+        for row, clips in _measured(pairs, pool):
             if clips is not None:
                 try:
                     _add_appearance(row, *clips, text_model, prompts)
@@ -129,14 +126,14 @@ def evaluate_pairs(
 
 
 def _measured(
-    pairs: Iterable[Pair], pool: Executor | None, tracks: str, checkpoint: Path | None
+    pairs: Iterable[Pair], pool: Executor | None
 ) -> Iterator[tuple[Row, tuple[np.ndarray, np.ndarray] | None]]:
     """Rows with what concerns motion, in order, and the frames that they were measured on."""
 
     def measure(pair: Pair) -> tuple[Row, tuple[np.ndarray, np.ndarray] | None]:
         try:
             reference, result = read_pair(pair)
-            return _measure_motion(pair, reference, result, tracks, checkpoint), (reference, result)
+            return _measure_motion(pair, reference, result), (reference, result)
         except Exception as error:  # whatever is wrong with one pair, the others are measured
             return Row(pair, error=_as_read(error)), None
 
@@ -174,8 +171,8 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return read_clip(pair.reference, frames=frames, size=size, **sampling).frames, result
 
 
-def _measure_motion(pair: Pair, reference: np.ndarray, result: np.ndarray, tracks: str, checkpoint: Path | None) -> Row:
-    first, second = (track(frames, tracks, checkpoint) for frames in (reference, result))
+def _measure_motion(pair: Pair, reference: np.ndarray, result: np.ndarray) -> Row:
+    first, second = (track(frames) for frames in (reference, result))
     cameras, paths = (camera_from_tracklets(first), camera_from_tracklets(second)), (moving(first), moving(second))
     values: dict[str, float | None] = dict.fromkeys(MEASURES)
     values |= {"motion_fidelity": path_fidelity(*paths), "path_gain": path_gain(*paths), "seconds": pair.seconds}

@@ -1,11 +1,10 @@
-"""Tracklets: the paths of many points through a clip, by OpenCV or by CoTracker."""
+"""Tracklets: the paths of many points through a clip, by OpenCV."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,22 +82,17 @@ class Tracklets:
         return self.visible[:, 1:] & self.visible[:, :-1]
 
 
-def track(frames: np.ndarray, method: str = "opencv", checkpoint: str | Path | None = None) -> Tracklets:
+def track(frames: np.ndarray) -> Tracklets:
     """Tracklets of a clip.
 
     Args:
         frames: uint8 (frames, height, width, 3).
-        method: `"opencv"` or `"cotracker"`.
-        checkpoint: CoTracker's weights; needed by it alone.
 
     Raises:
-        EmtError: The method's package is not installed, the checkpoint is missing, or the frames are not a clip.
+        EmtError: OpenCV is not installed, or the frames are not a clip.
     """
     check_frames(frames)
-    if method not in ("opencv", "cotracker"):
-        raise EmtError(f"Unknown tracker {method!r}.", "Choose opencv or cotracker.")
-    found = _track_cotracker(frames, checkpoint) if method == "cotracker" else _track_opencv(frames)
-    return replace(found, changes=_changes(frames))
+    return replace(_track(frames), changes=_changes(frames))
 
 
 def _changes(frames: np.ndarray) -> bool:
@@ -113,7 +107,7 @@ def track_scale(height: int, width: int) -> float:
     return TRACK_SIZE / max(height, width)
 
 
-def _track_opencv(frames: np.ndarray) -> Tracklets:
+def _track(frames: np.ndarray) -> Tracklets:
     """Corners of a regular grid, tracked both ways from the first, middle and last frame.
 
     Lucas-Kanade alone loses a small subject that moves by a good part of its size in one frame, and a coarse-to-fine
@@ -242,37 +236,3 @@ def _step(
     mean, square = (cv2.blur(power.astype(np.float32), (13, 13)) for power in (first, first.astype(np.float32) ** 2))
     contrast = np.sqrt(np.maximum(square - mean * mean, 1))[points[:, 1].astype(int), points[:, 0].astype(int)]
     return best, least < _ALIKE * contrast + 2
-
-
-def _track_cotracker(frames: np.ndarray, checkpoint: str | Path | None) -> Tracklets:
-    """A regular grid of points tracked by CoTracker from weights that the user has.
-
-    Its trained weights were not at hand: it was run with the package as of January 2025 (82e02e8) and random weights.
-    """
-    try:
-        from cotracker.predictor import CoTrackerPredictor
-    except ImportError as error:
-        raise EmtError(
-            "CoTracker is not installed.",
-            "Install it from https://github.com/facebookresearch/co-tracker, or use --tracks opencv.",
-        ) from error
-    if checkpoint is None or not Path(checkpoint).is_file():
-        raise EmtError(
-            f"CoTracker's weights were not found: {checkpoint}", "Give the downloaded file by --cotracker-checkpoint."
-        )
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = CoTrackerPredictor(checkpoint=str(checkpoint)).to(device).eval()
-    video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float().to(device)
-    with torch.inference_mode():
-        points, visible = model(video, grid_size=30)
-    height, width = frames.shape[1:3]
-    scale = track_scale(height, width)
-    centred = points[0].permute(1, 0, 2).cpu().numpy() - np.array([width, height]) / 2
-    return Tracklets(
-        (centred * scale).astype(np.float32),
-        visible[0].permute(1, 0).cpu().numpy() > 0.5,
-        height * scale,
-        width * scale,
-    )

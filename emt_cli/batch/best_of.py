@@ -84,9 +84,14 @@ class BestOf:
 def check_tracking(job: Job) -> None:
     """Raise an `EmtError` if candidates are to be compared and what motion is measured with is not installed."""
     if job.settings.best_of > 1:
-        from emt.evaluate.tracks import opencv
+        check_measuring()
 
-        opencv()
+
+def check_measuring() -> None:
+    """Raise an `EmtError` if what motion is measured with is not installed."""
+    from emt.evaluate.tracks import opencv
+
+    opencv()
 
 
 def describe_choice(line: Mapping[str, Any]) -> str:

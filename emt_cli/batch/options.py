@@ -480,6 +480,10 @@ class TransferOptions:
         20.0
     )
     json: Annotated[bool, Field("Print one JSON line per job on standard output.", _RUN)] = False
+    evaluate: Annotated[
+        bool,
+        Field("Measure the results at the end, as emt evaluate OUT does; a report shows the measures.", _RUN),
+    ] = False
     report: Annotated[bool, Field("Write a gallery of the results, OUT/report.html, at the end.", _RUN)] = False
     dry_run: Annotated[bool, Field("Print the plan and stop, as `emt plan` does.", _RUN)] = False
     settings: Mapping[str, Any] = field(default_factory=dict)  # the settings given on the command line, by name

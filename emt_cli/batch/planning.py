@@ -18,14 +18,14 @@ from emt.remote import Downloads
 from emt.storage import check_readable
 from emt_cli.batch import estimates, journal
 from emt_cli.batch.addons import AddonFinder
-from emt_cli.batch.best_of import check_tracking
+from emt_cli.batch.best_of import check_measuring, check_tracking
 from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.results import find_place
 from emt_cli.batch.shapes import Shapes
 from emt_cli.messages import say
-from emt_cli.text import size
+from emt_cli.text import message, size
 from emt_engines.choice import engine_id
 
 TO_DO = ("open", "replaces", "failed")
@@ -150,6 +150,11 @@ def make_plan(options: TransferOptions) -> Plan:
     if gpu and plan.memory > total:
         plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")
     plan.problems += _disk_problems(options.out, plan.disk)
+    if options.evaluate:
+        try:
+            check_measuring()
+        except EmtError as error:
+            plan.problems.append(message(error.problem, error.hint))
     return plan
 
 

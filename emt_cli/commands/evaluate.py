@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,13 +42,6 @@ _COLUMNS = {
 }
 
 
-class Tracks(str, Enum):
-    """Point trackers."""
-
-    OPENCV = "opencv"
-    COTRACKER = "cotracker"
-
-
 def evaluate(
     sources: Annotated[
         list[Path] | None,
@@ -75,10 +67,6 @@ def evaluate(
             "prompts it knows."
         ),
     ] = "auto",
-    tracks: Annotated[Tracks, typer.Option(help="Point tracker for motion fidelity.")] = Tracks.OPENCV,
-    cotracker_checkpoint: Annotated[
-        Path | None, typer.Option(help="File of CoTracker's weights.", show_default=False)
-    ] = None,
     frames: Annotated[
         int | None, typer.Option(help="Number of frames to compare. Default: all of the result's.", min=2, max=512)
     ] = None,
@@ -117,21 +105,9 @@ def evaluate(
             else "Nothing to evaluate.",
             "Give an output folder of `emt transfer`, a .jsonl or .csv file, or --pair REFERENCE=RESULT.",
         )
-    from emt.evaluate.pairs import evaluate_pairs, summarise
+    from emt.evaluate.pairs import summarise
 
-    model = _text_model(text_model, device, pairs)
-    bar = _Progress(len(pairs))
-    try:
-        rows = evaluate_pairs(
-            pairs,
-            text_model=model,
-            tracks=tracks.value,
-            checkpoint=cotracker_checkpoint,
-            workers=min(workers, len(pairs)),
-            progress=bar.step,
-        )
-    finally:
-        bar.stop()
+    rows = _measure(pairs, text_model, device, workers)
     summary = summarise(rows)
     lines = _lines(rows, summary)
     failed = [row for row in rows if row.error is not None]
@@ -155,6 +131,47 @@ def evaluate(
         raise unwritten
     if failed:
         raise typer.Exit(1)
+
+
+def evaluate_results(out: Path, device: str) -> str:
+    """Measure the finished results of an output folder and write `OUT/metrics.jsonl`, as `emt evaluate OUT` does.
+
+    Args:
+        out: The folder, with a journal.
+        device: auto, cuda, cuda:N, mps or cpu.
+
+    Returns:
+        The means in a line for people.
+
+    Raises:
+        EmtError: OpenCV is not installed, or the measures cannot be written.
+    """
+    from emt.evaluate.measures import MEASURES
+    from emt.evaluate.pairs import summarise
+
+    pairs = list(_pairs(out, None))
+    if not pairs:
+        return "nothing to evaluate: there are no finished results"
+    rows = _measure(pairs, "auto", device, 4)
+    summary = summarise(rows)
+    if (unwritten := _write(out / METRICS, _lines(rows, summary))) is not None:
+        raise unwritten
+    means = [f"{MEASURES[name].short} {summary[name].value:.3f}" for name in _COLUMNS if summary[name].clips]
+    failed = sum(row.error is not None for row in rows)
+    text = f"evaluated {len(rows) - failed} clips: {', '.join(means)}"
+    return f"{text}; {failed} could not be measured" if failed else text
+
+
+def _measure(pairs: Sequence[Pair], text_model: str, device: str, workers: int) -> list[Row]:
+    """Measure pairs, with a bar on standard error."""
+    from emt.evaluate.pairs import evaluate_pairs
+
+    model = _text_model(text_model, device, pairs)
+    bar = _Progress(len(pairs))
+    try:
+        return evaluate_pairs(pairs, text_model=model, workers=min(workers, len(pairs)), progress=bar.step)
+    finally:
+        bar.stop()
 
 
 class _Progress:
@@ -338,17 +355,21 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
     table = Table(
         title="lowest motion fidelity" if len(measured) > _SHOWN else None, title_justify="left", box=box.SIMPLE_HEAD
     )
+    names = short_names(str(row.pair.result) for row in measured)
+    references = short_names(str(row.pair.reference) for row in measured)
     table.add_column("result", overflow="fold", min_width=16)
+    if several := len(references) > 1:
+        table.add_column("reference", overflow="fold", min_width=9)
     wide = console.width >= 100
     if wide:
         table.add_column("prompt", overflow="fold")
     for title in _COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
-    names = short_names(str(row.pair.result) for row in measured)
     for row in measured[:_SHOWN]:
         cells = [_cell(row.values[name]) for name in _COLUMNS]
+        reference = [Text(printable(references[str(row.pair.reference)]))] if several else []
         prompt = [Text(printable(row.pair.prompt or ""))] if wide else []
-        table.add_row(Text(printable(names[str(row.pair.result)])), *prompt, *cells)
+        table.add_row(Text(printable(names[str(row.pair.result)])), *reference, *prompt, *cells)
     console.print(table)
     totals = Table(
         title=f"{len(measured)} clips, mean and 95% confidence interval", title_justify="left", box=box.SIMPLE_HEAD

@@ -6,7 +6,7 @@ from itertools import chain
 
 import typer
 
-from emt_cli.batch.options import Settings, TransferOptions
+from emt_cli.batch.options import TransferOptions
 from emt_cli.commands.arguments import takes_options
 
 
@@ -21,7 +21,8 @@ def transfer(options: TransferOptions) -> None:
     <prompt>-<seed>_<hash>.mp4.
 
     With --best-of N each job makes N clips, with its seed and those after it, and keeps the one whose motion, measured
-    on tracks of points, follows the reference best; its record has all scores.
+    on tracks of points, follows the reference best; its record has all scores. With --evaluate the results are measured
+    at the end, and with --report a page shows them.
 
     With --shard i/n it does one of n parts of the jobs; n such runs, on one machine or many, share OUT, and each writes
     a journal of its own, OUT/journal-shard-i-of-n.jsonl.
@@ -34,8 +35,8 @@ def transfer(options: TransferOptions) -> None:
     from emt.cache import ContentIndex, default_dir
     from emt.model_folder import find_model
     from emt.remote import Announcer, trim_copies
-    from emt_cli.batch.best_of import check_tracking
-    from emt_cli.batch.inputs import PromptWarnings, expand
+    from emt_cli.batch.best_of import check_measuring, check_tracking
+    from emt_cli.batch.inputs import PromptWarnings, expand, settings_of
     from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.session import RunOptions, SessionOptions, open_session
@@ -57,6 +58,8 @@ def transfer(options: TransferOptions) -> None:
         for job in listed:
             if isinstance(job, Job):
                 check_tracking(job)
+        if options.evaluate:
+            check_measuring()
         reporter.total = None if "-" in (options.references or []) else len(listed)
         if options.model is None:
             reporter.say(model.introduction())
@@ -65,7 +68,8 @@ def transfer(options: TransferOptions) -> None:
         chosen = SessionOptions.of(options)
         executor = choose_executor(options, chosen)
         session = open_session(chosen, options.device, reporter.say, model)
-        session.generator.addons.find(Settings(**options.settings))  # what is not there fails at once, not job by job
+        # What is not there fails at once, not job by job.
+        session.generator.addons.find(settings_of(options, model.defaults))
         jobs = [job for job in listed if isinstance(job, Job)]
         texts = (text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
         session.generator.prompts = list(dict.fromkeys(texts))
@@ -75,6 +79,11 @@ def transfer(options: TransferOptions) -> None:
             summary = executor(session, journal, reporter, how).run(chain(listed, words.watch(streamed)))
         finally:
             journal.close()
+        if options.evaluate and not summary.interrupted:
+            from emt_cli.commands.evaluate import evaluate_results
+
+            reporter.say("measuring the results …")
+            reporter.say(evaluate_results(options.out, options.device))
         if options.report:
             from emt_cli.report.page import write_report
 
