@@ -352,3 +352,19 @@ def test_the_table_tells_results_of_one_name_apart(folder):
     output = run(folder, "--text-model", "none")
     assert "a/x-0.mp4" in output
     assert "b/x-0.mp4" in output
+
+
+def test_the_table_tells_references_of_one_name_apart(folder, clips, monkeypatch):
+    """Each by as many of its folders as the other does not share."""
+    monkeypatch.setenv("COLUMNS", "200")
+    line = json.loads((folder / "journal.jsonl").read_text())
+    rows = []
+    for number, where in enumerate(("day/walk", "night/walk")):
+        (folder / where).mkdir(parents=True)
+        (folder / where / "clip.mp4").write_bytes((clips / "right.mp4").read_bytes())
+        (folder / "a" / f"{number}.mp4").write_bytes((folder / "a" / "x-0.mp4").read_bytes())
+        rows.append({**line, "output": f"a/{number}.mp4", "reference": str(folder / where / "clip.mp4")})
+    (folder / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = "".join(run(folder, "--text-model", "none").split())
+    assert "0.mp4day/walk/clip.mp4" in output
+    assert "1.mp4night/walk/clip.mp4" in output

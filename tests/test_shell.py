@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -337,3 +339,31 @@ def test_a_log_file_that_cannot_be_written_is_bad_usage(tmp_path):
     ended = emt("plan", "a.mp4", "--log-file", str(tmp_path), folder=tmp_path, environment=environment(tmp_path))
     assert ended.code == 2
     assert "--log-file" in ended.err
+
+
+# ---- measures and report at the end of a run -----------------------------------------------------------------------
+
+
+def test_evaluate_and_report_at_the_end_of_a_run_show_the_measures(tmp_path):
+    clip(tmp_path / "a.mp4")
+    arguments = ("transfer", "a.mp4", "-p", "x", "-m", str(model()), "--device", "cpu", "--evaluate", "--report")
+    ended = emt(*arguments, folder=tmp_path, environment=environment(tmp_path))
+    assert ended.code == 0, ended.err
+    assert "evaluated 1 clips: " in ended.err
+    [row, summary] = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    assert row["result"].endswith("x-0.mp4")
+    assert summary["clips"] == 1
+    assert b'"metrics"' in (tmp_path / "out/report.html").read_bytes()
+    assert len(ended.out.splitlines()) == 1, "standard output has the clips alone"
+
+
+def test_what_measuring_needs_is_missed_before_the_run_starts(tmp_path, monkeypatch):
+    clip(tmp_path / "a.mp4")
+    without = "import sys; sys.modules['cv2'] = None; from emt_cli.app import main; main()"
+    command = [sys.executable, "-c", without, "transfer", "a.mp4", "-p", "x", "-m", str(model()), "--evaluate"]
+    environ = os.environ | environment(tmp_path)
+    ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: OpenCV is needed")
+    assert "pip install 'emt-cli[evaluate]'" in ended.stderr
+    assert not (tmp_path / "out").exists()
