@@ -25,6 +25,7 @@ from emt.errors import EmtError
 from emt.storage import remove_partials
 from emt.video import (
     FOLDER_FPS,
+    count_frames,
     is_clip,
     probe,
     read_clip,
@@ -32,6 +33,7 @@ from emt.video import (
     write_clip,
 )
 from emt.video.ffmpeg import Ffmpeg
+from emt.video.stream import Video
 
 WRITTEN = {"prompt": 'a=b; #c\n\\ "é" 😀 {}\x00\t', "ключ = ;": "x" * 9000, "": ""}
 
@@ -759,3 +761,16 @@ for size in (4, 64):
     assert child.stdout.splitlines() == [
         f"{size} {name} True []" for size in (4, 64) for name in ("a.mp4", "a.webm", "a.gif", "a")
     ], child.stderr
+
+
+def test_hundreds_of_frames_are_read_in_order(tmp_path: Path) -> None:
+    """More than ffmpeg takes conditions for, and than one call of it selects, by their times and by their numbers."""
+    levels = np.random.default_rng(0).integers(20, 230, 620).astype(np.uint8)
+    path = encode(tmp_path / "long.mp4", np.broadcast_to(levels[:, None, None, None], (620, 16, 16, 3)), fps=24)
+    for frames, stride, expected in ((620, None, levels), (300, 2, levels[:600:2]), (101, 1, levels[:101])):
+        found = read_clip(path, frames=frames, stride=stride).frames.mean((1, 2, 3))
+        assert np.abs(found - expected).max() < 3
+    out = np.empty((600, 16, 16, 3), np.uint8)
+    Video.open(path).counted().read(np.arange(600), out, "crop")
+    assert np.abs(out.mean((1, 2, 3)) - levels[:600]).max() < 3
+    assert count_frames(path, start=1.0, stride=3) == 199

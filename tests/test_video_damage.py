@@ -15,7 +15,7 @@ from clips import EXACT, encode, ffmpeg, numbered, numbers
 from PIL import Image
 
 from emt.errors import EmtError
-from emt.video import Clip, probe, read_clip
+from emt.video import Clip, count_frames, probe, read_clip
 
 SIZE = (160, 120)
 X264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "24"]
@@ -237,6 +237,8 @@ def test_k7_the_hint_of_a_sparse_clip_can_be_followed(tmp_path: Path) -> None:
         clip = read_clip(path, frames=16, size=(16, 16), start=10, **part)  # type: ignore[arg-type]
         assert clip.warnings == ()
         assert clip.fps == pytest.approx(8, rel=0.05)
+    assert "--frames all --stride 3" in warning
+    assert read_clip(path, frames=count_frames(path, stride=3), size=(16, 16), stride=3).warnings == ()
 
 
 def test_a_slow_clip_of_which_every_frame_is_taken_is_not_sparse(tmp_path: Path) -> None:

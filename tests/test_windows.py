@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_backend import Recorder
 
 from emt import scratch
 from emt.backbone import Facts
 from emt.backbones.sd15.random_model import random_model
+from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
 from emt.features import Motion, MotionFeatures
 from emt.model_folder import find_model
@@ -251,6 +253,19 @@ def test_one_windows_motion_is_prepared_at_a_time(pipe, motion, monkeypatch):
     monkeypatch.setattr(type(pipe.backend), "prepare_motion", prepared)
     pipe.generate("a cat", motion, steps=2)
     assert len(alive) > 4
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("options", [{"recorder": Recorder}, {"low_memory": True}], ids=["captured", "low memory"])
+def test_every_way_to_run_the_network_makes_the_same_long_clip(pipe, motion, monkeypatch, options, interval):
+    """Captured calls are replayed with one window's motion after the other in the same place."""
+    other = pipe.extract_motion(reference(11, seed=1))
+    given = {"steps": 3, "seed": [1, 2], "cache_interval": interval}
+    expected = pipe.generate("a cat", [motion, other], **given)
+    monkeypatch.setattr(pipe, "backend", TorchBackend(pipe, **options))
+    made = pipe.generate("a cat", [motion, other], **given)
+    for one, same in zip(made, expected, strict=True):
+        assert np.abs(one.astype(int) - same.astype(int)).max() <= 1
 
 
 def test_long_motions_are_kept_in_files_beyond_the_memory(pipe, motion, monkeypatch, tmp_path):

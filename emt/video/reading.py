@@ -138,7 +138,7 @@ def _sparse(info: ClipInfo, picked: np.ndarray, times: np.ndarray) -> tuple[str,
     return (
         f"{show(info.path)}: {count(frames, 'frame')} of {info.duration:,.0f} s are {apart:,.1f} s apart, so that"
         f" movement between them is lost. Sample a part of it: --duration {frames / min(info.fps, _GOOD_RATE):g} or"
-        f" --stride {stride}, from --start SECONDS on.",
+        f" --stride {stride}, from --start SECONDS on; or make a longer clip: --frames all --stride {stride}.",
     )
 
 

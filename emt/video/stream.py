@@ -26,6 +26,8 @@ from emt.video.ffmpeg import Ffmpeg, open_file
 from emt.video.kinds import READABLE, not_video
 from emt.video.names import show
 
+_AT_ONCE = 500  # frames that one call of ffmpeg selects: their times fit on a command line, of Windows too
+_TERMS = 8  # of a sum in an expression of ffmpeg's
 _SHOWN = re.compile(
     r"^\[Parsed_showinfo.*?\] \[info\] n: .* fmt:(\S+) .*\bsar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\S)", re.MULTILINE
 )
@@ -121,13 +123,18 @@ class Video:
 
     def read(self, picked: np.ndarray, out: np.ndarray, fit: Fit) -> tuple[str, ...]:
         """Read frames; see `Source.read`."""
-        warning, opaque, combed = self._decode(picked, out, fit)
-        if combed:  # the stream only says so later than at its first frame
-            return replace(self, fields="marked", can_interlace=False).read(picked, out, fit)
+        warnings, opaque = [], False
+        for start in range(0, len(picked), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            warning, visible, combed = self._decode(picked[part], out[part], fit)
+            if combed:  # the stream only says so later than at its first frame
+                return replace(self, fields="marked", can_interlace=False).read(picked, out, fit)
+            opaque = opaque or visible
+            warnings.append(warning)
         if self.alpha and not opaque:
             # Nothing would be left of the clip: these are bytes that no player takes for transparency.
             return replace(self, alpha=False).read(picked, out, fit)
-        return (warning,) if warning else ()
+        return tuple(dict.fromkeys(filter(None, warnings)))
 
     def counted(self) -> Video:
         """Same source with the times of decoded frames; decodes all of it."""
@@ -217,11 +224,13 @@ class Video:
             filters += [f"setfield={self.fields}"] if self.fields != "marked" else []
             filters += ["bwdif=mode=send_frame:parity=auto:deint=interlaced"]
         if self.is_counted:  # in decoding from the start
-            chosen = [f"eq(n,{number})" for number in np.searchsorted(self.times, wanted).tolist()]
+            numbers = np.searchsorted(self.times, wanted).tolist()
+            chosen = _any_of("n", [(f"{number}", f"eq(n,{number})") for number in numbers])
         else:
             gap = half_gap(self.times) / 2
-            chosen = [f"between(t,{t - gap:.9f},{t + gap:.9f})" for t in wanted.tolist()]
-        filters += [f"select='{'+'.join(chosen)}'"]
+            first_last = [(f"{t - gap:.9f}", f"{t + gap:.9f}") for t in wanted.tolist()]
+            chosen = _any_of("t", [(first, f"between(t,{first},{last})") for first, last in first_last])
+        filters += [f"select='{chosen}'"]
         if self.can_interlace and not self.fields:
             filters += ["showinfo=checksum=0"]
         converted = self.colours.after_scaling(self.alpha)
@@ -242,6 +251,22 @@ class Video:
         if fit == "pad":
             filters += [f"pad={width}:{height}:(ow-iw)/2:(oh-ih)/2:color=black"]
         return filters
+
+
+def _any_of(variable: str, chosen: list[tuple[str, str]]) -> str:
+    """An expression of ffmpeg's that is true for what one of some conditions holds for.
+
+    A search by halves: ffmpeg refuses sums of more than a hundred terms, and would evaluate all of them for each frame.
+
+    Args:
+        variable: `n` or `t`.
+        chosen: The smallest number for which each condition holds, in rising order, and the condition.
+    """
+    if len(chosen) <= _TERMS:
+        return "+".join(condition for _, condition in chosen)
+    middle = len(chosen) // 2
+    below, above = _any_of(variable, chosen[:middle]), _any_of(variable, chosen[middle:])
+    return f"if(lt({variable},{chosen[middle][0]}),{below},{above})"
 
 
 @dataclass(frozen=True)
