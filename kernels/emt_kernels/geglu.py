@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, triton_op, use_triton, wrap_triton
 
 
 def geglu_reference(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ if INSTALLED:
         y = gated(h, gate)
         tl.store(out + first * inner + row[:, None] * inner + channel[None, :], y.to(out.dtype.element_ty), mask=mask)
 
-    @torch.library.triton_op("emt::geglu", mutates_args={})
+    @triton_op("emt::geglu")
     def _geglu(x: Tensor) -> Tensor:
         _check(x)
         x = x.contiguous()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, triton_op, use_triton, wrap_triton
 
 
 def group_norm_silu_reference(
@@ -530,7 +530,7 @@ if INSTALLED:
         )
         return out
 
-    @torch.library.triton_op("emt::group_norm_silu", mutates_args={})
+    @triton_op("emt::group_norm_silu")
     def _group_norm_silu(
         x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
     ) -> Tensor:
@@ -544,7 +544,7 @@ if INSTALLED:
     ) -> Tensor:
         return torch.empty_like(x, memory_format=torch.channels_last)
 
-    @torch.library.triton_op("emt::group_norm_silu_backward", mutates_args={})
+    @triton_op("emt::group_norm_silu_backward")
     def _group_norm_silu_backward(
         grad: Tensor,
         x: Tensor,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, triton_op, use_triton, wrap_triton
 
 
 def layer_norm_reference(
@@ -175,7 +175,7 @@ if INSTALLED:
             y += load_positions(positions, first + row, tokens, frames, channel, channels, mask)
             tl.store(positioned + base + at, y.to(positioned.dtype.element_ty), mask=mask)
 
-    @torch.library.triton_op("emt::layer_norm", mutates_args={})
+    @triton_op("emt::layer_norm")
     def _layer_norm(
         x: Tensor,
         weight: Tensor,

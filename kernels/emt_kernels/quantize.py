@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emt_kernels.geglu import geglu_reference
 from emt_kernels.layer_norm import layer_norm_reference
-from emt_kernels.selection import INSTALLED, use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, triton_op, use_triton, wrap_triton
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -235,7 +235,7 @@ if INSTALLED:
 
     _BOUNDS = {"LARGEST": LARGEST, "SMALLEST": SMALLEST}
 
-    @torch.library.triton_op("emt::quantize_rows", mutates_args={})
+    @triton_op("emt::quantize_rows")
     def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x, channels = x.contiguous(), x.shape[-1]
         values, scale = _outputs(x, channels)
@@ -250,7 +250,7 @@ if INSTALLED:
     def _(x: Tensor) -> tuple[Tensor, Tensor]:
         return _outputs(x, x.shape[-1])
 
-    @torch.library.triton_op("emt::geglu_quantized", mutates_args={})
+    @triton_op("emt::geglu_quantized")
     def _geglu_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
         x, inner = x.contiguous(), x.shape[-1] // 2
         values, scale = _outputs(x, inner)
@@ -265,7 +265,7 @@ if INSTALLED:
     def _(x: Tensor) -> tuple[Tensor, Tensor]:
         return _outputs(x, x.shape[-1] // 2)
 
-    @torch.library.triton_op("emt::layer_norm_quantized", mutates_args={})
+    @triton_op("emt::layer_norm_quantized")
     def _layer_norm_quantized(
         x: Tensor,
         weight: Tensor,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 Kernels = Literal["auto", "triton", "reference"]
 
@@ -92,11 +95,67 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class _Calls(threading.local):
+    """Whether this thread runs an operator on tensors that hold numbers, where nothing is traced."""
+
+    real = False
+
+
+_calls = _Calls()
+
+
+def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: register an operator that launches kernels by `wrap_triton`, which compilers see into.
+
+    `torch.library.triton_op` does the same, but imports PyTorch's compiler for it, which takes as long as PyTorch
+    itself; here a compiler brings itself along.
+
+    Args:
+        name: of the operator, with its namespace.
+    """
+
+    def register(body: Callable[..., Any]) -> Any:
+        @functools.wraps(body)
+        def compute(*args: Any, **options: Any) -> Any:
+            before, _calls.real = _calls.real, True
+            try:
+                return body(*args, **options)
+            finally:
+                _calls.real = before
+
+        schema = torch.library.infer_schema(body, mutates_args=())
+        operator = torch.library.custom_op(name, compute, mutates_args=(), schema=schema)
+        operator.register_torch_dispatch(FunctionalTensorMode, functools.partial(_decompose, name, body))
+        return operator
+
+    return register
+
+
+def _decompose(name: str, body: Callable[..., Any], mode: Any, op: Any, types: Any, args: Any, options: Any) -> Any:
+    """Trace into an operator where a compiler makes tensors functional; `torch.export` alone keeps it whole."""
+    from torch._library import triton as known
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    if hasattr(known, "get_inner_triton_kernels"):  # their source is part of the key of compiled code
+        known.triton_ops_to_kernels.setdefault(name, known.get_inner_triton_kernels(body))
+    if custom_triton_ops_decomposition_disabled():
+        return mode.__torch_dispatch__(op, types, args, options)
+    if any(kind not in (Tensor, FunctionalTensor) and not issubclass(kind, FakeTensor) for kind in types):
+        return NotImplemented
+    with mode:
+        return body(*args, **options)
+
+
 def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton`, which refuses interpreted kernels: those are returned as they are."""
+    """`torch.library.wrap_triton` where a call is traced; the kernel itself on tensors that hold numbers.
+
+    Interpreted kernels, which that refuses, are returned as they are, too.
+    """
     if (other := untraced(kernel)) is not kernel:
         return other
-    return kernel if interpreted() else torch.library.wrap_triton(kernel)
+    return kernel if _calls.real or interpreted() else torch.library.wrap_triton(kernel)
 
 
 def untraced(kernel: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import INSTALLED, substitute, use_triton, wrap_triton
+from emt_kernels.selection import INSTALLED, substitute, triton_op, use_triton, wrap_triton
 
 # CUDA's fused attention kernels put the batch on a grid axis of 65,535 blocks.
 _MAX_ATTENTION_BATCH = 65_535
@@ -734,7 +734,7 @@ if INSTALLED:
         wrap_triton(_temporal_attention)[grid](**arguments)
         return out
 
-    @torch.library.triton_op("emt::temporal_attention", mutates_args={})
+    @triton_op("emt::temporal_attention")
     def _operator(
         query: Tensor,
         key: Tensor,
@@ -779,7 +779,7 @@ if INSTALLED:
             )
         return gradients
 
-    @torch.library.triton_op("emt::temporal_attention_backward", mutates_args={})
+    @triton_op("emt::temporal_attention_backward")
     def _backward_operator(
         gradient: Tensor,
         query: Tensor,
