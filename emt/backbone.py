@@ -31,6 +31,9 @@ PUBLISHED = "MotionTransferUNet"
 #: Networks whose package has `switching`: clips may have LoRAs, a VAE and embeddings of their own.
 SWITCHING = ("MotionTransferUNet",)
 
+#: Networks with a module `opening`, which opens a model folder without diffusers and transformers.
+OPENED_DIRECTLY = ("MotionTransferUNet",)
+
 #: Text encoders that are too large to be open beside a network, by the class that `model_index.json` names: prompts are
 #: encoded apart (`emt.prompts`).
 LARGE_TEXT_ENCODERS = ("UMT5EncoderModel",)

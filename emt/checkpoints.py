@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
-from diffusers.models.modeling_utils import no_init_weights
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from emt.errors import EmtError, first_line
 from emt.storage import check_readable, sha256_of
 
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 # Entries of what training programs save that hold the tensors; the second of textual inversion.
 _STATES = ("state_dict", "string_to_param")
@@ -400,10 +400,26 @@ def _extra_prefix(missing: Iterable[str], unexpected: Sequence[str]) -> str:
     return ""
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Has weights, which layers allocate by `torch.empty`, take no memory and no time to draw; all else is computed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]  # for which PyTorch would import its compiler
+        if func is torch.empty:
+            kwargs = {"device": "meta"} | {name: value for name, value in (kwargs or {}).items() if name != "device"}
+        return func(*args, **(kwargs or {}))
+
+
+def without_memory(build: Callable[[], T]) -> T:
+    """Result of `build`, with its weights on the meta device and its computed buffers as they are."""
+    with _WithoutMemory():
+        return build()
+
+
 def allocate(build: Callable[[], M], dtype: torch.dtype) -> M:
     """Build a model with parameters allocated in `dtype` but not initialised: drawing gigabytes takes long."""
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = build()
+    model = without_memory(build)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
@@ -439,7 +455,7 @@ def check_loaded(parts: Mapping[str, nn.Module], folder: Path, variant: str | No
 def _check_part(name: str, model: nn.Module, folder: Path, variant: str | None) -> None:
     own = {_bare(key): tensor for key, tensor in model.state_dict().items() if not key.endswith(".position_ids")}
     given: State = {}
-    for file in _opened_files(folder, variant):
+    for file in opened_files(folder, variant):
         given |= {_bare(key): tensor for key, tensor in read_checkpoint(file).state.items()}
     given = {key: tensor for key, tensor in given.items() if not key.endswith(".position_ids")}
     where = f"{name} of the model {folder.parent}"
@@ -456,7 +472,7 @@ def _check_part(name: str, model: nn.Module, folder: Path, variant: str | None) 
         )
 
 
-def _opened_files(folder: Path, variant: str | None) -> list[Path]:
+def opened_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files of weights that diffusers and transformers open in a folder."""
     inner = f".{variant}" if variant else ""
     if list(folder.glob(f"*.safetensors.index{inner}.json")):

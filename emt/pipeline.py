@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import importlib
 import logging
 import math
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.loaders import TextualInversionLoaderMixin
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, import_backbones
+from emt.backbone import LARGE_TEXT_ENCODERS, OPENED_DIRECTLY, module_of
 from emt.backends.base import Backend
 from emt.backends.codec import codec_of
 from emt.backends.torch import TorchBackend
-from emt.checkpoints import check_loaded
-from emt.diffusers_interface import DiffusersInterface
-from emt.diffusers_loras import LoraInterface
 from emt.errors import EmtError
 from emt.features import Motion, MotionFeatures, joined
 from emt.model_folder import find_model
+from emt.parts import Config, align
 from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
 from emt.prompts import PromptEncoder
 from emt.remote import is_url
@@ -39,27 +35,37 @@ from emt.windowed import WindowedDenoiser, read_in_windows
 from emt.windows import Windows, windows_over
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from emt.diffusers_pipeline import MotionTransferPipeline as MotionTransferPipeline
     from emt.video import Clip
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Of a model folder: diffusers imports no network's module because a folder names it.
-_CUSTOM_PIPELINE = '''"""Opens this folder in diffusers, where emt is installed.
+#: What a model has no number of its own for, as published.
+DEFAULTS: dict[str, Any] = {
+    "frames": 16,
+    "height": 512,
+    "width": 512,
+    "steps": 25,
+    "guidance": 6.0,
+    "reference_timestep": 400,
+}
 
-    DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
-"""
 
-import {module}
-from emt.pipeline import MotionTransferPipeline
-'''
+def __getattr__(name: str) -> Any:
+    """`MotionTransferPipeline`, when it is first used: diffusers takes several times as long to import as PyTorch."""
+    if name != "MotionTransferPipeline":
+        raise AttributeError(f"module 'emt.pipeline' has no attribute {name!r}")
+    return importlib.import_module("emt.diffusers_pipeline").MotionTransferPipeline
 
 
-class MotionTransferPipeline(DiffusersInterface, LoraInterface, TextualInversionLoaderMixin, DiffusionPipeline):
+class MotionTransfer:
     """Motion transfer with an adapted text-to-video network (EfficientMT, arXiv 2503.19369).
 
-    The numbers are the model's defaults; those of this signature are the published ones.
+    It makes clips with the parts of a model. `MotionTransferPipeline` is the same as a pipeline of diffusers.
 
     Args:
         vae: autoencoder of images, such as Stable Diffusion's, or Wan's of video (`emt.backends.codec`).
@@ -67,117 +73,63 @@ class MotionTransferPipeline(DiffusersInterface, LoraInterface, TextualInversion
         tokenizer: of the text encoder.
         unet: the adapted network, an `emt.backbone.Backbone`.
         scheduler: its configuration is what the named schedulers are made from.
-        frames: of a clip.
-        height: pixels.
-        width: pixels.
-        steps: of the sampler.
-        guidance: classifier-free guidance scale.
-        reference_timestep: noise level at which the reference is read, of 1000.
-        sampler: a name of `SCHEDULERS`.
-        adapter: "none" if it is not trained.
+        defaults: the model's own, which replace those of `DEFAULTS`.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components: ClassVar = ["text_encoder"]
+    config: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    unet: Any
+    scheduler: Any
+    #: Encodes prompts where there is no `text_encoder`: its encoder is too large to be open beside the network.
+    prompt_encoder: PromptEncoder | None
+    backend: Backend
 
-    def __init__(
-        self,
-        vae: ModelMixin,
-        text_encoder: PreTrainedModel | None,
-        tokenizer: PreTrainedTokenizerBase,
-        unet: ModelMixin,
-        scheduler: SchedulerMixin,
-        frames: int = 16,
-        height: int = 512,
-        width: int = 512,
-        steps: int = 25,
-        guidance: float = 6.0,
-        reference_timestep: int = 400,
-        sampler: str = "ddim",
-        adapter: str = "trained",
-    ) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.register_to_config(
-            frames=frames,
-            height=height,
-            width=width,
-            steps=steps,
-            guidance=guidance,
-            reference_timestep=reference_timestep,
-            # Only what is not usual, so that other versions open the folder, too.
-            **({} if sampler == "ddim" else {"sampler": sampler}),
-            **({} if adapter == "trained" else {"adapter": adapter}),
-        )
-        self.codec = codec_of(vae, unet.latent_channels)
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, **defaults: Any) -> None:
+        self.config = Config(DEFAULTS | defaults)
+        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+        self.unet, self.scheduler = unet, scheduler
+        self._assemble()
+
+    def _assemble(self) -> None:
+        """Put together what executes the parts."""
+        self.codec = codec_of(self.vae, self.unet.latent_channels)
         self.vae_scale_factor = self.codec.pixels
-        #: Encodes prompts where there is no `text_encoder`: its encoder is too large to be open beside the network.
-        self.prompt_encoder: PromptEncoder | None = None
+        self.prompt_encoder = None
         #: Layer of the text encoder that prompts are read from, counted from the last: 1 is the last, 2 the one before.
         self.clip_skip = 1
-        self.backend: Backend = TorchBackend(self)
-        #: The scheduler that the model came with: one that was put in its place samples itself (`__call__`).
-        self.models_scheduler = scheduler
+        self.backend = TorchBackend(self)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> MotionTransferPipeline:
-        """Open a model folder or hub id, with the options of `DiffusionPipeline.from_pretrained`.
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.unet.device
 
-        Raises:
-            EmtError: a part has not the weights that its file holds.
-            OSError: there is no such model, or a file of it is missing.
-        """
-        where = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-        given = {name: options[name] for name in where if name in options}
-        index = cls.load_config(str(pretrained_model_name_or_path), **given)
-        import_backbones(index)
-        if index.get("vae", ["", ""])[1] == "AutoencoderKLWan" and isinstance(options.get("dtype"), torch.dtype):
-            options["dtype"] = {"default": options["dtype"], "vae": torch.float32}  # as it was trained
-        apart = index.get("text_encoder", ["", ""])[1] in LARGE_TEXT_ENCODERS and "text_encoder" not in options
-        if apart:
-            options["text_encoder"] = None
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            cached = {name: options[name] for name in ("cache_dir", "revision", "variant") if name in options}
-            folder = Path(cls.download(str(pretrained_model_name_or_path), local_files_only=True, **cached))
-        parts = {name: part for name, part in pipe.components.items() if name not in options}
-        networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-        check_loaded(networks, folder, options.get("variant"))
-        if apart:
-            pipe.prompt_encoder = PromptEncoder.of_model(pretrained_model_name_or_path, **given)
-        return pipe
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.device
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write a model folder, as `DiffusionPipeline.save_pretrained`, with the text encoder that is not open.
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by their names."""
+        return {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
 
-        With `pipeline.py`, `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
-        trust_remote_code=True)` opens it, too; not a model whose prompts are encoded apart.
-        """
-        super().save_pretrained(str(save_directory), **options)
-        kind = type(self.unet).__name__
-        if self.prompt_encoder is None and kind in BACKBONES:
-            text = _CUSTOM_PIPELINE.format(module=BACKBONES[kind][0])
-            (Path(save_directory) / "pipeline.py").write_text(text, encoding="utf-8")
-        if self.prompt_encoder is not None:
-            source, index = self.prompt_encoder.model, Path(save_directory) / "model_index.json"
-            shutil.copytree(source / "text_encoder", Path(save_directory) / "text_encoder")
-            listed = json.loads((source / "model_index.json").read_bytes())["text_encoder"]
-            index.write_text(json.dumps(json.loads(index.read_bytes()) | {"text_encoder": listed}, indent=2) + "\n")
+    def to(self, device: torch.device | str) -> Self:
+        """Move the parts to a device; on the CPU, what is mapped from files to where PyTorch's code is fastest."""
+        for part in (self.vae, self.text_encoder, self.unet):
+            torch.nn.Module.to(part, device)
+            align(part)
+        return self
+
+    def maybe_convert_prompt(self, prompt: str, tokenizer: Any) -> str:
+        """A prompt in which words of several vectors (textual inversions) are written once for each of them."""
+        return tokenizer.expanded(prompt)
 
     @property
     def size_multiple(self) -> int:
         """Height and width of clips are multiples of this, in pixels."""
         return self.vae_scale_factor * self.unet.facts.grid_step
-
-    def save_memory(self, device: torch.device | str) -> None:
-        """Make clips on a GPU with little memory, more slowly; the pipeline is in the computer's memory so far.
-
-        Of text encoder, network and VAE only the one that is needed is on the GPU. Samples go through the network
-        one by one, frames through the VAE, and a reference is prepared layer by layer, anew at each step, from features
-        in the computer's memory.
-        """
-        self.enable_model_cpu_offload(device=device)
 
     # ------------------------------------------------------------------------------------------------------ motion
 
@@ -501,17 +453,51 @@ def load_pipeline(
     Raises:
         EmtError: if there is no such model, or it is not one of motion transfer, or a file of it is damaged.
     """
-    hint = "Make a model folder with: emt import-weights --help"
     if is_url(model):
         model = find_model(str(model), download=True).folder
+    with _opening(model):
+        from emt.pipeline import MotionTransferPipeline
+
+        pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype)
+    return pipe.to(device)
+
+
+def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> MotionTransfer | None:
+    """Open a model folder for making clips, without diffusers; None if only diffusers can open it.
+
+    Its weights are mapped from its files, until `MotionTransfer.to` brings them to a device.
+
+    Raises:
+        EmtError: as `load_pipeline`.
+    """
+    with _opening(folder):
+        index = Config.read(folder / "model_index.json")
+        kind = index.get("unet", ["", ""])[1]
+        if kind not in OPENED_DIRECTLY:
+            return None
+        parts = module_of(kind, "opening").open_parts(folder, index, dtype)
+        if parts is None:
+            return None
+        scheduler = SimpleNamespace(config=Config.read(folder / "scheduler" / "scheduler_config.json"))
+        own = {name: value for name, value in index.items() if name in (*DEFAULTS, "sampler", "adapter")}
+        return MotionTransfer(**parts, scheduler=scheduler, **own)
+
+
+@contextlib.contextmanager
+def _opening(model: str | Path) -> Iterator[None]:
+    """Context manager in which a model is opened: whatever goes wrong with its files is one error.
+
+    Raises:
+        EmtError: as `load_pipeline`.
+    """
+    hint = "Make a model folder with: emt import-weights --help"
     local = isinstance(model, Path) or Path(model).exists()
     if local and not (Path(model) / "model_index.json").is_file():
         raise EmtError(f"{model} is not a model folder: it has no model_index.json", hint)
     try:
-        pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype)
+        yield
     except (EmtError, MemoryError):
         raise
     except Exception as error:  # damaged configurations fail in any way in the parsers of diffusers and transformers
         text = shorten(str(error) or type(error).__name__, 400)
         raise EmtError(f"the model {model} cannot be opened: {text}", hint) from error
-    return pipe.to(device)

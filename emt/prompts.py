@@ -16,18 +16,19 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError, first_line
 from emt.storage import write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class PromptEncoder:
         """The encoder of a model folder or hub id, which keeps encodings below `caches`, by default the user's."""
         folder, caches = Path(model), caches or default_dir()
         if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
             folder = Path(
                 snapshot_download(str(model), allow_patterns=["*.json", "text_encoder/*", "tokenizer/*"], **download)
             )
@@ -172,6 +175,8 @@ class PromptEncoder:
         return encoding
 
     def _encode(self, prompts: Sequence[str], device: torch.device | str) -> None:
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.model / "tokenizer"), local_files_only=True)
             encoder: Any = UMT5EncoderModel.from_pretrained(

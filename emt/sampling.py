@@ -4,103 +4,73 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    SchedulerMixin,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
 from emt.errors import EmtError
+from emt.solvers import DDIM, DPMSolver
 
 if TYPE_CHECKING:
     from emt.backends.base import Backend
     from emt.features import PreparedMotion, TextFeatures
 
+_FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+
 #: Steps up to which the spacing of a sampler matters.
 _COARSE = 60
 
 
-class DDIM(DDIMScheduler):
-    """DDIM with even steps from the end of the schedule, whatever their number.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of sampler: a class of `emt.solvers`, or one of diffusers, which is imported when it is needed.
 
-    diffusers takes steps of a whole number of timesteps, 1000 // n: of 334 steps the first is at timestep 667, and of
-    201 the last at −1. Where that is off by more than a few percent of a step, timesteps are spread evenly, and each
-    step leads to the next one.
+    Args:
+        name: of diffusers' class.
+        own: the class that takes its place for configurations that it builds.
     """
 
-    _even = False
-    num_inference_steps: Any
+    name: str
+    own: Callable[..., Any] | None = None
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose the timesteps for a number of steps."""
-        super().set_timesteps(num_inference_steps, device)
-        total = self.config.num_train_timesteps
-        self._even = bool(total % num_inference_steps) and num_inference_steps**2 > total
-        if not self._even:
-            return
-        places = np.arange(num_inference_steps)[::-1] * (total / num_inference_steps)
-        if self.config.timestep_spacing == "leading":
-            timesteps = places.round().astype(np.int64)
-            timesteps += min(self.config.steps_offset, total - 1 - timesteps[0])
-        else:
-            timesteps = (places + total / num_inference_steps).round().astype(np.int64) - 1
-        self.timesteps = torch.from_numpy(timesteps).to(device)
+    def from_config(self, config: Mapping[str, Any], **others: Any) -> Any:
+        """A sampler of a scheduler's configuration, with other entries."""
+        builds = getattr(self.own, "builds", None)
+        if self.own and (builds is None or builds(config, **others)):
+            return self.own(config, **others)
+        return self.load().from_config(config, **others)
 
-    def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, **options: Any) -> Any:
-        """Take the step from a timestep to the next one."""
-        if not self._even:
-            return super().step(model_output, timestep, sample, **options)
-        steps, here = self.num_inference_steps, int(timestep)
-        later = self.timesteps[self.timesteps < here]
-        following = int(later[0]) if len(later) else -1
-        try:
-            # DDIMScheduler steps to the timestep `here - num_train_timesteps // num_inference_steps`.
-            self.num_inference_steps = Fraction(self.config.num_train_timesteps, here - following)
-            return super().step(model_output, timestep, sample, **options)
-        finally:
-            self.num_inference_steps = steps
+    def load(self) -> Any:
+        """The class of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.name)
 
 
-SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    "ddim": DDIM,
-    "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "lcm": LCMScheduler,
-    "euler_a": EulerAncestralDiscreteScheduler,
-    "heun": HeunDiscreteScheduler,
-    "dpm2": KDPM2DiscreteScheduler,
-    "dpm2_karras": KDPM2DiscreteScheduler,
-    "dpm2_a": KDPM2AncestralDiscreteScheduler,
-    "dpm2_a_karras": KDPM2AncestralDiscreteScheduler,
-    "dpm++_2m": DPMSolverMultistepScheduler,
-    "dpm++_2m_karras": DPMSolverMultistepScheduler,
-    "dpm++_2m_sde": DPMSolverMultistepScheduler,
-    "dpm++_2m_sde_karras": DPMSolverMultistepScheduler,
-    "dpm++_sde": DPMSolverSinglestepScheduler,
-    "dpm++_sde_karras": DPMSolverSinglestepScheduler,
-    "deis": DEISMultistepScheduler,
-    "ddpm": DDPMScheduler,
-    "tcd": TCDScheduler,
+SCHEDULERS: dict[str, Kind] = {
+    "ddim": Kind("DDIMScheduler", DDIM),
+    "dpm++": Kind("DPMSolverMultistepScheduler", DPMSolver),
+    "unipc": Kind("UniPCMultistepScheduler"),
+    "euler": Kind("EulerDiscreteScheduler"),
+    "lcm": Kind("LCMScheduler"),
+    "euler_a": Kind("EulerAncestralDiscreteScheduler"),
+    "heun": Kind("HeunDiscreteScheduler"),
+    "dpm2": Kind("KDPM2DiscreteScheduler"),
+    "dpm2_karras": Kind("KDPM2DiscreteScheduler"),
+    "dpm2_a": Kind("KDPM2AncestralDiscreteScheduler"),
+    "dpm2_a_karras": Kind("KDPM2AncestralDiscreteScheduler"),
+    "dpm++_2m": Kind("DPMSolverMultistepScheduler", DPMSolver),
+    "dpm++_2m_karras": Kind("DPMSolverMultistepScheduler", DPMSolver),
+    "dpm++_2m_sde": Kind("DPMSolverMultistepScheduler", DPMSolver),
+    "dpm++_2m_sde_karras": Kind("DPMSolverMultistepScheduler", DPMSolver),
+    "dpm++_sde": Kind("DPMSolverSinglestepScheduler"),
+    "dpm++_sde_karras": Kind("DPMSolverSinglestepScheduler"),
+    "deis": Kind("DEISMultistepScheduler"),
+    "ddpm": Kind("DDPMScheduler"),
+    "tcd": Kind("TCDScheduler"),
 }
 
 #: Samplers that have the model's own spacing, or that of their distillation.
@@ -119,28 +89,26 @@ def scheduler_options(name: str, steps: int) -> dict[str, Any]:
         options["use_karras_sigmas"] = True
     if "_sde" in name:
         options["algorithm_type"] = "sde-dpmsolver++"
-    if SCHEDULERS[name] is DPMSolverSinglestepScheduler:
+    if SCHEDULERS[name].name == "DPMSolverSinglestepScheduler":
         options["lower_order_final"] = True  # else it does not take an odd number of steps
     return options
 
 
 #: Of a flow; DDIM without added noise is Euler's method there.
-FLOW_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    "ddim": FlowMatchEulerDiscreteScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": FlowMatchEulerDiscreteScheduler,
+FLOW_SCHEDULERS: dict[str, Kind] = {
+    "ddim": Kind(_FLOW_EULER),
+    "dpm++": Kind("DPMSolverMultistepScheduler"),
+    "unipc": Kind("UniPCMultistepScheduler"),
+    "euler": Kind(_FLOW_EULER),
 }
 
 
-def is_flow(scheduler: SchedulerMixin) -> bool:
+def is_flow(scheduler: Any) -> bool:
     """True if a scheduler's model predicts the velocity of a flow, `noise − clip`, and not noise."""
-    return scheduler.config.get("prediction_type") == "flow_prediction" or isinstance(
-        scheduler, FlowMatchEulerDiscreteScheduler
-    )
+    return scheduler.config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__ == _FLOW_EULER
 
 
-def make_sampler(name: str, scheduler: SchedulerMixin, steps: int) -> Any:
+def make_sampler(name: str, scheduler: Any, steps: int) -> Any:
     """Make a sampler with its timesteps, from noise to image, on the CPU; a new one for each clip, as it keeps state.
 
     The spacing does not depend on how the model was opened: samplers begin at the end of the schedule ("trailing", Lin
@@ -164,10 +132,10 @@ def make_sampler(name: str, scheduler: SchedulerMixin, steps: int) -> Any:
     shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
     if not flow:
         sampler = allowed[name].from_config(scheduler.config, **scheduler_options(name, steps))
-    elif allowed[name] is FlowMatchEulerDiscreteScheduler:
-        sampler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    elif allowed[name].name == _FLOW_EULER:
+        sampler = allowed[name].load()(shift=shift)
     else:
-        sampler = allowed[name](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        sampler = allowed[name].load()(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     try:
         sampler.set_timesteps(steps, device="cpu")
     except ValueError as error:
@@ -231,12 +199,12 @@ def run_sampler(
     return latents
 
 
-def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """Noisy latents of a timestep of 1000, (n,), in the terms of a model's scheduler."""
     if is_flow(scheduler):
         sigma = (timestep.float() / 1000).view(-1, *[1] * (latents.ndim - 1))
         return ((1 - sigma) * latents.float() + sigma * noise.float()).to(latents.dtype)
-    return DDIMScheduler.from_config(scheduler.config).add_noise(latents, noise, timestep)
+    return DDIM(scheduler.config).add_noise(latents, noise, timestep)
 
 
 class NonFiniteError(EmtError):

@@ -35,13 +35,13 @@ ROOMS = """
 emt_kernels
 emt emt.backbones emt.errors emt.presets emt.demo
 emt.storage emt.scratch emt.vocabulary emt.hub
-emt.video emt.contact_sheet | emt.checkpoints | emt.synthetic
+emt.video emt.contact_sheet | emt.checkpoints emt.parts | emt.synthetic
 emt.features | emt.evaluate
 emt.backbone emt.windows
 emt.cache emt.remote emt.model_folder | emt.device
-emt.backends emt.windowed | emt.sampling | emt.prompts | emt.importing
+emt.backends emt.windowed | emt.sampling emt.solvers | emt.prompts | emt.importing
 emt.diffusers_interface | emt.diffusers_loras
-emt.pipeline
+emt.pipeline emt.diffusers_pipeline
 emt.backbones.sd15 | emt.backbones.wan21
 emt.unet
 emt.train

@@ -195,7 +195,7 @@ class TestBackends:
         other.backend = TorchBackend(other, **options)
         for seed in (0, 1, 2):  # a recorded reference pass is one that has been met
             motions = [p.extract_motion(clip(seed)) for p in (pipe, other)]
-            a, b = (p(["a cat", "a dog"], m)[1] for p, m in zip((pipe, other), motions, strict=True))
+            a, b = (p.generate(["a cat", "a dog"], m)[1] for p, m in zip((pipe, other), motions, strict=True))
             assert far(a, b) < 0.1
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from emt.backends.base import Backend
 from emt.backends.vae import are_pictures, as_pixels, decode_exactly, encode_exactly, is_finite
 from emt.backends.video_vae import PIXELS, decode_frames, encode_frames, latent_frames
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 
 class Codec(Protocol):
@@ -125,7 +127,7 @@ class VideoCodec:
 
 
 def codec_of(vae: Any, channels: int) -> Codec:
-    """The codec of an autoencoder of diffusers, for a network with so many latent channels."""
-    if isinstance(vae, AutoencoderKLWan):
+    """The codec of an autoencoder, for a network with so many latent channels."""
+    if hasattr(vae.config, "latents_mean") and hasattr(vae.config, "temperal_downsample"):  # of diffusers' for Wan
         return VideoCodec(vae)
     return ImageCodec(vae, max(channels // vae.config.latent_channels, 1))

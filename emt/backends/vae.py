@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from emt.checkpoints import allocate
@@ -29,13 +28,13 @@ class _GroupNormSiLU(nn.GroupNorm):
 
 
 def prepare_vae(vae: Any) -> None:
-    """Convert the weights of a diffusers VAE to channels-last memory and fuse its group norms with SiLUs after them.
+    """Convert the weights of a VAE to channels-last memory and fuse its group norms with SiLUs after them.
 
     Its state dict stays as it is.
     """
     convert_to_channels_last(vae)
     for module in vae.modules():
-        if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, nn.SiLU):
+        if isinstance(getattr(module, "nonlinearity", None), nn.SiLU):  # of a residual block
             pairs = [("norm1", "nonlinearity"), ("norm2", "nonlinearity")]
         elif isinstance(getattr(module, "conv_act", None), nn.SiLU):
             pairs = [("conv_norm_out", "conv_act")]

@@ -8,14 +8,16 @@ memory of one chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from emt.backends.vae import as_pixels, is_finite, no_pictures
+from emt.parts import offloaded
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 #: Frames of a latent frame, but the first, and pixels of a latent.
 FRAMES, PIXELS = 4, 8
@@ -91,13 +93,15 @@ def decode_frames(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
         raise no_pictures(vae)
 
 
-@apply_forward_hook
+@offloaded
 def _bring(vae: AutoencoderKLWan) -> None:
     """Move the VAE to where it computes, if it is offloaded: its own methods would do so when they are called."""
 
 
 def _cache(network: nn.Module) -> list[Tensor | None]:
     """Room for the last frames that each convolution over time saw."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
     return [None] * sum(isinstance(module, WanCausalConv3d) for module in network.modules())
 
 

@@ -42,7 +42,7 @@ from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import Tracklets, track
 from emt.features import Motion, MotionFeatures, TextFeatures
-from emt.pipeline import MotionTransferPipeline
+from emt.pipeline import MotionTransfer
 from emt.sampling import check_finite, noise_generator
 
 PUBLISHED_VALUES = 16 * 4 * 64 * 64
@@ -97,7 +97,7 @@ class Teacher:
         EmtError: If the model takes no reference in the blocks that are to be guided.
     """
 
-    def __init__(self, pipe: MotionTransferPipeline, guidance: Guidance = Guidance()) -> None:
+    def __init__(self, pipe: MotionTransfer, guidance: Guidance = Guidance()) -> None:
         self.pipe, self.guidance = pipe, guidance
         if not hasattr(pipe.unet, "attention_maps"):
             problem = f"a {type(pipe.unet).__name__} has no attention over time alone, which a teacher compares"
@@ -118,7 +118,7 @@ class Teacher:
 
     @torch.no_grad()
     def read(self, motions: Sequence[Motion]) -> SparseMaps:
-        """The sparse maps of references, from what `MotionTransferPipeline.extract_motion` read of them."""
+        """The sparse maps of references, from what `MotionTransfer.extract_motion` read of them."""
         device = self.pipe._execution_device  # features that spare a GPU's memory are on the host
         each = [
             [full.topk(self.guidance.kept, dim=-1) for full in self.maps(motion.features.to(device))]
@@ -160,7 +160,7 @@ class Teacher:
         Args:
             prompts: One for each clip.
             motions: One for each clip, of one shape.
-            seeds: Of the initial noise, which is that of `MotionTransferPipeline` for the same seed.
+            seeds: Of the initial noise, which is that of `MotionTransfer` for the same seed.
             steps: None for the model's default.
             text_guidance: s of the module's text; None for the model's default.
             negative_prompts: What guidance by text leads away from; None for nothing.

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from emt.backends.base import Backend
     from emt.features import Motion
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
     from emt.prompts import PromptEncoder
     from emt.train.teacher import Teacher
     from emt.video import Clip, Sound
@@ -123,8 +124,6 @@ def heard_warnings() -> Iterator[list[str]]:
 
 def silence_libraries() -> None:
     """No progress bars of libraries from here on, nor, unless details are shown, warnings, which are for developers."""
-    import warnings
-
     import transformers
     from diffusers.utils import logging as diffusers_logging
 
@@ -139,9 +138,9 @@ def silence_libraries() -> None:
 def open_pipeline(
     model: Model,
     device: Device,
-    prepare: Callable[[MotionTransferPipeline], None] = lambda pipe: None,
+    prepare: Callable[[MotionTransfer], None] | None = None,
     low_memory: bool = False,
-) -> MotionTransferPipeline:
+) -> MotionTransfer:
     """A model on a device, the libraries' own messages silenced.
 
     Args:
@@ -153,18 +152,23 @@ def open_pipeline(
     Raises:
         EmtError: the model cannot be opened, or does not fit in the device's memory.
     """
-    from emt.pipeline import load_pipeline
+    from emt.pipeline import load_pipeline, open_model
 
-    silence_libraries()
+    if not messages.shows(messages.DETAIL):
+        warnings.simplefilter("ignore")
     try:
-        pipe = load_pipeline(model.folder, "cpu", device.dtype)
-        prepare(pipe)
-        if not low_memory:
-            pipe = pipe.to(device.torch_device)
-            if device.precision == "fp8":
-                pipe.unet.use_fp8()
-            return pipe
-        pipe.save_memory(device.torch_device)
+        pipe = None if low_memory else open_model(model.folder, device.dtype)
+        if pipe is None:
+            silence_libraries()
+            pipe = full = load_pipeline(model.folder, "cpu", device.dtype)
+        if prepare:
+            prepare(pipe)
+        if low_memory:
+            full.save_memory(device.torch_device)
+            return full
+        pipe = pipe.to(device.torch_device)
+        if device.precision == "fp8":
+            pipe.unet.use_fp8()
         return pipe
     except Exception as error:
         if not is_out_of_memory(error):
@@ -218,7 +222,7 @@ class Generator:
         self._say = say
         self._guard = threading.Lock()
         self._device: Device | None = None
-        self._pipe: MotionTransferPipeline | None = None
+        self._pipe: MotionTransfer | None = None
         self._teacher: Teacher | None = None
         self._engines = engines
         self._backends: dict[Path, Backend] = {}
@@ -246,7 +250,7 @@ class Generator:
                 self._device = device
             return self._device
 
-    def load(self, addons: Addons | None = None) -> MotionTransferPipeline:
+    def load(self, addons: Addons | None = None) -> MotionTransfer:
         """The pipeline, loaded on first use.
 
         Args:
@@ -277,7 +281,7 @@ class Generator:
     def _is_quantized(self) -> bool:
         return self.device.precision == "fp8"
 
-    def _lay(self, pipe: MotionTransferPipeline, addons: Addons) -> None:
+    def _lay(self, pipe: MotionTransfer, addons: Addons) -> None:
         """Have these add-ons over the model, and no others."""
         fresh = self._weights is None or self._weights.pipe is not pipe
         if addons.files != (() if fresh else self._laid.files):
@@ -342,7 +346,7 @@ class Generator:
         engine = self._engines.frames if self._engines else None
         return self.window or engine or self.model.frames_at_once(frames)
 
-    def _switch(self, pipe: MotionTransferPipeline, engine: Engine | None) -> None:
+    def _switch(self, pipe: MotionTransfer, engine: Engine | None) -> None:
         """Let an engine, or PyTorch, execute the network from here on."""
         if engine is None:
             pipe.backend = self._torch

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from emt.device import Device
     from emt.model_folder import Model
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _rows(
 
 
 def _measure(
-    way: str, pipe: MotionTransferPipeline, device: Device, settings: Settings, truth: Tensor | None
+    way: str, pipe: MotionTransfer, device: Device, settings: Settings, truth: Tensor | None
 ) -> tuple[Timings, Tensor]:
     """Time a way; also the output of its step, which is compared with the first way's."""
     import numpy as np
@@ -221,7 +221,7 @@ def _measure(
 
 
 def _parts(
-    pipe: MotionTransferPipeline, device: Device, settings: Settings, clip: np.ndarray
+    pipe: MotionTransfer, device: Device, settings: Settings, clip: np.ndarray
 ) -> tuple[dict[str, float], Tensor]:
     """Times of the parts of a clip, and the output of a step."""
     import torch

@@ -10,7 +10,7 @@ from emt.errors import EmtError
 from emt_engines.manifest import Part, Request
 
 if TYPE_CHECKING:
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 Progress = Callable[[str, float], None]
 """Called with the current activity and the share of the build that is done, from 0 to 1."""
@@ -41,7 +41,7 @@ class Builder(Protocol):
         """
         ...
 
-    def build(self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Progress) -> list[Part]:
+    def build(self, pipe: MotionTransfer, request: Request, folder: Path, progress: Progress) -> list[Part]:
         """Write the engine's files into `folder`.
 
         Args:

@@ -18,14 +18,14 @@ from emt_engines.registry import builder_modules, load_builder, load_runtime
 
 if TYPE_CHECKING:
     from emt.backends.base import Backend
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 #: Greatest difference from eager PyTorch, over the greatest value, that a build may have. In fp16 a network of this
 #: depth rounds to about 5e-3; bf16 has an eighth of its precision, and accumulation loses less than that suggests.
 PARITY = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
 
 
-def open_engine(folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) -> Backend:
+def open_engine(folder: Path, manifest: Manifest, pipe: MotionTransfer) -> Backend:
     """The backend that runs an engine, after checking its files; the caller has checked `Manifest.match`.
 
     Raises:
@@ -38,7 +38,7 @@ def open_engine(folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) 
 
 
 def build_engine(
-    pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Progress = lambda what, done: None
+    pipe: MotionTransfer, request: Request, folder: Path, progress: Progress = lambda what, done: None
 ) -> Manifest:
     """Build an engine into a folder, which appears under its name only when complete and verified.
 
@@ -96,7 +96,7 @@ def build_engine(
     return manifest
 
 
-def verified(folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) -> tuple[Part, ...]:
+def verified(folder: Path, manifest: Manifest, pipe: MotionTransfer) -> tuple[Part, ...]:
     """Measure the parity of an engine; returns its parts with it.
 
     Raises:

@@ -28,7 +28,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from emt.backbone import Execution
@@ -47,7 +46,7 @@ from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
 from emt_kernels.precompile import processors
 
 if TYPE_CHECKING:
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 #: What an engine is made of, for each size.
 PARTS = ("denoise", "reference", "vae_encoder", "vae_decoder")
@@ -97,7 +96,7 @@ class InductorBuilder:
             raise EmtError(f"PyTorch {torch.__version__} is too old for engines", "Install torch 2.8 or newer.")
 
     def build(
-        self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
+        self, pipe: MotionTransfer, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
         """Compile every part for every size into `folder`; see `emt_engines.base.Builder`."""
         networks = _Configurations.of(pipe)
@@ -122,7 +121,7 @@ class _Shell:
     """Networks with any weights, in place of a pipeline."""
 
     unet: Any
-    vae: AutoencoderKL
+    vae: Any
     tokenizer: SimpleNamespace
     vae_scale_factor: int
     device: torch.device
@@ -133,22 +132,24 @@ class _Configurations:
     """The parts of a pipeline that decide the code of a package, without weights: enough for another process."""
 
     network: type[Any]
+    autoencoder: type[Any]
     unet: dict[str, Any]
     vae: dict[str, Any]
     tokens: int
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, pipe: MotionTransferPipeline) -> _Configurations:
+    def of(cls, pipe: MotionTransfer) -> _Configurations:
         """Those of a pipeline."""
         unet, vae = pipe.unet, pipe.vae
-        return cls(type(unet), dict(unet.config), dict(vae.config), pipe.tokenizer.model_max_length, unet.dtype)
+        tokens = pipe.tokenizer.model_max_length
+        return cls(type(unet), type(vae), dict(unet.config), dict(vae.config), tokens, unet.dtype)
 
     def make(self, device: str) -> _Shell:
         """Make them."""
         with torch.device(device):
             unet = self.network.from_config(self.unet).eval()
-            vae = AutoencoderKL.from_config(self.vae).eval()
+            vae = self.autoencoder.from_config(self.vae).eval()
         for part in (unet, vae):
             nn.Module.to(part, self.dtype)  # diffusers' own would warn of nothing
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -178,7 +179,7 @@ class _Failure:
     reason: str
 
 
-def _workers(pipe: MotionTransferPipeline, jobs: int) -> int:
+def _workers(pipe: MotionTransfer, jobs: int) -> int:
     """Processes that compile at once: each keeps some cores busy and, on a GPU, has networks of its own there."""
     workers = min(jobs, max(1, processors() // 4))
     if pipe.device.type == "cuda":
@@ -486,7 +487,7 @@ class InductorBackend(TorchBackend):
         self,
         folder: Path,
         manifest: Manifest,
-        pipe: MotionTransferPipeline,
+        pipe: MotionTransfer,
         *,
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:

@@ -36,7 +36,7 @@ from emt_kernels.selection import substitutes
 if TYPE_CHECKING:
     import onnx
 
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 OPSET = 23
 DOMAIN = "emt"
@@ -166,7 +166,7 @@ class _Traced(nn.Module):
         return self.part(*(x.flatten(2, 3) if _is_tokens(name) else x for name, x in inputs.items()))
 
 
-def coarsest(pipe: MotionTransferPipeline, name: str) -> int:
+def coarsest(pipe: MotionTransfer, name: str) -> int:
     """Number of rows of a part's first input for one of its coarsest grid."""
     if name.startswith("vae"):
         return pipe.vae_scale_factor if name == "vae_encoder" else 1
@@ -190,7 +190,7 @@ def _dimensions(inputs: Mapping[str, Tensor], varies: Callable[[str], bool], uni
 
 @torch.no_grad()
 def export(
-    pipe: MotionTransferPipeline, name: str, frames: int, file: Path
+    pipe: MotionTransfer, name: str, frames: int, file: Path
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Write one part of an engine as an ONNX file, and its weights beside it in a file of that name and ``.data``.
 
@@ -304,7 +304,7 @@ class OnnxBuilder:
             )
 
     def build(
-        self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
+        self, pipe: MotionTransfer, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
         """Write a file for each part into `folder`; see `emt_engines.base.Builder`."""
         check_sizes(pipe, request)
@@ -332,7 +332,7 @@ class OnnxBuilder:
         return parts
 
 
-def check_sizes(pipe: MotionTransferPipeline, request: Request) -> None:
+def check_sizes(pipe: MotionTransfer, request: Request) -> None:
     """Raise EmtError unless the network's levels halve all sizes evenly.
 
     Raises:
@@ -369,7 +369,7 @@ class FileBackend(PipelineBackend):
         pipe: The model.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, pipe: MotionTransfer) -> None:
         super().__init__(pipe)
         self.folder, self.manifest = folder, manifest
         self.parts = {part.name: part for part in manifest.parts}
@@ -447,7 +447,7 @@ class OnnxBackend(FileBackend):
 
     name = "onnx"
 
-    def __init__(self, folder: Path, manifest: Manifest, pipe: MotionTransferPipeline) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, pipe: MotionTransfer) -> None:
         super().__init__(folder, manifest, pipe)
         if importlib.util.find_spec("onnxruntime") is None:
             raise CannotRun("ONNX files cannot be run: onnxruntime is not installed", INSTALL)

@@ -12,7 +12,7 @@ from emt_engines.manifest import Manifest, Size
 
 if TYPE_CHECKING:
     from emt.backends.base import Backend
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 #: Of the 1,000 noise levels.
 _TIMESTEPS = (999.0, 500.0, 1.0)
@@ -24,7 +24,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(engine: Backend, manifest: Manifest, pipe: MotionTransferPipeline) -> dict[str, float]:
+def measure(engine: Backend, manifest: Manifest, pipe: MotionTransfer) -> dict[str, float]:
     """The worst `difference` of each part of an engine from eager PyTorch.
 
     Args:
@@ -68,7 +68,7 @@ def measure(engine: Backend, manifest: Manifest, pipe: MotionTransferPipeline) -
 class _Draw:
     """Random inputs, the same every time."""
 
-    def __init__(self, pipe: MotionTransferPipeline) -> None:
+    def __init__(self, pipe: MotionTransfer) -> None:
         self.pipe = pipe
         self.generator = torch.Generator().manual_seed(0)
 
@@ -100,10 +100,10 @@ def _counts(manifest: Manifest) -> list[int]:
     return list(dict.fromkeys([low, 2 * low, 2 * high]))
 
 
-def _encode(pipe: MotionTransferPipeline, images: Tensor) -> tuple[Tensor, Tensor]:
+def _encode(pipe: MotionTransfer, images: Tensor) -> tuple[Tensor, Tensor]:
     posteriors = [pipe.vae.encode(image).latent_dist for image in images.split(1)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
-def _decode(pipe: MotionTransferPipeline, latents: Tensor) -> Tensor:
+def _decode(pipe: MotionTransfer, latents: Tensor) -> Tensor:
     return torch.cat([pipe.vae.decode(image).sample for image in latents.split(1)])

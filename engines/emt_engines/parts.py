@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from emt.backends.base import Networks
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt_engines.manifest import TensorSpec
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 _PAIR = ("key", "value")
 
@@ -149,7 +146,7 @@ class Reference(nn.Module):
 class VaeEncoder(nn.Module):
     """The VAE's encoder."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
@@ -162,7 +159,7 @@ class VaeEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """The VAE's decoder."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 

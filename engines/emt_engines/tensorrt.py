@@ -36,7 +36,7 @@ from emt_engines.onnx_export import OPSET, PARTS, FileBackend, OnnxBuilder, chec
 from emt_engines.products import RTX, TENSORRT, Product
 
 if TYPE_CHECKING:
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class _Builder:
         self.product.load()
 
     def build(
-        self, pipe: MotionTransferPipeline, request: Request, folder: Path, progress: Callable[[str, float], None]
+        self, pipe: MotionTransfer, request: Request, folder: Path, progress: Callable[[str, float], None]
     ) -> list[Part]:
         """Build an engine of each part into `folder`; see `emt_engines.base.Builder`."""
         check_sizes(pipe, request)
@@ -313,9 +313,7 @@ class _Backend(FileBackend):
 
     product: Product
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, pipe: MotionTransferPipeline, *, trt: Any | None = None
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, pipe: MotionTransfer, *, trt: Any | None = None) -> None:
         super().__init__(folder, manifest, pipe)
         if trt is None:
             refuse(self.product, pipe.device)

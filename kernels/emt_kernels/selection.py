@@ -96,7 +96,7 @@ def interpreted() -> bool:
 
 
 class _Calls(threading.local):
-    """Whether this thread runs an operator on tensors that hold numbers, where nothing is traced."""
+    """State of each thread: `real` while it runs an operator on tensors that hold numbers, where nothing is traced."""
 
     real = False
 

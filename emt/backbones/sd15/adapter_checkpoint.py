@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emt.backbones.sd15.checkpoint_kinds import ADAPTER, read_kind
-from emt.backbones.sd15.unet import MotionTransferUNet, without_positions
+from emt.backbones.sd15.network import MotionTransferNetwork, without_positions
 from emt.checkpoints import Origin, State, naming_file
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
@@ -36,8 +36,8 @@ class AdapterCheckpoint:
     blocks: list[int]
     origin: Origin
 
-    def note_use(self, unet: MotionTransferUNet) -> None:
-        """Say in the origin which weights the network took and how, after `MotionTransferUNet.load_published`."""
+    def note_use(self, unet: MotionTransferNetwork) -> None:
+        """Say in the origin which weights the network took and how, after `MotionTransferNetwork.load_published`."""
         trained = unet.published_shapes().adapter.keys() & self.state.keys()
         own = unet.config.denoising_layers or []
         taken = {name for name in self.state if name.rpartition(".")[0] in set(own)}

@@ -35,6 +35,13 @@ def sinusoidal_positions(frames: int, channels: int) -> Tensor:
     return positions
 
 
+def sinusoids(timestep: Tensor, channels: int) -> Tensor:
+    """Cosines, then sines, of a timestep (batch,): (batch, channels), float32 (Ho et al. 2020, arXiv 2006.11239)."""
+    exponent = -math.log(10_000) * torch.arange(channels // 2, dtype=torch.float32, device=timestep.device)
+    phase = timestep[:, None].float() * torch.exp(exponent / (channels // 2))[None]
+    return torch.cat([torch.cos(phase), torch.sin(phase)], dim=-1)
+
+
 def tokens_of(images: Tensor) -> Tensor:
     """(frames, channels, height, width) → (frames, height·width, channels); a view of channels-last memory."""
     return images.permute(0, 2, 3, 1).flatten(1, 2)

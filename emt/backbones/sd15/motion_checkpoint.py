@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from emt.backbones.sd15.checkpoint_kinds import ADAPTER, MOTION_MODULE, SINGLE_FILE, describe, wrong_kind
+from emt.backbones.sd15.network import without_positions
 from emt.backbones.sd15.stable_diffusion import GROUPS, HEADS, Component
-from emt.backbones.sd15.unet import without_positions
 from emt.checkpoints import Origin, State, naming_file, read_checkpoint, read_config, weights_file, weights_name
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate

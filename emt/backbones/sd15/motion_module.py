@@ -120,7 +120,7 @@ class TemporalAttention(QKV):
     """Attention over time at every pixel, which may see [own frames, scale · reference frames].
 
     EfficientMT, section 3.3, temporal integration. `adapter` has the projections that denoising has of its own
-    (`MotionTransferUNet.denoiser`); the backbone's read the reference.
+    (`MotionTransferNetwork.denoiser`); the backbone's read the reference.
     """
 
     positions: Tensor

@@ -9,6 +9,7 @@ Parameter names are the published ones.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from emt.backbone import PLAIN, Execution, Facts
@@ -42,6 +40,7 @@ from emt.backbones.sd15.layers import (
     PointwiseConv,
     images_of,
     sinusoidal_positions,
+    sinusoids,
     slots,
     tokens_of,
 )
@@ -50,6 +49,7 @@ from emt.backbones.sd15.passes import Images, materialized, pass_of
 from emt.checkpoints import check_keys
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
+from emt.parts import Network, configured, offloaded
 from emt_kernels.quantize import Quantized
 
 
@@ -65,7 +65,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """(batch,) → (batch, out_channels)."""
         # The sinusoids are computed in float32 whatever the type of the weights: half precision cannot count to 999.
-        embedding = get_timestep_embedding(timestep, self.channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        embedding = sinusoids(timestep, self.channels)
         return self.linear_2(F.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype))))
 
 
@@ -177,7 +177,7 @@ class Resample(nn.Module):
 
 
 class Block(nn.Module):
-    """The parts of a down, mid or up block; `MotionTransferUNet.forward` says how they are run."""
+    """The parts of a down, mid or up block; `MotionTransferNetwork.forward` says how they are run."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([Resample(channels, 1)] if resample > 0 else [])
 
 
-class MotionTransferUNet(ModelMixin, ConfigMixin):
+class MotionTransferNetwork(Network):
     """SD 1.5 UNet with AnimateDiff motion modules, the scaler and the temporal integration of EfficientMT.
 
     Args:
@@ -242,10 +242,9 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         ValueError: if channels are not divisible by groups or heads, or a level or block does not exist.
     """
 
-    _supports_gradient_checkpointing = True
     denoising: OwnLayers | None
 
-    @register_to_config
+    @configured
     def __init__(
         self,
         in_channels: int = 4,
@@ -299,6 +298,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         self.conv_norm_out = GroupNorm(norm_num_groups, widths[0], eps=1e-5, silu=True)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = None
         self.register_module("denoising", None)
         self.add_denoising_layers(denoising_layers or ())
 
@@ -333,7 +333,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         """
         return self._run(sample, timestep, text, motion, adapted, execution)[0]
 
-    @apply_forward_hook
+    @offloaded
     def encode_reference(
         self,
         latents: Tensor,
@@ -355,7 +355,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         """
         return self._read(latents, timestep, text, execution)[1]
 
-    @apply_forward_hook
+    @offloaded
     def denoise_with_features(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
     ) -> tuple[Tensor, MotionFeatures]:
@@ -373,7 +373,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         """
         return self._read(sample, timestep, text)
 
-    @apply_forward_hook
+    @offloaded
     def denoise_with_hidden_states(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
     ) -> tuple[Tensor, MotionFeatures, dict[str, Tensor]]:
@@ -410,7 +410,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         prediction, features, _ = self._run(sample, timestep, text, None, False, execution, hidden=hidden)
         return prediction, MotionFeatures({path: features[path] for path in self.reference_layers()})
 
-    @apply_forward_hook
+    @offloaded
     def denoise_deep(
         self,
         sample: Tensor,
@@ -438,7 +438,7 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
         prediction, _, deep = self._run(sample, timestep, text, motion, True, execution)
         return prediction, materialized(deep)
 
-    @apply_forward_hook
+    @offloaded
     def denoise_shallow(
         self,
         sample: Tensor,
@@ -467,12 +467,12 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"deep features have shape {tuple(deep.shape)}, expected {expected}")
         return self._run(sample, timestep, text, motion, True, execution, deep=deep)[0]
 
-    @apply_forward_hook
+    @offloaded
     def encode_text(self, text: Tensor) -> TextFeatures:
         """Keys and values of all cross-attentions for prompts (batch, tokens, width), for denoising."""
         return self._encode_text(text, adapted=True)
 
-    @apply_forward_hook
+    @offloaded
     def encode_text_without_adapter(self, text: Tensor) -> TextFeatures:
         """Keys and values of all cross-attentions for prompts (batch, tokens, width), for passes of the backbone."""
         return self._encode_text(text, adapted=False)
@@ -627,6 +627,11 @@ class MotionTransferUNet(ModelMixin, ConfigMixin):
     def _layers(self, adapted: bool) -> Any:
         """The network as it denoises, or without the adapter as it reads references."""
         return self._denoiser if adapted else self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass: less memory, more time."""
+        self.gradient_checkpointing = True
+        self._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
     def add_denoising_layers(self, paths: Sequence[str]) -> None:
         """Give denoising layers of its own, with the weights that those of the backbone have now.
@@ -822,10 +827,6 @@ class PublishedShapes:
         """Shapes of an adapter checkpoint with these names: all that is trained, and of the backbone what it has."""
         more = {name: self.backbone[name] for name in given if name in self.backbone and name not in self.adapter}
         return self.adapter | more
-
-
-# `model_index.json` names this module; folders saved before and after a move of the code agree.
-MotionTransferUNet.__module__ = "emt.unet"
 
 
 def _with_layers(module: nn.Module, layers: Mapping[str, nn.Module | None], prefix: str = "") -> nn.Module:

@@ -1,6 +1,6 @@
 """Two ways to run the network's layers: as they are written, and fused for inference on a GPU.
 
-The walk through the network, `MotionTransferUNet`, is the same in both; a test holds their results to each other.
+The walk through the network, `MotionTransferNetwork`, is the same in both; a test holds their results to each other.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from emt.checkpoints import check_keys
 from emt.errors import EmtError
 
 if TYPE_CHECKING:
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 _Key = tuple[str, str]  # a network of the pipeline, and the name of a weight in it
 
@@ -33,7 +33,7 @@ class WeightSwitch:
         pipe: the pipeline, with its weights as they were opened; on any device, in any dtype but float8.
     """
 
-    def __init__(self, pipe: MotionTransferPipeline) -> None:
+    def __init__(self, pipe: MotionTransfer) -> None:
         self.pipe = pipe
         self._own: dict[_Key, Tensor] = {}  # the pipeline's own weights
         self._laid: set[_Key] = set()  # weights that are others now
@@ -146,7 +146,7 @@ class WeightSwitch:
         add_embeddings(self.pipe, vectors)
 
 
-def merge_loras(pipe: MotionTransferPipeline, loras: Sequence[tuple[str | Path, float]]) -> None:
+def merge_loras(pipe: MotionTransfer, loras: Sequence[tuple[str | Path, float]]) -> None:
     """Add LoRA files, each times its scale, to the weights of a pipeline, in place and for good.
 
     Raises:

@@ -15,7 +15,7 @@ from emt.errors import EmtError
 from emt.hub import OnFetch, locate
 
 if TYPE_CHECKING:
-    from emt.pipeline import MotionTransferPipeline
+    from emt.pipeline import MotionTransfer
 
 _WIDTHS = {1024: SD2, 1280: SDXL}
 
@@ -58,7 +58,7 @@ def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None
     return vectors
 
 
-def add_embeddings(pipe: MotionTransferPipeline, embeddings: Mapping[str, Tensor]) -> None:
+def add_embeddings(pipe: MotionTransfer, embeddings: Mapping[str, Tensor]) -> None:
     """Teach the tokenizer and text encoder of a pipeline words with vectors, (vectors, width) each, in place.
 
     Prompts name a word once for all of its vectors.

@@ -1,0 +1,144 @@
+"""Motion transfer as a pipeline of diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.loaders import TextualInversionLoaderMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, import_backbones
+from emt.checkpoints import check_loaded
+from emt.diffusers_interface import DiffusersInterface
+from emt.diffusers_loras import LoraInterface
+from emt.pipeline import MotionTransfer
+from emt.prompts import PromptEncoder
+
+#: Of a model folder: diffusers imports no network's module because a folder names it.
+_CUSTOM_PIPELINE = '''"""Opens this folder in diffusers, where emt is installed.
+
+    DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
+"""
+
+import {module}
+from emt.pipeline import MotionTransferPipeline
+'''
+
+
+class MotionTransferPipeline(
+    DiffusersInterface, LoraInterface, TextualInversionLoaderMixin, DiffusionPipeline, MotionTransfer
+):
+    """`MotionTransfer` as a pipeline of diffusers, which opens, saves, moves and extends it.
+
+    The numbers are the model's defaults; those of this signature are the published ones.
+
+    Args:
+        vae: autoencoder of images, such as Stable Diffusion's, or Wan's of video (`emt.backends.codec`).
+        text_encoder: CLIP's. None where prompts are encoded apart (`prompt_encoder`).
+        tokenizer: of the text encoder.
+        unet: the adapted network, an `emt.backbone.Backbone`.
+        scheduler: its configuration is what the named schedulers are made from.
+        frames: of a clip.
+        height: pixels.
+        width: pixels.
+        steps: of the sampler.
+        guidance: classifier-free guidance scale.
+        reference_timestep: noise level at which the reference is read, of 1000.
+        sampler: a name of `SCHEDULERS`.
+        adapter: "none" if it is not trained.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components: ClassVar = ["text_encoder"]
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        text_encoder: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        frames: int = 16,
+        height: int = 512,
+        width: int = 512,
+        steps: int = 25,
+        guidance: float = 6.0,
+        reference_timestep: int = 400,
+        sampler: str = "ddim",
+        adapter: str = "trained",
+    ) -> None:
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            reference_timestep=reference_timestep,
+            # Only what is not usual, so that other versions open the folder, too.
+            **({} if sampler == "ddim" else {"sampler": sampler}),
+            **({} if adapter == "trained" else {"adapter": adapter}),
+        )
+        self._assemble()
+        #: The scheduler that the model came with: one that was put in its place samples itself (`__call__`).
+        self.models_scheduler = scheduler
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> MotionTransferPipeline:
+        """Open a model folder or hub id, with the options of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            EmtError: a part has not the weights that its file holds.
+            OSError: there is no such model, or a file of it is missing.
+        """
+        where = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+        given = {name: options[name] for name in where if name in options}
+        index = cls.load_config(str(pretrained_model_name_or_path), **given)
+        import_backbones(index)
+        if index.get("vae", ["", ""])[1] == "AutoencoderKLWan" and isinstance(options.get("dtype"), torch.dtype):
+            options["dtype"] = {"default": options["dtype"], "vae": torch.float32}  # as it was trained
+        apart = index.get("text_encoder", ["", ""])[1] in LARGE_TEXT_ENCODERS and "text_encoder" not in options
+        if apart:
+            options["text_encoder"] = None
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            cached = {name: options[name] for name in ("cache_dir", "revision", "variant") if name in options}
+            folder = Path(cls.download(str(pretrained_model_name_or_path), local_files_only=True, **cached))
+        parts = {name: part for name, part in pipe.components.items() if name not in options}
+        networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        check_loaded(networks, folder, options.get("variant"))
+        if apart:
+            pipe.prompt_encoder = PromptEncoder.of_model(pretrained_model_name_or_path, **given)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write a model folder, as `DiffusionPipeline.save_pretrained`, with the text encoder that is not open.
+
+        With `pipeline.py`, `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
+        trust_remote_code=True)` opens it, too; not a model whose prompts are encoded apart.
+        """
+        super().save_pretrained(str(save_directory), **options)
+        kind = type(self.unet).__name__
+        if self.prompt_encoder is None and kind in BACKBONES:
+            text = _CUSTOM_PIPELINE.format(module=BACKBONES[kind][0])
+            (Path(save_directory) / "pipeline.py").write_text(text, encoding="utf-8")
+        if self.prompt_encoder is not None:
+            source, index = self.prompt_encoder.model, Path(save_directory) / "model_index.json"
+            shutil.copytree(source / "text_encoder", Path(save_directory) / "text_encoder")
+            listed = json.loads((source / "model_index.json").read_bytes())["text_encoder"]
+            index.write_text(json.dumps(json.loads(index.read_bytes()) | {"text_encoder": listed}, indent=2) + "\n")
+
+    def save_memory(self, device: torch.device | str) -> None:
+        """Make clips on a GPU with little memory, more slowly; the pipeline is in the computer's memory so far.
+
+        Of text encoder, network and VAE only the one that is needed is on the GPU. Samples go through the network
+        one by one, frames through the VAE, and a reference is prepared layer by layer, anew at each step, from features
+        in the computer's memory.
+        """
+        self.enable_model_cpu_offload(device=device)

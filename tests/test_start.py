@@ -1,0 +1,168 @@
+"""The start of a run: what is imported for it, and that the parts opened without diffusers compute the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
+
+import emt.demo
+from emt.backbones.sd15.opening import open_parts
+from emt.backbones.sd15.random_model import random_model
+from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
+from emt.errors import EmtError
+from emt.pipeline import MotionTransfer, load_pipeline, open_model
+from emt.solvers import DDIM, DPMSolver, Solver
+
+#: Each takes about as long to import as PyTorch, or belongs to what does.
+HEAVY = "torch._dynamo torch._inductor sympy diffusers transformers accelerate"
+
+
+@pytest.mark.parametrize(
+    "imported",
+    [
+        "from emt.pipeline import open_model; import emt.demo; assert open_model(emt.demo.path()) is not None",
+        "import emt_kernels.group_norm_silu, emt_kernels.temporal_attention, emt_kernels.quantize",
+    ],
+    ids=["opening a model", "kernels"],
+)
+def test_making_clips_imports_little_more_than_torch(imported):
+    code = f"import sys; {imported}; print(*(name for name in '{HEAVY}'.split() if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("start") / "model", frames=2, height=16, width=16)
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """A model opened without diffusers, and by it."""
+    opened = open_model(folder)
+    assert isinstance(opened, MotionTransfer)
+    return opened.to("cpu"), load_pipeline(folder)
+
+
+@pytest.mark.parametrize("which", ["demo", "random"])
+@torch.no_grad()
+def test_parts_compute_what_the_libraries_own_do(which, folder):
+    folder = emt.demo.path() if which == "demo" else folder
+    index = json.loads((folder / "model_index.json").read_bytes())
+    pipe, parts = load_pipeline(folder, dtype=torch.bfloat16), open_parts(folder, index, torch.bfloat16)
+    assert parts is not None
+    prompts = ["a red cat, over the sea!", "", "a yellow penguin " * 40, "  zürich <|endoftext|> 東京  "]
+    options = {"padding": "max_length", "max_length": 16, "truncation": True, "return_tensors": "pt"}
+    ids = pipe.tokenizer(prompts, **options).input_ids
+    assert torch.equal(parts["tokenizer"](prompts, **options).input_ids, ids)
+    assert [len(parts["tokenizer"](p).input_ids) for p in prompts] == [
+        len(pipe.tokenizer(p).input_ids) for p in prompts
+    ]
+    assert torch.equal(parts["text_encoder"](ids)[0], pipe.text_encoder(ids)[0])
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got, wanted = (vae.encode(images).latent_dist for vae in (parts["vae"], pipe.vae))
+    assert torch.equal(got.mean, wanted.mean)
+    assert torch.equal(got.std, wanted.std)
+    assert torch.equal(parts["vae"].decode(got.mean).sample, pipe.vae.decode(got.mean).sample)
+    for (name, buffer), (other, theirs) in zip(parts["unet"].named_buffers(), pipe.unet.named_buffers(), strict=True):
+        assert name == other
+        assert torch.equal(buffer, theirs)
+        assert buffer.dtype == theirs.dtype
+
+
+def test_clips_are_the_same_however_a_model_is_opened(both):
+    opened, pipe = both
+    frames = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    (got,), (wanted,) = (p.generate("a cat", p.extract_motion(frames), steps=2) for p in both)
+    assert (got == wanted).all()
+    assert opened.config.items() >= {"frames": 2, "height": 16, "steps": pipe.config.steps}.items()
+
+
+def test_a_word_of_several_vectors_is_read_as_all_of_them(folder, tmp_path):
+    pipe = load_pipeline(folder)
+    pipe.load_textual_inversion({"cat-toy": torch.randn(3, pipe.unet.text_width)}, token="cat-toy")
+    pipe.save_pretrained(tmp_path / "m")
+    opened = open_model(tmp_path / "m")
+    assert opened is not None
+    assert torch.equal(opened.to("cpu").encode_prompts(["a cat-toy, red"]), pipe.encode_prompts(["a cat-toy, red"]))
+
+
+def damage(folder: Path, change) -> None:
+    (file,) = (folder / "vae").glob("*.safetensors")
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("encoder.conv_in.weight"), r"vae of the model .*1 key differs.*missing: encoder.conv"),
+        (lambda state: state.update(more=torch.zeros(1)), r"unexpected: more \(1,\)"),
+        (lambda state: state.update({"quant_conv.bias": torch.zeros(3)}), r"wrong shape: quant_conv.bias is \(3,\)"),
+    ],
+)
+def test_weights_are_those_of_the_file_and_all_of_them(folder, tmp_path, change, message):
+    import shutil
+
+    damage(shutil.copytree(folder, tmp_path / "m"), change)
+    with pytest.raises(EmtError, match=f"(?s){message}"):
+        open_model(tmp_path / "m")
+
+
+def test_other_kinds_of_models_are_left_to_diffusers(folder, tmp_path):
+    import shutil
+
+    for i, (part, name, value) in enumerate(
+        [
+            ("vae", "act_fn", "relu"),
+            ("text_encoder", "hidden_act", "selu"),
+            ("", "vae", ["diffusers", "AutoencoderTiny"]),
+        ]
+    ):
+        copy = shutil.copytree(folder, tmp_path / str(i))
+        file = copy / part / ("config.json" if part else "model_index.json")
+        file.write_text(json.dumps(json.loads(file.read_bytes()) | {name: value}))
+        assert open_model(copy) is None
+
+
+SCHEDULES = [
+    animatediff_scheduler("epsilon"),
+    animatediff_scheduler("v_prediction"),
+    DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", thresholding=True),
+    DDIMScheduler(trained_betas=torch.linspace(1e-4, 0.02, 1000).tolist(), set_alpha_to_one=False),
+    DDIMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+]
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(DDIM, DDIMScheduler), (DPMSolver, DPMSolverMultistepScheduler)])
+def test_solvers_compute_what_diffusers_schedulers_do(own: type[Solver], theirs):
+    for schedule, steps, spacing in itertools.product(SCHEDULES, (1, 2, 8, 25), ("leading", "trailing", "linspace")):
+        made = [cls.from_config(schedule.config, timestep_spacing=spacing) for cls in (own, theirs)]
+        for sampler in made:
+            sampler.set_timesteps(steps, device="cpu")
+        assert made[0].timesteps.tolist() == made[1].timesteps.tolist()
+        generator = torch.Generator().manual_seed(0)
+        samples = [torch.randn(1, 4, 2, 3, 3, generator=generator)] * 2
+        for timestep in made[0].timesteps[made[0].timesteps < 1000]:
+            prediction = torch.randn(samples[0].shape, generator=generator)
+            samples = [s.step(prediction, timestep, x).prev_sample for s, x in zip(made, samples, strict=True)]
+            assert torch.equal(samples[0].nan_to_num(), samples[1].nan_to_num()), (schedule, steps, spacing)
+
+
+def test_noise_is_added_as_diffusers_does():
+    sample, noise = torch.randn(2, 2, 4, 3, generator=torch.Generator().manual_seed(0)).half()
+    for schedule in SCHEDULES:
+        timesteps = torch.tensor([400])
+        assert torch.equal(
+            DDIM(schedule.config).add_noise(sample, noise, timesteps), schedule.add_noise(sample, noise, timesteps)
+        )
