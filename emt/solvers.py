@@ -199,8 +199,6 @@ class DDIM(Solver):
 class DPMSolver(Solver):
     """DPM-Solver++ of second order with multiple steps (Lu et al. 2022, arXiv 2211.01095), the variant by midpoints."""
 
-    DEFAULTS: ClassVar = _SCHEDULE | {"timestep_spacing": "linspace"}
-
     #: What `builds` requires of a configuration, where it says anything.
     _REQUIRED: ClassVar[dict[str, Any]] = {
         "solver_order": 2,
@@ -217,6 +215,7 @@ class DPMSolver(Solver):
         "lambda_min_clipped": -math.inf,
         "variance_type": None,
     }
+    DEFAULTS: ClassVar = _SCHEDULE | {"timestep_spacing": "linspace"} | _REQUIRED
 
     @classmethod
     def builds(cls, config: Mapping[str, Any], **others: Any) -> bool:
