@@ -239,7 +239,7 @@ class Teacher:
         guidance_until: float = 1.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[NDArray[np.uint8]]:
-        """`MotionTransferPipeline.generate` by motion guidance: `sample` and `decode`.
+        """`MotionTransfer.generate` by motion guidance: `sample` and `decode`.
 
         Raises:
             ValueError: If motions differ in shape.

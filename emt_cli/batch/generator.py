@@ -438,7 +438,7 @@ class Generator:
         peak = self._peaks[kind] = max(self._peaks.get(kind, 0), self.device.memory()[1])
         return clips, timings, peak
 
-    def _open_teacher(self, pipe: MotionTransferPipeline) -> Teacher:
+    def _open_teacher(self, pipe: MotionTransfer) -> Teacher:
         """The teacher on the pipeline's network, which makes clips by motion guidance."""
         from emt.train.teacher import Teacher
 
