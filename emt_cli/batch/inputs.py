@@ -58,6 +58,7 @@ from emt_cli.batch.options import (
 )
 from emt_cli.batch.seeds import draw_seeds
 from emt_cli.batch.shapes import Shapes
+from emt_cli.batch.watching import Watcher
 from emt_cli.text import nearest
 
 MAX_LINE = 1 << 20  # characters of one line of a job file
@@ -269,7 +270,7 @@ def expand(
 
     Returns:
         The jobs that are named, those of one shape and one reference next to each other; and those that
-        arrive on standard input, if it was named, line by line as they do. Both of the shard alone.
+        arrive, on standard input, if it was named, line by line, or in watched folders. Both of the shard alone.
 
     Raises:
         UsageError: the command line makes no sense (no prompts file, unequal `--pair`, nothing to do).
@@ -284,7 +285,9 @@ def expand(
         raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
     base = replace(_base(options, defaults, shapes, say), downloads=Downloads(say))
-    references = _Finder(options.recursive, options.out, say, base.path).find(arguments)
+    watched = _check_folders(arguments) if options.watch else []
+    finder = _Finder(options.recursive, options.out, say, base.path)
+    references = [] if options.watch else finder.find(arguments)
     base.check_layers()
     seeds = parse_seeds(options.seeds, partial(draw_seeds, options.out, keep=keep_seeds, say=say))
 
@@ -302,7 +305,28 @@ def expand(
     base.shapes.look_at(_looked_at(pairs, base))
     shard = options.part
     listed = _together(shard.of(item for reference, row in pairs for item in _jobs(reference, row, base, seeds)))
+    if options.watch:
+        rows: Sequence[_Line | None] = loose or [None]
+
+        def make(path: Path) -> Iterator[Job | Rejected]:
+            base._made.clear()  # the size of a clip of that name may be another
+            return (item for row in rows for item in _jobs(path, row, base, seeds))
+
+        quiet = _Finder(options.recursive, options.out, lambda text: None)
+        return listed, Watcher(lambda: quiet.clips(watched), make, not loose, say).items()
     return listed, shard.of(_streamed(references, loose, base, seeds)) if streamed else iter(())
+
+
+def _check_folders(arguments: Sequence[str]) -> list[str]:
+    """Folders to watch.
+
+    Raises:
+        UsageError: one of the arguments is none.
+    """
+    for argument in arguments:
+        if is_url(argument) or not Path(argument).is_dir():
+            raise UsageError(f"--watch {argument}: not a folder on this machine", "Name a folder that is there.")
+    return list(arguments)
 
 
 def _looked_at(pairs: Iterable[tuple[Any, Any]], base: _Base) -> dict[Path, None]:
@@ -618,6 +642,14 @@ class _Finder:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 found.append(Rejected(EmtError(f"cannot read it: {reason}"), "", argument))
         return list(dict.fromkeys(found))
+
+    def clips(self, folders: Iterable[str]) -> list[Path]:
+        """Absolute paths of the clips in folders, in natural order; those of a folder that cannot be read are none."""
+        found: list[Path] = []
+        for folder in folders:
+            with suppress(OSError, EmtError):
+                found.extend(Path(os.path.abspath(path)) for path in self._inside(Path(folder)))
+        return found
 
     def _named(self, argument: str) -> list[Path]:
         from emt.video import is_clip

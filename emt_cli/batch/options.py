@@ -380,6 +380,14 @@ class TransferOptions:
         bool,
         Field("Search subfolders for clips too.", _JOBS, short="-r"),
     ] = False
+    watch: Annotated[
+        bool,
+        Field(
+            "Watch the folders until Ctrl-C: each clip that is dropped in is taken, with its prompts in clip.txt "
+            "beside clip.mp4, or those of --prompt and --prompts.",
+            _JOBS,
+        ),
+    ] = False
     out: Annotated[
         Path,
         Field("Output folder.", _JOBS, short="-o", also=("--output",)),
@@ -520,6 +528,9 @@ class TransferOptions:
             raise UsageError(f"--ray and --device {self.device} exclude each other", "Allowed are cuda and cpu.")
         if self.ray and isinstance(gpus, list):
             raise UsageError("--ray takes --gpus all or N", "A cluster chooses which of its GPUs are used.")
+        if self.watch and (self.pair or self.shard or "-" in (self.references or [])):
+            problem = "--watch goes neither with --pair nor with --shard nor with - for standard input"
+            raise UsageError(problem, "Name folders to watch.")
         named = self.engine not in ("auto", "torch")
         fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
         guided = self.settings.get("method") is Method.GUIDANCE

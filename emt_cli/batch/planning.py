@@ -115,6 +115,7 @@ def make_plan(options: TransferOptions) -> Plan:
         EmtError: the model or files of it are missing.
         UsageError: the command line makes no sense.
     """
+    options = replace(options, watch=False)  # what is there now
     model = find_model(options.model, download=False)
     index = ContentIndex(options.cache_dir or default_dir())
     listed, streamed = expand(options, model.defaults, say, keep_seeds=False, shapes=Shapes(model, index))

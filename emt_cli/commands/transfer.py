@@ -28,7 +28,7 @@ def transfer(options: TransferOptions) -> None:
     a journal of its own, OUT/journal-shard-i-of-n.jsonl.
 
     Standard output has the paths of the clips, or with --json a line for each job; all else is on standard error.
-    Ctrl-C finishes the running batch, a second one stops at once.
+    Ctrl-C finishes the running batch, a second one stops at once; with --watch the first is the end, and no failure.
     Exit codes: 0 all done (or the reader of standard output has gone), 1 some failed (or standard output is full),
     2 bad usage, 130 interrupted.
     """
@@ -60,7 +60,7 @@ def transfer(options: TransferOptions) -> None:
                 check_tracking(job)
         if options.evaluate:
             check_measuring()
-        reporter.total = None if "-" in (options.references or []) else len(listed)
+        reporter.total = None if options.watch or "-" in (options.references or []) else len(listed)
         if options.model is None:
             reporter.say(model.introduction())
         words = PromptWarnings(model.name, model.vocabulary, reporter.say)
@@ -74,11 +74,14 @@ def transfer(options: TransferOptions) -> None:
         texts = (text for job in jobs for text in (job.prompt, job.settings.negative_prompt))
         session.generator.prompts = list(dict.fromkeys(texts))
         how = RunOptions.of(options, numerics(options, engine_id(options.engine)))
+        if options.watch:
+            reporter.say(f"watching {', '.join(options.references or [])}: drop clips in; Ctrl-C ends the run")
         journal = Journal(options.out, options.part.writer, beside=options.part.is_beside)
         try:
             summary = executor(session, journal, reporter, how).run(chain(listed, words.watch(streamed)))
         finally:
             journal.close()
+        summary.interrupted = summary.interrupted and not options.watch  # that is how it ends
         if options.evaluate and not summary.interrupted:
             from emt_cli.commands.evaluate import evaluate_results
 
