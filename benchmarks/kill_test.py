@@ -57,10 +57,11 @@ def main(command_line: list[str] | None = None) -> None:
             share = math.ceil(given.kills / (turns * len(ROUNDS))) - 4  # four are of `rerun` and `report`
             share = max(1, min(share, given.kills - phases.total()))
             Round(work, rounds, name, given.seeds, chance).run(share, phases)
+            whole: dict[Path, int] = {}
             for command in ("rerun", "report"):
                 for _ in range(min(2, given.kills - phases.total())):
                     out = work / f"out{rounds}"
-                    phases[f"{command}, {kill_beside(work, out, command, chance)}"] += 1
+                    phases[f"{command}, {kill_beside(work, out, command, chance, whole)}"] += 1
             finish(work, work / f"out{rounds}", name, given.seeds)
     print(file=sys.stderr)
     for kind in HITS if rounds >= len(ROUNDS) else ():
@@ -213,8 +214,16 @@ def finish(work: Path, out: Path, name: str, seeds: int) -> None:
     check_complete(out, jobs=6 * seeds)
 
 
-def kill_beside(work: Path, out: Path, command: str, chance: random.Random) -> str:
-    """Kill `emt rerun` or `emt report` on a finished folder, and look at what it leaves; says when it was."""
+def kill_beside(work: Path, out: Path, command: str, chance: random.Random, checked: dict[Path, int]) -> str:
+    """Kill `emt rerun` or `emt report` on a finished folder, and look at what it leaves; says when it was.
+
+    Args:
+        work: As `Round` has it.
+        out: The finished folder.
+        command: `rerun` or `report`.
+        chance: Chooses the moment.
+        checked: As `check` has it.
+    """
     clip = chance.choice(clips_of(out))
     written = out / ("again.mp4" if command == "rerun" else "report.html")
     words = [str(clip), "--device", "cpu", "-o", str(written), "--overwrite"] if command == "rerun" else [str(out)]
@@ -230,7 +239,7 @@ def kill_beside(work: Path, out: Path, command: str, chance: random.Random) -> s
         expect(frames.shape == (FRAMES, 32, 32, 3), f"{written} has {frames.shape}")
     elif written.exists():
         expect(written.read_text().rstrip().endswith("</html>"), f"{written} is not whole")
-    check(out, {})
+    check(out, checked)
     return phase
 
 

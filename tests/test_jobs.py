@@ -98,6 +98,7 @@ def test_k3_a_job_made_otherwise_has_a_name_beside_the_plain_one(format):
 
 def test_slugs_are_cut_between_words():
     assert slug("word " * 50, 80) == "-".join(["word"] * 16)
+    assert len(slug("x" * 200)) == 80
 
 
 # ---- identity -----------------------------------------------------------------------------------------------------

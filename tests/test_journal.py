@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -149,8 +150,19 @@ def test_k5_fields_that_are_not_as_declared_are_left_out(tmp_path):
     }  # fmt: skip
     kept = {name: value for name, value in good.items() if name not in bad}
     assert records.check({**good, **bad}) == kept
+    for choice in (7, {"first_seed": 2, "candidates": 7}, {"first_seed": 2, "candidates": []}):
+        assert "best_of" not in records.check({**good, "best_of": choice})
     (tmp_path / journal.FILE_NAME).write_text(json.dumps({**good, "future": [float("inf")], "motion_fidelity": 1e400}))
     assert journal.read(tmp_path) == [{**good, "future": [None]}], "a number that is not finite is null, or missing"
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"a": value}], ids=["lists", "objects"])
+def test_k5_values_are_kept_up_to_sixteen_levels(wrap):
+    def nested(levels: int) -> object:
+        return functools.reduce(lambda value, _: wrap(value), range(levels), 1)
+
+    assert records.check({"event": "job", "future": nested(16)}) == {"event": "job", "future": nested(16)}
+    assert records.check({"event": "job", "future": nested(17)}) == {"event": "job"}
 
 
 def test_k8_a_torn_line_of_megabytes_costs_no_more_than_reading_it(tmp_path):

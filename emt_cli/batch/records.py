@@ -139,7 +139,7 @@ def _batch(value: Any) -> Any:
     kinds = {"size": _whole, "index": _whole, "shared_reference": _flag}
     if not isinstance(value, dict) or any(check(value.get(name)) is _MISSING for name, check in kinds.items()):
         return _MISSING
-    return value if 0 <= value["index"] < value["size"] else _MISSING
+    return value if value["index"] < value["size"] else _MISSING
 
 
 def _choice(value: Any) -> Any:
