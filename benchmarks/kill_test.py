@@ -252,9 +252,9 @@ def check(out: Path, checked: dict[Path, int]) -> None:
     """The invariants that hold at every moment; `checked` spares clips that were whole and have not changed."""
     if not out.exists():
         return
-    journal = out / "journal.jsonl"
-    content = journal.read_bytes() if journal.exists() else b""
-    lines = [json.loads(line) for line in content.split(b"\n")[:-1]]  # what follows the last line break may be torn
+    journals = [journal.read_bytes() for journal in sorted(out.glob("journal*.jsonl"))]
+    # What follows the last line break may be torn.
+    lines = [json.loads(line) for content in journals for line in content.split(b"\n")[:-1]]
     done = Counter(line["id"] for line in lines if line.get("state") == "done")
     expect(not done or max(done.values()) == 1, f"done twice: {done.most_common(1)}")
     expect(not any(line.get("state") == "failed" for line in lines), "a job failed")
@@ -276,7 +276,8 @@ def check(out: Path, checked: dict[Path, int]) -> None:
 
 def check_complete(out: Path, jobs: int) -> None:
     """Invariants at the end of a run."""
-    lines = [json.loads(line) for line in (out / "journal.jsonl").read_bytes().splitlines()]
+    journals = sorted(out.glob("journal*.jsonl"))
+    lines = [json.loads(line) for journal in journals for line in journal.read_bytes().splitlines()]
     done = [line["id"] for line in lines if line.get("state") == "done"]
     expect(len(done) == len(set(done)) == jobs, f"{len(done)} done lines of {len(set(done))} jobs, expected {jobs}")
     expect(len(clips_of(out)) == jobs, "not one clip a job")

@@ -62,6 +62,7 @@ class Feeder:
                 if reference is None or key != group:
                     group, reference = key, task.reference
                 task.reference = reference
+                self.outcomes.expect(task.output)
                 yield task
 
     def recover(self, task: Task) -> bool:

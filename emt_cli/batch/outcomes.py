@@ -71,7 +71,8 @@ class Outcomes:
         self._stop = threading.Event()
         self._said: set[str] = set()
         self._guard = threading.Lock()
-        self._ended: dict[str, dict[str, Any]] = {}  # how it ended, by output
+        self._open: set[str] = set()  # outputs of jobs that are being done
+        self._unmade: dict[str, dict[str, Any]] = {}  # by output: how jobs ended that made no clip
         self._duplicates: dict[str, list[dict[str, Any]]] = {}  # the same jobs again, waiting for that
 
     @property
@@ -139,19 +140,27 @@ class Outcomes:
         """A job has ended in an earlier run: the journal has it as `skipped` or `dropped`."""
         self._report({**line, "state": state, **({"error": reason} if reason else {})})
 
+    def expect(self, output: str) -> None:
+        """A job is to be done, whose end is reported later."""
+        with self._guard:
+            self._open.add(output)
+
     def duplicate(self, line: dict[str, Any]) -> None:
         """A job that this run has already: it ends as the first one does."""
         with self._guard:
-            if line["output"] in self._ended:
-                self._tell(_like(line, self._ended[line["output"]]))
-            else:
+            if line["output"] in self._open:
                 self._duplicates.setdefault(line["output"], []).append(line)
+            else:
+                self._tell(_like(line, self._unmade.get(line["output"], {"state": "done"})))
 
     def _report(self, line: dict[str, Any]) -> None:
         with self._guard:
             self._tell(line)
             if "output" in line:
-                self._ended[line["output"]] = {key: line[key] for key in ("state", "error", "hint") if key in line}
+                self._open.discard(line["output"])
+                if line["state"] in ("failed", "dropped"):
+                    known = {key: line[key] for key in ("state", "error", "hint") if key in line}
+                    self._unmade[line["output"]] = known
                 for other in self._duplicates.pop(line["output"], []):
                     self._tell(_like(other, line))
 

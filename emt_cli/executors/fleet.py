@@ -39,7 +39,7 @@ from emt_cli.executors.worker import Order, Report, take_journal
 
 _WAIT = 0.1  # seconds for reports, between looks at new jobs
 _MOST_STARTS, _MOST_DEATHS = 3, 9  # in a row of a worker that ends no job: without jobs in its hands, and with some
-_FEED = 64  # tasks that the feeder is ahead
+_FEED = 1024  # tasks that the feeder is ahead
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,6 @@ class FleetExecutor:
         if isinstance(news, Death):
             if slot.alive and not slot.closed:
                 self._bury(number, news.reason)
-            slot.closed = True
             return
         slot.idle = news.idle
         if news.facts:

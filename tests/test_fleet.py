@@ -1,0 +1,509 @@
+"""Many workers: the scheduler alone, then processes of Ray on CPUs, which die, are interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import program
+import pytest
+
+from emt.errors import EmtError
+from emt_cli.batch import journal
+from emt_cli.batch.generator import Generator
+from emt_cli.batch.inputs import expand
+from emt_cli.batch.jobs import Job, numerics
+from emt_cli.batch.journal import Journal
+from emt_cli.batch.options import Settings, TransferOptions, UsageError, parse_gpus
+from emt_cli.batch.outcomes import Outcomes
+from emt_cli.batch.session import RunOptions, SessionOptions, open_session
+from emt_cli.batch.tasks import Reference, Task
+from emt_cli.batch.worker import Worker
+from emt_cli.executors import choice, gpus
+from emt_cli.executors.base import Summary
+from emt_cli.executors.fleet import Death, FleetExecutor, worker_name
+from emt_cli.executors.scheduler import AHEAD, MOST_DEATHS, Parcel, Scheduler
+from emt_cli.executors.worker import Order, RemoteWorker, Report, WorkerOptions
+
+# ---- which worker gets which job -----------------------------------------------------------------------------------
+
+
+def parcels(reference: str, count: int) -> list[Parcel]:
+    """Jobs of a reference."""
+    made = []
+    for seed in range(count):
+        job = Job(Path(reference), "a fox", seed, Settings())
+        made.append(Parcel(Task(job, f"{reference}-{seed}", f"{reference}/{seed}.mp4", Reference(job, reference))))
+    return made
+
+
+def scheduler(workers: int, **jobs: int) -> Scheduler:
+    made = Scheduler(workers)
+    for reference, count in jobs.items():
+        for parcel in parcels(reference, count):
+            made.add(parcel)
+    return made
+
+
+def names(taken: list[Parcel]) -> set[str]:
+    return {parcel.task.job.reference.name for parcel in taken}
+
+
+def test_a_reference_stays_with_a_worker_and_others_take_others():
+    given = scheduler(3, a=8, b=8, c=8)
+    first = [names(given.take(worker, 2)) for worker in range(3)]
+    assert first == [{"a"}, {"b"}, {"c"}]
+    assert [names(given.take(worker, 2)) for worker in (2, 0, 1)] == [{"c"}, {"a"}, {"b"}]
+
+
+def test_who_runs_out_takes_from_where_most_is_left():
+    given = scheduler(2, a=3, b=20)
+    assert names(given.take(0, 3)) == {"a"}
+    assert names(given.take(1, 2)) == {"b"}
+    assert names(given.take(0, 2)) == {"b"}, "nothing else is left"
+
+
+def test_the_end_of_a_list_is_shared_evenly():
+    given = scheduler(2, a=6)
+    assert len(given.take(0, 100)) == 3
+    assert len(given.take(1, 100)) == 2
+    assert len(given.take(0, 100)) == 1
+
+
+def test_jobs_that_wait_are_bounded_however_long_the_list_is():
+    given = Scheduler(2)
+    supply = iter(parcels("a", 1000))
+    for turn in range(50):
+        while given.room:
+            given.add(next(supply))
+        assert given.waiting == 2 * AHEAD
+        for parcel in given.take(turn % 2, 4):
+            given.ended(turn % 2, parcel.task.output)
+    assert given.held == 0
+
+
+def test_a_job_whose_worker_died_goes_alone_so_that_it_is_known_by_it():
+    given = scheduler(2, a=8)
+    assert len(given.take(0, 3)) == 3
+    lost = given.lose(0)
+    assert len(lost) == 3
+    for parcel in lost:
+        parcel.deaths += 1
+        given.add(parcel)
+    [alone] = given.take(0, 3)
+    assert alone in lost
+    assert given.take(0, 3) == [], "nothing beside it"
+    assert given.ended(0, alone.task.output) is alone
+    assert len(given.take(1, 3)) == 1
+    assert given.ended(1, "of another worker") is None
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_gpus_are_all_a_number_or_a_list():
+    assert [parse_gpus(text) for text in ("all", "3", "0,2,5")] == [None, 3, [0, 2, 5]]
+    for text in ("0", "", "two", "1,1", "1,", "-1", "0-3"):
+        with pytest.raises(EmtError, match=re.escape(repr(text))):
+            parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"gpus": "2", "device": "cpu"}, "--gpus and --device cpu"),
+        ({"gpus": "2", "device": "cuda:1"}, "--gpus and --device cuda:1"),
+        ({"workers": 2}, "--device cpu"),
+        ({"ray": "auto", "gpus": "0,1"}, "--ray takes --gpus all or N"),
+        ({"ray": "auto", "device": "mps"}, "--ray and --device mps"),
+        ({"gpus": "none"}, "--gpus is 'none'"),
+    ],
+)
+def test_what_makes_no_sense_together_is_bad_usage(options, problem):
+    with pytest.raises(UsageError, match=problem):
+        TransferOptions(**options).check()
+
+
+def test_gpus_are_counted_among_those_that_cuda_sees(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-abc")
+    assert gpus.choose_gpus("all") == ["4", "5", "GPU-abc"]
+    assert gpus.choose_gpus("2") == ["4", "5"]
+    assert gpus.choose_gpus("0,2") == ["4", "GPU-abc"]
+    with pytest.raises(EmtError, match=r"--gpus is '4', this machine has 3") as error:
+        gpus.choose_gpus("4")
+    assert "--gpus all" in error.value.hint
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(EmtError, match="no NVIDIA GPU"):
+        gpus.choose_gpus("1")
+
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for options in ({"gpus": "2"}, {"workers": 2, "device": "cpu"}, {"ray": "auto"}):
+        with pytest.raises(EmtError, match="needs Ray, which is not installed") as error:
+            choice.choose_executor(TransferOptions(**options), SimpleNamespace())
+        assert "emt-cli[ray]" in error.value.hint
+
+
+def test_one_device_needs_no_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    executor = choice.choose_executor(TransferOptions(), SimpleNamespace())
+    assert executor.__name__ == "LocalExecutor"
+
+
+# ---- files that are made -------------------------------------------------------------------------------------------
+
+PROMPTS = ("--prompt", "a red star", "--prompt", "a lion")
+POISON = "a poisoned apple"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three references."""
+    made = tmp_path_factory.mktemp("fleet")
+    for seed in range(3):
+        program.clip(made / "clips" / f"clip{seed}.mp4", seed)
+    return made
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Clips and sidecars."""
+    files = [*out.glob("*/*.mp4"), *out.glob("*/*.json")]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
+
+
+def processes(run: program.Run, name: str) -> list[int]:
+    """Processes of a run's own Ray whose command line has a word."""
+    found, parents = [], {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            parents[int(entry.name)] = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+        if name in words:
+            found.append(int(entry.name))
+
+    def is_below(pid: int) -> bool:
+        while pid in parents and pid != run.process.pid:
+            pid = parents[pid]
+        return pid == run.process.pid
+
+    return [pid for pid in found if is_below(pid)]
+
+
+def done(out: Path) -> list[str]:
+    """Outputs of the lines of jobs that are done, of all writers."""
+    return sorted(line["output"] for line in journal.read(out) if line.get("state") == "done")
+
+
+# ---- the driver, with workers in threads of this process ------------------------------------------------------------
+
+
+class Died(BaseException):
+    """Ends a worker as a signal would."""
+
+
+class ThreadFleet:
+    """Real workers in threads of this process, which can die (a `emt_cli.executors.fleet.Fleet`)."""
+
+    def __init__(self, size: int, options: WorkerOptions) -> None:
+        self.size, self.options = size, options
+        self.workers: dict[int, RemoteWorker] = {}
+        self.started = 0
+
+    def open(self) -> None: ...
+
+    def start(self, number: int) -> None:
+        self.started += 1
+        self.workers[number] = RemoteWorker(replace(self.options, writer=worker_name("", number)))
+
+    def add(self, number: int, orders: list[Order]) -> None:
+        self.workers[number].add(orders)
+
+    def wait(self, seconds: float) -> list[tuple[int, Report | Death]]:
+        found: list[tuple[int, Report | Death]] = []
+        for number, worker in list(self.workers.items()):
+            report = worker.report(seconds / self.size)
+            died = report.ended and report.error is not None and report.error[0].startswith("Died")
+            found.append((number, Death("killed") if died else report))
+            if report.ended:
+                del self.workers[number]
+        return found
+
+    def stop(self, number: int) -> None:
+        self.workers[number].stop()
+
+    def close(self, number: int) -> None:
+        self.workers[number].close()
+
+    def remove(self, number: int) -> None:
+        if worker := self.workers.pop(number, None):
+            worker.stop()
+
+    def shutdown(self) -> None:
+        for number in list(self.workers):
+            self.remove(number)
+
+    abandon = shutdown
+
+
+@pytest.fixture
+def in_turn(monkeypatch):
+    """Loading of models one at a time: transformers cannot in two threads of one process."""
+    load, guard = Generator.load, threading.Lock()
+
+    def load_in_turn(self: Generator, *rest: Any) -> Any:
+        with guard:
+            return load(self, *rest)
+
+    monkeypatch.setattr(Generator, "load", load_in_turn)
+
+
+class Heard:
+    """A listener that keeps what it hears."""
+
+    gone = False
+
+    def __init__(self, on_job: Callable[[dict[str, Any]], None] = lambda line: None) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.said: list[str] = []
+        self.on_job = on_job
+
+    def job(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self.on_job(line)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *words, **named: None
+
+    def states(self) -> Counter[str]:
+        return Counter(line["state"] for line in self.lines)
+
+
+def run(folder: Path, out: str, heard: Heard, seeds: str = "0-3", prompts: Sequence[str] = PROMPTS[1::2]) -> Summary:
+    """A run of two workers."""
+    options = TransferOptions(
+        references=[str(folder / "clips")],
+        prompt=list(prompts),
+        seeds=seeds,
+        out=folder / out,
+        model=str(program.model()),
+        device="cpu",
+        cache_dir=folder / "cache" / "emt",
+    )
+    session = open_session(SessionOptions.of(options), "cpu")
+    how = RunOptions.of(options, numerics(options))
+    fleet = ThreadFleet(2, WorkerOptions(SessionOptions.of(options), "cpu", how, options.out, ""))
+    log = Journal(options.out)
+    try:
+        executor = FleetExecutor(session, log, heard, how, fleet)
+        return executor.run(expand(options, session.model.defaults)[0])
+    finally:
+        log.close()
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, dies: Callable[[Job], bool]) -> None:
+    """Let workers die where they make the clip of certain jobs."""
+    generate = Generator.generate
+
+    def made(self: Generator, jobs: Sequence[Job], *rest: Any) -> Any:
+        if any(map(dies, jobs)):
+            raise Died
+        return generate(self, jobs, *rest)
+
+    monkeypatch.setattr(Generator, "generate", made)
+
+
+def test_workers_that_die_cost_nothing_but_time(folder, monkeypatch, in_turn):
+    deaths = iter([True, True])
+    die_at(monkeypatch, lambda job: job.seed == 1 and next(deaths, False))
+    heard = Heard()
+    summary = run(folder, "deaths", heard)
+    assert (summary.exit_code(), heard.states()) == (0, Counter(done=24))
+    assert sum("has died" in text for text in heard.said) == 2
+    assert done(folder / "deaths") == sorted(line["output"] for line in heard.lines)
+    again = Heard()
+    run(folder, "deaths", again)
+    assert again.states() == Counter(skipped=24)
+
+
+def test_a_job_that_kills_its_workers_fails_alone(folder, monkeypatch, in_turn):
+    die_at(monkeypatch, lambda job: job.prompt == POISON)
+    heard = Heard()
+    summary = run(folder, "poison", heard, "0", [POISON, *PROMPTS[1::2]])
+    assert (summary.exit_code(), heard.states()) == (1, Counter(done=6, failed=3))
+    failed = [line for line in heard.lines if line["state"] == "failed"]
+    assert {line["prompt"] for line in failed} == {POISON}
+    assert all(line["error"].startswith(f"{MOST_DEATHS} workers have died") for line in failed)
+    last = {line["output"]: line["state"] for line in journal.current(folder / "poison")}
+    assert Counter(last.values()) == Counter(done=6, failed=3), "the journal says so, too"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_clip_that_a_worker_had_written_when_it_died_is_adopted(folder, monkeypatch, in_turn):
+    finish, encode, torn = Outcomes.done, Worker._encode, []
+
+    def die_before_the_line(self: Outcomes, line: dict[str, Any], **how: bool) -> None:
+        if not torn:
+            torn.append((self, line["output"]))
+            raise Died
+        finish(self, line, **how)
+
+    def die_with_the_writer(self: Worker, task: Task) -> bool:
+        if torn and self.outcomes is torn[0][0]:
+            raise Died
+        return encode(self, task)
+
+    monkeypatch.setattr(Outcomes, "done", die_before_the_line)
+    monkeypatch.setattr(Worker, "_encode", die_with_the_writer)
+    heard = Heard()
+    assert run(folder, "torn", heard).exit_code() == 0
+    assert heard.states() == Counter(done=24)
+    lines = [line for line in journal.read(folder / "torn") if line.get("output") == torn[0][1]]
+    assert [line.get("adopted") for line in lines] == [True]
+
+
+def test_a_worker_whose_model_cannot_be_opened_is_the_error_of_the_run(folder, monkeypatch):
+    def fail(self: Generator, *rest: Any) -> None:
+        raise EmtError("the model does not fit", "Take another.")
+
+    monkeypatch.setattr(Generator, "load", fail)
+    with pytest.raises(EmtError, match="the model does not fit"):
+        run(folder, "unopened", Heard(), "0")
+
+
+def test_a_machine_on_which_every_worker_dies_ends_the_run(folder, monkeypatch):
+    def die(self: RemoteWorker) -> None:
+        raise Died
+
+    monkeypatch.setattr(RemoteWorker, "_work", die)
+    heard = Heard()
+    with pytest.raises(EmtError, match="has died 3 times in a row"):
+        run(folder, "dead", heard, "0")
+    assert not heard.lines, "the jobs are not blamed"
+
+
+def test_an_interrupt_ends_in_order_and_the_next_run_does_the_rest(folder, in_turn):
+    heard = Heard(lambda line: os.kill(os.getpid(), signal.SIGINT) if len(heard.lines) == 4 else None)
+    summary = run(folder, "stopped", heard, "0-9")
+    assert summary.exit_code() == 130
+    assert any("finishing the running batches" in text for text in heard.said)
+    first = done(folder / "stopped")
+    assert {line["output"] for line in heard.lines} == set(first), "what was done was reported"
+    assert 4 <= len(first) < 60
+    again = Heard()
+    assert run(folder, "stopped", again, "0-9").exit_code() == 0
+    assert again.states() == Counter(skipped=len(first), done=60 - len(first))
+
+
+# ---- processes of Ray ----------------------------------------------------------------------------------------------
+
+
+def test_two_workers_of_which_one_is_killed_make_the_same_files_as_one_process(folder):
+    alone = program.transfer(folder, "clips", *PROMPTS, "--seeds", "0-9", "--json", "-o", "alone")
+    words = ("clips", *PROMPTS, "--seeds", "0-9", "--workers", "2", "--json", "-o", "both")
+    run = program.start(folder, *words)
+    assert run.wait_for_lines(6, seconds=300), run.end().err
+    os.kill(processes(run, "ray::RemoteWorker")[0], signal.SIGKILL)
+    both = run.end(seconds=300)
+    assert (alone.code, both.code) == (0, 0), both.err
+    assert "has died" in both.err
+    assert content(folder / "both") == content(folder / "alone")
+    assert len(program.lines(both)) == 60
+    assert done(folder / "both") == sorted({line["output"] for line in program.lines(alone)})
+    writers = {path.name for path in (folder / "both").glob("journal*.jsonl")}
+    assert writers == {"journal.jsonl", "journal-worker-0.jsonl", "journal-worker-1.jsonl"}
+    [end] = [line for line in journal.read(folder / "both") if line["event"] == "run"]
+    assert (end["done"], set(end["workers"])) == (60, {"worker-0", "worker-1"})
+    assert "(worker-" in both.err
+    assert "raylet" not in both.err, "Ray's own messages are for its developers"
+    assert not list((folder / "both").rglob(".emt-partial-*"))
+    again = program.transfer(folder, *words)
+    assert [line["state"] for line in program.lines(again)] == ["skipped"] * 60
+    assert "starting workers" not in again.err, "no worker is started for nothing"
+
+
+@pytest.mark.slow
+def test_processes_are_interrupted_in_order_too(folder):
+    words = ("clips", *PROMPTS, "--seeds", "0-19", "--workers", "2", "--json", "-o", "stopped")
+    run = program.start(folder, *words)
+    assert run.wait_for_lines(8, seconds=180), run.end().err
+    run.send(signal.SIGINT)
+    ended = run.end(seconds=120)
+    assert ended.code == 130, ended.err
+    assert "finishing the running batches" in ended.err
+    first = done(folder / "stopped")
+    assert {line["output"] for line in program.lines(ended)} == set(first), "what was done was reported"
+    again = program.transfer(folder, *words[:-3], "--json", "-o", "stopped")
+    states = [line["state"] for line in program.lines(again)]
+    assert (states.count("skipped"), states.count("done")) == (len(first), 120 - len(first))
+
+
+@pytest.mark.slow
+def test_the_end_of_ray_is_one_clear_error_and_the_end_of_the_driver_ends_all(folder):
+    words = ("clips", *PROMPTS, "--seeds", "0-19", "--workers", "2", "--json", "-o", "head")
+    run = program.start(folder, *words)
+    assert run.wait_for_lines(4, seconds=180), run.end().err
+    os.kill(processes(run, "raylet/raylet")[0], signal.SIGKILL)
+    ended = run.end(seconds=60)
+    assert ended.code == 1, ended.err
+    assert "error: Ray has ended" in ended.err
+    assert "Traceback" not in ended.err
+    run = program.start(folder, *words)
+    assert run.wait_for_lines(len(done(folder / "head")) + 4, seconds=180), run.end().err
+    workers = processes(run, "ray::RemoteWorker")
+    run.send(signal.SIGKILL)
+    run.process.join()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "nothing goes on without its driver"
+    assert program.transfer(folder, *words[:-3], "--json", "-o", "head").code == 0
+    outputs = done(folder / "head")
+    assert len(outputs) == len(set(outputs)) == 120
+
+
+@pytest.mark.slow
+def test_a_job_that_kills_its_workers_fails_and_the_others_are_done(folder, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, threading\n"
+        "def poison():\n"
+        "    from emt_cli.batch.generator import Generator\n"
+        "    make = Generator.generate\n"
+        "    def generate(self, jobs, *rest):\n"
+        f"        any(job.prompt == {POISON!r} for job in jobs) and os._exit(9)\n"
+        "        return make(self, jobs, *rest)\n"
+        "    Generator.generate = generate\n"
+        "if os.environ.get('EMT_TEST_POISON'):\n"
+        "    import emt_cli.executors.worker as worker\n"
+        "    run = worker.RemoteWorker._run\n"
+        "    worker.RemoteWorker._run = lambda self: (poison(), run(self))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = program.environment(folder) | {"PYTHONPATH": path, "EMT_TEST_POISON": "1"}
+    words = ["transfer", "clips/clip0.mp4", "--model", str(program.model()), "--device", "cpu", "--workers", "2"]
+    prompts = ["--prompt", POISON, *PROMPTS, "--seeds", "0-1"]
+    ended = program.Run(*words, *prompts, "--json", "-o", "poison", folder=folder, environment=environment).end(240)
+    assert ended.code == 1, ended.err
+    by_state = {line["prompt"] for line in program.lines(ended) if line["state"] == "failed"}
+    assert by_state == {POISON}
+    assert sum(line["state"] == "done" for line in program.lines(ended)) == 4
+    [error] = {line["error"] for line in program.lines(ended) if line["state"] == "failed"}
+    assert error.startswith(f"{MOST_DEATHS} workers have died while they made this clip")
+    lines = [json.loads(line) for line in (folder / "poison" / "journal.jsonl").read_bytes().splitlines()]
+    assert sum(line.get("state") == "failed" for line in lines) == 2
