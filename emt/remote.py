@@ -27,10 +27,10 @@ import threading
 import time
 import urllib.parse
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from emt.cache import default_dir
@@ -76,22 +76,26 @@ class MissingError(EmtError):
 # ---- names --------------------------------------------------------------------------------------------------------
 
 
-def is_url(given: str | Path | None) -> bool:
+def _match(given: str | PurePath) -> re.Match[str] | None:
+    return _URL.fullmatch(given.as_posix() if isinstance(given, PurePath) else given)
+
+
+def is_url(given: str | PurePath | None) -> bool:
     """Return whether a text names something in a store; a Path that was made of a URL does, too."""
-    match = _URL.fullmatch(str(given)) if given is not None else None
+    match = _match(given) if given is not None else None
     return match is not None and match[1].lower() not in _ON_DISK
 
 
-def normal(given: str | Path) -> str:
+def normal(given: str | PurePath) -> str:
     """A URL with two slashes, whatever a Path has made of them, and none at its end."""
-    match = _URL.fullmatch(str(given))
+    match = _match(given)
     assert match is not None, given
     return f"{match[1].lower()}://{match[2]}".rstrip("/")
 
 
 def to_path(given: str | Path) -> Path:
     """The path that a text without a store names: itself, or that of a `file://` URL."""
-    match = _URL.fullmatch(str(given))
+    match = _match(given)
     if match is None:
         return Path(given)
     return Path("/" + urllib.parse.unquote(match[2]))
@@ -167,7 +171,8 @@ class Stat:
         changed = next((info[name] for name in _TIMES if info.get(name)), None)
         modified = float(changed if isinstance(changed, int | float) else getattr(changed, "timestamp", float)())
         ranges = scheme not in _WEB or info.get("partial") is True
-        return cls(info.get("size"), version or str(changed or ""), modified, info.get("type") == "directory", ranges)
+        version = version or str(modified or changed or "")
+        return cls(info.get("size"), version, modified, info.get("type") == "directory", ranges)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -457,7 +462,7 @@ class _Known:
 
     def __init__(self, home: Path) -> None:
         self._path = home / _SOURCE
-        self.whole = False
+        self.whole, self.saved = False, 0.0
         self.versions: dict[str, Any] = {}
         with suppress(OSError, ValueError, RecursionError, AttributeError, TypeError):
             content = json.loads(self._path.read_bytes())
@@ -465,7 +470,7 @@ class _Known:
             self.whole = content["whole"] is True
 
     def save(self, whole: bool) -> None:
-        self.whole = whole
+        self.whole, self.saved = whole, time.monotonic()
         write_atomically(self._path, json.dumps({"whole": whole, "versions": self.versions}).encode())
 
 
@@ -509,36 +514,62 @@ def fetch_folder(url: str, suffixes: Collection[str], on_fetch: OnFetch | None =
         MissingError: there is no such folder, or none of the files.
         EmtError: they cannot be read, or not be written here.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     url = normal(url)
     wanted = {name: found for name, found in files(url).items() if Path(name).suffix in suffixes}
     if not wanted:
         raise MissingError(f"{shown(url)} does not exist, or has none of {', '.join(suffixes)}", "Check the URL.")
-    home = _home(url)
-    folder = home / file_name(url)
+    folder = _home(url) / file_name(url)
+    mirror(url, wanted, folder, on_fetch)
+    return folder
+
+
+def mirror(
+    url: str, wanted: Mapping[str, Stat], folder: Path, on_fetch: OnFetch | None = None, *, keep: bool = False
+) -> None:
+    """Have files of a folder in a store in one on this machine; other files that are there stay.
+
+    Args:
+        url: The folder in the store.
+        wanted: The files, by their names.
+        folder: Where to; what is known of them is kept beside it.
+        on_fetch: Called with the progress, from several threads.
+        keep: Keep files that were fetched before and are not wanted now.
+
+    Raises:
+        EmtError: they cannot be read, or not be written here.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    home = folder.parent
     with _writing(url), exclusive(_made(home) / ".lock"):
         known = _Known(home)
         missing = {name: s for name, s in wanted.items() if not _is_same(known.versions.get(name), s, folder / name)}
-        if missing or set(known.versions) - set(wanted):
+        unwanted = set() if keep else set(known.versions) - set(wanted)
+        if missing or unwanted:
             known.save(False)
 
         def load(name: str) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             version = _load(child(url, name), missing[name], home, folder / name, on_fetch)
+            if missing[name].modified:  # stores give whole seconds, rounded down
+                os.utime(folder / name, (missing[name].modified + 1,) * 2)
             with guard:
                 known.versions[name] = version
-                known.save(False)
+                if time.monotonic() - known.saved > 1:  # what has come is known even if this process ends here
+                    known.save(False)
 
         guard = threading.Lock()
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for work in [pool.submit(load, name) for name in missing]:
-                work.result()
-        for name in set(known.versions) - set(wanted):
+        try:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for work in [pool.submit(load, name) for name in missing]:
+                    work.result()
+        except BaseException:
+            known.save(False)
+            raise
+        for name in unwanted:
             (folder / name).unlink(missing_ok=True)
             del known.versions[name]
         known.save(True)
-    return folder
 
 
 def _made(home: Path) -> Path:
@@ -624,6 +655,19 @@ def _load_whole(url: str, partial: Path, name: str, on_fetch: OnFetch | None) ->
                 on_fetch(name, self.value, self.size or 0)
 
     _request(url, "read", lambda system, path: system.get_file(path, str(partial), callback=Report()))
+
+
+def working_folder(url: str) -> Path:
+    """Folder of this machine in which a run works on an output folder in a store, whether it is there or not."""
+    url = normal(url)
+    return default_dir() / "outputs" / hashlib.sha256(url.encode()).hexdigest()[:24] / file_name(url)
+
+
+def is_settled(folder: Path) -> bool:
+    """Return whether the files that `mirror` has fetched into a folder have not been used for a day."""
+    with suppress(OSError):
+        return time.time() - (folder.parent / _SOURCE).stat().st_mtime > _SETTLED
+    return False
 
 
 def trim_copies(limit: float) -> None:
@@ -712,8 +756,8 @@ def check_writable(url: str) -> None:
     _filesystem(normal(url))
 
 
-def put(path: Path, url: str) -> Stat:
-    """Publish a file: under its name it is there whole or not at all.
+def put(source: Path | bytes, url: str) -> Stat:
+    """Publish a file, or bytes: under its name it is there whole or not at all.
 
     Returns:
         What the store reports of it.
@@ -721,17 +765,23 @@ def put(path: Path, url: str) -> Stat:
     Raises:
         EmtError: it cannot be written.
     """
-    url, size = normal(url), path.stat().st_size
+    url, size = normal(url), len(source) if isinstance(source, bytes) else source.stat().st_size
+
+    def send(system: Any, place: str) -> None:
+        if isinstance(source, bytes):
+            system.pipe_file(place, source)
+        else:
+            system.put_file(str(source), place)
 
     def write(system: Any, place: str) -> Stat:
         if url.partition("://")[0] in _ATOMIC:
-            system.put_file(str(path), place)
+            send(system, place)
         else:
             folder = place.rpartition("/")[0]
             temporary = f"{folder}/{PARTIAL}{os.urandom(8).hex()}"
             system.makedirs(folder, exist_ok=True)
             try:
-                system.put_file(str(path), temporary)
+                send(system, temporary)
                 system.mv(temporary, place)
             except BaseException:
                 with suppress(Exception):

@@ -98,6 +98,10 @@ class Proxy:
         self.endpoint = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
 
+    def reset(self) -> None:
+        """Forget faults and requests."""
+        self.fault, self.cut, self.pause, self.requests = lambda request: None, [], 0.0, []
+
     def close(self) -> None:
         self._open = False
         self._server.close()

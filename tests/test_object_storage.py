@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import object_store
 import pytest
-from object_store import BUCKET, Store
-from program import Run, clip, environment, lines, model
+from object_store import BUCKET, Proxy, Store
+from program import Ended, Run, clip, environment, lines, model
 
 ROOT = f"s3://{BUCKET}"
 
@@ -36,18 +38,26 @@ def clips(store, tmp_path_factory) -> Path:
     return folder
 
 
-def run(store: Store, folder: Path, *arguments: object, endpoint: str = "", stdin: bytes = b""):
-    """`emt` in a folder, with a cache of its own, to its end."""
+def begin(store: Store, folder: Path, *arguments: object, endpoint: str = "", stdin: bytes = b"") -> Run:
+    """`emt` in a folder, with a cache of its own, running."""
     variables = environment(folder) | store.environment(endpoint)
-    return Run(*map(str, arguments), folder=folder, environment=variables, stdin=stdin).end()
+    return Run(*map(str, arguments), folder=folder, environment=variables, stdin=stdin)
 
 
-def transfer(store: Store, folder: Path, *arguments: object, **options):
-    return run(store, folder, "transfer", "--device", "cpu", "--model", model(), *arguments, **options)
+def run(store: Store, folder: Path, *arguments: object, **options) -> Ended:
+    return begin(store, folder, *arguments, **options).end()
 
 
-def states(ended) -> dict[str, int]:
-    return dict(Counter(line["state"] for line in lines(ended)))
+def start(store: Store, folder: Path, *arguments: object, **options) -> Run:
+    return begin(store, folder, "transfer", "--device", "cpu", "--model", model(), *arguments, **options)
+
+
+def transfer(store: Store, folder: Path, *arguments: object, **options) -> Ended:
+    return start(store, folder, *arguments, **options).end()
+
+
+def states(ended: Ended) -> dict[str, int]:
+    return dict(Counter(line["state"] for line in lines(ended) if line["event"] == "job"))
 
 
 def test_a_clip_by_url_is_the_same_job_as_by_path(store, clips, tmp_path):
@@ -108,3 +118,158 @@ def test_bad_urls_are_one_line(store, clips, tmp_path, arguments, told):
     assert told in ended.err
     assert "Traceback" not in ended.err
     assert len(ended.err.splitlines()) < 6, ended.err
+
+
+# ---- output folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proxy(store) -> Iterator[Proxy]:
+    proxy = Proxy(store)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(autouse=True)
+def no_faults(request):
+    if "proxy" in request.fixturenames:
+        request.getfixturevalue("proxy").reset()
+
+
+def machine(tmp_path: Path, name: str) -> Path:
+    """A working folder with a cache of its own."""
+    (tmp_path / name).mkdir(exist_ok=True)
+    return tmp_path / name
+
+
+def test_an_output_folder_in_a_store_is_continued_by_another_machine(store, clips, proxy, tmp_path):
+    out = f"{ROOT}/shared/out"
+    one, other = machine(tmp_path, "one"), machine(tmp_path, "other")
+    made = transfer(store, one, clips, "--prompt", "x", "--out", out)
+    assert made.code == 0, made.err
+    urls = made.out.splitlines()
+    keys = store.keys("shared/out/")
+    assert sorted(f"{ROOT}/{key}" for key in keys if key.endswith(".mp4")) == sorted(urls)
+    journals = [key for key in keys if "journal" in key]
+    assert len(journals) == 1, "one part for all lines"
+    assert len(keys) == 5, "two clips, two sidecars, a part of a journal"
+    assert not list(one.rglob("x-0.mp4")), "what is published is not kept twice"
+    known = [json.loads(line) for line in store.get(journals[0]).splitlines()]
+    assert {line["output"] for line in known if line["event"] == "job"} == {url.removeprefix(f"{out}/") for url in urls}
+
+    both = ("--prompt", "x", "--prompt", "y", "--out", out, "--json")
+    plan = run(store, other, "plan", clips, *both, "--model", model(), endpoint=proxy.endpoint)
+    assert states(plan) == {"done": 2, "open": 2}
+    resumed = transfer(store, other, clips, *both, endpoint=proxy.endpoint)
+    assert states(resumed) == {"skipped": 2, "done": 2}, resumed.err
+    assert {line["path"] for line in lines(resumed) if line["state"] == "skipped"} == set(urls)
+    assert not [request for request in proxy.requests if re.match(r"GET \S+\.mp4 ", request)], "no clip is fetched"
+    assert states(transfer(store, one, clips, *both)) == {"skipped": 4}
+    assert states(transfer(store, one, clips, *both, "--guidance", 2)) == {"done": 4}, "another setting, another name"
+
+    again = run(store, other, "rerun", urls[0], "--device", "cpu")
+    assert "identical with the original" in again.err
+    assert again.out.strip() == urls[0].replace(".mp4", "-rerun.mp4")
+    assert again.out.strip().removeprefix(f"{ROOT}/") in store.keys("shared/out/")
+
+
+def test_reports_and_measures_are_put_where_the_clips_are(store, clips, tmp_path):
+    out = f"{ROOT}/gallery"
+    one, other = machine(tmp_path, "one"), machine(tmp_path, "other")
+    assert transfer(store, one, f"{ROOT}/clips/run.mp4", "--prompt", "x", "--out", out, "--report").code == 0
+    page = store.get("gallery/report.html").decode()
+    assert "x-0.mp4" in page
+    references = [key for key in store.keys("gallery/report/") if key.endswith(".mp4")]
+    assert len(references) == 1, "the page has a copy of the reference"
+    measured = run(store, other, "evaluate", out, "--json", "--text-model", "none")
+    assert measured.code == 1
+    assert "--fetch" in measured.err, "nothing is fetched on the word of a journal"
+    measured = run(store, other, "evaluate", out, "--json", "--text-model", "none", "--fetch")
+    assert measured.code == 0, measured.err
+    assert store.get("gallery/metrics.jsonl").splitlines() == measured.out.encode().splitlines()
+    reported = run(store, other, "report", out)
+    assert reported.out.strip() == f"{out}/report.html"
+    assert "motion_fidelity" in store.get("gallery/report.html").decode()
+
+
+def test_a_run_that_is_killed_while_it_publishes_loses_nothing_and_makes_nothing_twice(store, clips, proxy, tmp_path):
+    for number, moment in enumerate(("x-0.mp4 ", "x-0.mp4.json ", "journal-")):
+        out, count = f"{ROOT}/killed/{number}", 0
+        one, other = machine(tmp_path, f"one{number}"), machine(tmp_path, f"other{number}")
+        running = start(store, one, clips / "run.mp4", "--prompt", "x", "--out", out, endpoint=proxy.endpoint)
+
+        def kill(request: bytes, moment: str = moment, running: Run = running) -> bytes | None:
+            nonlocal count
+            first = request.split(b"\r\n", 1)[0].decode()
+            if first.startswith("PUT") and moment in first:
+                count += 1
+                if count == (2 if moment == "journal-" else 1):  # the first part is empty
+                    running.send(signal.SIGKILL)
+                    return b""
+            return None
+
+        proxy.fault = kill
+        assert running.end().code == -signal.SIGKILL, moment
+        proxy.reset()
+        before = [key for key in store.keys(f"killed/{number}/") if key.endswith(".mp4")]
+        assert len(before) == (0 if moment == "x-0.mp4 " else 1)
+        job = (clips / "run.mp4", "--prompt", "x", "--out", out, "--json")
+        if moment != "x-0.mp4 ":  # another machine takes what is there, from the clip itself
+            assert states(transfer(store, other, *job)) == {"skipped": 1}
+        assert states(transfer(store, one, *job)) == {"skipped": 1}, "what the machine has is not made again"
+        assert len([key for key in store.keys(f"killed/{number}/") if key.endswith(".mp4")]) == 1
+        assert states(transfer(store, other, *job)) == {"skipped": 1}
+
+
+def test_a_clip_that_cannot_be_put_fails_with_one_line_and_is_put_by_the_next_run(store, clips, proxy, tmp_path):
+    out = f"{ROOT}/refused"
+    proxy.fault = lambda r: (
+        object_store.refusal(503, "SlowDown") if b"/x-0.mp4 " in r.split(b"\r\n")[0] and r[:3] == b"PUT" else None
+    )
+    job = (clips / "run.mp4", "--prompt", "x", "--prompt", "y", "--out", out)
+    ended = transfer(store, tmp_path, *job, endpoint=proxy.endpoint)
+    assert ended.code == 1
+    [told] = [line for line in ended.err.splitlines() if "FAILED" in line]
+    assert "x-0.mp4 cannot be written" in told
+    assert "give the same command again to publish it" in told
+    assert "1 done, 0 already there, 1 failed" in ended.err, "the others went on"
+    proxy.reset()
+    again = transfer(store, tmp_path, *job, "--json", endpoint=proxy.endpoint)
+    assert states(again) == {"skipped": 2}, "it was made, and only put"
+    assert len([key for key in store.keys("refused/") if key.endswith(".mp4")]) == 2
+
+
+def test_credentials_that_expire_are_named_as_such(store, clips, proxy, tmp_path):
+    out = f"{ROOT}/expired"
+    expired = False
+
+    def expire(request: bytes) -> bytes | None:
+        """From the moment on when the clip is about to be published."""
+        nonlocal expired
+        expired = expired or b"x-0.mp4" in request.split(b"\r\n")[0]
+        return object_store.refusal(400, "ExpiredToken") if expired else None
+
+    proxy.fault = expire
+    job = (clips / "run.mp4", "--prompt", "x", "--out", out)
+    ended = transfer(store, tmp_path, *job, endpoint=proxy.endpoint)
+    assert ended.code == 1
+    assert "cannot be read: the credentials have expired" in ended.err
+    assert "Renew them, then give the same command again" in ended.err
+    proxy.fault = lambda r: object_store.refusal(400, "ExpiredToken")
+    ended = transfer(store, tmp_path, *job, endpoint=proxy.endpoint)
+    assert ended.code == 1
+    assert f"error: {out} cannot be read: the credentials have expired" in ended.err
+    proxy.reset()
+    assert states(transfer(store, tmp_path, *job, "--json", endpoint=proxy.endpoint)) == {"skipped": 1}
+
+
+def test_what_cannot_be_written_to_is_said_before_anything_is_made(store, clips, tmp_path):
+    for out, told in (
+        ("s3://no-such-bucket/out", "s3://no-such-bucket/out/journal-"),
+        ("https://host/out", "https://host/out can only be read"),
+        (f"{ROOT}/png --format png", "a clip of format png is a folder of files"),
+    ):
+        ended = transfer(store, tmp_path, clips / "run.mp4", "--prompt", "x", "--out", *out.split())
+        assert ended.code == 1
+        assert told in ended.err
+        assert "Traceback" not in ended.err

@@ -6,7 +6,7 @@ import http.server
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import fsspec
 import pytest
@@ -33,7 +33,9 @@ def store() -> Iterator[fsspec.AbstractFileSystem]:
 # ---- names --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["s3://b/a.mp4", "memory://x", "https://h/a", "gs:/b/a", Path("s3://b/a.mp4")])
+@pytest.mark.parametrize(
+    "text", ["s3://b/a.mp4", "https://h/a", "gs:/b/a", Path("s3://b/a.mp4"), PureWindowsPath("s3://b/a.mp4")]
+)
 def test_urls_are_urls_even_when_a_path_was_made_of_them(text):
     assert is_url(text)
     assert normal(text).partition("://")[1] == "://"

@@ -16,6 +16,7 @@ Lines with `"event": "job"` are about a job:
                 where the motion was; of all candidates together
     peak_memory bytes: of the device on a GPU, of the process on a CPU
     bytes, mtime_ns   of the clip when it was finished
+    etag        what an object store calls the version of the clip, where it is in one
     adopted     true if a run before this one had made the clip and ended before it could say so
     error, hint, origin   of a failed job: what is wrong, what to do, where the job was read; of a dropped one why
     finished    UTC time, ISO 8601
@@ -23,9 +24,9 @@ Lines with `"event": "job"` are about a job:
     warnings    what could not be honoured, a line each
 
 Lines with `"event": "file"` say that a clip was found whole with another time (a copied folder): output, id, bytes,
-mtime_ns. Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds since the
-process was started, phases (where they went; they add up to the whole), device, device_wait (the share of the time
-between the first and the last batch in which the device waited for data).
+mtime_ns, etag. Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds
+since the process was started, phases (where they went; they add up to the whole), device, device_wait (the share of the
+time between the first and the last batch in which the device waited for data).
 
 **What a crash leaves.** For each job the order is: clip (written beside, synced, renamed), sidecar `<clip>.json` (the
 same way), journal line (one write, synced). So a line never names a clip that is not whole; a clip without a
@@ -44,11 +45,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from emt.errors import EmtError
 from emt.storage import try_lock
@@ -56,6 +57,8 @@ from emt_cli.batch.records import dumps, parse
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+    from emt_cli.batch.jobs import Job
 
 FILE_NAME = "journal.jsonl"
 LOCK_NAME = ".lock"
@@ -66,6 +69,7 @@ _APPENDING = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)  
 _BLOCK = 1 << 16  # bytes
 _MOMENT = 0.5  # seconds for which another process may hold a lock that it only looks at
 _DYING = 5.0  # seconds that workers may live on after their run was killed
+_PART = re.compile(r"\.\d{5}(?=\.jsonl$)")  # in the name of a part of a journal (`emt_cli.batch.published`)
 
 
 def exists(out: Path) -> bool:
@@ -85,7 +89,10 @@ def lines(out: Path, only: Collection[str] | None = None) -> Iterator[dict[str, 
     Raises:
         EmtError: the journal is there but may not be read.
     """
-    files = [_timed(path, only and {*only, "state", "output", "finished"}) for path in _files(out)]
+    parts: dict[str, list[Path]] = {}  # of a journal that was published in parts, one after the other
+    for path in _files(out):
+        parts.setdefault(_PART.sub("", path.name), []).append(path)
+    files = [_timed(paths, only and {*only, "state", "output", "finished"}) for paths in parts.values()]
     return (line for _, line in (heapq.merge(*files, key=lambda pair: pair[0]) if len(files) > 1 else chain(*files)))
 
 
@@ -137,22 +144,35 @@ def _files(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name != FILE_NAME)
 
 
-def _timed(path: Path, only: Collection[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of a file with the time of each; in the order of the file, whatever its clock did."""
+def _timed(paths: Sequence[Path], only: Collection[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines of a writer's files with the time of each; in the order of the files, whatever its clock did."""
     latest = ""
-    try:
-        with open(path, "rb") as file:
-            for content in file:
-                line = parse(content, only)
-                if line.get("state") in ("done", "dropped") and "output" not in line:
-                    continue
-                if line:
-                    latest = max(latest, line.get("finished", ""))
-                    yield latest, line
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise EmtError(f"cannot read {path}: {error.strerror}") from None
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                for content in file:
+                    line = parse(content, only)
+                    if line.get("state") in ("done", "dropped") and "output" not in line:
+                        continue
+                    if line:
+                        latest = max(latest, line.get("finished", ""))
+                        yield latest, line
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise EmtError(f"cannot read {path}: {error.strerror}") from None
+
+
+class Store(Protocol):
+    """Finished clips that are elsewhere than in a folder on disk (`emt_cli.batch.published`)."""
+
+    def state(
+        self, line: Mapping[str, Any] | None, output: str, job: Job, identity: str
+    ) -> tuple[str, os.stat_result | None]:
+        """State of a job by its clip, and the status of a copy of the clip if it had to be looked at."""
+
+    def is_anothers(self, line: Mapping[str, Any] | None, output: str, identity: str) -> bool:
+        """Return whether a finished clip of another job is where a job's clip goes."""
 
 
 class Known:
@@ -162,15 +182,17 @@ class Known:
         done: By output: id, bytes and mtime_ns of a finished clip; seed and best_of where one was chosen; measures.
         dropped: By output: id and measures of a clip that was dropped.
         failed: By output: id and error of a job whose last word is that it failed.
+        store: Where the clips are, if not in a folder on disk.
     """
 
-    _KEPT = ("id", "bytes", "mtime_ns", "motion_fidelity", "temporal_consistency")
+    _KEPT = ("id", "bytes", "mtime_ns", "etag", "motion_fidelity", "temporal_consistency")
     FIELDS = (*_KEPT, "event", "state", "output", "best_of", "seed", "error")
 
     def __init__(self) -> None:
         self.done: dict[str, dict[str, Any]] = {}
         self.dropped: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, dict[str, Any]] = {}
+        self.store: Store | None = None
 
     def add(self, line: dict[str, Any]) -> None:
         """Take a line of the journal."""
@@ -180,7 +202,7 @@ class Known:
         if line.get("event") == "file":
             known = self.done.get(output, {})
             if known and known.get("id") == line.get("id"):
-                known |= {name: line[name] for name in ("bytes", "mtime_ns") if name in line}
+                known |= {name: line[name] for name in ("bytes", "mtime_ns", "etag") if name in line}
             return
         kept = {name: line[name] for name in self._KEPT if name in line}
         if "best_of" in line and "seed" in line:
@@ -217,7 +239,7 @@ class Journal:
     ) -> None:
         if not re.fullmatch(r"[\w.-]*", writer):
             raise ValueError(f"writer is {writer!r}: letters, digits, ., _ and - are allowed")
-        self.out = out
+        self.out, self.writer = out, writer
         self._guard = threading.RLock()
         self._open = True
         suffix = f"-{writer}" if writer else ""
@@ -277,6 +299,10 @@ class Journal:
                 raise
             if self._reads:
                 self.known.add(line)
+
+    def path_of(self, output: str) -> str:
+        """Path of a clip, for who reads results."""
+        return os.path.join(self.out, output)
 
     def close(self) -> None:
         """Let the folder go; waits for a line that another thread is writing."""

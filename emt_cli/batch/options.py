@@ -511,7 +511,6 @@ class TransferOptions:
     def check(self) -> None:
         """Raise `UsageError` unless values and combinations of options are allowed."""
         with usage_errors():
-            check_on_disk(self.out, "--out")
             check_on_disk(self.cache_dir, "--cache-dir")
             check_device(self.device)
             parse_batch_size(self.batch_size)

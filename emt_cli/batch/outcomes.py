@@ -169,7 +169,7 @@ class Outcomes:
         there = line["state"] in ("done", "skipped")
         try:
             self.listener.job(line)
-            self.listener.result({**line, "path": os.path.join(self.out, line["output"])} if there else line)
+            self.listener.result({**line, "path": self.journal.path_of(line["output"])} if there else line)
         except Exception as error:  # a fault of the listener's: the journal has how the job ended, and keeps it
             self.listener.say(f"a result was not delivered: {type(error).__name__}: {error}")
 

@@ -14,7 +14,7 @@ from typing import Any
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
 from emt.model_folder import Model, find_model
-from emt.remote import Downloads
+from emt.remote import Downloads, is_url
 from emt.storage import check_readable
 from emt_cli.batch import estimates, journal
 from emt_cli.batch.addons import AddonFinder
@@ -22,6 +22,7 @@ from emt_cli.batch.best_of import check_measuring, check_tracking
 from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
+from emt_cli.batch.published import Published
 from emt_cli.batch.results import find_place
 from emt_cli.batch.shapes import Shapes
 from emt_cli.messages import say
@@ -116,6 +117,8 @@ def make_plan(options: TransferOptions) -> Plan:
         UsageError: the command line makes no sense.
     """
     options = replace(options, watch=False)  # what is there now
+    published = Published(options.out, say) if is_url(options.out) else None
+    options = replace(options, out=published.folder) if published else options
     model = find_model(options.model, download=False)
     index = ContentIndex(options.cache_dir or default_dir())
     listed, streamed = expand(options, model.defaults, say, keep_seeds=False, shapes=Shapes(model, index))
@@ -125,6 +128,7 @@ def make_plan(options: TransferOptions) -> Plan:
     gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
     device = gpu or "cpu"
     known = journal.Known()
+    known.store = published
     fields = (*journal.Known.FIELDS, *estimates.PastTimings.FIELDS)
     past = estimates.PastTimings.read(_remembering(journal.lines(options.out, fields), known), model_sha256, device)
     source = (
@@ -132,7 +136,7 @@ def make_plan(options: TransferOptions) -> Plan:
         if past
         else "a rough model of the arithmetic, as nothing was made here with this model on this device"
     )
-    elsewhere = [(out, _known(out)) for out in options.others]
+    elsewhere = [_known(out) for out in options.others]
     planned = list(_planned(items, options, model, model_sha256, index, known, elsewhere))
     plan = Plan(planned, model, device, source)
     half = bool(gpu) if options.precision is Precision.AUTO else options.precision is not Precision.FP32
@@ -159,11 +163,15 @@ def make_plan(options: TransferOptions) -> Plan:
     return plan
 
 
-def _known(out: Path) -> journal.Known:
+def _known(out: Path) -> tuple[Path, journal.Known]:
+    """Another output folder on this machine, and what its journal knows."""
     known = journal.Known()
+    if is_url(out):
+        known.store = published = Published(out, say)
+        out = published.folder
     for line in journal.lines(out, journal.Known.FIELDS):
         known.add(line)
-    return known
+    return out, known
 
 
 def _both(listed: list[Job | Rejected], streamed: Iterator[Item]) -> list[Job | Rejected]:
@@ -227,10 +235,15 @@ def _planned(
         except EmtError as error:
             line.state, line.error = "problem", error
         if not line.error:
-            place = find_place(options.out, known, item, output, identity, options.overwrite)
-            for other, its in elsewhere if place.state == "open" else ():
-                there = find_place(other, its, item, output, identity, overwrite=False)
-                place = there if there.state in ("done", "made") else place
+            try:
+                place = find_place(options.out, known, item, output, identity, options.overwrite)
+                for other, its in elsewhere if place.state == "open" else ():
+                    there = find_place(other, its, item, output, identity, overwrite=False)
+                    place = there if there.state in ("done", "made") else place
+            except EmtError as error:
+                line.state, line.error = "problem", error
+                yield line
+                continue
             line.output, line.state = place.output, "done" if place.state == "made" else place.state
             failed = known.failed.get(line.output, {})
             if place.state == "open" and failed.get("id") == identity:

@@ -163,7 +163,7 @@ def _is_choice(record: dict[str, Any]) -> bool:
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("event", "state", "id", "reference", "reference_sha256", "prompt", "origin"), _text),
     **dict.fromkeys(("model", "model_folder", "model_sha256", "device", "precision", "kernels", "memory"), _text),
-    **dict.fromkeys(("engine", "engine_id", "engine_folder", "error", "hint", "finished"), _text),
+    **dict.fromkeys(("engine", "engine_id", "engine_folder", "error", "hint", "finished", "etag"), _text),
     **dict.fromkeys(
         ("seed", "window", "arithmetic", "bytes", "mtime_ns", "done", "skipped", "failed", "dropped"), _whole
     ),

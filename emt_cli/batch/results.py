@@ -160,15 +160,26 @@ def find_place(out: Path, known: Known, job: Job, output: str, identity: str, ov
         output: Its `output_name`.
         identity: Its identity.
         overwrite: Whether finished clips are to be made again.
+
+    Raises:
+        EmtError: the clips are in a store, which cannot be read.
     """
-    folder = os.fspath(out)
-    state, looked = _state_on_disk(known.done.get(output), os.path.join(folder, output), job, identity)
+    folder, store = os.fspath(out), known.store
+
+    def state_of(output: str) -> tuple[str, os.stat_result | None]:
+        line = known.done.get(output)
+        if store is not None:
+            return store.state(line, output, job, identity)
+        return _state_on_disk(line, os.path.join(folder, output), job, identity)
+
+    state, looked = state_of(output)
     if state != "open":
         return Place(output, "replaces" if overwrite else state, looked)
     own = own_name(output, identity)
-    state, looked = _state_on_disk(known.done.get(own), os.path.join(folder, own), job, identity)
+    state, looked = state_of(own)
     if state != "open":
         return Place(own, "replaces" if overwrite else state, looked)
-    if not is_anothers(known.done.get(output), out / output, identity):
+    line = known.done.get(output)
+    if not (store.is_anothers(line, output, identity) if store else is_anothers(line, out / output, identity)):
         return Place(output, "open")
     return Place(output, "replaces") if overwrite else Place(own, "open")

@@ -68,7 +68,8 @@ class Shard:
             return True
         if not item.reference:
             return self.index == 0
-        return place(Path(item.reference)) % self.count == self.index
+        source = getattr(item, "source", "")  # its copy may be on one machine and not yet on another
+        return place(Path(source or item.reference)) % self.count == self.index
 
     def of(self, items: Iterable[Any]) -> Iterator[Any]:
         """The items that are in this shard, in their order."""
@@ -78,6 +79,8 @@ class Shard:
 @functools.lru_cache(maxsize=1 << 14)
 def place(reference: Path) -> int:
     """A number of 64 bits by a reference's name, kind and size; of the names and sizes in a folder of frames.
+
+    Of one behind a URL, whose size is not looked at, it is by name and kind.
 
     References of one content and name, which lead to the same clips, have the same number wherever they are.
     """

@@ -15,6 +15,7 @@ import typer
 
 from emt import demo
 from emt.errors import EmtError, first_line
+from emt.remote import check_on_disk
 from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_text
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from emt.evaluate.pairs import Pair, Row
     from emt.evaluate.statistics import Estimate
     from emt.evaluate.text import ImageTextModel
+    from emt_cli.report.published import Folder
 
 _SHOWN = 40
 _COLUMNS = {
@@ -47,8 +49,8 @@ def evaluate(
         list[Path] | None,
         typer.Argument(
             metavar="[SOURCE]...",
-            help="Output folders of `emt transfer`, or .jsonl or .csv files with the fields reference, result and "
-            "(optional) prompt; their paths are relative to the file.",
+            help="Output folders of `emt transfer`, or their URLs, or .jsonl or .csv files with the fields reference, "
+            "result and (optional) prompt; their paths are relative to the file.",
             show_default=False,
         ),
     ] = None,
@@ -87,6 +89,9 @@ def evaluate(
         typer.Option(help="Folder to write plots of the measures and camera curves into.", show_default=False),
     ] = None,
     workers: Annotated[int, typer.Option(help="Number of threads that read and track clips.", min=1, max=256)] = 4,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Download references that output folders name by URL and that are not here.")
+    ] = False,
 ) -> None:
     """Measure motion fidelity, camera motion, gains, consistency, text alignment and likeness of results.
 
@@ -94,8 +99,13 @@ def evaluate(
     line. Measures of an output folder are kept in it for `emt report OUT`, which explains each. A pair that cannot be
     read is reported, the others go on, and the exit code is 1.
     """
+    from emt_cli.report.published import Folder
+
     sources = list(dict.fromkeys(sources or []))
-    found = [(source, list(_pairs(source, frames))) for source in sources]
+    for given, option in ((output, "--output"), (plots, "--plots")):
+        check_on_disk(given, option)
+    folders = [Folder(source, say, fetch) for source in sources]
+    found = [(folder, list(_pairs(folder.path, frames))) for folder in folders]
     pairs = [*_given_pairs(pair or [], frames), *(pair for _, own in found for pair in own)]
     if not pairs:
         named = " and ".join(map(str, sources))
@@ -113,10 +123,10 @@ def evaluate(
     failed = [row for row in rows if row.error is not None]
     unwritten = _write(output, lines) if output is not None else None
     row_of = {id(row.pair): row for row in rows}
-    for source, own in found:
-        if output is None and source.is_dir() and own:
+    for folder, own in found:
+        if output is None and folder.path.is_dir() and own:
             of_it = [row_of[id(pair)] for pair in own]
-            unwritten = _write(source / METRICS, _lines(of_it, summarise(of_it))) or unwritten
+            unwritten = _write(folder.path / METRICS, _lines(of_it, summarise(of_it)), folder) or unwritten
     if plots is not None:
         from emt.evaluate.plots import write_plots
 
@@ -148,13 +158,15 @@ def evaluate_results(out: Path, device: str) -> str:
     """
     from emt.evaluate.measures import MEASURES
     from emt.evaluate.pairs import summarise
+    from emt_cli.report.published import Folder
 
-    pairs = list(_pairs(out, None))
+    folder = Folder(out, say)
+    pairs = list(_pairs(folder.path, None))
     if not pairs:
         return "nothing to evaluate: there are no finished results"
     rows = _measure(pairs, "auto", device, 4)
     summary = summarise(rows)
-    if (unwritten := _write(out / METRICS, _lines(rows, summary))) is not None:
+    if (unwritten := _write(folder.path / METRICS, _lines(rows, summary), folder)) is not None:
         raise unwritten
     means = [f"{MEASURES[name].short} {summary[name].value:.3f}" for name in _COLUMNS if summary[name].clips]
     failed = sum(row.error is not None for row in rows)
@@ -332,11 +344,15 @@ def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel
     return ImageTextModel(name, place)
 
 
-def _write(path: Path, lines: Sequence[bytes]) -> EmtError | None:
-    """Write lines to a file; returns why they could not be."""
+def _write(path: Path, lines: Sequence[bytes], folder: Folder | None = None) -> EmtError | None:
+    """Write lines to a file, of an output folder if one is given; returns why they could not be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, b"".join(line + b"\n" for line in lines))
+        if folder is not None:
+            folder.publish(path.name)
+    except EmtError as error:
+        return error
     except OSError as error:
         return EmtError(f"{path} cannot be written: {error.strerror}.", "Name another file with --output.")
     return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
+from emt.remote import check_on_disk
 from emt_cli.batch.options import (
     Precision,
     TransferOptions,
@@ -139,6 +140,8 @@ def make_pairs(
         raise UsageError("name one folder to write, as OUT or with --out (and put globs in quotes)")
     if (motions is None) == (not from_references):
         raise UsageError("give either --motions, to render pairs, or --from-references, to make them of clips")
+    with usage_errors():
+        check_on_disk(folder, "OUT")
     _check_options(context, _RENDERED if from_references else _TAUGHT)
     if motions is not None:
         from emt.train.data import Rendering

@@ -5,14 +5,29 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emt.errors import EmtError
-from emt.remote import Announcer, fetch, is_url, normal, to_path
+from emt.remote import (
+    Announcer,
+    MissingError,
+    check_writable,
+    copy_of,
+    exists,
+    fetch,
+    file_name,
+    is_url,
+    normal,
+    put,
+    shown,
+    to_path,
+)
 from emt_cli.batch.options import Kernels, Precision, Settings, check_device, parse_field, usage_errors
 
 if TYPE_CHECKING:
@@ -26,7 +41,9 @@ _MOST_CLIPS = 64  # of a batch, as for --batch-size
 
 
 def rerun(
-    result: Annotated[Path, typer.Argument(help="A clip that emt made, or the .json beside it.", show_default=False)],
+    result: Annotated[
+        Path, typer.Argument(help="A clip that emt made, or the .json beside it; or its URL.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -37,7 +54,7 @@ def rerun(
         Path | None, typer.Option(help="Path or URL of the reference, if it has moved.", show_default=False)
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub id, if the model has moved.", show_default=False)
+        str | None, typer.Option(help="Model folder, its URL, or hub id, if the model has moved.", show_default=False)
     ] = None,
     addon: Annotated[
         list[Path] | None,
@@ -76,15 +93,57 @@ def rerun(
 
     with usage_errors():
         check_device(device)
-    clip = result.with_suffix("") if result.suffix == ".json" else result
-    output = output or clip.with_name(f"{clip.stem}-rerun{clip.suffix}")
-    if output.exists() and not overwrite:
-        raise EmtError(f"{output} exists", "Name another clip with --output, or replace it with --overwrite.")
-    made = _Made.read(result)
-    with ProgressReporter() as reporter:
+    named = Path(normal(result)) if is_url(result) else to_path(result)
+    named = named.with_suffix("") if named.suffix == ".json" else named
+    output = output or named.with_name(f"{named.stem}-rerun{named.suffix}")
+    if (exists(str(output)) if is_url(output) else output.exists()) and not overwrite:
+        problem = f"{normal(output) if is_url(output) else output} exists"
+        raise EmtError(problem, "Name another clip with --output, or replace it with --overwrite.")
+    with TemporaryDirectory(prefix="emt-") as folder, ProgressReporter() as reporter:
         reporter.total = 1
-        _make_again(made, clip, output, reporter, reference, model, addon or [], engine, device, kernels)
-    typer.echo(output)
+        reporter.phase("looking for the clip")
+        result, clip = _find(result)
+        made = _Made.read(result)
+        here = output
+        if is_url(output):
+            check_writable(normal(output))
+            here = Path(folder) / file_name(normal(output))
+        _make_again(made, clip, here, reporter, reference, model, addon or [], engine, device, kernels)
+        if is_url(output):
+            _publish(here, normal(output))
+    typer.echo(normal(output) if is_url(output) else output)
+
+
+def _find(result: Path) -> tuple[Path, Path]:
+    """A clip or its sidecar on this machine, and the clip, which may be missing then.
+
+    Raises:
+        EmtError: it is in a store, and cannot be read.
+    """
+    if not is_url(result):
+        result = to_path(result)
+        return result, result.with_suffix("") if result.suffix == ".json" else result
+    url = normal(result)
+    clip = url.removesuffix(".json")
+    here = fetch(url)
+    if clip != url:
+        with suppress(MissingError):
+            fetch(clip)
+    return here, copy_of(clip)
+
+
+def _publish(clip: Path, url: str) -> None:
+    """Put a clip into a store, and then its sidecar.
+
+    Raises:
+        EmtError: it cannot be put, or is a folder of frames.
+    """
+    from emt_cli.batch.results import sidecar
+
+    if clip.is_dir():
+        raise EmtError(f"{shown(url)} would be a folder of frames", "Write it on disk: -o FOLDER")
+    put(clip, url)
+    put(sidecar(clip), f"{url}.json")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import typer
@@ -34,11 +35,13 @@ def transfer(options: TransferOptions) -> None:
     """
     from emt.cache import ContentIndex, default_dir
     from emt.model_folder import find_model
-    from emt.remote import Announcer, trim_copies
+    from emt.remote import Announcer, is_url, trim_copies
     from emt_cli.batch.best_of import check_measuring, check_tracking
     from emt_cli.batch.inputs import PromptWarnings, expand, settings_of
     from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
+    from emt_cli.batch.published import Published, PublishedJournal
+    from emt_cli.batch.seeds import FILE_NAME as SEEDS
     from emt_cli.batch.session import RunOptions, SessionOptions, open_session
     from emt_cli.batch.shapes import Shapes
     from emt_cli.commands.plan import show
@@ -54,7 +57,9 @@ def transfer(options: TransferOptions) -> None:
         trim_copies(options.cache_size * 1e9)
         model = find_model(options.model, download=True, on_fetch=Announcer(reporter.say))
         shapes = Shapes(model, ContentIndex(options.cache_dir or default_dir()))
-        listed, streamed = expand(options, model.defaults, reporter.say, shapes)
+        published = Published(options.out, reporter.say) if is_url(options.out) else None
+        here = replace(options, out=published.folder) if published else options
+        listed, streamed = expand(here, model.defaults, reporter.say, shapes)
         for job in listed:
             if isinstance(job, Job):
                 check_tracking(job)
@@ -76,7 +81,14 @@ def transfer(options: TransferOptions) -> None:
         how = RunOptions.of(options, numerics(options, engine_id(options.engine)))
         if options.watch:
             reporter.say(f"watching {', '.join(options.references or [])}: drop clips in; Ctrl-C ends the run")
-        journal = Journal(options.out, options.part.writer, beside=options.part.is_beside)
+        part = options.part
+        journal: Journal
+        if published:
+            published.publish_small(SEEDS)
+            writer, beside = published.writer(part.writer), published.beside(part.is_beside)
+            journal = PublishedJournal(published, reporter.say, writer, beside=beside)
+        else:
+            journal = Journal(options.out, part.writer, beside=part.is_beside)
         try:
             summary = executor(session, journal, reporter, how).run(chain(listed, words.watch(streamed)))
         finally:
@@ -88,8 +100,8 @@ def transfer(options: TransferOptions) -> None:
             reporter.say("measuring the results …")
             reporter.say(evaluate_results(options.out, options.device))
         if options.report:
-            from emt_cli.report.page import write_report
+            from emt_cli.report.published import publish_report
 
-            reporter.say(f"report: {write_report(options.out)}")
+            reporter.say(f"report: {publish_report([options.out], reporter.say)}")
     if code := summary.exit_code(gone=reporter.gone, undelivered=reporter.failed):
         raise typer.Exit(code)

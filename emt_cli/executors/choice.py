@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from emt.remote import is_url
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import TransferOptions, parse_gpus
 from emt_cli.batch.outcomes import Listener
@@ -42,12 +43,12 @@ def choose_executor(
         from emt_cli.executors.ray import RayFleet
         from emt_cli.executors.worker import WorkerOptions
 
-        writer = options.part.writer
+        writer = journal.writer
         base = WorkerOptions(
             session_options,
             "cuda" if on_gpus else "cpu",
             run,
-            options.out.absolute(),
+            options.out if is_url(options.out) else options.out.absolute(),
             "",
             tuple(session.generator.prompts),
         )

@@ -7,16 +7,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from emt import __version__
 from emt.errors import EmtError
+from emt.remote import fetch
 from emt_cli.batch.finisher import Finisher
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.outcomes import Outcomes
+from emt_cli.batch.published import open_journal
 from emt_cli.batch.session import RunOptions, SessionOptions, open_session
 from emt_cli.batch.tasks import Reference, Task
 from emt_cli.batch.worker import Worker
@@ -261,10 +264,19 @@ class RemoteWorker:
                 waited = True
                 continue
             waited = False
-            key = (order.job.reference, order.reference_sha256, *order.job.sampling.values())
+            job = _here(order.job)
+            key = (job.reference, order.reference_sha256, *job.sampling.values())
             if reference is None or key != group:
-                group, reference = key, Reference(order.job, order.reference_sha256)
-            yield Task(order.job, order.identity, order.output, reference)
+                group, reference = key, Reference(job, order.reference_sha256)
+            yield Task(job, order.identity, order.output, reference)
+
+
+def _here(job: Job) -> Job:
+    """A job with its reference on this machine; of a URL, what was fetched may be on another one."""
+    if job.source and not job.reference.exists():
+        with suppress(EmtError):  # it is raised where the reference is read
+            return replace(job, reference=fetch(job.source))
+    return job
 
 
 def take_journal(out: Path, writer: str) -> Journal:
@@ -275,7 +287,7 @@ def take_journal(out: Path, writer: str) -> Journal:
     """
     for tried in range(_TRIES):
         try:
-            return Journal(out, writer, read=False)
+            return open_journal(out, writer)
         except EmtError:
             if tried == _TRIES - 1:
                 raise
