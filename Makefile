@@ -7,7 +7,7 @@ LOWEST := $(VENV)-lowest
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu test-lowest lint format bench clean
+.PHONY: demo test test-slow test-gpu test-lowest mutants lint format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,12 @@ test-lowest:
 	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct \
 		$$(grep '^torch==' constraints.txt) -e '.[evaluate,train,engines,ray]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile
+
+# Changes the code in one place at a time and runs the tests that ought to notice, for hours; ended, it goes on from there.
+mutants: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[mutants]'
+	$(BIN)/python benchmarks/mutants.py --folder build/mutants
+	$(BIN)/python benchmarks/mutants.py --folder build/mutants --table
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -28,8 +28,8 @@ PACKAGES = {
 }
 #: Distributions that are called otherwise than what is imported.
 CALLED = {"PIL": "pillow", "cv2": "opencv-python-headless"}
-#: Imported where they are, done without elsewhere: builds of torch for GPUs bring it.
-BROUGHT = {"triton"}
+#: Brought by what is declared: triton by builds of torch for GPUs, and done without elsewhere; aiohttp by fsspec[http].
+BROUGHT = {"triton", "aiohttp"}
 
 
 def declared(requirements: list[str]) -> set[str]:
