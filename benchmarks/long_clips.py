@@ -7,7 +7,9 @@ that the truth is known for any length. Measured on the clips that the demo mode
 
 - consistency: `emt.evaluate.consistency` of frames at seams (a step on either side of where one window gives way to
   the next, at the first step of the sampler) as a share of that of the frames between them;
-- fidelity: motion fidelity of the 8 frames around a seam, as a share of that of 8 frames between seams;
+- fidelity: motion fidelity of the 8 frames around a seam, as a share of that of 8 frames between seams. What happens
+  there differs, however: the scheme `alone` makes the control, a clip of one window around each seam, by itself, and
+  measures the 8 frames in its middle;
 - looks: share of the seconds in which the judge finds the prompt's subject, colour and scene.
 
 A result is a line of FILE; what is there is not made again. A table follows on standard output.
@@ -19,7 +21,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 
 from emt import demo
+from emt.contact_sheet import contact_sheet
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.judge import Judge, read_prompt
 from emt.evaluate.motion import motion_fidelity
@@ -78,7 +81,15 @@ class Apart(Fixed):
 
 
 #: Ways to lay windows and to blend them; `quarter` is `emt.windows.Windows`, the others differ from it in one thing.
-SCHEMES = {"quarter": Windows, "apart": Apart, "fixed": Fixed, "flat": Flat, "half": Half, "repeated": Windows}
+SCHEMES = {
+    "quarter": Windows,
+    "apart": Apart,
+    "fixed": Fixed,
+    "flat": Flat,
+    "half": Half,
+    "repeated": Windows,
+    "alone": Windows,
+}
 
 
 def repeat_noise(pipe: MotionTransferPipeline, size: int) -> None:
@@ -95,6 +106,20 @@ def repeat_noise(pipe: MotionTransferPipeline, size: int) -> None:
         return noise
 
     pipe.initial_noise = initial_noise  # type: ignore[method-assign]
+
+
+def measure_alone(
+    pipe: MotionTransferPipeline, reference: np.ndarray, windows: Windows, make: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, float]:
+    """The measures at seams, of clips of one window each, in whose middle the seams are."""
+    size, fidelity, consistency = windows.size, [], []
+    for _, taken in list(windows.readings())[1:]:
+        start = min(max(taken.start - size // 2, 0), len(reference) - size)
+        clip, place = make(reference[start : start + size]), taken.start - start
+        part = slice(place - 4, place + 4)
+        fidelity.append(motion_fidelity(reference[start : start + size][part], clip[part]))
+        consistency += [temporal_consistency(clip[i : i + 2]) for i in range(place - 2, place + 1)]
+    return {"consistency_at_seams": float(np.mean(consistency)), "fidelity_at_seams": float(np.mean(fidelity))}
 
 
 def swinging(frames: np.ndarray, count: int) -> np.ndarray:
@@ -157,20 +182,40 @@ def run(o: argparse.Namespace) -> None:
             if (scheme, count, name, o.steps) in there or count <= pipe.config.frames:
                 continue
             windows = SCHEMES[scheme](count, pipe.config.frames)
-            pipe.windows_over = lambda frames, window=None, windows=windows: windows
-            if scheme == "repeated":
-                repeat_noise(pipe, windows.size)
+
+            def make(reference: np.ndarray, prompt: str = prompt) -> np.ndarray:
+                motion = pipe.extract_motion(reference)
+                return pipe.generate(prompt, motion, steps=o.steps, scheduler="dpm++", guidance_until=0.5)[0]
+
             begun = time.monotonic()
-            motion = pipe.extract_motion(reference)
-            (clip,) = pipe.generate(prompt, motion, steps=o.steps, scheduler="dpm++", guidance_until=0.5)
-            pipe.__dict__.pop("initial_noise", None)
+            if scheme == "alone":
+                clip, found = None, measure_alone(pipe, reference, windows, make)
+            else:
+                pipe.windows_over = lambda frames, window=None, windows=windows: windows
+                if scheme == "repeated":
+                    repeat_noise(pipe, windows.size)
+                clip = make(reference)
+                for changed in ("windows_over", "initial_noise"):
+                    pipe.__dict__.pop(changed, None)
+                found = measure(judge, reference, clip, prompt, windows)
             taken = round(time.monotonic() - begun, 1)
             line = {"scheme": scheme, "frames": count, "clip": name, "steps": o.steps, "prompt": prompt, "time": taken}
             with o.out.open("a") as file:
-                print(json.dumps(line | measure(judge, reference, clip, prompt, windows)), file=file)
-            if o.keep:
+                print(json.dumps(line | found), file=file)
+            if o.sheet and clip is not None:
+                rows = [(f"{prompt}: {part}", [x[frames] for x in (reference, clip)]) for part, frames in halves(count)]
+                contact_sheet(rows, frames=2 * FPS, labels=("reference", "result")).save(o.sheet, quality=88)
+            if o.keep and clip is not None:
                 both = np.concatenate([reference, clip], axis=2)
                 write_clip(o.keep / f"{name} {scheme} {count}.mp4", both, FPS, metadata={"prompt": prompt})
+
+
+def halves(count: int) -> list[tuple[str, slice]]:
+    """The first and the last half of a clip, and their seconds."""
+    middle = count // 2
+    return [
+        (f"{part.start / FPS:g} to {part.stop / FPS:g} s", part) for part in (slice(0, middle), slice(middle, count))
+    ]
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -180,28 +225,35 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over clips by scheme and kind, as Markdown."""
-    head = ("scheme", "clips", "frames", "consistency: seams, between, ratio", "fidelity: seams, between, ratio")
-    lines = [*_markdown([(*head, "fidelity", "subject", "colour", "scene")]), f"|{'---|' * (len(head) + 4)}"]
-    for group in dict.fromkeys(map(_group, rows)):
+    measures = ("consistency", "fidelity")
+    head = ["scheme", "clips", "frames"]
+    head += [f"{name}: seams, between, ratio" for name in measures] + [f"{name}: seams / alone" for name in measures]
+    head += ["fidelity", "subject", "colour", "scene"]
+    lines = [_row(head), f"|{'---|' * len(head)}"]
+    alone = {(r["clip"], r["frames"]): r for r in rows if r["scheme"] == "alone"}
+    for group in dict.fromkeys(_group(row) for row in rows if row["scheme"] != "alone"):
         own = [row for row in rows if _group(row) == group]
-        mean = {name: float(np.mean([r[name] for r in own])) for name in own[0] if isinstance(own[0][name], float)}
-        ratios = []
-        for name in ("consistency", "fidelity"):
-            seams, inside = mean[f"{name}_at_seams"], mean[f"{name}_inside"]
-            ratios.append(f"{seams:.3f}, {inside:.3f}, **{seams / inside:.3f}**")
-        rest = [f"{mean[name]:.3f}" for name in ("fidelity", "subject", "colour", "scene")]
+        mean = {name: float(np.mean([row[name] for row in own])) for name in own[0] if isinstance(own[0][name], float)}
         scheme, kind, frames = group
-        lines += _markdown([(scheme, f"{len(own)} {kind}", frames, *ratios, *rest)])
+        cells = [scheme, f"{len(own)} {kind}", frames]
+        for name in measures:
+            seams, inside = mean[f"{name}_at_seams"], mean[f"{name}_inside"]
+            cells.append(f"{seams:.3f}, {inside:.3f}, **{seams / inside:.3f}**")
+        pairs = [(row, alone[key]) for row in own if (key := (row["clip"], row["frames"])) in alone]
+        for name in (f"{name}_at_seams" for name in measures):
+            seams, control = (sum(pair[i][name] for pair in pairs) for i in range(2))
+            cells.append(f"**{seams / control:.3f}**" if pairs else "")
+        lines.append(_row([*cells, *(f"{mean[name]:.3f}" for name in head[-4:])]))
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _group(row: dict[str, Any]) -> tuple[str, str, str]:
     rendered = row["clip"].startswith("rendered")
     return row["scheme"], "rendered" if rendered else "real", str(row["frames"]) if rendered else "whole"
-
-
-def _markdown(rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def main() -> None:
@@ -215,6 +267,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["quarter"], choices=list(SCHEMES))
     parser.add_argument("--out", type=Path, default=Path("long_clips.jsonl"))
     parser.add_argument("--keep", type=Path, help="folder for the clips, beside their references")
+    parser.add_argument("--sheet", type=Path, help="picture of the last clip, below its reference")
     o = parser.parse_args()
     run(o)
     print(table(results(o.out)))
