@@ -221,14 +221,15 @@ class _Base:
 
 
 def settings_of(options: TransferOptions, defaults: Mapping[str, Any]) -> Settings:
-    """The settings of a clip whose own line sets none, but for the size of its reference.
+    """The settings of a clip whose own line sets none, but for the size and the frames of its reference.
 
     Args:
         options: The command line.
         defaults: The model's own defaults, by setting.
     """
     given = [*options.background, options.settings]
-    layers = [{name: value for name, value in layer.items() if value != REFERENCE_SIZE} for layer in given]
+    left_to_it = (("size", REFERENCE_SIZE), ("frames", ALL_FRAMES))
+    layers = [dict(item for item in layer.items() if item not in left_to_it) for layer in given]
     known = replace(options, background=layers[:-1], settings=layers[-1])  # there is no reference to look at
     return _base(known, defaults).settings({}, Path())
 
