@@ -79,6 +79,13 @@ def test_without_guidance_and_without_a_reference(pipe):
     assert made(pipe, "a cat", num_frames=3, height=8, width=32).shape == (3, 8, 32, 3)
 
 
+def test_a_long_clip_is_made_in_the_windows_of_generate(pipe):
+    frames = pipe.unet.facts.max_frames + 3
+    long = pixels(frames=frames)
+    (expected,) = pipe.generate("a cat", pipe.extract_motion(long), seed=3, steps=1)
+    np.testing.assert_array_equal(made(pipe, "a cat", long, num_frames=frames, num_inference_steps=1), expected)
+
+
 def test_a_batch_has_a_generator_a_motion_and_a_negative_prompt_for_each(pipe, motion):
     other = pipe.extract_motion(pixels(1))
     together = pipe(
@@ -187,8 +194,8 @@ def test_a_missing_file_is_one_error(pipe, tmp_path):
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": "a", "output_type": "gif"}, "pil, np, pt, latent"),
         ({"prompt": "a", "height": 12}, "height is 12, allowed are multiples of 8"),
-        ({"prompt": "a", "num_frames": 1}, "num_frames is 1, allowed are 2 to"),
-        ({"prompt": "a", "video": pixels(), "num_frames": 999}, "num_frames is 999"),
+        ({"prompt": "a", "num_frames": 1}, "num_frames is 1, allowed are 2 or more"),
+        ({"prompt": "a", "video": pixels(), "num_frames": 999}, "999 are needed: num_frames=4"),
         ({"prompt": ["a", "b", "c"], "video": [pixels(), pixels(1)]}, "video has 2 entries, expected 1 or 3"),
         ({"prompt": "a", "generator": [torch.Generator()] * 2}, "generator has 2 entries, expected one or 1"),
         ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
