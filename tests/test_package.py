@@ -28,8 +28,9 @@ PACKAGES = {
 }
 #: Distributions that are called otherwise than what is imported.
 CALLED = {"PIL": "pillow", "cv2": "opencv-python-headless"}
-#: Brought by what is declared: triton by builds of torch for GPUs, and done without elsewhere; aiohttp by fsspec[http].
-BROUGHT = {"triton", "aiohttp"}
+#: Brought by what is declared: triton by builds of torch for GPUs, and done without elsewhere; aiohttp by fsspec[http];
+#: typing_extensions, which type checkers read, by torch; psutil by accelerate.
+BROUGHT = {"triton", "aiohttp", "typing-extensions", "psutil"}
 
 
 def declared(requirements: list[str]) -> set[str]:
