@@ -24,7 +24,8 @@ from emt.storage import apply_umask
 class TextFeatures:
     """Cross-attention keys and values of prompts, constants over steps and frames.
 
-    `layers` maps the path of a layer to its keys and values, each (batch, …).
+    `layers` maps the path of a layer to its keys and values, each (batch, …); of prompts that change over a clip they
+    are of each frame, (batch·frames, …).
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]

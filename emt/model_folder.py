@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, SWITCHING, Facts, facts
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch
+from emt.prompt_syntax import PLAIN, WEBUI, parse_schedule, reading_of, words_of
 from emt.remote import fetch_folder, fetched, is_url, normal, shown, to_path
 from emt.storage import apply_umask, replace_folder, sync, sync_tree, try_lock
 from emt.vocabulary import Vocabulary
@@ -134,6 +135,54 @@ class Model:
         return layers if isinstance(layers, int) else 1
 
     @cached_property
+    def reads_syntax(self) -> bool:
+        """True if its prompts may have weights, breaks, chunks and key frames."""
+        return self.network in SWITCHING
+
+    def reading(self, prompt: str, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The way in which a clip's prompts are read, where not by the letter (`emt.prompt_syntax.reading_of`).
+
+        Raises:
+            EmtError: a prompt has no sense.
+        """
+        syntax = settings.get("prompt_syntax", WEBUI) if self.reads_syntax else PLAIN
+        # How many vectors the words of embeddings stand for, their files say.
+        count = None if settings.get("embedding") else self._tokenize
+        return reading_of((prompt, settings["negative_prompt"]), syntax, self._chunk_size, count)
+
+    @cached_property
+    def _chunk_size(self) -> int:
+        """Tokens of a prompt that its text encoder reads at once, without the first and the last."""
+        limits = [
+            _read_json(self.folder / "tokenizer" / "tokenizer_config.json").get("model_max_length"),
+            _read_json(self.folder / "text_encoder" / "config.json").get("max_position_embeddings"),
+        ]
+        return int(min([limit for limit in limits if isinstance(limit, int | float)], default=77)) - 2
+
+    @cached_property
+    def _tokenize(self) -> Callable[[str], Sequence[int]] | None:
+        """Ids of the tokens of a text; None if its tokenizer is in an older format."""
+        path = self.folder / "tokenizer" / "tokenizer.json"
+        if not path.is_file():
+            return None
+        found: list[Any] = []
+
+        def tokenize(text: str) -> Sequence[int]:
+            if not found:  # most prompts are so short that they need not be counted
+                from tokenizers import Tokenizer
+
+                try:
+                    found.append(Tokenizer.from_file(str(path)))
+                except Exception as error:  # tokenizers raises nothing narrower
+                    raise EmtError(f"{path} is damaged", first_line(error)) from None
+                found[0].no_truncation()
+                found[0].no_padding()
+            ids: list[int] = found[0].encode(text, add_special_tokens=False).ids
+            return ids
+
+        return tokenize
+
+    @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The words that it knows; None if it reads any."""
         return Vocabulary.read(self.folder)
@@ -165,10 +214,13 @@ class Model:
             raise EmtError(f"{' and '.join(given)}: not with {self.name}, which is no Stable Diffusion 1.5", hint)
         if (skip := settings.get("clip_skip", 1)) > self.text_layers:
             raise EmtError(f"clip_skip is {skip}", f"The text encoder of {self.name} has {self.text_layers} layers.")
-        if self.vocabulary is not None:
-            words = [text.partition("=")[0] for text in settings.get("embedding", ())]
-            for text in (prompt, settings["negative_prompt"]):
-                self.vocabulary.check(text, own=words)
+        read = self.reads_syntax and settings.get("prompt_syntax", WEBUI) == WEBUI
+        for text in (prompt, settings["negative_prompt"]):
+            if read and (keys := parse_schedule(text)):
+                self._check_key_frames(keys, settings)
+            if self.vocabulary is not None:
+                words = [text.partition("=")[0] for text in settings.get("embedding", ())]
+                self.vocabulary.check(words_of(text) if read else text, own=words)
         self._check_method(settings)
         frames, steps = settings["frames"], settings["steps"]
         if not self.facts.makes_frames(frames):
@@ -182,6 +234,12 @@ class Model:
                 raise EmtError(f"{name} is {settings[name]}", allowed)
         if (name := settings["scheduler"]) in ("lcm", "tcd") and steps > _LCM_STEPS:
             raise EmtError(f"steps is {steps}", f"The scheduler {name} takes at most {_LCM_STEPS}; 4 to 8 are usual.")
+
+    def _check_key_frames(self, keys: Mapping[int, str], settings: Mapping[str, Any]) -> None:
+        if (last := max(keys)) >= settings["frames"]:
+            raise EmtError(f"the prompt has frame {last}", f"The clip has frames 0 to {settings['frames'] - 1}.")
+        if settings.get("method") == "guidance":
+            raise EmtError("method guidance takes one prompt for all frames", "Give one, or use --method adapter.")
 
     def _check_method(self, settings: Mapping[str, Any]) -> None:
         if settings.get("method", "adapter") == "adapter":

@@ -26,10 +26,12 @@ from emt.features import Motion, MotionFeatures, joined
 from emt.model_folder import find_model
 from emt.parts import Config, align
 from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
+from emt.prompt_syntax import PLAIN, WEBUI, words_of
 from emt.prompts import PromptEncoder
 from emt.remote import is_url
 from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
 from emt.scratch import scratch_array
+from emt.text_encoding import TextReader
 from emt.vocabulary import Vocabulary
 from emt.windowed import WindowedDenoiser, read_in_windows
 from emt.windows import Windows, windows_over
@@ -99,6 +101,8 @@ class MotionTransfer:
         self.prompt_encoder = None
         #: Layer of the text encoder that prompts are read from, counted from the last: 1 is the last, 2 the one before.
         self.clip_skip = 1
+        #: Way in which prompts are read: `plain` by the letter, `webui` with weights, in chunks and over time.
+        self.prompt_syntax = PLAIN
         self.backend = TorchBackend(self)
 
     @property
@@ -259,7 +263,7 @@ class MotionTransfer:
         moved_steps = math.ceil(motion_until * count)
         # What steps need of prompts and motions is let go before the clips are decoded.
         latents = run_sampler(
-            self._network(prompts, negatives, motions, guided, plain, moved_steps, cache_interval, windows),
+            self._network(prompts, negatives, motions, guided, plain, moved_steps, cache_interval, shape[0], windows),
             sampler,
             self.initial_noise(generators, *shape).to(self._execution_device),
             guidance,
@@ -279,6 +283,7 @@ class MotionTransfer:
         plain: bool,
         moved_steps: int,
         cache_interval: int,
+        frames: int,
         windows: Windows | None,
     ) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
         """The network with prompts and motions, as `run_sampler` takes it.
@@ -291,11 +296,12 @@ class MotionTransfer:
             plain: whether there are steps without, too.
             moved_steps: steps with the motion, the first ones.
             cache_interval: as `generate` has it.
-            windows: over the clips' frames; None where the network takes all at once.
+            frames: of the clips.
+            windows: over them; None where the network takes all at once.
         """
-        text = self.encode_prompts(negatives + prompts if guided else prompts)
+        text = self.encode_prompts(negatives + prompts if guided else prompts, frames)
         features = self.unet.encode_text(text)
-        alone = self.unet.encode_text(text[-len(prompts) :]) if plain else features
+        alone = self.unet.encode_text(text[len(text) // 2 :]) if plain else features
         if windows:
             denoise_windows = WindowedDenoiser(windows, self.backend, motions, cache_interval)
 
@@ -315,11 +321,19 @@ class MotionTransfer:
 
     # --------------------------------------------------------------------------------------------------- the parts
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str], frames: int | None = None) -> Tensor:
         """Text encoding of prompts: (prompts, tokens, width).
 
+        With `prompt_syntax` webui, as many chunks of tokens as the longest prompt has; and if a prompt changes over the
+        clip, (prompts·frames, tokens, width).
+
+        Args:
+            prompts: the prompts.
+            frames: of the clip, if prompts may change over it.
+
         Raises:
-            EmtError: if the model's vocabulary is one of whole words and lacks some of a prompt.
+            EmtError: if the model's vocabulary is one of whole words and lacks some of a prompt, or a prompt's syntax
+                has no sense.
         """
         if self.prompt_encoder is not None:
             return self.prompt_encoder(prompts).to(self._execution_device, self.unet.dtype)
@@ -327,6 +341,12 @@ class MotionTransfer:
             hint = "Open the model with MotionTransferPipeline.from_pretrained."
             raise EmtError(f"prompts are not encoded by an open {kind}", hint)
         limit = self.tokenizer.model_max_length
+        if self.prompt_syntax == WEBUI:
+            for prompt in prompts:
+                self.check_words(words_of(prompt))
+            around = self.tokenizer("").input_ids[:1], self.tokenizer("").input_ids[1:]
+            read = TextReader(self._tokenize, self._encode_tokens, around, self.tokenizer.pad_token_id, limit)
+            return read(prompts, frames)
         # A word of a textual inversion stands for as many tokens as it has vectors.
         prompts = [self.maybe_convert_prompt(prompt, self.tokenizer) for prompt in prompts]
         for prompt in prompts:
@@ -340,6 +360,13 @@ class MotionTransfer:
             prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         ).input_ids
         return self._encode_tokens(ids)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Ids of the tokens of a text, however many, without those around them."""
+        text = self.maybe_convert_prompt(text, self.tokenizer)  # a textual inversion has a token for each vector
+        ids: list[int] = self.tokenizer(text, truncation=False, verbose=False).input_ids
+        around = len(self.tokenizer("").input_ids)
+        return ids[1 : len(ids) - around + 1]
 
     def _encode_tokens(self, ids: Tensor) -> Tensor:
         """Text encoding of token ids (prompts, tokens), from the layer that `clip_skip` says."""

@@ -46,6 +46,24 @@ def window_of(motions: Sequence[Motion], start: int, size: int) -> MotionFeature
     return joined([parts[id(motion)] for motion in motions])
 
 
+def text_of(text: TextFeatures, sample: Tensor, part: slice) -> TextFeatures:
+    """Features of prompts for a window of frames: themselves, or the window's of prompts that change over the clip.
+
+    Args:
+        text: of prompts, (batch, …) each, or of the prompt of each frame, (batch·frames, …).
+        sample: noisy latents of all frames, (batch, channels, frames, height, width).
+        part: frames of the window.
+    """
+    batch, frames = sample.shape[0], sample.shape[2]
+    if all(len(key) == batch for key, _ in text.layers.values()):
+        return text
+
+    def taken(x: Tensor) -> Tensor:
+        return x.unflatten(0, (batch, frames))[:, part].flatten(0, 1)
+
+    return TextFeatures({path: (taken(key), taken(value)) for path, (key, value) in text.layers.items()})
+
+
 class WindowedDenoiser:
     """Denoises all frames of clips, window by window, as `emt.sampling.DeepFeatureReuse` denoises one window.
 
@@ -85,7 +103,7 @@ class WindowedDenoiser:
             if moved and self._motions:
                 motion = self._backend.prepare_motion(window_of(self._motions, start, size))
             own = sample[:, :, part].contiguous()
-            prediction = self._denoise(own, timestep, text, motion, i, fresh)
+            prediction = self._denoise(own, timestep, text_of(text, sample, part), motion, i, fresh)
             weights = self._weights.to(sample.device)[:, None, None]
             total[:, :, part] += weights * prediction.float()
             weight[part] += self._weights

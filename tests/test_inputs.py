@@ -423,10 +423,10 @@ def test_k2_each_kind_of_syntax_is_named_once():
 def test_k2_syntax_that_is_not_honoured_is_in_the_record(tmp_path):
     reference = clip(tmp_path / "a.mp4")
     write_clip(reference, np.zeros((4, 32, 32, 3), np.uint8), 8)
-    ask = ["--prompt", "a (fox:1.3)", "--prompt", "a fox", "--json", "--out", "out"]
+    ask = ["--prompt", "a {red|blue} fox", "--prompt", "a fox", "--json", "--out", "out"]
     said = {line["prompt"]: line.get("warnings") for line in lines(transfer(tmp_path, reference, *ask))}
     assert said["a fox"] is None
-    assert said["a (fox:1.3)"] == ["read as plain text, not as weights, LoRAs, breaks or choices: (fox:1.3)"]
+    assert said["a {red|blue} fox"] == ["read as plain text, not as weights, LoRAs, breaks or choices: {red|blue}"]
 
 
 @pytest.mark.parametrize("prompt", ["a fox (red) in snow", "12:30 at the station", "a < b > c", "break dance", "C++"])

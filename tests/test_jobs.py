@@ -112,9 +112,10 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
         "frames": 8, "height": 64, "width": 64, "steps": 3, "guidance": 2.0, "scheduler": Scheduler.LCM,
         "negative_prompt": "x", "fit": "pad", "start": 1.0, "duration": 2.0, "stride": 2, "fps": 3.0, "format": "gif",
         "best_of": 3, "guidance_until": 0.5, "cache_interval": 2, "audio": "copy",
-        "lora": ("/x:1.0",), "vae": "/x", "embedding": ("x=/x",), "clip_skip": 2,
+        "lora": ("/x:1.0",), "vae": "/x", "embedding": ("x=/x",), "clip_skip": 2, "method": "guidance",
     }  # fmt: skip
-    assert set(changes) | {"preset", "size"} == set(SETTING_NAMES)  # these are what they set
+    # These are what they set, and how a prompt is read matters where it has syntax (tests/test_prompt_syntax.py).
+    assert set(changes) | {"preset", "size", "prompt_syntax"} == set(SETTING_NAMES)
     others = [replace(JOB, settings=replace(JOB.settings, **{k: parse_field(k, v)})) for k, v in changes.items()]
     others += [replace(JOB, prompt="b"), replace(JOB, seed=1)]
     identities = {identity(), identity(reference="q"), identity(model="n"), identity(precision="fp32")}

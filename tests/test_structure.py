@@ -34,12 +34,13 @@ EMT = Path(sys.executable).with_name("emt")
 ROOMS = """
 emt_kernels
 emt emt.backbones emt.errors emt.presets emt.demo
+emt.prompt_syntax
 emt.storage emt.scratch emt.vocabulary emt.hub
 emt.video emt.contact_sheet | emt.checkpoints emt.parts | emt.synthetic
 emt.features | emt.evaluate
 emt.backbone emt.windows
 emt.cache emt.remote emt.model_folder | emt.device
-emt.backends emt.windowed | emt.sampling emt.solvers | emt.prompts | emt.importing
+emt.backends emt.windowed | emt.sampling emt.solvers | emt.prompts | emt.text_encoding | emt.importing
 emt.diffusers_interface | emt.diffusers_loras
 emt.pipeline emt.diffusers_pipeline
 emt.backbones.sd15 | emt.backbones.wan21
@@ -60,8 +61,8 @@ BACKBONE_TABLES = {"emt/__init__.py", "emt/backbone.py", "emt/unet.py"}
 
 #: Modules that answer at once, before anything is computed: they and all that they import leave torch alone.
 WITHOUT_TORCH = """
-emt emt.errors emt.presets emt.demo emt.backbone emt.windows emt.storage emt.vocabulary emt.hub emt.cache emt.remote
-emt.model_folder emt.device emt.scratch
+emt emt.errors emt.presets emt.demo emt.prompt_syntax emt.backbone emt.windows emt.storage emt.vocabulary emt.hub
+emt.cache emt.remote emt.model_folder emt.device emt.scratch
 emt_kernels emt_engines emt_engines.registry emt_engines.choice
 emt_cli.app emt_cli.text emt_cli.streams emt_cli.terminal emt_cli.batch.options emt_cli.batch.jobs emt_cli.batch.inputs
 emt_cli.batch.journal emt_cli.batch.results emt_cli.batch.estimates emt_cli.batch.planning emt_cli.batch.session

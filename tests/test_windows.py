@@ -18,7 +18,7 @@ from emt.backbone import Facts
 from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
-from emt.features import Motion, MotionFeatures
+from emt.features import Motion, MotionFeatures, TextFeatures
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.windowed import WindowedDenoiser, read_in_windows
@@ -147,7 +147,7 @@ def test_constant_predictions_stay_constant_where_they_are_blended(windows, valu
     for backend, expected in ((Constant(value), torch.full_like(sample, value)), (Constant(None), sample)):
         denoise = WindowedDenoiser(windows, backend, [], 1)
         for _ in range(3):
-            torch.testing.assert_close(denoise(sample, torch.tensor(1), None, False), expected)
+            torch.testing.assert_close(denoise(sample, torch.tensor(1), TextFeatures({}), False), expected)
 
 
 @given(LAYOUTS)

@@ -48,8 +48,10 @@ class LayerByLayer(Mapping[str, tuple[Any, ...]]):
 
 def each_sample(sample: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Iterator[tuple[Any, ...]]:
     """Each sample of a batch with its own text and motion."""
+    count = len(sample)
+    pairs = {path: (key.chunk(count), value.chunk(count)) for path, (key, value) in text.layers.items()}
     for i, part in enumerate(sample.split(1)):
-        own = TextFeatures({path: (key[i : i + 1], value[i : i + 1]) for path, (key, value) in text.layers.items()})
+        own = TextFeatures({path: (keys[i], values[i]) for path, (keys, values) in pairs.items()})
         if motion is None:
             yield part, own, None
             continue

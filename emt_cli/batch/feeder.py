@@ -80,6 +80,7 @@ class Feeder:
             if job.source:
                 job = replace(job, reference=self._downloads.fetch(job.source))
             sha256 = line["reference_sha256"] = self._hash(job.reference)
+            job = replace(job, reading=self.generator.model.reading(job.prompt, job.settings.as_dict()))
             self.generator.check(job)
             job = replace(job, addons=self.generator.addons.find(job.settings))
             how = {"precision": self.options.numerics, "method": self.options.method}

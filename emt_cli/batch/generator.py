@@ -20,6 +20,7 @@ from emt.cache import ContentIndex, default_dir
 from emt.device import Device, is_out_of_memory
 from emt.errors import EmtError
 from emt.model_folder import Model
+from emt.prompt_syntax import PLAIN, WEBUI
 from emt_cli import messages
 from emt_cli.batch.addons import NONE, AddonFinder, Addons
 from emt_cli.batch.estimates import size_that_fits
@@ -325,6 +326,7 @@ class Generator:
             s = job.settings
             changed = bool(s.lora or s.vae)
             self._engines.check(s.width, s.height, self.frames_at_once(job), s.cache_interval, changed=changed)
+            self._engines.check_text(job.has_long_text)
 
     def engine(self, job: Job) -> Engine | None:
         """The engine that makes a job's clip; None for PyTorch.
@@ -333,7 +335,7 @@ class Generator:
             EmtError: there is no such device, or the engine that the user named may not run on it.
         """
         s = job.settings
-        if is_guided(job) or self._engines is None or not self._engines.applies(s.cache_interval):
+        if is_guided(job) or self._engines is None or not self._engines.applies(s.cache_interval, job.has_long_text):
             return None
         changed = job.addons.changes_networks
         return self._engines.find(self.device, s.width, s.height, self.frames_at_once(job), changed=changed)
@@ -415,6 +417,7 @@ class Generator:
             on_step(done, steps)
 
         shared = all(motion is motions[0] for motion in motions)
+        pipe.prompt_syntax = WEBUI if jobs[0].reading else PLAIN
         make: Callable[..., list[np.ndarray]] = pipe.generate
         own: dict[str, Any] = {"cache_interval": settings.cache_interval, "window": self.frames_at_once(jobs[0])}
         if is_guided(jobs[0]):
@@ -460,6 +463,7 @@ class Generator:
             "id": identity,
             **describe(job),
             **job.addons.record(),
+            **({"prompt_syntax": 1} if job.reading else {}),
             "reference_sha256": reference_sha256,
             "model": self.model.name,
             "model_folder": str(self.model.folder.absolute()),

@@ -23,6 +23,7 @@ from emt.backbone import PUBLISHED, module_of
 from emt.errors import EmtError
 from emt.hub import parse_hub, split_scale
 from emt.presets import PRESETS, SCHEDULER_DEFAULTS, preset_values
+from emt.prompt_syntax import WEBUI, words_of
 from emt.remote import (
     Downloads,
     MissingError,
@@ -766,10 +767,13 @@ class PromptWarnings:
         model: Name of the model in warnings.
         vocabulary: Its words; None for a model that reads any.
         say: Called with each line.
+        reads_syntax: The model reads weights, breaks and chunks, unless a job says `plain`.
     """
 
-    def __init__(self, model: str, vocabulary: Vocabulary | None, say: Callable[[str], None]) -> None:
-        self.model, self.vocabulary, self._say = model, vocabulary, say
+    def __init__(
+        self, model: str, vocabulary: Vocabulary | None, say: Callable[[str], None], reads_syntax: bool = False
+    ) -> None:
+        self.model, self.vocabulary, self._say, self._reads = model, vocabulary, say, reads_syntax
         self._seen: set[str] = set()
         self._syntax: set[str] = set()
 
@@ -781,14 +785,18 @@ class PromptWarnings:
 
     def look(self, items: Iterable[Item]) -> None:
         """Warn of all that is new in the prompts, in one line each."""
-        jobs = (item for item in items if isinstance(item, Job))
-        prompts = dict.fromkeys(text for job in jobs for text in _texts(job))
-        self._look_at_syntax(prompts)
+        texts: dict[tuple[str, bool], None] = {}
+        for job in (item for item in items if isinstance(item, Job)):
+            read = self._reads and job.settings.prompt_syntax.value == WEBUI
+            texts |= dict.fromkeys((text, read) for text in _texts(job))
+        self._look_at_syntax(texts)
         if self.vocabulary is not None:
-            self._look_at_words(prompts, self.vocabulary)
+            self._look_at_words([_words(text) if read else text for text, read in texts], self.vocabulary)
 
-    def _look_at_syntax(self, prompts: Iterable[str]) -> None:
-        found = {part: kind for prompt in prompts for kind, part in unread_syntax(prompt) if kind not in self._syntax}
+    def _look_at_syntax(self, texts: Iterable[tuple[str, bool]]) -> None:
+        found = {
+            part: kind for text, read in texts for kind, part in unread_syntax(text, read) if kind not in self._syntax
+        }
         self._syntax |= set(found.values())
         if found:
             self._say(f"warning: {_read_as_text(found)}")
@@ -819,6 +827,14 @@ def _texts(job: Job) -> Iterator[str]:
         yield without(text, words)
 
 
+def _words(prompt: str) -> str:
+    """The words of a prompt without its syntax; all of it where that makes no sense, which is an error later on."""
+    try:
+        return words_of(prompt)
+    except EmtError:
+        return prompt
+
+
 #: Syntax that other programs read in prompts, by what it means there.
 _SYNTAX = {
     "weight": re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|\(\([^()]+\)\)"),
@@ -830,16 +846,29 @@ _SYNTAX = {
 }
 
 
-def unread_syntax(prompt: str) -> Iterator[tuple[str, str]]:
-    """Parts of a prompt that mean something else in other programs: the kind of syntax, and the part."""
-    for kind, pattern in _SYNTAX.items():
+#: What of it is read as text where weights and breaks are read: networks, choices, and editing from step to step.
+_UNREAD = {kind: _SYNTAX[kind] for kind in ("network", "choice", "embedding")} | {
+    "editing": re.compile(r"\[[^\[\]]*:\s*\d*\.?\d+\s*\]|\[[^\[\]]*\|[^\[\]]*\]"),
+    "composition": re.compile(r"\bAND\b"),
+}
+
+
+def unread_syntax(prompt: str, read: bool = False) -> Iterator[tuple[str, str]]:
+    """Parts of a prompt that mean something else in other programs: the kind of syntax, and the part.
+
+    Args:
+        prompt: The prompt.
+        read: Weights, breaks and chunks are read.
+    """
+    for kind, pattern in (_UNREAD if read else _SYNTAX).items():
         for match in pattern.finditer(prompt):
             yield kind, match[0]
 
 
 def syntax_warnings(job: Job) -> list[str]:
     """One line for a job's record if its prompts have syntax of other programs, else none."""
-    parts = {part for text in (job.prompt, job.settings.negative_prompt) for _, part in unread_syntax(text)}
+    texts, read = (job.prompt, job.settings.negative_prompt), bool(job.reading)
+    parts = {part for text in texts for _, part in unread_syntax(text, read)}
     return [_read_as_text(sorted(parts))] if parts else []
 
 

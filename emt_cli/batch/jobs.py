@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from emt.errors import EmtError
+from emt.prompt_syntax import WEBUI
 from emt.remote import shown
 from emt_cli.batch.addons import NONE, Addons
 from emt_cli.batch.options import (
@@ -43,6 +44,7 @@ class Job:
         overrides: Names of the settings that the job's own line sets; they are part of its name.
         origin: Where it was read, such as `jobs.jsonl line 3`; empty for the command line.
         addons: What it lays over the model, once its files have been looked at.
+        reading: How its prompts are read where that is not by the letter (`emt.prompt_syntax.reading_of`).
         source: URL of the reference, whose copy `reference` is once it is fetched; empty for one on disk.
     """
 
@@ -53,6 +55,7 @@ class Job:
     overrides: tuple[str, ...] = ()
     origin: str = ""
     addons: Addons = NONE
+    reading: tuple[Any, ...] = ()
     source: str = ""
 
     @property
@@ -66,7 +69,12 @@ class Job:
         s = self.settings
         own = s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
         # Clips of one batch are made with one set of weights.
-        return *own, s.method, s.lora, s.vae, s.embedding, s.clip_skip, self.addons
+        return *own, s.method, s.lora, s.vae, s.embedding, s.clip_skip, self.addons, self.reading
+
+    @property
+    def has_long_text(self) -> bool:
+        """True if the encoding of its prompts has another shape than that of one text of the text encoder."""
+        return self.reading not in ((), (WEBUI, 1, False))
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -107,13 +115,14 @@ def identify(job: Job, *, reference: str, model: str, precision: str, method: st
     settings = job.settings.as_dict()
     for name in ("preset", "size"):  # what it sets decides, by whatever name
         settings.pop(name, None)
+    settings.pop("prompt_syntax", None)  # how the prompts are read decides
     settings |= job.addons.identity()  # the contents of the files decide, wherever they are
     for name in ("best_of", "guidance_until", "cache_interval"):
         if settings[name] == 1:
             del settings[name]  # clips made before there was a choice are still these jobs'
-    if settings["method"] == "adapter":
-        del settings["method"]
     values = [reference, job.prompt, job.seed, settings, model, precision, *([method] if method else [])]
+    if job.reading:
+        values.append("prompts as the web UI reads them")
     if job.seed > 0xFFFFFFFF:
         values.append("seed of 64 bits")  # version 0.1.0 read the last 32
     return digest("job", NUMERICS_VERSION, *values)

@@ -106,6 +106,13 @@ class Method(str, Enum):
     GUIDANCE = "guidance"
 
 
+class PromptSyntax(str, Enum):
+    """Ways to read prompts."""
+
+    WEBUI = "webui"
+    PLAIN = "plain"
+
+
 class Fit(str, Enum):
     """Ways to fit a reference of another shape to the size of the clip."""
 
@@ -291,6 +298,13 @@ class Settings:
             max=12,
         ),
     ] = 1
+    prompt_syntax: Annotated[
+        PromptSyntax,
+        _clip(
+            "How to read prompts. webui: (word:1.3), [word] and BREAK, any length in chunks, and over the clip "
+            "“0: a fox | 8: a wolf”. plain: by the letter. Default: webui with Stable Diffusion 1.5."
+        ),
+    ] = PromptSyntax.WEBUI
     format: Annotated[Format, _clip("File format of the result. Default: mp4.")] = Format.MP4
     audio: Annotated[
         Audio,
@@ -321,7 +335,7 @@ class Settings:
 
 #: Settings that records and identities have only where they are not the default: so clips made before there was a
 #: choice are those of the same jobs.
-UNLISTED = ("size", "audio", "lora", "vae", "embedding", "clip_skip")
+UNLISTED = ("size", "audio", "lora", "vae", "embedding", "clip_skip", "prompt_syntax", "method")
 
 
 def _plain(value: Any) -> Any:

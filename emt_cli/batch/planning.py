@@ -123,7 +123,7 @@ def make_plan(options: TransferOptions) -> Plan:
     index = ContentIndex(options.cache_dir or default_dir())
     listed, streamed = expand(options, model.defaults, say, keep_seeds=False, shapes=Shapes(model, index))
     items = _both(listed, streamed)
-    PromptWarnings(model.name, model.vocabulary, say).look(items)
+    PromptWarnings(model.name, model.vocabulary, say, model.reads_syntax).look(items)
     model_sha256 = model.sha256(index)
     gpu, total = find_gpu() if options.device != "cpu" else ("", 0.0)
     device = gpu or "cpu"
@@ -215,7 +215,8 @@ def _planned(
             continue
         sha256, frames = found
         try:
-            item = replace(item, addons=addons.find(item.settings))
+            reading = model.reading(item.prompt, item.settings.as_dict())
+            item = replace(item, addons=addons.find(item.settings), reading=reading)
         except EmtError as error:
             yield PlannedJob(item, "problem", error=error)
             continue

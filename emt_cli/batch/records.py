@@ -164,6 +164,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("event", "state", "id", "reference", "reference_sha256", "prompt", "origin"), _text),
     **dict.fromkeys(("model", "model_folder", "model_sha256", "device", "precision", "kernels", "memory"), _text),
     **dict.fromkeys(("engine", "engine_id", "engine_folder", "error", "hint", "finished", "etag"), _text),
+    "prompt_syntax": _whole,
     **dict.fromkeys(
         ("seed", "window", "arithmetic", "bytes", "mtime_ns", "done", "skipped", "failed", "dropped"), _whole
     ),

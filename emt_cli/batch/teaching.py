@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
 from emt.model_folder import Model
+from emt.prompt_syntax import PLAIN, WEBUI
 from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.addons import AddonFinder
@@ -81,6 +82,7 @@ class TeachingGenerator(Generator):
 
         settings, pipe = jobs[0].settings, self.load(jobs[0].addons)
         self._teacher = self._teacher or Teacher(pipe, self.guidance)
+        pipe.prompt_syntax = WEBUI if jobs[0].reading else PLAIN
         self.device.start_measuring()
         begun = time.monotonic()
         latents = self._teacher.sample(

@@ -234,7 +234,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
         reporter.total = len(listed)
         if options.model is None:
             reporter.say(model.introduction())
-        PromptWarnings(model.name, model.vocabulary, reporter.say).look(listed)
+        PromptWarnings(model.name, model.vocabulary, reporter.say, model.reads_syntax).look(listed)
         session = open_session(SessionOptions.of(options, guidance), options.device, reporter.say, model)
         how = replace(RunOptions.of(options, numerics(options)), method=method(guidance), filter=wanted)
         journal = Journal(options.out, options.part.writer, beside=options.part.is_beside)

@@ -28,7 +28,7 @@ from emt.remote import (
     shown,
     to_path,
 )
-from emt_cli.batch.options import Kernels, Precision, Settings, check_device, parse_field, usage_errors
+from emt_cli.batch.options import Kernels, Precision, PromptSyntax, Settings, check_device, parse_field, usage_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,7 +250,11 @@ def _make_again(
     addons = AddonFinder(session.index, download=False).find_again(record, job.settings, moved)
     if addons.files:
         job = replace(job, settings=replace(job.settings, **settings_of(addons)))
-    job = replace(job, addons=addons)
+    reading = session.model.reading(job.prompt, job.settings.as_dict())
+    if reading and "prompt_syntax" not in record:  # it was made by the letter
+        job = replace(job, settings=replace(job.settings, prompt_syntax=PromptSyntax.PLAIN))
+        reading = ()
+    job = replace(job, addons=addons, reading=reading)
     generator.check(job)
     reporter.phase("importing")
     for text in _differences(record, generator.device.name, generator.device.kernels):

@@ -68,7 +68,7 @@ def transfer(options: TransferOptions) -> None:
         reporter.total = None if options.watch or "-" in (options.references or []) else len(listed)
         if options.model is None:
             reporter.say(model.introduction())
-        words = PromptWarnings(model.name, model.vocabulary, reporter.say)
+        words = PromptWarnings(model.name, model.vocabulary, reporter.say, model.reads_syntax)
         words.look(listed)
         chosen = SessionOptions.of(options)
         executor = choose_executor(options, chosen)

@@ -89,7 +89,7 @@ class EngineChoice:
         self.requested = requested
         self.named = None if requested in (AUTO, TORCH) else Engine(Path(requested), Manifest.read(Path(requested)))
         self._guard = threading.Lock()
-        self._passed = False
+        self._passed: set[str] = set()
         self._chosen: dict[tuple[int, int, int, bool], Engine | None] = {}
         self._fitting: list[Engine] | None = None
 
@@ -135,14 +135,30 @@ class EngineChoice:
                 f"Build one with: {request.command}",
             )
 
-    def applies(self, cache_interval: int) -> bool:
-        """Return whether an engine may make a clip; reports, once, that cache_interval rules it out."""
-        if cache_interval == 1 or self.requested == TORCH:
+    def check_text(self, is_long: bool) -> None:
+        """Raise EmtError if there is a named engine and the encoding of the prompts is longer than its one text.
+
+        Raises:
+            EmtError: it is.
+        """
+        if is_long and self.named:
+            raise EmtError(
+                f"the engine {self.named.folder} reads one text of the text encoder, not longer prompts nor ones that "
+                "change over the clip",
+                "Use --engine torch, or --prompt-syntax plain.",
+            )
+
+    def applies(self, cache_interval: int, has_long_text: bool = False) -> bool:
+        """Return whether an engine may make a clip; reports, once for each, what rules it out."""
+        if (cache_interval == 1 and not has_long_text) or self.requested == TORCH:
             return True
+        reason = "engines do not reuse deep features (--cache-interval)"
+        if cache_interval == 1:
+            reason = "engines read one text of the text encoder, not longer prompts nor ones that change over the clip"
         with self._guard:
-            if not self._passed:
-                self.say("engine: torch, since engines do not reuse deep features (--cache-interval)")
-            self._passed = True
+            if reason not in self._passed:
+                self.say(f"engine: torch, since {reason}")
+            self._passed.add(reason)
         return False
 
     def check_match(self, device: Device) -> None:

@@ -99,7 +99,7 @@ class SpatialAttention(QKV):
     def attend(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attention before `to_out`: (batch·frames, tokens, channels) → the same.
 
-        `text` are the keys and values of prompts, (batch, text tokens, channels).
+        `text` are the keys and values of prompts, (batch, text tokens, channels), or of each frame, (batch·frames, …).
         """
         if text is None:
             return self._attention(*self.project(x))
@@ -809,7 +809,7 @@ class MotionTransferNetwork(Network):
             allowed = limits.allowed_frames()
             raise ValueError(f"sample has {sample.shape[2]} frames in shape {shape}, allowed are {allowed}")
         for key, _ in text.layers.values():
-            if key.shape[0] != sample.shape[0]:
+            if key.shape[0] not in (sample.shape[0], sample.shape[0] * sample.shape[2]):
                 raise ValueError(f"text has batch {key.shape[0]}, sample has batch {sample.shape[0]} in shape {shape}")
         for first, _ in itertools.islice(references.values(), 1):
             if sample.shape[0] % first.key.shape[0]:
