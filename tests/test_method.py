@@ -38,7 +38,10 @@ def made(tmp_path_factory) -> Path:
 
 def results(folder: Path) -> dict[str, Path]:
     """Clips by their method."""
-    return {line["settings"]["method"]: folder / "out" / line["output"] for line in journal(folder / "out")[:2]}
+    return {
+        line["settings"].get("method", "adapter"): folder / "out" / line["output"]
+        for line in journal(folder / "out")[:2]
+    }
 
 
 def test_a_line_of_jobs_chooses_its_method_and_the_record_has_it(made):
