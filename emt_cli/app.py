@@ -21,6 +21,7 @@ EXIT_INTERRUPTED = 130
 
 def main() -> None:
     """Run `emt` and exit: 0 done, 1 failed, 2 bad usage, 130 interrupted; a closed pipe ends quietly with 0."""
+    let_threads_sleep()
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:
         signal.signal(signal.SIGINT, _leave)  # an exception would pass through imports, some of which catch it
@@ -43,6 +44,16 @@ def main() -> None:
         _print(f"error: cannot write to {streams.OUTPUT}: {error.strerror}")
         code = code or EXIT_FAILED
     sys.exit(code)
+
+
+def let_threads_sleep() -> None:
+    """Have OpenMP's threads sleep while they wait for each other, unless the environment says how they wait.
+
+    By default they spin: where another program has one of the processors, a clip takes several times as long. OpenMP
+    reads the variable when PyTorch is imported; processes that are started from here inherit it.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _leave(number: int, frame: object) -> None:

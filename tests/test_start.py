@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,21 @@ def test_making_clips_imports_little_more_than_torch(imported):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1000"}])
+def test_threads_sleep_while_they_wait_unless_the_user_has_said_how(own):
+    code = (
+        "import os, sys; sys.argv = ['emt', '--version']\n"
+        "from emt_cli.app import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules; print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | own
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    expected = "PASSIVE" if not own else own.get("OMP_WAIT_POLICY", "None")
+    assert done.stdout.split()[-1] == expected, done.stderr
 
 
 @pytest.fixture(scope="module")
