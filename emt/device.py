@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emt.errors import EmtError
 
 if TYPE_CHECKING:
     import torch
+
+_MOST_INTERVALS = 256  # of a clock, before those that are over are summed
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,77 @@ class Device:
             import torch
 
             torch.cuda.empty_cache()
+
+
+class BusyClock:
+    """Seconds in which a device computed.
+
+    On a GPU they are those between events before and after its kernels, so that they cost the host nothing; elsewhere,
+    where calls return when they have computed, the clock's.
+
+    Args:
+        gpu: The device as torch names it, such as `cuda:0`; None for any that is none.
+        now: Clock in seconds.
+    """
+
+    def __init__(self, gpu: str | None = None, now: Callable[[], float] = time.perf_counter) -> None:
+        self._gpu, self._now = gpu, now
+        self._seconds = 0.0
+        self._begun: Any = None
+        self._intervals: list[tuple[Any, Any]] = []  # of events that may not have come yet
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Context manager: the device computes."""
+        outer = self._begun is not None
+        if not outer:
+            self._begun = self._mark()
+        try:
+            yield
+        finally:
+            if not outer:
+                self._end()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context manager: the host prepares something meanwhile, such as kernels, which does not count."""
+        begun = self._begun is not None
+        if begun:
+            self._end()
+        try:
+            yield
+        finally:
+            if begun:
+                self._begun = self._mark()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far; waits for the device."""
+        while self._intervals:
+            first, last = self._intervals.pop()
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1e3
+        return self._seconds
+
+    def _mark(self) -> Any:
+        if self._gpu is None:
+            return self._now()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._gpu))
+        return event
+
+    def _end(self) -> None:
+        first, last, self._begun = self._begun, self._mark(), None
+        if self._gpu is None:
+            self._seconds += last - first
+            return
+        self._intervals.append((first, last))
+        if len(self._intervals) > _MOST_INTERVALS:
+            for interval in [i for i in self._intervals if i[1].query()]:
+                self._intervals.remove(interval)
+                self._seconds += interval[0].elapsed_time(interval[1]) / 1e3
 
 
 def check_fp8(device: torch.device | str) -> None:

@@ -232,7 +232,8 @@ class ProgressReporter:
         text += f" in {duration(line['seconds'])}"
         parts = sorted(line.get("phases", {}).items(), key=lambda part: -part[1])
         spent = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in parts if seconds >= 0.05)
-        self.say(f"{text}: {spent}" if spent else text)
+        text = f"{text}: {spent}" if spent else text
+        self.say(f"{text}; device busy {line['device_busy']:.0%}" if "device_busy" in line else text)
         self._out.drain()
 
     def hurry(self) -> None:

@@ -54,3 +54,15 @@ def test_precision_that_the_device_lacks_is_an_error(tmp_path):
     done = emt("bench", "--device", "cpu", "--precision", "fp8", folder=tmp_path, environment=environment(tmp_path))
     assert done.code == 1
     assert done.err.startswith("error: fp8 needs")
+
+
+def test_a_cold_start_is_timed_from_the_start_of_its_process(tmp_path):
+    ended = bench(tmp_path, "--cold", "--model", model(), "--steps", "1", "--json")
+    lines = [json.loads(line) for line in ended.out.splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert 0 < sum(line["phases"].values()) <= line["seconds"] + 0.01
+        assert {"starting", "importing", "starting the device", "loading", "reading", "first step"} <= line[
+            "phases"
+        ].keys()
+        assert 0 < line["device_busy"] <= 1

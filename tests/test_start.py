@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,9 @@ import emt.demo
 from emt.backbones.sd15.opening import open_parts
 from emt.backbones.sd15.random_model import random_model
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
+from emt.backends.measured import MeasuredBackend
+from emt.backends.torch import TorchBackend
+from emt.device import BusyClock
 from emt.errors import EmtError
 from emt.pipeline import MotionTransfer, load_pipeline, open_model
 from emt.solvers import DDIM, DPMSolver, Solver
@@ -182,3 +186,39 @@ def test_noise_is_added_as_diffusers_does():
         assert torch.equal(
             DDIM(schedule.config).add_noise(sample, noise, timesteps), schedule.add_noise(sample, noise, timesteps)
         )
+
+
+def test_a_clock_counts_what_the_device_computes_and_nothing_else():
+    time = iter([0.0, 1.0, 10.0, 12.0, 20.0, 21.0, 24.0, 26.0])
+    clock = BusyClock(now=lambda: next(time))
+    with clock(), clock():  # a call within a call
+        pass
+    assert clock.seconds == 1.0
+    with clock.paused(), clock():
+        pass
+    assert clock.seconds == 3.0
+    with clock(), clock.paused():  # kernels are compiled from 21 to 24
+        pass
+    assert clock.seconds == 6.0
+
+
+def test_computing_is_measured_and_preparations_are_told_apart(both):
+    opened, _ = both
+    begun: list[str] = []
+
+    @contextlib.contextmanager
+    def told(name: str = "computing"):
+        begun.append(name)
+        yield
+
+    plain = TorchBackend(opened, recorder=lambda: pytest.fail("nothing is captured"), graphs=False)
+    opened.backend = MeasuredBackend(plain, told)
+    frames = torch.zeros(2, 16, 16, 3, dtype=torch.uint8).numpy()
+    opened.generate("a cat", opened.extract_motion(frames), steps=2)
+    assert begun == ["computing"] * 6, "images in, the reference, its constants, two steps, images out"
+    plain.phase = told
+    with pytest.raises(ZeroDivisionError):
+        plain._capture(lambda: 1 // 0)
+    assert begun[6:] == ["capturing graphs"]
+    assert opened.backend.name == "torch"
+    opened.backend = TorchBackend(opened)

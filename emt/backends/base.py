@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -75,10 +77,17 @@ class Backend(Protocol):
 
 
 class PipelineBackend(Backend):
-    """A backend of one pipeline, which it does not keep alive: the pipeline has the backend."""
+    """A backend of one pipeline, which it does not keep alive: the pipeline has the backend.
+
+    Attributes:
+        phase: Makes a context manager for what the host prepares while the device may wait, by its name.
+    """
+
+    phase: Callable[[str], AbstractContextManager[Any]]
 
     def __init__(self, pipe: Networks) -> None:
         self._pipe = weakref.ref(pipe)
+        self.phase = nullcontext
 
     @property
     def pipe(self) -> Networks:

@@ -292,6 +292,10 @@ class TorchBackend(PipelineBackend):
 
     def _capture(self, capture: Callable[[], CapturedCall]) -> CapturedCall:
         """Capture a call, giving up as many others as that needs."""
+        with self.phase("capturing graphs"):
+            return self._capture_beside(capture)
+
+    def _capture_beside(self, capture: Callable[[], CapturedCall]) -> CapturedCall:
         while len(self._calls) >= self.max_calls:
             self._calls.popitem(last=False)
         if not self._calls:
@@ -390,13 +394,14 @@ class TorchBackend(PipelineBackend):
             return
         self._rehearsed.add(key)
         begun = time.perf_counter()
-        try:
-            with torch.no_grad(), record_launches() as launches:
-                rehearse()
-        except torch.OutOfMemoryError:
-            return  # if the call itself has no room either, it says so
-        rehearsed = time.perf_counter()
-        launches.compile(x.device)
+        with self.phase("compiling kernels"):
+            try:
+                with torch.no_grad(), record_launches() as launches:
+                    rehearse()
+            except torch.OutOfMemoryError:
+                return  # if the call itself has no room either, it says so
+            rehearsed = time.perf_counter()
+            launches.compile(x.device)
         seconds = rehearsed - begun, time.perf_counter() - rehearsed
         logger.info(
             "%s: rehearsed in %.2f s, %d kernels compiled in %.2f s", key[0], seconds[0], len(launches), seconds[1]

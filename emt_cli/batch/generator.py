@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from emt import __version__
 from emt.backbone import module_of
 from emt.cache import ContentIndex, default_dir
-from emt.device import Device, is_out_of_memory
+from emt.device import BusyClock, Device, is_out_of_memory
 from emt.errors import EmtError
 from emt.model_folder import Model
 from emt.prompt_syntax import PLAIN, WEBUI
@@ -222,6 +222,9 @@ class Generator:
         self._requested = device, precision, kernels
         self._say = say
         self._guard = threading.Lock()
+        #: Makes a context manager of a phase of a run (`emt_cli.batch.phases`), in which nobody else is told of it.
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self._busy: BusyClock | None = None
         self._device: Device | None = None
         self._pipe: MotionTransfer | None = None
         self._teacher: Teacher | None = None
@@ -231,6 +234,16 @@ class Generator:
         if low_memory:  # little of little memory may be lost between what is in use
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+    def import_libraries(self) -> None:
+        """Import PyTorch and what uses it; thread-safe: two threads that import it at once trip over each other."""
+        with self._guard:
+            import emt.pipeline  # noqa: F401
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which the device computed references, steps and images so far; waits for the device."""
+        return self._busy.seconds if self._busy else 0.0
+
     @property
     def device(self) -> Device:
         """The device, opened on first use; thread-safe.
@@ -238,10 +251,9 @@ class Generator:
         Raises:
             EmtError: there is none such.
         """
+        self.import_libraries()
         with self._guard:
             if self._device is None:
-                import emt.pipeline  # noqa: F401  (here, since two threads that import it at once trip over each other)
-
                 device = Device.open(*self._requested)
                 if self.low_memory and not device.is_gpu:
                     problem = f"--memory low spares the memory of CUDA GPUs, the device is {device.torch_device}"
@@ -350,14 +362,29 @@ class Generator:
 
     def _switch(self, pipe: MotionTransfer, engine: Engine | None) -> None:
         """Let an engine, or PyTorch, execute the network from here on."""
-        if engine is None:
-            pipe.backend = self._torch
-            return
-        if engine.folder not in self._backends:
-            from emt_engines.build import open_engine
+        backend = self._torch
+        if engine:
+            if engine.folder not in self._backends:
+                from emt_engines.build import open_engine
 
-            self._backends[engine.folder] = open_engine(engine.folder, engine.manifest, pipe)
-        pipe.backend = self._backends[engine.folder]
+                with self.phase("opening the engine"):
+                    self._backends[engine.folder] = open_engine(engine.folder, engine.manifest, pipe)
+            backend = self._backends[engine.folder]
+        self._measure(pipe, backend)
+
+    def _measure(self, pipe: MotionTransfer, backend: Backend) -> None:
+        """Have a backend execute the network, its computing measured and its preparations told apart."""
+        from emt.backends.measured import MeasuredBackend
+
+        busy = self._busy = self._busy or BusyClock(self.device.torch_device if self.device.is_gpu else None)
+
+        @contextmanager
+        def prepare(what: str) -> Iterator[None]:
+            with self.phase(what), busy.paused():
+                yield
+
+        backend.phase = prepare  # type: ignore[attr-defined]
+        pipe.backend = MeasuredBackend(backend, busy)  # type: ignore[assignment]
 
     def most_clips(self, job: Job) -> int | None:
         """The most clips like a job's that can be made in one batch; None if only memory limits them."""
@@ -420,20 +447,23 @@ class Generator:
         pipe.prompt_syntax = WEBUI if jobs[0].reading else PLAIN
         make: Callable[..., list[np.ndarray]] = pipe.generate
         own: dict[str, Any] = {"cache_interval": settings.cache_interval, "window": self.frames_at_once(jobs[0])}
+        computing: AbstractContextManager[Any] = nullcontext()
         if is_guided(jobs[0]):
             make, own = self._open_teacher(pipe).generate, {}  # of whole passes and clips alone (`Model.check`)
-        clips = make(
-            [job.prompt for job in jobs],
-            motions[0] if shared else list(motions),
-            steps=settings.steps,
-            guidance=settings.guidance,
-            seed=[job.seed for job in jobs],
-            negative_prompt=[job.settings.negative_prompt for job in jobs],
-            scheduler=settings.scheduler.value,
-            guidance_until=settings.guidance_until,
-            on_step=stepped_to,
-            **own,
-        )
+            computing = self._busy() if self._busy else computing  # it calls the network itself
+        with computing:
+            clips = make(
+                [job.prompt for job in jobs],
+                motions[0] if shared else list(motions),
+                steps=settings.steps,
+                guidance=settings.guidance,
+                seed=[job.seed for job in jobs],
+                negative_prompt=[job.settings.negative_prompt for job in jobs],
+                scheduler=settings.scheduler.value,
+                guidance_until=settings.guidance_until,
+                on_step=stepped_to,
+                **own,
+            )
         ended = time.monotonic()
         timings = {"steps": (stepped - begun) / len(jobs), "vae": (ended - stepped) / len(jobs)}
         # A graph that is replayed works in memory that is counted only when it is recorded.

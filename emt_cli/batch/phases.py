@@ -46,11 +46,16 @@ class Phases:
 
 
 def process_age() -> float:
-    """Seconds since this process was started, imports included; without /proc, since this module was imported."""
+    """Seconds since the system started this process, imports included; where that is not known, since this import."""
     try:
         stat = Path("/proc/self/stat").read_bytes()
         ticks = int(stat.rpartition(b")")[2].split()[19])  # starttime: the 22nd field; the 2nd may have spaces
         uptime = float(Path("/proc/uptime").read_bytes().split()[0])
         return uptime - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):  # there is neither on other systems than Linux
-        return time.monotonic() - _IMPORTED
+        try:
+            import psutil
+
+            return time.time() - psutil.Process().create_time()
+        except Exception:  # psutil has no common error
+            return time.monotonic() - _IMPORTED

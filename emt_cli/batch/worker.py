@@ -177,6 +177,7 @@ class Worker:
         self.generator, self.outcomes, self.finisher = session.generator, outcomes, finisher
         self.listener = outcomes.listener
         self.phases = Phases(self.listener.phase)
+        self.generator.phase = self.phases
         self.sizes = BatchSizes(options.batch_size)
         self._intake = Intake(session, outcomes)
         self.taken, self.batch = 0, options.batch_size or 1
@@ -232,6 +233,8 @@ class Worker:
         reference = task.reference
         if reference.motion is None:
             with self.phases("importing"):
+                self.generator.import_libraries()
+            with self.phases("starting the device"):
                 self.generator.device  # noqa: B018  (what goes wrong here ends the run, not the job)
             with self.phases("loading"):
                 self.generator.load()

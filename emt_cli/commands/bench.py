@@ -79,6 +79,14 @@ def bench(
     precision: Annotated[
         Precision, typer.Option(help="Precision, as in emt transfer; plain PyTorch is timed in fp16 beside fp8.")
     ] = Precision.AUTO,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold",
+            help="Time emt transfer of one clip in two new processes instead, from their start to their end, by phase; "
+            "the second finds what the first left in the caches of compilers.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON line a row on standard output.")] = False,
 ) -> None:
     """Time the parts of a clip: plain PyTorch, what `emt transfer` uses here, and an engine if one is named.
@@ -104,6 +112,9 @@ def bench(
             allowed = found.facts.allowed_frames()
             raise EmtError(f"--frames is {settings.frames}", f"What is timed is one window: {allowed} frames.")
         named = "random weights" if model is None and place.is_gpu else found.name
+        if cold:
+            _print_cold(list(cold_starts(found, settings, place, engine, say)), place, named, json)
+            return
         for row in _rows(found, place, settings, engine, say):
             rows.append(row)
             if json:
@@ -112,6 +123,75 @@ def bench(
                 typer.echo(json_lines.dumps({**asdict(row), **where, **shape}))
     if not json:
         _print(rows, place, settings)
+
+
+def cold_starts(
+    model: Model, settings: Settings, device: Device, engine: Path | None, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Run `emt transfer` of a clip of noise in new processes, one after another, with caches of their own.
+
+    Args:
+        model: The model.
+        settings: Of the clip.
+        device: To compute on.
+        engine: Folder of an engine; None for PyTorch.
+        say: Called with what is done.
+
+    Yields:
+        The line with which the journal ends each run: seconds since the start of its process, and its phases.
+
+    Raises:
+        EmtError: a run failed.
+    """
+    import os
+    import subprocess
+    import sys
+
+    import numpy as np
+
+    from emt.video import write_clip
+    from emt_cli.batch import journal
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shape = (settings.frames, settings.height, settings.width, 3)
+        write_clip(folder / "noise.mp4", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), fps=8)
+        prompt = model.vocabulary.words[0] if model.vocabulary else "a red car"
+        words = ["transfer", str(folder / "noise.mp4"), "--prompt", prompt, "--model", str(model.folder)]
+        words += ["--engine", str(engine) if engine else "torch", "--device", device.torch_device]
+        for name in ("width", "height", "frames", "steps"):
+            words += [f"--{name}", str(getattr(settings, name))]
+        words += ["--precision", device.precision, "--cache-dir", str(folder / "cache")]
+        caches = {name: str(folder / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        for which in ("first", "second"):
+            say(f"the {which} of two runs")
+            out = folder / which
+            command = [sys.executable, "-m", "emt_cli.app", *words, "--out", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | caches)
+            if done.returncode:
+                failed = [line["error"] for line in journal.lines(out) if "error" in line] if out.is_dir() else []
+                last = [*failed, *done.stderr.strip().splitlines()[-1:], "it said nothing"][0]
+                raise EmtError(f"emt transfer failed: {last}", "Run it by itself: emt transfer --help")
+            yield next(line for line in journal.lines(out) if line.get("event") == "run")
+
+
+def _print_cold(lines: list[dict[str, Any]], device: Device, model: str, json: bool) -> None:
+    if json:
+        for line in lines:
+            typer.echo(json_lines.dumps({**line, "model": model, "precision": device.precision}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"emt transfer of one clip, {model} on {device.name}, seconds from the start of the process"
+    table = Table("", "first", "caches kept", title=title, title_justify="left", min_width=min(len(title), 100))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase in dict.fromkeys(phase for line in lines for phase in line["phases"]):
+        table.add_row(phase, *(f"{line['phases'].get(phase, 0.0):.2f}" for line in lines))
+    table.add_row("all", *(f"{line['seconds']:.2f}" for line in lines))
+    table.add_row("device busy", *(f"{line.get('device_busy', 0.0):.0%}" for line in lines))
+    Console().print(table)
 
 
 def _given(size: str | None, frames: int | None, steps: int | None) -> dict[str, Any]:
@@ -208,13 +288,13 @@ def _measure(
 
     shape = (settings.frames, settings.height, settings.width, 3)
     clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    device.start_measuring()  # graphs are captured now, whose memory is counted only when they are
     times, output = _parts(pipe, device, settings, clip)
     change = 0.0 if truth is None else ((output - truth).norm() / truth.norm()).item()
 
     def make() -> None:
         pipe.generate("", pipe.extract_motion(clip), steps=settings.steps, guidance=settings.guidance)
 
-    device.start_measuring()
     (seconds,) = _seconds(make, device, warm=0, most=1)
     peak = device.memory()[1] / 2**30 if device.is_gpu else None
     return Timings(way, **times, clip_s=seconds, peak_GiB=peak, change=change), output

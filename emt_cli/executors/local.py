@@ -67,6 +67,7 @@ class LocalExecutor:
         line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
         if worker.device_wait is not None:
             line |= {"device": self.generator.device.name, "device_wait": round(worker.device_wait, 4)}
+            line |= {"device_busy": round(min(1.0, self.generator.busy_seconds / seconds), 4)}
         with suppress(OSError):  # a full disk, which each job has reported
             self.journal.append(line)
         if not self.listener.gone:
