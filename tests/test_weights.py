@@ -728,7 +728,7 @@ def test_a_killed_import_leaves_no_folder_and_the_next_one_clears_up(files: File
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_a_child(lambda: files.run(tmp_path / "m", on_progress=kill)) == -signal.SIGKILL
-    assert [p.name for p in tmp_path.iterdir()] == [".m.partial"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m.lock", ".m.partial"]
     (tmp_path / ".m.partial" / "stale").touch()
     files.run(tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
