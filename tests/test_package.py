@@ -23,14 +23,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 PACKAGES = {
     "emt": "emt",
     "emt_cli": "emt_cli",
+    "emt_comfyui": "emt_comfyui",
     "emt_kernels": "kernels/emt_kernels",
     "emt_engines": "engines/emt_engines",
 }
 #: Distributions that are called otherwise than what is imported.
 CALLED = {"PIL": "pillow", "cv2": "opencv-python-headless"}
 #: Brought by what is declared: triton by builds of torch for GPUs, and done without elsewhere; aiohttp by fsspec[http];
-#: typing_extensions, which type checkers read, by torch; psutil by accelerate.
-BROUGHT = {"triton", "aiohttp", "typing-extensions", "psutil"}
+#: typing_extensions, which type checkers read, by torch; psutil by accelerate; comfy is ComfyUI, which runs its nodes.
+BROUGHT = {"triton", "aiohttp", "typing-extensions", "psutil", "comfy"}
 
 
 def declared(requirements: list[str]) -> set[str]:

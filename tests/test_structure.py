@@ -25,6 +25,7 @@ LAYERS = {
     "emt": ROOT / "emt",
     "emt_engines": ROOT / "engines" / "emt_engines",
     "emt_cli": ROOT / "emt_cli",
+    "emt_comfyui": ROOT / "emt_comfyui",
     "recipes": ROOT / "recipes",
 }
 EMT = Path(sys.executable).with_name("emt")
@@ -53,6 +54,7 @@ emt_cli.config
 emt_cli.executors | emt_cli.report | emt_cli.terminal
 emt_cli.commands
 emt_cli.app
+emt_comfyui
 recipes
 """
 

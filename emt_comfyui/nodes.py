@@ -1,0 +1,317 @@
+"""Nodes: load a model, load a reference, transfer its motion, and run a batch.
+
+They follow ComfyUI's documented interface: a class with `INPUT_TYPES`, `RETURN_TYPES`, `FUNCTION` and `CATEGORY`, whose
+images are tensors (frames, height, width, channels) of floats from 0 to 1. ComfyUI imports this module when it starts:
+torch and the networks wait for the first run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from emt import demo
+from emt.errors import EmtError
+from emt_cli.batch.options import Fit, Method, Precision, Scheduler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CATEGORY = "emt"
+MODEL = "EMT_MODEL"
+DEFAULT = "the model's"
+_SIDE = {"min": 0, "max": 4096, "step": 8}
+_RUN = "from emt_cli.app import main; main()"
+
+
+def _names(kind: Any) -> list[str]:
+    return [str(member.value) for member in kind]
+
+
+class LoadModel:
+    """Opens a model folder, hub id or URL; `demo` is the small model that comes with the package."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+    RETURN_TYPES = (MODEL,)
+    RETURN_NAMES = ("model",)
+    DESCRIPTION = "Opens a model of emt: a folder that `emt import-weights` has made, a hub id, or demo."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Inputs by name."""
+        precisions = [name for name in _names(Precision) if name != "fp8"]
+        return {
+            "required": {
+                "model": ("STRING", {"default": demo.NAME, "tooltip": "Model folder, hub id, or demo."}),
+                "device": ("STRING", {"default": "auto", "tooltip": "auto, cuda, cuda:N, mps or cpu."}),
+                "precision": (precisions, {"default": "auto", "tooltip": "auto: fp16 on a GPU, fp32 on a CPU."}),
+            }
+        }
+
+    def load(self, model: str, device: str, precision: str) -> tuple[Any]:
+        """Open the model.
+
+        Raises:
+            EmtError: there is no such model or device.
+        """
+        from emt.device import Device
+        from emt.model_folder import find_model
+        from emt.pipeline import load_pipeline
+
+        opened, found = Device.open(device, precision), find_model(model, download=True)
+        pipe = load_pipeline(found.folder, opened.torch_device, opened.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return (pipe,)
+
+
+class LoadReference:
+    """Reads a clip as `emt transfer` reads references; its frames are images."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+    RETURN_TYPES = ("IMAGE", "FLOAT")
+    RETURN_NAMES = ("reference", "fps")
+    DESCRIPTION = "Reads frames of a video, an animated picture or a folder of pictures, spread evenly over it."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Inputs by name."""
+        return {
+            "required": {
+                "path": ("STRING", {"default": "", "tooltip": "Video, GIF, or folder of pictures."}),
+                "frames": ("INT", {"default": 16, "min": 2, "max": 2048}),
+                "width": ("INT", {"default": 512, "min": 8, "max": 4096, "step": 8}),
+                "height": ("INT", {"default": 512, "min": 8, "max": 4096, "step": 8}),
+                "fit": (_names(Fit), {"default": "crop"}),
+            },
+            "optional": {
+                "start": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1e6, "step": 0.1, "tooltip": "Seconds."}),
+                "duration": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1e6, "step": 0.1, "tooltip": "0: all."}),
+                "stride": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": "0: spread evenly."}),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, path: str, **others: Any) -> float:
+        """Time at which the file was written, so that one that is replaced is read again."""
+        return os.stat(path).st_mtime if os.path.exists(path) else float("nan")
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, path: str) -> bool | str:
+        """True, or why the clip cannot be read, before anything runs."""
+        return True if os.path.exists(path) else f"there is no file or folder {path!r}"
+
+    def load(
+        self,
+        path: str,
+        frames: int,
+        width: int,
+        height: int,
+        fit: str,
+        start: float = 0.0,
+        duration: float = 0.0,
+        stride: int = 0,
+    ) -> tuple[Tensor, float]:
+        """Read the frames.
+
+        Raises:
+            EmtError: the clip cannot be read, or has too few.
+        """
+        from emt.video import read_clip
+
+        size: Any = (width, height)
+        part: Any = {"start": start, "duration": duration or None, "stride": stride or None}
+        clip = read_clip(path, frames=frames, size=size, fit=fit, **part)  # type: ignore[arg-type]
+        return _images(clip.frames), clip.fps
+
+
+class TransferMotion:
+    """Makes a clip that moves as the reference does and shows what the prompt says."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "transfer"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("clip",)
+    DESCRIPTION = "Makes a clip that moves as the reference does and shows what the prompt says."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Inputs by name."""
+        return {
+            "required": {
+                "model": (MODEL,),
+                "reference": ("IMAGE", {"tooltip": "Frames of any size; they are spread evenly and cropped."}),
+                "prompt": ("STRING", {"default": "a yellow penguin in the desert", "multiline": True}),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True}),
+            },
+            "optional": {
+                "negative_prompt": ("STRING", {"default": "", "multiline": True}),
+                "steps": ("INT", {"default": 0, "min": 0, "max": 500, "tooltip": "0: the model's."}),
+                "guidance": (
+                    "FLOAT",
+                    {"default": 0.0, "min": 0.0, "max": 50.0, "step": 0.5, "tooltip": "0: the model's."},
+                ),
+                "scheduler": ([DEFAULT, *_names(Scheduler)], {"default": DEFAULT}),
+                "method": ([DEFAULT, *_names(Method)], {"default": DEFAULT}),
+                "frames": ("INT", {"default": 0, "min": 0, "max": 2048, "tooltip": "0: the model's."}),
+                "width": ("INT", {"default": 0, **_SIDE, "tooltip": "0: the model's."}),
+                "height": ("INT", {"default": 0, **_SIDE, "tooltip": "0: the model's."}),
+            },
+        }
+
+    def transfer(
+        self,
+        model: Any,
+        reference: Tensor,
+        prompt: str,
+        seed: int,
+        negative_prompt: str = "",
+        steps: int = 0,
+        guidance: float = 0.0,
+        scheduler: str = DEFAULT,
+        method: str = DEFAULT,
+        frames: int = 0,
+        width: int = 0,
+        height: int = 0,
+    ) -> tuple[Tensor]:
+        """Make the clip.
+
+        Raises:
+            EmtError: the prompt has words that the model does not know, or the result is not finite.
+            ValueError: the reference has too few frames, or the model makes no clips of this shape.
+        """
+        from emt.train.teacher import Teacher
+        from emt.video.frames import sample_frames
+
+        config = model.config
+        size = (width or config.width, height or config.height)
+        motion = model.extract_motion(sample_frames(_pixels(reference), frames or config.frames, size))
+        own = config.get("sampler", "ddim")
+        options: dict[str, Any] = {
+            "seed": seed,
+            "negative_prompt": negative_prompt,
+            "steps": steps or None,
+            "guidance": guidance or None,
+            "scheduler": own if scheduler == DEFAULT else scheduler,
+            "on_step": _progress(),
+        }
+        trained = config.get("adapter") != "none"
+        if method == Method.GUIDANCE.value or (method == DEFAULT and not trained):
+            return (_images(Teacher(model).generate(prompt, motion, **options)[0]),)
+        if not trained:
+            raise EmtError("this model has no trained adapter: it was imported without one", "Set method to guidance.")
+        return (_images(model.generate(prompt, motion, **options)[0]),)
+
+
+class RunBatch:
+    """Runs `emt transfer` over many references and prompts; finished clips are skipped, so it can be run again."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "run"
+    RETURN_TYPES = ("STRING", "INT")
+    RETURN_NAMES = ("clips", "count")
+    OUTPUT_NODE = True
+    DESCRIPTION = (
+        "Every reference with every prompt and seed, by `emt transfer`: resumable, with a record of each clip."
+    )
+
+    #: The program, in a process of its own: it takes signals, which a server's threads cannot, and gives the GPU back.
+    command: ClassVar[Sequence[str]] = (sys.executable, "-c", _RUN)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Inputs by name."""
+        return {
+            "required": {
+                "references": (
+                    "STRING",
+                    {"default": "", "multiline": True, "tooltip": "Clips, folders, globs: one a line."},
+                ),
+                "prompts": ("STRING", {"default": "", "multiline": True, "tooltip": "One a line."}),
+                "out": ("STRING", {"default": "out", "tooltip": "Output folder."}),
+                "model": ("STRING", {"default": demo.NAME, "tooltip": "Model folder, hub id, or demo."}),
+            },
+            "optional": {
+                "seeds": ("STRING", {"default": "0", "tooltip": "Numbers and ranges, as in 0,7,10-15."}),
+                "options": ("STRING", {"default": "", "tooltip": "More options of emt transfer, as in a shell."}),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        """Never equal to itself: a folder may have new clips."""
+        return float("nan")
+
+    def run(
+        self, references: str, prompts: str, out: str, model: str, seeds: str = "0", options: str = ""
+    ) -> tuple[str, int]:
+        """Run it to its end: paths of the clips, one a line, and how many there are.
+
+        Raises:
+            EmtError: the command line makes no sense, or a job failed; says what the program said.
+        """
+        import shlex
+
+        given = [line.strip() for line in references.splitlines() if line.strip()]
+        texts = [part for line in prompts.splitlines() if line.strip() for part in ("--prompt", line.strip())]
+        named = ["--out", out, "--model", model, "--seeds", seeds, "--json"]
+        arguments = [*self.command, "transfer", *named, *texts, *shlex.split(options), "--", *given]
+        ended = subprocess.run(arguments, capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in ended.stdout.splitlines()]
+        failed = [line for line in lines if line.get("state") == "failed"]
+        if failed:
+            hint = f"{len(lines) - len(failed)} of {len(lines)} jobs are done; run it again for the others."
+            raise EmtError(f"{failed[0].get('reference', '')}: {failed[0].get('error', '')}", hint)
+        if ended.returncode:
+            raise EmtError(ended.stderr.strip() or f"emt transfer ended with code {ended.returncode}")
+        clips = [str(line["path"]) for line in lines if line.get("path")]
+        return "\n".join(clips), len(clips)
+
+
+def _pixels(images: Tensor) -> Any:
+    """RGB, uint8, (frames, height, width, 3), of ComfyUI's images; alpha is left out."""
+    return (images[..., :3].detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def _images(frames: Any) -> Tensor:
+    """ComfyUI's images of RGB, uint8, (frames, height, width, 3)."""
+    import torch
+
+    return torch.from_numpy(frames).float() / 255
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """Shows steps in ComfyUI, and ends where its user interrupts; None outside of it."""
+    try:
+        from comfy.model_management import throw_exception_if_processing_interrupted
+        from comfy.utils import ProgressBar
+    except ImportError:
+        return None
+    bar: list[Any] = []
+
+    def show(done: int, steps: int) -> None:
+        throw_exception_if_processing_interrupted()
+        if not bar:
+            bar.append(ProgressBar(steps))
+        bar[0].update_absolute(done, steps)
+
+    return show
+
+
+NODE_CLASS_MAPPINGS = {
+    "EMTLoadModel": LoadModel,
+    "EMTLoadReference": LoadReference,
+    "EMTTransferMotion": TransferMotion,
+    "EMTRunBatch": RunBatch,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "EMTLoadModel": "Load motion transfer model",
+    "EMTLoadReference": "Load reference clip",
+    "EMTTransferMotion": "Transfer motion",
+    "EMTRunBatch": "Transfer motion (batch)",
+}
