@@ -57,15 +57,42 @@ def test_any_shape(
     assert ((y.double() - exact).abs() <= eps * (exact.abs() + terms) + 1e-5 * terms).all()
 
 
+@kernel_test
+@pytest.mark.parametrize("shape", [(2, 20, 3, 5), (1, 4, 1, 1)])
+def test_the_operator_is_the_reference(device: str, shape: tuple[int, int, int, int]) -> None:
+    x, weight, bias = tensors(shape, 24, torch.float16, device)
+    found, wanted = torch.ops.emt.upsample_conv(x, weight, bias), upsample_conv_reference(x, weight, bias)
+    assert found.stride() == torch.empty_like(wanted, memory_format=torch.channels_last).stride()
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-2, atol=2e-2)
+    torch.library.opcheck(torch.ops.emt.upsample_conv, (x, weight, bias), test_utils="test_faketensor")
+
+
+def test_a_tile_fits_into_the_gpu() -> None:
+    for inputs in (256, 512, 640, 1280):
+        for shared in (99 << 10, 163 << 10, 227 << 10):  # of compute capability 8.6 and 8.9, 8.0, 9.0
+            assert module.plan(inputs, 2, shared).shared_bytes(2) <= shared
+    assert module.plan(1280, 2, 227 << 10) == Plan(256, 128, 64, 8, 3)
+    assert module.plan(256, 2, 227 << 10) == Plan(128, 256, 64, 8, 3)
+
+
+def test_without_a_gpu_it_is_pytorchs_pair_bit_by_bit() -> None:
+    x, weight, bias = tensors((2, 3, 4, 5), 6, torch.float32, "cpu")
+    pair = torch.nn.functional.interpolate(x, size=(8, 10), mode="nearest")
+    expected = torch.nn.functional.conv2d(pair, weight, bias, padding=1)
+    assert torch.equal(module.upsample_conv(x, weight, bias), expected)
+
+
 def test_other_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(6, 3, 1, 1\)"):
         phase_weights(torch.zeros(6, 3, 1, 1))
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_for_real_gpus(capability: int) -> None:
-    chosen = Plan()
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [(80, Plan()), (89, module.plan(640, 2, 99 << 10)), *((90, module.plan(n, 2, 227 << 10)) for n in (256, 640))],
+)
+def test_it_compiles_for_real_gpus(capability: int, chosen: Plan) -> None:
     constants = {"ROWS": chosen.rows, "COLUMNS": chosen.columns, "DEPTH": chosen.depth, "GROUP": 8}
     pointers = dict.fromkeys(("x", "weight", "bias", "out"), "fp16")
     made = compiled(
@@ -81,4 +108,4 @@ def test_it_compiles_for_real_gpus(capability: int) -> None:
     ptx = made.asm["ptx"]
     assert ("wgmma" if capability == 90 else "mma.sync") in ptx
     assert "cp.async" in ptx
-    assert made.metadata.shared <= 164 * 1024
+    assert made.metadata.shared <= {80: 163, 89: 99, 90: 227}[capability] << 10

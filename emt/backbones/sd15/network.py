@@ -584,9 +584,7 @@ class MotionTransferNetwork(Network):
             for i in range(len(block.resnets)):
                 x = checkpointed(block, i, x, skips.pop())
             for upsample in block.upsamplers:
-                # An odd size was rounded up on the way down: the skip connection knows it.
-                x = F.interpolate(materialized(x), size=skips[-1].shape[2:], mode="nearest")
-                x = run.conv(upsample.conv, x)
+                x = run.upsample(upsample.conv, x, skips[-1].shape[2:])  # the skip connection knows odd sizes
 
         out = net.conv_out(run.norm(net.conv_norm_out, x))
         return out.unflatten(0, (batch, frames)).transpose(1, 2), features, given

@@ -17,6 +17,7 @@ from emt.backbones.sd15.layers import FeedForward, GroupNorm, rows_of, tokens_of
 from emt.backbones.sd15.motion_module import MotionModule, Reference
 from emt_kernels.add_matmul import add_matmul_
 from emt_kernels.quantize import Quantized
+from emt_kernels.upsample_conv import upsample_conv
 
 
 class Pass:
@@ -25,6 +26,15 @@ class Pass:
     def conv(self, conv: nn.Conv2d, x: Tensor) -> Any:
         """A convolution of images (frames, channels, height, width)."""
         return conv(x)
+
+    def upsample(self, conv: nn.Conv2d, x: Any, size: torch.Size) -> Any:
+        """A 3×3 convolution of images upsampled to a size (height, width), each pixel as often as that needs."""
+        x = materialized(x)
+        if size == torch.Size([2 * x.shape[2], 2 * x.shape[3]]):
+            return self.images(upsample_conv(x, conv.weight, conv.bias))
+        return self.conv(
+            conv, F.interpolate(x, size=size, mode="nearest")
+        )  # an odd size was rounded up on the way down
 
     def norm(self, norm: GroupNorm, x: Any) -> Tensor:
         """The norm of images."""
