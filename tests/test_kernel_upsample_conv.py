@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import compiled, kernel_test, needs_triton, poisoned_memory
 
+from emt.backbones.sd15 import passes
 from emt_kernels import upsample_conv as module
 from emt_kernels.upsample_conv import Plan, phase_weights, upsample_conv_reference
 
@@ -80,6 +81,20 @@ def test_without_a_gpu_it_is_pytorchs_pair_bit_by_bit() -> None:
     pair = torch.nn.functional.interpolate(x, size=(8, 10), mode="nearest")
     expected = torch.nn.functional.conv2d(pair, weight, bias, padding=1)
     assert torch.equal(module.upsample_conv(x, weight, bias), expected)
+
+
+def test_the_network_uses_it_where_images_are_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = tensors((1, 4, 3, 5), 4, torch.float32, "cpu")
+    conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+    conv.weight.data, conv.bias.data = weight, bias
+    calls = []
+    monkeypatch.setattr(passes, "is_fused", lambda x, weight: True)
+    monkeypatch.setattr(passes, "upsample_conv", lambda *given: calls.append(1) or upsample_conv_reference(*given))
+    for run in (passes.Pass(), passes.FusedPass(True, 8)):
+        doubled = passes.materialized(run.upsample(conv, x, torch.Size([6, 10])))
+        assert torch.equal(doubled, upsample_conv_reference(x, weight, bias))
+        assert passes.materialized(run.upsample(conv, x, torch.Size([5, 9]))).shape == (1, 4, 5, 9), "of an odd size"
+    assert len(calls) == 2
 
 
 def test_other_kernels_are_refused() -> None:

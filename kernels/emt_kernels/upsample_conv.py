@@ -36,10 +36,15 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (n, outputs, 2 · height, 2 · width).
     """
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    if trained or not use_triton(x) or x.dtype not in (torch.float16, torch.bfloat16) or x.dtype != weight.dtype:
+    if not is_fused(x, weight):
         return upsample_conv_reference(x, weight, bias)
     return torch.ops.emt.upsample_conv(x, weight, bias)
+
+
+def is_fused(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `upsample_conv` launches its kernel: in half precision, at inference."""
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not trained and use_triton(x) and x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def phase_weights(weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from emt.backbones.sd15.layers import FeedForward, GroupNorm, rows_of, tokens_of
 from emt.backbones.sd15.motion_module import MotionModule, Reference
 from emt_kernels.add_matmul import add_matmul_
 from emt_kernels.quantize import Quantized
-from emt_kernels.upsample_conv import upsample_conv
+from emt_kernels.upsample_conv import is_fused, upsample_conv
 
 
 class Pass:
@@ -30,11 +30,9 @@ class Pass:
     def upsample(self, conv: nn.Conv2d, x: Any, size: torch.Size) -> Any:
         """A 3×3 convolution of images upsampled to a size (height, width), each pixel as often as that needs."""
         x = materialized(x)
-        if size == torch.Size([2 * x.shape[2], 2 * x.shape[3]]):
+        if is_fused(x, conv.weight) and size == torch.Size([2 * x.shape[2], 2 * x.shape[3]]):
             return self.images(upsample_conv(x, conv.weight, conv.bias))
-        return self.conv(
-            conv, F.interpolate(x, size=size, mode="nearest")
-        )  # an odd size was rounded up on the way down
+        return self.conv(conv, F.interpolate(x, size=size, mode="nearest"))
 
     def norm(self, norm: GroupNorm, x: Any) -> Tensor:
         """The norm of images."""
