@@ -620,6 +620,32 @@ def choice(requested: str, model: Path, folder: Path, said: list[str]) -> Engine
     )
 
 
+def test_engines_with_weights_built_in_take_no_loras_and_none_takes_long_text(model, tmp_path):
+    own = replace(manifest_for(request_for(model)), refits=True)
+    reads = put_engine(tmp_path / "engines" / "reads", own)
+    built_in = put_engine(tmp_path / "other" / "built in", replace(own, refits=False))
+    cpu, said = Device.open("cpu", "auto"), []
+    chosen = choice("auto", model, tmp_path, said)
+    assert chosen.find(cpu, SIDE, SIDE, FRAMES, changed=True).folder == reads
+    shutil.rmtree(reads)
+    shutil.copytree(built_in, reads)
+    chosen = choice("auto", model, tmp_path, said)
+    assert chosen.find(cpu, SIDE, SIDE, FRAMES) is not None
+    assert chosen.find(cpu, SIDE, SIDE, FRAMES, changed=True) is None
+    assert "torch for clips with --lora or --vae" in said[-1]
+    assert not any(chosen.applies(1, has_long_text=True) for _ in range(2))
+    assert chosen.applies(1)
+    assert [line for line in said if "longer prompts" in line] == [said[-1]]
+
+    named = choice(str(built_in), model, tmp_path, said)
+    named.check(SIDE, SIDE, FRAMES, 1)
+    named.check_text(False)
+    with pytest.raises(EmtError, match="has the model's weights built in, and takes no --lora"):
+        named.check(SIDE, SIDE, FRAMES, 1, changed=True)
+    with pytest.raises(EmtError, match="reads one text of the text encoder"):
+        named.check_text(True)
+
+
 def test_auto_takes_the_newest_that_matches_and_says_so(model, tmp_path):
     own = manifest_for(request_for(model))
     put_engine(tmp_path / "engines" / "old", own)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt.hub import locate, matching, parse_hub, split_scale, split_word
+from emt.remote import fetch, fetched, is_url, shown
 from emt.storage import check_readable
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class AddonFinder:
     ) -> None:
         self.index, self._download, self._say = index, download, say
         self._guard = threading.Lock()
-        self._places: dict[tuple[str, str], Path] = {}  # of the hub's files, which do not change
+        self._places: dict[tuple[str, str], Path] = {}  # of what was fetched, which is looked for once
 
     def find(self, settings: Settings) -> Addons:
         """The add-ons that settings name.
@@ -160,7 +161,7 @@ class AddonFinder:
             path = self._places.get((kind, source))
             if path is None:
                 path = self._locate(kind, source)
-                if parse_hub(source):
+                if parse_hub(source) or is_url(source):
                     self._places[kind, source] = path
         return Addon(kind, path, self.index.sha256(path), detail)
 
@@ -173,6 +174,11 @@ class AddonFinder:
                 self._say(f"fetching {name} of {source}")
 
         name = _KINDS[kind]
+        if is_url(source) and parse_hub(source) is None:
+            copy = fetch(source, on_fetch) if self._download else fetched(source)
+            if copy is None:
+                raise EmtError(f"the {name} {shown(source)} is not on this machine", "emt transfer fetches it.")
+            return copy
         path = locate(source, name, _FOLDERS.get(kind), on_fetch=on_fetch, download=self._download)
         if kind == "vae" and (path / "vae").is_dir():
             path = path / "vae"

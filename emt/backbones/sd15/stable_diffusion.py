@@ -6,14 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DDIMScheduler
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_clip_checkpoint,
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-)
 from torch import Tensor
 
 from emt.backbones.sd15.checkpoint_kinds import SDXL, SINGLE_FILE, VAE, read_kind, unet_guess
@@ -31,6 +25,9 @@ from emt.checkpoints import (
 )
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 # What Stable Diffusion 1.5 is, beyond its widths: the files in the original layout carry no configuration.
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -307,7 +304,12 @@ def _find_prediction_type(checkpoint: Checkpoint) -> tuple[str, str]:
     return "epsilon", ""
 
 
+# diffusers is imported where a file needs it: a LoRA of a run does without.
+
+
 def _ldm_unet(state: State) -> tuple[dict[str, Any], State]:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
     prefix = "model.diffusion_model.input_blocks."
     inputs = 1 + max(int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix))
     levels = 1 + sum(key.endswith(".0.op.weight") for key in state)
@@ -327,6 +329,8 @@ def _ldm_unet(state: State) -> tuple[dict[str, Any], State]:
 
 
 def _ldm_vae(state: State) -> tuple[dict[str, Any], State]:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
     prefix = "first_stage_model."
     levels = sum(bool(re.fullmatch(r".*\.encoder\.down\.\d+\.block\.0\.conv1\.weight", key)) for key in state)
     widths = [state[f"{prefix}encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
@@ -339,6 +343,8 @@ def _ldm_vae(state: State) -> tuple[dict[str, Any], State]:
 
 
 def _ldm_text_encoder(state: State) -> tuple[dict[str, Any], State]:
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
+
     converted = text_state(convert_ldm_clip_checkpoint(state))
     vocabulary, width = converted["embeddings.token_embedding.weight"].shape
     config = clip_config(
@@ -470,6 +476,8 @@ def animatediff_scheduler(prediction_type: str, spacing: str | None = None) -> D
         prediction_type: "epsilon" or "v_prediction".
         spacing: of the timesteps, as diffusers calls it; None for its default.
     """
+    from diffusers import DDIMScheduler
+
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
