@@ -225,6 +225,8 @@ class Generator:
         #: Makes a context manager of a phase of a run (`emt_cli.batch.phases`), in which nobody else is told of it.
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self._busy: BusyClock | None = None
+        #: Seconds a step and clip of the last batch, without its first step; None if it had only one.
+        self.pace: float | None = None
         self._device: Device | None = None
         self._pipe: MotionTransfer | None = None
         self._teacher: Teacher | None = None
@@ -391,6 +393,13 @@ class Generator:
         engine = self.engine(job)
         return engine.manifest.batch[1] if engine else None
 
+    def batch_key(self, job: Job) -> str:
+        """Key of what decides how a batch's size changes a clip's time: model, device, shape, code."""
+        engine, device, s = self.engine(job), self.device, job.settings
+        where = [device.name, device.precision, device.kernels, engine.manifest.id if engine else TORCH]
+        shape = [s.frames, s.height, s.width, s.guidance == 1, s.guidance_until, s.cache_interval]
+        return digest("batch", NUMERICS_VERSION, self.model_sha256, where, shape, installed_versions())
+
     def motion_key(self, job: Job, reference_sha256: str) -> str:
         """Cache key of motion features, which depend on the device too: a clip can be made again exactly."""
         engine = self.engine(job)
@@ -430,17 +439,22 @@ class Generator:
         pipe, settings = self.load(jobs[0].addons), jobs[0].settings
         self._switch(pipe, self.engine(jobs[0]))
         self.device.start_measuring()
+        self.pace = None
         begun = stepped = time.monotonic()
         wait_for_last = self.device.mark()
+        prepared: float | None = None  # when the first step was over
 
         def stepped_to(done: int, steps: int) -> None:
-            nonlocal stepped, wait_for_last
+            nonlocal stepped, wait_for_last, prepared
             # One step ahead of the device is enough to keep it busy; further ahead, progress would be too early.
             wait_for_last()
             wait_for_last = self.device.mark()
-            if done == steps:
+            if done in (1, steps):
                 self.device.synchronize()
                 stepped = time.monotonic()
+                prepared = prepared or stepped
+                if done > 1:
+                    self.pace = (stepped - prepared) / (done - 1) / len(jobs)
             on_step(done, steps)
 
         shared = all(motion is motions[0] for motion in motions)

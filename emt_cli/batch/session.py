@@ -66,7 +66,7 @@ class RunOptions:
     Attributes:
         numerics: Execution options that can change output bits, part of each job's identity.
         method: How clips are made if not as usual, part of it too.
-        batch_size: Clips in a batch; None to measure what fits.
+        batch_size: Clips in a batch; None to measure what pays.
         overwrite: Do finished jobs again.
         filter: Drops clips that do not pass; None keeps all.
     """

@@ -22,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from emt.device import Device, is_out_of_memory
+from emt.device import is_out_of_memory
 from emt.errors import EmtError
+from emt_cli.batch.batch_sizes import BatchSizes
 from emt_cli.batch.estimates import clip_bytes
 from emt_cli.batch.finisher import Finisher
 from emt_cli.batch.generator import heard_warnings
@@ -35,8 +36,6 @@ from emt_cli.batch.tasks import Reference, Source, Task
 
 _READERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # ffmpeg has threads of its own
 _AHEAD = _READERS + 2  # references read before the device takes them
-_LARGEST_AUTO_BATCH = 8
-_MARGIN = 0.85  # of the memory that a larger batch may fill, by the measurement of a smaller one
 _SPARE_BYTES = 1 << 20  # of the disk, for sidecars and the journal
 _POLL = 0.2  # seconds between looks at whether to stop
 
@@ -131,33 +130,6 @@ class Intake:
                 reference.source.set_exception(error)
 
 
-class BatchSizes:
-    """Clips in a batch: as requested, or what fits by the memory that smaller batches took.
-
-    Args:
-        requested: By the user; None to measure.
-    """
-
-    def __init__(self, requested: int | None) -> None:
-        self.requested = requested
-        self._limits: dict[tuple[Any, ...], int] = {}
-
-    def limit(self, job: Job, most: int | None) -> int:
-        """Clips of a job's shape in a batch; `most` is what the engine can."""
-        limit = self._limits.get(job.shape, self.requested or 1)
-        return limit if most is None else min(limit, most)
-
-    def shrink(self, job: Job, size: int) -> None:
-        """More than `size` did not fit."""
-        self._limits[job.shape] = size
-
-    def learn(self, job: Job, clips: int, grown: int, resident: int, device: Device) -> None:
-        """A batch has taken `grown` bytes beyond those `resident`: let batches grow to what fits."""
-        if self.requested is None and device.is_gpu and job.shape not in self._limits and grown > 0:
-            room = (device.memory()[2] - resident) * _MARGIN
-            self._limits[job.shape] = max(1, min(_LARGEST_AUTO_BATCH, int(room / (grown / clips))))
-
-
 class Worker:
     """The thread that uses the device.
 
@@ -178,7 +150,7 @@ class Worker:
         self.listener = outcomes.listener
         self.phases = Phases(self.listener.phase)
         self.generator.phase = self.phases
-        self.sizes = BatchSizes(options.batch_size)
+        self.sizes = BatchSizes(options.batch_size, session.motions.folder.parent)
         self._intake = Intake(session, outcomes)
         self.taken, self.batch = 0, options.batch_size or 1
         self._busy = False
@@ -261,7 +233,7 @@ class Worker:
         return True
 
     def _limit(self, job: Job) -> int:
-        self.batch = self.sizes.limit(job, self.generator.most_clips(job))
+        self.batch = self.sizes.limit(job, self.generator.most_clips(job), self.generator.batch_key(job))
         return self.batch
 
     def _run_batch(self, tasks: list[Task]) -> None:
@@ -314,7 +286,8 @@ class Worker:
                 self.sizes.shrink(jobs[0], size)
                 self.listener.say(f"{len(tasks)} clips at once do not fit in memory; going on with {size}")
         else:
-            self.sizes.learn(jobs[0], len(jobs), peak - resident, resident, device)
+            pace, key = self.generator.pace, self.generator.batch_key(jobs[0])
+            self.sizes.learn(jobs[0], len(jobs), peak - resident, resident, device, pace, key)
             self.outcomes.warn(heard)
             for task in tasks:
                 task.warnings = _concerning(task.job, heard, jobs)
