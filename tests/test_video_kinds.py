@@ -363,7 +363,7 @@ def test_k6_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch
     import threading
 
     monkeypatch.setattr(emt.video.pictures, "_LARGE", 1)
-    place, inside, most = emt.video.pictures._place, [0], [0]
+    place, inside, most = emt.video.pictures.place, [0], [0]
 
     def watched(*arguments: object) -> None:
         inside[0] += 1
@@ -372,7 +372,7 @@ def test_k6_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch
         place(*arguments)  # type: ignore[arg-type]
         inside[0] -= 1
 
-    monkeypatch.setattr(emt.video.pictures, "_place", watched)
+    monkeypatch.setattr(emt.video.pictures, "place", watched)
     folder = frames_in(tmp_path / "frames")
     threads = [threading.Thread(target=read_clip, args=(folder,), kwargs={"frames": 3}) for _ in range(4)]
     for thread in threads:

@@ -190,8 +190,8 @@ class Animation:
         """Read frames; see `Source.read`."""
         with picture(self.info.path, ("PNG", "WEBP")) as image:
             number = -1
-            for place, frame in zip(picked.tolist(), out):
-                while number < place:
+            for wanted, frame in zip(picked.tolist(), out):
+                while number < wanted:
                     number += 1
                     _seek(image, number + self.first)
                 place(image, frame, fit)
