@@ -51,6 +51,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck examples/*.sh
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

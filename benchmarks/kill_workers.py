@@ -79,7 +79,7 @@ def kill_part(work: Path, out: Path, seeds: int, victim: str, chance: random.Ran
     below = processes_of(run.process.pid)
     if not run.process.is_alive():
         return ""
-    names = {"worker": "ray::RemoteWorker", "raylet": "raylet/raylet", "control server": "gcs/gcs_server"}
+    names = {"worker": "ray::RayWorker", "raylet": "raylet/raylet", "control server": "gcs/gcs_server"}
     found = [pid for pid, words in below.items() if victim in names and names[victim] in words]
     if found:
         with suppress(ProcessLookupError):
@@ -116,7 +116,7 @@ def processes_of(driver: int | None) -> dict[int, str]:
 
 def wait_for_end(processes: dict[int, str], seconds: float = 60) -> None:
     """Wait until none of a run's workers is left: what they write is looked at next."""
-    workers = [pid for pid, words in processes.items() if "ray::RemoteWorker" in words]
+    workers = [pid for pid, words in processes.items() if "ray::RayWorker" in words]
     end = time.monotonic() + seconds
     while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
         expect(time.monotonic() < end, f"workers {left} live on without their driver")

@@ -419,7 +419,7 @@ def test_two_workers_of_which_one_is_killed_make_the_same_files_as_one_process(f
     words = ("clips", *PROMPTS, "--seeds", "0-9", "--workers", "2", "--json", "-o", "both")
     run = program.start(folder, *words)
     assert run.wait_for_lines(6, seconds=300), run.end().err
-    os.kill(processes(run, "ray::RemoteWorker")[0], signal.SIGKILL)
+    os.kill(processes(run, "ray::RayWorker")[0], signal.SIGKILL)
     both = run.end(seconds=300)
     assert (alone.code, both.code) == (0, 0), both.err
     assert "has died" in both.err
@@ -466,7 +466,7 @@ def test_the_end_of_ray_is_one_clear_error_and_the_end_of_the_driver_ends_all(fo
     assert "Traceback" not in ended.err
     run = program.start(folder, *words)
     assert run.wait_for_lines(len(done(folder / "head")) + 4, seconds=180), run.end().err
-    workers = processes(run, "ray::RemoteWorker")
+    workers = processes(run, "ray::RayWorker")
     run.send(signal.SIGKILL)
     run.process.join()
     end = time.monotonic() + 60

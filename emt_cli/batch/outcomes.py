@@ -159,7 +159,7 @@ class Outcomes:
             if "output" in line:
                 self._open.discard(line["output"])
                 if line["state"] in ("failed", "dropped"):
-                    known = {key: line[key] for key in ("state", "error", "hint") if key in line}
+                    known: dict[str, Any] = {key: line[key] for key in ("state", "error", "hint") if key in line}
                     self._unmade[line["output"]] = known
                 for other in self._duplicates.pop(line["output"], []):
                     self._tell(_like(other, line))

@@ -60,7 +60,7 @@ class Shard:
     def is_beside(self, writer: str) -> bool:
         """Return whether another writer's jobs are others than this shard's: it has another part of the same n."""
         found = re.match(r"shard-(\d+)-of-(\d+)(?=-|$)", writer)
-        return bool(found) and int(found[2]) == self.count > 1 and int(found[1]) != self.index
+        return found is not None and int(found[2]) == self.count > 1 and int(found[1]) != self.index
 
     def has(self, item: Any) -> bool:
         """Return whether an item of a job list is in this shard; pauses are in all, what names no clip in the first."""

@@ -267,7 +267,8 @@ class FleetExecutor:
         for text in news.said:
             self.listener.say(text)
         if news.step:
-            self.listener.step(*news.step, worker=slot.writer)
+            prompts, done, steps, memory = news.step
+            self.listener.step(prompts, done, steps, memory, slot.writer)
         elif news.phase and not slot.counts:
             self.listener.phase(news.phase)
         for line in news.lines:
@@ -410,5 +411,7 @@ def worker_name(writer: str, number: int) -> str:
 
 def _facts(slot: _Slot) -> dict[str, Any]:
     """A worker in the journal line of a run."""
-    facts = {name: slot.facts[name] for name in ("host", "pid", "device_wait", "phases") if name in slot.facts}
+    facts: dict[str, Any] = {
+        name: slot.facts[name] for name in ("host", "pid", "device_wait", "phases") if name in slot.facts
+    }
     return {**slot.counts, **facts}

@@ -7,6 +7,7 @@ which goes when the run ends.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import io
 import logging
@@ -33,6 +34,7 @@ _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter alo
 _REPORT = 0.5  # seconds that a worker waits for news
 _STORE = 80 << 20  # bytes of Ray's object store, the fewest that it takes: what goes through it is small
 _PREFIX = "emt-ray-"
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _THREADS = 4  # of an actor: a report that waits, and calls beside it
 _LONGEST = 24  # characters of the folder for Ray's files: the paths of its sockets have a limit of 107
 
@@ -174,6 +176,24 @@ class RayCluster:
         """Nothing."""
 
 
+class RayWorker(RemoteWorker):
+    """A worker in a process of Ray's.
+
+    When Ray ends a process, it kills the programs that it has started first: ffmpeg would fail then, and with it a job
+    that has not. So the process goes at once, by the signals' own effect, and with its parent.
+
+    Args:
+        options: Of the worker.
+    """
+
+    def __init__(self, options: WorkerOptions) -> None:
+        with suppress(ValueError):  # not in another thread than the main one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with suppress(OSError, AttributeError):  # Linux alone has it
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(_KILL))
+        super().__init__(options)
+
+
 class RayFleet:
     """The workers of a run as actors (a `emt_cli.executors.fleet.Fleet`).
 
@@ -209,7 +229,8 @@ class RayFleet:
         import ray
 
         limits = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": _THREADS}
-        self._class = ray.remote(**limits, **self._place.resources)(RemoteWorker)
+        actor: Any = ray.remote  # whose overloads know no dict of options
+        self._class = actor(**limits, **self._place.resources)(RayWorker)
 
     def start(self, number: int) -> None:
         """Start a worker."""
