@@ -1,6 +1,6 @@
 """Clips longer than the network's window: what its seams show, by ways to lay windows and to blend them.
 
-    python benchmarks/long_clips.py [--seconds 10] [--clips 2 | --real FOLDER] [--schemes quarter fixed …] [--out FILE]
+    python benchmarks/long_clips.py [--seconds 10] [--clips 2 | --real FOLDER] [--schemes quarter apart …] [--out FILE]
 
 References are rendered: motions of the demo model's training families that swing to and fro, at 8 frames a second, so
 that the truth is known for any length. Measured on the clips that the demo model makes of them:
@@ -22,7 +22,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ from emt.windows import Windows
 FPS, SWING = 8, 21  # frames a second, and of a swing: as fast as the motions of training's 16 frames
 
 
-@dataclass(frozen=True)
 class Fixed(Windows):
     """The same windows in every step."""
 
@@ -51,7 +49,6 @@ class Fixed(Windows):
         return super().starts(0)
 
 
-@dataclass(frozen=True)
 class Flat(Windows):
     """All frames of a window count alike."""
 
@@ -60,7 +57,6 @@ class Flat(Windows):
         return [1] * self.size
 
 
-@dataclass(frozen=True)
 class Half(Windows):
     """Windows that overlap by half: half as much time again."""
 
@@ -70,7 +66,14 @@ class Half(Windows):
         return self.size // 2
 
 
-@dataclass(frozen=True)
+class HalfFixed(Half, Fixed):
+    """Both."""
+
+
+class HalfFlat(Half, Flat):
+    """Both."""
+
+
 class Apart(Fixed):
     """Windows side by side, each a clip of its own."""
 
@@ -80,25 +83,27 @@ class Apart(Fixed):
         return self.size
 
 
-#: Ways to lay windows and to blend them; `quarter` is `emt.windows.Windows`, the others differ from it in one thing.
+#: Ways to lay windows and to blend them; `quarter` is `emt.windows.Windows`.
 SCHEMES = {
     "quarter": Windows,
-    "apart": Apart,
-    "fixed": Fixed,
-    "flat": Flat,
+    "quarter-fixed": Fixed,
+    "quarter-flat": Flat,
+    "quarter-repeated": Windows,
     "half": Half,
-    "repeated": Windows,
+    "half-fixed": HalfFixed,
+    "half-flat": HalfFlat,
+    "half-repeated": Half,
+    "apart": Apart,
     "alone": Windows,
 }
 
 
-def repeat_noise(pipe: MotionTransferPipeline, size: int) -> None:
+def repeat_noise(pipe: MotionTransferPipeline, size: int, step: int) -> None:
     """Let windows begin with the same noise, its frames shuffled (FreeNoise, Qiu et al. 2023, arXiv 2310.15169)."""
     plain = pipe.initial_noise
 
     def initial_noise(generators, frames, height, width):  # type: ignore[no-untyped-def]
         noise = plain(generators, frames, height, width)
-        step = size // 4
         for start in range(size, frames, step):
             order = torch.randperm(step, generator=generators[0])
             part = noise[:, :, start - size : start - size + step][:, :, order]
@@ -192,8 +197,8 @@ def run(o: argparse.Namespace) -> None:
                 clip, found = None, measure_alone(pipe, reference, windows, make)
             else:
                 pipe.windows_over = lambda frames, window=None, windows=windows: windows
-                if scheme == "repeated":
-                    repeat_noise(pipe, windows.size)
+                if scheme.endswith("repeated"):
+                    repeat_noise(pipe, windows.size, windows.stride)
                 clip = make(reference)
                 for changed in ("windows_over", "initial_noise"):
                     pipe.__dict__.pop(changed, None)
