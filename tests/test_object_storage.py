@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ import object_store
 import pytest
 from object_store import BUCKET, Proxy, Store
 from program import Ended, Run, clip, environment, lines, model
+
+from emt import remote
+from emt.errors import EmtError
 
 ROOT = f"s3://{BUCKET}"
 
@@ -273,3 +277,114 @@ def test_what_cannot_be_written_to_is_said_before_anything_is_made(store, clips,
         assert ended.code == 1
         assert told in ended.err
         assert "Traceback" not in ended.err
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(store, proxy, tmp_path, monkeypatch) -> Iterator[Proxy]:
+    """The store as this process sees it: through a proxy, with a cache of its own, and little patience."""
+    from s3fs import S3FileSystem
+
+    for name, value in (store.environment(proxy.endpoint) | {"XDG_CACHE_HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setattr(remote, "_BLOCK", 100_000)
+    monkeypatch.setattr(S3FileSystem, "read_timeout", 1)
+    S3FileSystem.clear_instance_cache()
+    yield proxy
+    S3FileSystem.clear_instance_cache()
+
+
+CONTENT = bytes(range(256)) * 1000
+
+
+def requests(proxy: Proxy, kind: str) -> int:
+    return sum(request.startswith(kind) for request in proxy.requests)
+
+
+def test_downloads_go_on_after_dropped_connections(store, client):
+    store.put("large.bin", CONTENT)
+    client.cut = [1, 5_000, 50_000]
+    assert remote.fetch(f"{ROOT}/large.bin").read_bytes() == CONTENT
+    assert requests(client, "GET") >= 5, "three ranges, and again what was cut"
+    client.reset()
+    assert remote.fetch(f"{ROOT}/large.bin").read_bytes() == CONTENT
+    assert requests(client, "GET") == 0, "the copy is of the same version"
+
+
+def test_a_download_that_failed_goes_on_in_the_next_run(store, client):
+    store.put("later.bin", CONTENT)
+    seen = []
+    client.fault = lambda request: b"" if b"bytes=200000" in request else None
+    with pytest.raises(EmtError, match=rf"{ROOT}/later.bin cannot be read: .* \(tried 5 times\)") as caught:
+        remote.fetch(f"{ROOT}/later.bin", lambda name, done, total: seen.append(done))
+    assert "give the same command again" in caught.value.hint
+    assert seen == [100_000, 200_000]
+    client.reset()
+    assert remote.fetch(f"{ROOT}/later.bin").read_bytes() == CONTENT
+    assert requests(client, "GET") == 1, "what had come is not fetched again"
+
+
+def test_slow_answers_are_waited_for_and_stalled_ones_are_asked_for_again(store, client):
+    store.put("slow.bin", CONTENT)
+    client.pause = 0.01
+    assert remote.fetch(f"{ROOT}/slow.bin").read_bytes() == CONTENT
+    store.put("slow.bin", CONTENT[::-1])
+    client.reset()
+    stalled = []
+
+    def stall(request: bytes) -> bytes | None:
+        if request.startswith(b"GET") and not stalled:
+            stalled.append(request)
+            time.sleep(2)  # longer than the client waits
+        return None
+
+    client.fault = stall
+    assert remote.fetch(f"{ROOT}/slow.bin").read_bytes() == CONTENT[::-1]
+    assert stalled
+
+
+def test_a_store_that_is_busy_is_asked_again(store, client, tmp_path):
+    left = [503, 500, 429]
+
+    def busy(request: bytes) -> bytes | None:
+        return object_store.refusal(left.pop(), "SlowDown") if left and request[:3] != b"HEA" else None
+
+    client.fault = busy
+    assert remote.put(CONTENT, f"{ROOT}/busy.bin").size == len(CONTENT)
+    assert not left
+    left.extend((503, 500, 429))
+    assert remote.fetch(f"{ROOT}/busy.bin").read_bytes() == CONTENT
+    assert not left
+
+
+def test_nothing_half_has_a_name(store, client, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(CONTENT)
+    client.fault = lambda request: b"" if request.startswith(b"PUT") else None
+    with pytest.raises(EmtError, match=r"half/clip.mp4 cannot be written: .* \(tried 5 times\)"):
+        remote.put(tmp_path / "clip.mp4", f"{ROOT}/half/clip.mp4")
+    assert store.keys("half/") == []
+    dropped = []
+    client.fault = lambda request: b"" if request[:3] == b"PUT" and not dropped and not dropped.append(1) else None
+    remote.put(tmp_path / "clip.mp4", f"{ROOT}/half/clip.mp4")
+    assert store.get("half/clip.mp4") == CONTENT
+
+
+def test_credentials_are_looked_for_again_when_they_have_expired(store, client):
+    store.put("renewed.bin", CONTENT)
+    expired = []
+
+    def expire_once(request: bytes) -> bytes | None:
+        if request.startswith(b"GET") and not expired:
+            expired.append(request)
+            return object_store.refusal(400, "ExpiredToken")
+        return None
+
+    client.fault = expire_once
+    assert remote.fetch(f"{ROOT}/renewed.bin").read_bytes() == CONTENT, "somebody has renewed them meanwhile"
+    client.fault = lambda request: object_store.refusal(403, "InvalidAccessKeyId")
+    with pytest.raises(EmtError, match="access is denied") as caught:
+        remote.fetch(f"{ROOT}/renewed.bin")
+    assert "aws sso login" in caught.value.hint
