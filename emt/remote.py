@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 from emt.cache import default_dir
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, megabytes
-from emt.storage import PARTIAL, exclusive, sync, write_atomically
+from emt.storage import PARTIAL, exclusive, partial_file, sync, write_atomically
 
 T = TypeVar("T")
 
@@ -500,6 +500,18 @@ def fetch(url: str, on_fetch: OnFetch | None = None) -> Path:
         known.versions = {name: _load(url, found, home, home / name, on_fetch)}
         known.save(True)
     return home / name
+
+
+def copy(url: str, path: Path) -> None:
+    """Fetch a file to a path, of which no version is remembered; it is there whole or not at all.
+
+    Raises:
+        MissingError: there is no such file.
+        EmtError: it cannot be read, or not be written here.
+    """
+    url = normal(url)
+    with _writing(url), partial_file(path, folder=True) as home:
+        _load(url, stat(url), home, path, None)
 
 
 def fetch_folder(url: str, suffixes: Collection[str], on_fetch: OnFetch | None = None) -> Path:

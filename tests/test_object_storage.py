@@ -149,8 +149,10 @@ def machine(tmp_path: Path, name: str) -> Path:
 def test_an_output_folder_in_a_store_is_continued_by_another_machine(store, clips, proxy, tmp_path):
     out = f"{ROOT}/shared/out"
     one, other = machine(tmp_path, "one"), machine(tmp_path, "other")
-    made = transfer(store, one, clips, "--prompt", "x", "--out", out)
+    cache = ("--cache-dir", f"{ROOT}/shared/cache")
+    made = transfer(store, one, clips, "--prompt", "x", "--out", out, *cache)
     assert made.code == 0, made.err
+    assert len(store.keys("shared/cache/motion/")) == 4, "motion features of two references"
     urls = made.out.splitlines()
     keys = store.keys("shared/out/")
     assert sorted(f"{ROOT}/{key}" for key in keys if key.endswith(".mp4")) == sorted(urls)
@@ -164,10 +166,11 @@ def test_an_output_folder_in_a_store_is_continued_by_another_machine(store, clip
     both = ("--prompt", "x", "--prompt", "y", "--out", out, "--json")
     plan = run(store, other, "plan", clips, *both, "--model", model(), endpoint=proxy.endpoint)
     assert states(plan) == {"done": 2, "open": 2}
-    resumed = transfer(store, other, clips, *both, endpoint=proxy.endpoint)
+    resumed = transfer(store, other, clips, *both, *cache, endpoint=proxy.endpoint)
     assert states(resumed) == {"skipped": 2, "done": 2}, resumed.err
     assert {line["path"] for line in lines(resumed) if line["state"] == "skipped"} == set(urls)
     assert not [request for request in proxy.requests if re.match(r"GET \S+\.mp4 ", request)], "no clip is fetched"
+    assert sum("GET /clips/shared/cache/motion/" in request for request in proxy.requests) == 4, "nothing is encoded"
     assert states(transfer(store, one, clips, *both)) == {"skipped": 4}
     assert states(transfer(store, one, clips, *both, "--guidance", 2)) == {"done": 4}, "another setting, another name"
 
@@ -272,11 +275,17 @@ def test_what_cannot_be_written_to_is_said_before_anything_is_made(store, clips,
         ("s3://no-such-bucket/out", "s3://no-such-bucket/out/journal-"),
         ("https://host/out", "https://host/out can only be read"),
         (f"{ROOT}/png --format png", "a clip of format png is a folder of files"),
+        ("out --cache-dir https://host/cache", "https://host/cache can only be read"),
     ):
         ended = transfer(store, tmp_path, clips / "run.mp4", "--prompt", "x", "--out", *out.split())
-        assert ended.code == 1
+        assert ended.code in (1, 2)
         assert told in ended.err
         assert "Traceback" not in ended.err
+    for command in (("report", f"{ROOT}/none"), ("evaluate", f"{ROOT}/none"), ("rerun", f"{ROOT}/none.mp4")):
+        ended = run(store, tmp_path, *command)
+        assert ended.code == 1
+        assert f"{command[1]} " in ended.err, ended.err
+        assert "outputs" not in ended.err, "where this machine works on it says nothing"
 
 
 # ---- faults -------------------------------------------------------------------------------------------------------

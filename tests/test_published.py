@@ -8,9 +8,12 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import torch
 
 from emt import remote
 from emt.errors import EmtError
+from emt.features import Motion, MotionFeatures
+from emt.shared_cache import SharedMotionCache
 from emt.video import write_clip
 from emt_cli.batch import journal, published
 from emt_cli.batch.jobs import Job, identify, output_name
@@ -235,3 +238,42 @@ def test_two_runs_of_one_machine_exclude_each_other():
     with pytest.raises(EmtError, match=r"another run .* is writing to memory://bucket/out"):
         opened()
     log.close()
+
+
+# ---- motion features that machines share ---------------------------------------------------------------------------
+
+SHAPE = 4, 32, 32  # frames, height, width
+CACHE = "memory://bucket/cache"
+
+
+def shared(folder: Path, said: list[str] | None = None) -> SharedMotionCache:
+    return SharedMotionCache(CACHE, folder, 1e6, (said if said is not None else []).append)
+
+
+def motion() -> Motion:
+    layers = {"layer": (torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), -3.0))}
+    return Motion(MotionFeatures(layers), *SHAPE, seed=0)
+
+
+def test_motion_that_one_machine_has_encoded_is_read_by_another(store, tmp_path):
+    shared(tmp_path / "a").save("key", motion(), 7.5, ["a warning"])
+    assert sorted(remote.files(CACHE)) == ["motion/key.json", "motion/key.safetensors"]
+    other = shared(tmp_path / "b")
+    found = other.load("key", SHAPE)
+    assert found is not None
+    assert (float(found[0].features.layers["layer"][0].max()), found[1]) == (3.0, 7.5)
+    assert other.warnings("key") == ("a warning",)
+    assert other.load("none", SHAPE) is None
+    store.pipe("/bucket/cache/motion/key.safetensors", b"damaged")
+    assert shared(tmp_path / "c").load("key", SHAPE) is None
+
+
+def test_a_shared_cache_that_fails_costs_one_message(store, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(type(store), "put_file", _refuse)
+    failing = shared(tmp_path / "a", said)
+    failing.save("key", motion(), 7.5)
+    failing.save("other", motion(), 7.5)
+    assert failing.load("key", SHAPE) is not None, "this machine has it"
+    assert len(said) == 1
+    assert f"not shared in {CACHE}/motion" in said[0]

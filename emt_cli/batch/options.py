@@ -21,7 +21,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from emt.errors import EmtError
 from emt.hub import split_scale, split_word
 from emt.presets import PRESETS
-from emt.remote import check_on_disk
+from emt.remote import check_writable, is_url, normal
 from emt_cli.batch.shards import Shard
 from emt_cli.text import nearest
 
@@ -497,7 +497,11 @@ class TransferOptions:
     ] = "auto"
     cache_dir: Annotated[
         Path | None,
-        Field("Folder of the reference cache. Default: emt in the user's cache folder.", _RUN, show_default=False),
+        Field(
+            "Folder of the reference cache, or its URL for machines to share. Default: emt in the user's cache folder.",
+            _RUN,
+            show_default=False,
+        ),
     ] = None
     cache_size: Annotated[float, Field("Maximum size of the reference cache in GB; 0 disables it.", _RUN, min=0.0)] = (
         20.0
@@ -523,10 +527,16 @@ class TransferOptions:
         """
         return Shard.parse(self.shard)
 
+    @property
+    def disk_cache(self) -> Path | None:
+        """Folder of the caches that are on disk in any case; None for the user's."""
+        return None if is_url(self.cache_dir) else self.cache_dir
+
     def check(self) -> None:
         """Raise `UsageError` unless values and combinations of options are allowed."""
         with usage_errors():
-            check_on_disk(self.cache_dir, "--cache-dir")
+            if self.cache_dir is not None and is_url(self.cache_dir):
+                check_writable(normal(self.cache_dir))
             check_device(self.device)
             parse_batch_size(self.batch_size)
             parse_seeds(self.seeds)

@@ -120,7 +120,7 @@ def make_plan(options: TransferOptions) -> Plan:
     published = Published(options.out, say) if is_url(options.out) else None
     options = replace(options, out=published.folder) if published else options
     model = find_model(options.model, download=False)
-    index = ContentIndex(options.cache_dir or default_dir())
+    index = ContentIndex(options.disk_cache or default_dir())
     listed, streamed = expand(options, model.defaults, say, keep_seeds=False, shapes=Shapes(model, index))
     items = _both(listed, streamed)
     PromptWarnings(model.name, model.vocabulary, say, model.reads_syntax).look(items)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emt.cache import ContentIndex, MotionCache, default_dir
 from emt.model_folder import Model, find_model
+from emt.remote import is_url, normal
+from emt.shared_cache import SharedMotionCache
 from emt_cli.batch.addons import AddonFinder
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.options import Memory, TransferOptions, parse_batch_size
@@ -28,7 +30,7 @@ class SessionOptions:
         engine: The folder of an engine, auto or torch.
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.
-        cache_dir: Folder of the caches; None for the user's.
+        cache_dir: Folder of the caches, or the URL of one for motion features alone; None for the user's.
         cache_size: Most gigabytes of motion features in it.
         teacher: Make clips by motion guidance, without the adapter.
         download: Fetch a hub model that is not on this machine.
@@ -124,9 +126,13 @@ def open_session(
     Raises:
         EmtError: there is no such model, or files of it are missing; the engine is none.
     """
+    shared = normal(options.cache_dir) if options.cache_dir and is_url(options.cache_dir) else ""
+    options = replace(options, cache_dir=None) if shared else options
     folder = options.cache_dir or default_dir()
     index = ContentIndex(folder, say)
     motions = MotionCache(folder / "motion", options.cache_size * 1e9, say)
+    if shared:
+        motions = SharedMotionCache(shared, folder / "motion", options.cache_size * 1e9, say)
     model = model or find_model(options.model, download=options.download)
     sha256 = model.sha256(index)
     addons = AddonFinder(index, download=options.download, say=say)

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from emt.errors import EmtError
+from emt.remote import check_on_disk
 from emt_cli.batch.options import Precision, check_device, parse_defaults
 from emt_cli.messages import console as stderr_console
 from emt_cli.messages import say
@@ -102,6 +103,7 @@ def build_engine(
     from emt_engines.manifest import Request, Size
     from emt_engines.registry import check_network, load_builder
 
+    check_on_disk(output, "--output")
     try:
         clips = parse_batch(batch)
         sizes = tuple(Size.parse(text) for text in size.split(",")) if size else ()

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from emt.errors import EmtError
+from emt.remote import check_on_disk
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def doctor(
     from emt_cli.batch.records import dumps
     from emt_cli.text import printable
 
+    for given, option in ((out, "--out"), (cache_dir, "--cache-dir")):
+        check_on_disk(given, option)
     findings = examine(model, out, cache_dir)
     if json:
         for finding in findings:

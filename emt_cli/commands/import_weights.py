@@ -172,7 +172,9 @@ def import_weights(
     from transformers.utils.logging import disable_progress_bar
 
     from emt.hub import parse_lora
+    from emt.remote import check_on_disk
 
+    check_on_disk(output, "--output")
     importer = module_of(network, "import_weights")
     disable_progress_bar()  # it would write over ours
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt.errors import EmtError
+from emt.remote import check_on_disk
 from emt_cli.messages import NOTE, keep, shows
 from emt_cli.messages import console as stderr_console
 
@@ -104,6 +105,7 @@ def train(
     """
     if model is None:  # a run takes hours: what it starts from is not to be guessed
         raise typer.BadParameter("--model says what to train: a model folder, a hub id, or demo, the small one")
+    check_on_disk(output, "--output")
     import logging
 
     # The model's warning about long prompts would come at every step.

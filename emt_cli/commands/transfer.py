@@ -56,7 +56,7 @@ def transfer(options: TransferOptions) -> None:
         reporter.phase("looking for the model and clips")
         trim_copies(options.cache_size * 1e9)
         model = find_model(options.model, download=True, on_fetch=Announcer(reporter.say))
-        shapes = Shapes(model, ContentIndex(options.cache_dir or default_dir()))
+        shapes = Shapes(model, ContentIndex(options.disk_cache or default_dir()))
         published = Published(options.out, reporter.say) if is_url(options.out) else None
         here = replace(options, out=published.folder) if published else options
         listed, streamed = expand(here, model.defaults, reporter.say, shapes)

@@ -33,6 +33,8 @@ class Folder:
         self.published = Published(given, say) if is_url(given) else None
         self.path = self.published.folder if self.published else to_path(given)
         if self.published:
+            if not journal.exists(self.path):
+                raise EmtError(f"{self.published} has no journal", "Give the --out of an `emt transfer`.")
             lines = journal.current(self.path)
             self.published.fetch(line["output"] for line in lines if line["state"] == "done")
             self.published.fetch_tree(FOLDER)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
 from emt.model_folder import Model
+from emt.remote import check_on_disk
 from emt_engines.fingerprint import Weights, weights_of
 from emt_engines.manifest import FILE, Manifest, Request, Size
 
@@ -29,7 +30,12 @@ class Engine:
 
 
 def engines_dir(cache: Path | None = None) -> Path:
-    """The folder of engines in a cache folder; None: in the user's."""
+    """The folder of engines in a cache folder; None: in the user's.
+
+    Raises:
+        EmtError: the cache folder is a URL.
+    """
+    check_on_disk(cache, "--cache-dir")
     return (cache or default_dir()) / "engines"
 
 
