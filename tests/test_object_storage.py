@@ -77,8 +77,6 @@ def test_a_clip_by_url_is_the_same_job_as_by_path(store, clips, tmp_path):
     beside = transfer(store, tmp_path, f"{ROOT}/clips", "--json")
     assert states(beside) == {"skipped": 1, "failed": 1}
     assert "write run.txt beside the clip" in beside.out
-    plan = run(store, tmp_path, "plan", f"{ROOT}/clips/", "--prompt", "a red star", "--model", model(), "--json")
-    assert {line["state"] for line in lines(plan)[:-1]} == {"done"}, plan.err
 
 
 def test_a_clip_of_a_url_is_made_again_from_its_copy_and_nothing_is_fetched_on_a_records_word(store, clips, tmp_path):
@@ -88,14 +86,13 @@ def test_a_clip_of_a_url_is_made_again_from_its_copy_and_nothing_is_fetched_on_a
     record = json.loads(result.with_name(result.name + ".json").read_bytes())
     assert (record["reference"], record["model"]) == (f"{ROOT}/clips/walk.mp4", f"{ROOT}/model")
     rerun = ("rerun", result, "--device", "cpu", "--overwrite")
-    assert "identical with the original" in run(store, tmp_path, *rerun).err
     nowhere = "http://127.0.0.1:9"
     assert "identical with the original" in run(store, tmp_path, *rerun, endpoint=nowhere).err, "nothing is fetched"
     shutil.rmtree(tmp_path / "cache")
     ended = run(store, tmp_path, *rerun)
     assert ended.code == 1
     assert f"--model {ROOT}/model" in ended.err
-    ended = run(store, tmp_path, *rerun, "--model", f"{ROOT}/model")
+    ended = run(store, tmp_path, *rerun, "--model", model())
     assert ended.code == 1
     assert f"--reference {ROOT}/clips/walk.mp4" in ended.err
     ended = run(store, tmp_path, *rerun, "--model", f"{ROOT}/model", "--reference", f"{ROOT}/clips/walk.mp4")
@@ -105,14 +102,11 @@ def test_a_clip_of_a_url_is_made_again_from_its_copy_and_nothing_is_fetched_on_a
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([f"{ROOT}/none.mp4", "--prompt", "x"], f"{ROOT}/none.mp4 does not exist"),
-        ([f"{ROOT}/none/*.mp4", "--prompt", "x"], f"{ROOT}/none/*.mp4 does not exist"),
         (["s3://no-such-bucket/a.mp4", "--prompt", "x"], "s3://no-such-bucket/a.mp4 does not exist"),
-        (["S3://Not_A_Bucket!/a.mp4", "--prompt", "x"], "s3://Not_A_Bucket!/a.mp4"),
-        (["foo://b/a.mp4", "--prompt", "x"], "Known are s3://, gs://, az://"),
+        (["s3://Not_A_Bucket!/a.mp4", "--prompt", "x"], "s3://Not_A_Bucket!/a.mp4"),
         (["a.mp4", "--prompts", f"{ROOT}/none.txt"], f"{ROOT}/none.txt does not exist"),
         (["a.mp4", "--prompt", "x", "--model", f"{ROOT}/clips"], "model_index.json"),
-        (["a.mp4", "--prompt", "x", "--model", f"{ROOT}/none"], f"{ROOT}/none does not exist"),
+        (["a.mp4", "--prompt", "x", "--out", "s3://no-such-bucket/out"], "s3://no-such-bucket/out/journal-"),
     ],
 )
 def test_bad_urls_are_one_line(store, clips, tmp_path, arguments, told):
@@ -122,6 +116,7 @@ def test_bad_urls_are_one_line(store, clips, tmp_path, arguments, told):
     assert told in ended.err
     assert "Traceback" not in ended.err
     assert len(ended.err.splitlines()) < 6, ended.err
+    assert not list(tmp_path.glob("s3*")), "no folder is called like a URL"
 
 
 # ---- output folders -----------------------------------------------------------------------------------------------
@@ -172,8 +167,6 @@ def test_an_output_folder_in_a_store_is_continued_by_another_machine(store, clip
     assert not [request for request in proxy.requests if re.match(r"GET \S+\.mp4 ", request)], "no clip is fetched"
     assert sum("GET /clips/shared/cache/motion/" in request for request in proxy.requests) == 4, "nothing is encoded"
     assert states(transfer(store, one, clips, *both)) == {"skipped": 4}
-    assert states(transfer(store, one, clips, *both, "--guidance", 2)) == {"done": 4}, "another setting, another name"
-
     again = run(store, other, "rerun", urls[0], "--device", "cpu")
     assert "identical with the original" in again.err
     assert again.out.strip() == urls[0].replace(".mp4", "-rerun.mp4")
@@ -194,16 +187,14 @@ def test_reports_and_measures_are_put_where_the_clips_are(store, clips, tmp_path
     measured = run(store, other, "evaluate", out, "--json", "--text-model", "none", "--fetch")
     assert measured.code == 0, measured.err
     assert store.get("gallery/metrics.jsonl").splitlines() == measured.out.encode().splitlines()
-    reported = run(store, other, "report", out)
-    assert reported.out.strip() == f"{out}/report.html"
-    assert "motion_fidelity" in store.get("gallery/report.html").decode()
 
 
 def test_a_run_that_is_killed_while_it_publishes_loses_nothing_and_makes_nothing_twice(store, clips, proxy, tmp_path):
     for number, moment in enumerate(("x-0.mp4 ", "x-0.mp4.json ", "journal-")):
         out, count = f"{ROOT}/killed/{number}", 0
         one, other = machine(tmp_path, f"one{number}"), machine(tmp_path, f"other{number}")
-        running = start(store, one, clips / "run.mp4", "--prompt", "x", "--out", out, endpoint=proxy.endpoint)
+        job = (clips / "run.mp4", "--prompt", "x", "--out", out)
+        running = start(store, one, *job, endpoint=proxy.endpoint)
 
         def kill(request: bytes, moment: str = moment, running: Run = running) -> bytes | None:
             nonlocal count
@@ -220,12 +211,12 @@ def test_a_run_that_is_killed_while_it_publishes_loses_nothing_and_makes_nothing
         proxy.reset()
         before = [key for key in store.keys(f"killed/{number}/") if key.endswith(".mp4")]
         assert len(before) == (0 if moment == "x-0.mp4 " else 1)
-        job = (clips / "run.mp4", "--prompt", "x", "--out", out, "--json")
-        if moment != "x-0.mp4 ":  # another machine takes what is there, from the clip itself
-            assert states(transfer(store, other, *job)) == {"skipped": 1}
-        assert states(transfer(store, one, *job)) == {"skipped": 1}, "what the machine has is not made again"
+        # The same machine has the clip that was not put; another one reads what was put from the clip itself.
+        resumed = transfer(store, other if number == 1 else one, *job, "--json")
+        assert states(resumed) == {"skipped": 1}, moment
         assert len([key for key in store.keys(f"killed/{number}/") if key.endswith(".mp4")]) == 1
-        assert states(transfer(store, other, *job)) == {"skipped": 1}
+        journals = [store.get(key) for key in store.keys(f"killed/{number}/") if "journal-" in key]
+        assert b"".join(journals).count(b'"state": "done"') == 1, "it is done once"
 
 
 def test_a_clip_that_cannot_be_put_fails_with_one_line_and_is_put_by_the_next_run(store, clips, proxy, tmp_path):
@@ -262,30 +253,15 @@ def test_credentials_that_expire_are_named_as_such(store, clips, proxy, tmp_path
     assert ended.code == 1
     assert "cannot be read: the credentials have expired" in ended.err
     assert "Renew them, then give the same command again" in ended.err
-    proxy.fault = lambda r: object_store.refusal(400, "ExpiredToken")
-    ended = transfer(store, tmp_path, *job, endpoint=proxy.endpoint)
-    assert ended.code == 1
-    assert f"error: {out} cannot be read: the credentials have expired" in ended.err
     proxy.reset()
     assert states(transfer(store, tmp_path, *job, "--json", endpoint=proxy.endpoint)) == {"skipped": 1}
 
 
-def test_what_cannot_be_written_to_is_said_before_anything_is_made(store, clips, tmp_path):
-    for out, told in (
-        ("s3://no-such-bucket/out", "s3://no-such-bucket/out/journal-"),
-        ("https://host/out", "https://host/out can only be read"),
-        (f"{ROOT}/png --format png", "a clip of format png is a folder of files"),
-        ("out --cache-dir https://host/cache", "https://host/cache can only be read"),
-    ):
-        ended = transfer(store, tmp_path, clips / "run.mp4", "--prompt", "x", "--out", *out.split())
-        assert ended.code in (1, 2)
-        assert told in ended.err
-        assert "Traceback" not in ended.err
-    for command in (("report", f"{ROOT}/none"), ("evaluate", f"{ROOT}/none"), ("rerun", f"{ROOT}/none.mp4")):
-        ended = run(store, tmp_path, *command)
+def test_a_folder_that_is_not_there_is_named_as_it_was_given(store, tmp_path):
+    for command in ("report", "evaluate"):
+        ended = run(store, tmp_path, command, f"{ROOT}/none")
         assert ended.code == 1
-        assert f"{command[1]} " in ended.err, ended.err
-        assert "outputs" not in ended.err, "where this machine works on it says nothing"
+        assert f"{ROOT}/none has no journal" in ended.err
 
 
 # ---- faults -------------------------------------------------------------------------------------------------------
