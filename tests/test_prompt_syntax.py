@@ -21,6 +21,7 @@ from emt.prompt_syntax import Piece, chunks_of, is_simple, parse, parse_schedule
 from emt.text_encoding import weighted
 from emt.video import read_clip
 from emt.windowed import text_of
+from emt_cli.commands.evaluate import _from_results
 
 LIMIT = 77
 SETTINGS = {"negative_prompt": "", "frames": FRAMES, "height": 32, "width": 32, "steps": 2, "scheduler": "ddim"}
@@ -319,6 +320,8 @@ def test_runs_read_weights_and_key_frames_and_rerun_them(tmp_path):
     assert (frames[prompts[0]] != by_letter).any()
     assert len({x.tobytes() for x in frames.values()}) == len(prompts)
 
+    pairs = [pair.prompt for pair in _from_results(tmp_path / "out", None)]
+    assert "a fox a wolf" in pairs, "measures of a clip against its prompt read its words"
     ended = emt(
         "rerun", made[prompts[2]]["path"], "--device", "cpu", folder=tmp_path, environment=environment(tmp_path)
     )

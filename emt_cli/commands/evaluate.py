@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -276,12 +277,23 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
         yield Pair(
             reference=reference_of(folder, line.get("reference", "the reference that the journal does not name")),
             result=folder / line["output"],
-            prompt=line.get("prompt"),
+            prompt=_words(line),
             seconds=sum(timings.values()) if timings else None,
             sampling=line.get("settings") or {},
             frames=frames,
             record=record,
         )
+
+
+def _words(line: dict[str, Any]) -> str | None:
+    """The prompt of a clip, without its syntax where that was read."""
+    from emt.prompt_syntax import words_of
+
+    prompt: str | None = line.get("prompt")
+    with suppress(EmtError):  # none that this version reads
+        if prompt and line.get("prompt_syntax"):
+            return words_of(prompt)
+    return prompt
 
 
 def _from_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
