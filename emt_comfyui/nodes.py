@@ -7,12 +7,13 @@ torch and the networks wait for the first run.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from emt import demo
 from emt.errors import EmtError
@@ -21,11 +22,26 @@ from emt_cli.batch.options import Fit, Method, Precision, Scheduler
 if TYPE_CHECKING:
     from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 CATEGORY = "emt"
 MODEL = "EMT_MODEL"
 DEFAULT = "the model's"
 _SIDE = {"min": 0, "max": 4096, "step": 8}
 _RUN = "from emt_cli.app import main; main()"
+
+
+def _outside_inference_mode(node: F) -> F:
+    """Decorator: leave the inference mode that ComfyUI runs nodes in, whose tensors have no gradients, ever after."""
+
+    @functools.wraps(node)
+    def run(*arguments: Any, **options: Any) -> Any:
+        import torch
+
+        with torch.inference_mode(False):
+            return node(*arguments, **options)
+
+    return run  # type: ignore[return-value]
 
 
 def _names(kind: Any) -> list[str]:
@@ -53,6 +69,7 @@ class LoadModel:
             }
         }
 
+    @_outside_inference_mode
     def load(self, model: str, device: str, precision: str) -> tuple[Any]:
         """Open the model.
 
@@ -158,12 +175,16 @@ class TransferMotion:
                 ),
                 "scheduler": ([DEFAULT, *_names(Scheduler)], {"default": DEFAULT}),
                 "method": ([DEFAULT, *_names(Method)], {"default": DEFAULT}),
-                "frames": ("INT", {"default": 0, "min": 0, "max": 2048, "tooltip": "0: the model's."}),
+                "frames": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 2048, "tooltip": "0: the model's, as far as there are."},
+                ),
                 "width": ("INT", {"default": 0, **_SIDE, "tooltip": "0: the model's."}),
                 "height": ("INT", {"default": 0, **_SIDE, "tooltip": "0: the model's."}),
             },
         }
 
+    @_outside_inference_mode
     def transfer(
         self,
         model: Any,
@@ -190,7 +211,8 @@ class TransferMotion:
 
         config = model.config
         size = (width or config.width, height or config.height)
-        motion = model.extract_motion(sample_frames(_pixels(reference), frames or config.frames, size))
+        count = frames or min(config.frames, len(reference))
+        motion = model.extract_motion(sample_frames(_pixels(reference), count, size))
         own = config.get("sampler", "ddim")
         options: dict[str, Any] = {
             "seed": seed,

@@ -76,10 +76,11 @@ def test_a_server_that_starts_waits_for_nothing():
 
 
 def run(nodes: Any, name: str, **inputs: Any) -> tuple[Any, ...]:
-    """A node's outputs, its other inputs at their defaults, as ComfyUI calls it."""
+    """A node's outputs, its other inputs at their defaults, as ComfyUI calls it: in inference mode."""
     node = nodes.NODE_CLASS_MAPPINGS[name]
     known = {key: options["default"] for key, (_, options) in declared(node).items() if "default" in options}
-    outputs = getattr(node(), node.FUNCTION)(**{**known, **inputs})
+    with torch.inference_mode():
+        outputs = getattr(node(), node.FUNCTION)(**{**known, **inputs})
     assert len(outputs) == len(node.RETURN_TYPES)
     for kind, value in zip(node.RETURN_TYPES, outputs):
         if kind == "IMAGE":
@@ -110,6 +111,8 @@ def test_a_workflow_makes_the_clip_of_the_library(nodes, tmp_path):
     rgba = torch.cat([images, torch.ones_like(images[..., :1])], -1)
     (smaller,) = run(nodes, "EMTTransferMotion", **{**inputs, "reference": rgba}, frames=2, width=16, height=24)
     assert smaller.shape == (2, 24, 16, 3)
+    (short,) = run(nodes, "EMTTransferMotion", **{**inputs, "reference": images[:3]})
+    assert len(short) == 3, "the model's number, as far as there are"
     with pytest.raises(ValueError, match="has 4 frames, but 9 are needed"):
         run(nodes, "EMTTransferMotion", **inputs, frames=9)
 
