@@ -765,12 +765,10 @@ def test_k8_20_000_results_open_in_3_seconds(browser, tmp_path, walk):
     job["result"]["poster"] = "poster.jpg"  # as of so many (`Gallery`)
     data["jobs"] = [{**job, "prompt": f"robot {seed}", "seed": seed} for seed in range(20_000)]
     path.write_bytes(render(data))
-    for _ in range(3):  # the machine may be busy
-        page = opened(browser, path)
-        took = page("performance.getEntriesByType('navigation')[0].domInteractive")
-        if took < 3000:
-            break
-    assert took < 3000, f"{took:.0f} ms"
+    browser.call("Performance.enable", timeDomain="threadTicks")  # of the processor: the machine may be busy
+    page = opened(browser, path)
+    took = {metric["name"]: metric["value"] for metric in browser.call("Performance.getMetrics")["metrics"]}
+    assert 0 < took["TaskDuration"] < 3, f"{took['TaskDuration']:.1f} s"
     assert shown(page) == 20_000
     page.wait("document.querySelectorAll('video.ready').length > 4")
     choose(page, "#search", "robot 1999")
