@@ -80,7 +80,7 @@ def _rows(command: str, options: list[Option], loaded: Config) -> list[tuple[str
         elif name in found:
             value, source = found[name][0], str(found[name][1])
         if name in settings:
-            if source == "default" or settings[name] != getattr(read := parse_field(name, value), "value", read):
+            if source == "default" or settings[name] != _plain(parse_field(name, value)):
                 source = sources.get(name, "default")
             value = settings[name]
         rows.append((f"--{option.names[0]}", _text(value), source))
@@ -105,6 +105,11 @@ def _settings(
     sources = dict.fromkeys(model.defaults, f"model {model.name}")
     sources |= dict.fromkeys(preset_of(options_given, settings.preset, model.defaults), f"preset {settings.preset}")
     return settings.as_dict(), sources
+
+
+def _plain(value: Any) -> Any:
+    """A setting as `Settings.as_dict` has it."""
+    return list(value) if isinstance(value, tuple) else getattr(value, "value", value)
 
 
 def _text(value: Any) -> str:
