@@ -36,9 +36,15 @@ from emt.backends.torch import TorchBackend
 from emt.cache import ContentIndex
 from emt.device import Device
 from emt.errors import EmtError
+from emt.features import Motion
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.storage import sha256_of
+from emt.windowed import WindowedDenoiser, read_in_windows
+from emt.windows import Windows
+from emt_cli.batch.generator import Generator
+from emt_cli.batch.jobs import Job
+from emt_cli.batch.options import Settings
 from emt_cli.commands.build_engine import insistent_interrupts
 from emt_engines.attempts import repeat
 from emt_engines.build import build_engine, open_engine
@@ -664,6 +670,23 @@ def test_auto_takes_the_newest_that_matches_and_says_so(model, tmp_path):
     assert "torch for 4 frames of 64x32" in said[1]
 
 
+@pytest.mark.parametrize("window", [3, FRAMES])
+def test_a_named_engine_makes_longer_clips_in_windows_of_its_frames(model, tmp_path, window):
+    folder = put_engine(tmp_path / "mine", manifest_for(request_for(model, frames=window)))
+    found, cpu = find_model(str(model), download=False), "cpu"
+    engines = choice(str(folder), model, tmp_path, [])
+    generator = Generator(found, "m", cpu, "auto", engines)
+    long = Job(tmp_path / "a.mp4", "x", 0, Settings(frames=80, height=SIDE, width=SIDE))
+    generator.check(long)
+    assert generator.engine(long).folder == folder
+    record = generator.record(long, "id", "r", {})
+    assert (record["engine_id"], record["window"]) == (engines.named.manifest.id, window)
+    with pytest.raises(EmtError, match=f"makes clips of {window} frames"):
+        generator.check(replace(long, settings=replace(long.settings, frames=window + 1)))
+    generator = Generator(found, "m", cpu, "auto", choice("torch", model, tmp_path, []))
+    assert generator.record(long, "id", "r", {})["window"] == found.defaults["frames"]
+
+
 def test_auto_says_why_it_takes_torch(model, tmp_path):
     put_engine(tmp_path / "engines" / "a", replace(manifest_for(request_for(model)), precision="fp16"))
     said: list[str] = []
@@ -782,6 +805,21 @@ def opened(folder: Path, pipe: MotionTransferPipeline) -> InductorBackend:
     backend = open_engine(folder, Manifest.read(folder), pipe)
     assert isinstance(backend, InductorBackend)
     return backend
+
+
+@torch.no_grad()
+def test_an_engine_denoises_a_long_clip_window_by_window(network, pipe):
+    count, side = 2 * FRAMES + 1, SIDE // 8
+    windows, generator = Windows(count, FRAMES), torch.Generator().manual_seed(0)
+    text = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, generator=generator)
+    latents, noisy = (torch.randn(n, 4, count, side, side, generator=generator) for n in (1, 2))
+
+    def denoised(backend: Backend) -> torch.Tensor:
+        features = read_in_windows(windows, latents, lambda x: backend.encode_reference(x, torch.tensor(400), text[:1]))
+        denoise = WindowedDenoiser(windows, backend, [Motion(features, count, SIDE, SIDE, 0)], 1)
+        return denoise(noisy, torch.tensor(500), pipe.unet.encode_text(text), True)
+
+    torch.testing.assert_close(denoised(opened(network, pipe)), denoised(TorchBackend(pipe)), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
