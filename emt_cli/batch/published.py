@@ -320,10 +320,11 @@ class PublishedJournal(Journal):
         own = re.compile(rf"journal-({re.escape(self.published.machine)}(-[\w-]+)?)\.jsonl")
         for path in sorted(self.out.iterdir()):
             match = own.fullmatch(path.name)
-            if match and path != self._parts.path:
-                with suppress(EmtError), closing(Journal(self.out, match[1], read=False)):  # unless it is at work
-                    parts = _Parts(self.published, path)
-                    parts.publish(parts.read())
+            if not match or path == self._parts.path or _Parts(self.published, path).is_published():
+                continue
+            with suppress(EmtError), closing(Journal(self.out, match[1], read=False)):  # unless it is at work
+                parts = _Parts(self.published, path)
+                parts.publish(parts.read())
 
     def _leftovers(self) -> Iterator[str]:
         """Clips in the working folder that a run published and had not removed when it ended."""
@@ -352,6 +353,12 @@ class _Parts:
         with open(self.path, "rb") as file:
             file.seek(self._begin)
             return file.read()
+
+    def is_published(self) -> bool:
+        """Return whether the store had all of it, by its size, when the output folder was opened."""
+        parts = re.compile(rf"{re.escape(self.path.stem)}\.\d{{5}}\.jsonl")
+        there = sum(found.size or 0 for name, found in self.published.objects.items() if parts.fullmatch(name))
+        return there == self.path.stat().st_size
 
     def publish(self, content: bytes) -> None:
         """Put the parts that have grown.
