@@ -14,7 +14,7 @@ X265 = ["-c:v", "libx265", "-x265-params", "log-level=none"]
 
 def ffmpeg(*arguments: object) -> None:
     program = imageio_ffmpeg.get_ffmpeg_exe()
-    subprocess.run([program, "-v", "error", "-nostdin", "-y", *map(str, arguments)], check=True, timeout=60)
+    subprocess.run([program, "-v", "error", "-nostdin", "-y", *map(str, arguments)], check=True, timeout=300)
 
 
 def encode(path: Path, frames: np.ndarray, *output: object, fps: object = 25, before: tuple[object, ...] = ()) -> Path:
@@ -23,7 +23,7 @@ def encode(path: Path, frames: np.ndarray, *output: object, fps: object = 25, be
     pixels = "rgba" if channels == 4 else "rgb24"
     raw = ["-f", "rawvideo", "-pix_fmt", pixels, "-s", f"{width}x{height}", "-framerate", str(fps), "-i", "-"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *before, *raw, *(output or EXACT), f"file:{path}"]
-    subprocess.run(list(map(str, command)), input=frames.tobytes(), check=True, timeout=60)
+    subprocess.run(list(map(str, command)), input=frames.tobytes(), check=True, timeout=300)
     return path
 
 

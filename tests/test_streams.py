@@ -37,7 +37,7 @@ def test_k4_an_interrupt_while_the_program_is_imported_is_quiet(name):
     ) as run:
         assert run.stdout.readline() == b"importing\n"
         run.send_signal(signal.SIGINT)
-        assert run.wait(10) == 130
+        assert run.wait(25) == 130
         assert run.stderr.read() == b""
 
 
@@ -45,7 +45,7 @@ def shell(folder, redirections: str, *options: str) -> subprocess.CompletedProce
     """`emt plan` with its streams redirected by a shell; stdout, and in stderr what a file `err` has."""
     command = f"'{EMT}' plan a.mp4 --prompt x --model '{model()}' --device cpu {' '.join(options)} {redirections}"
     environ = os.environ | environment(folder)
-    return subprocess.run(["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,10 @@ def test_k4_the_first_signal_ends_in_order_and_the_second_at_once_whatever_is_bl
     readers = [full_pipe() for _ in range(2)]
     out, err = (f"/proc/{os.getpid()}/fd/{writer}" for _, writer in readers)
     job = ["a.mp4", "--prompt", "x", "--seeds", "0-999", "--json"]
-    for signals, seconds in ((1, 10), (2, 1)):
+    took = []
+    for signals in (1, 2, 2, 2):
+        if min(took[1:], default=2.0) < 1:
+            break  # else the machine may be busy
         run = start(tmp_path, *job, stdout=Path(out), stderr=Path(err))
         journal = tmp_path / "out" / "journal.jsonl"
         before = journal.read_bytes().count(b"\n") if journal.exists() else 0
@@ -106,9 +109,12 @@ def test_k4_the_first_signal_ends_in_order_and_the_second_at_once_whatever_is_bl
         for _ in range(signals):
             run.send(signal.SIGINT)
             time.sleep(0.05)
-        assert run.end(seconds=seconds).code == 130
+        begun = time.monotonic()
+        assert run.end(seconds=60).code == 130
+        took.append(time.monotonic() - begun)
         if signals == 1:
             assert json.loads(journal.read_bytes().splitlines()[-1])["interrupted"]
+    assert min(took[1:]) < 1, "the second signal ends it at once"
 
 
 def test_k4_a_full_standard_output_loses_no_clip(tmp_path):
@@ -136,7 +142,7 @@ def test_a_lossy_stream_never_waits_and_another_one_does():
         patient.write(b"more")  # does not wait any longer
         begun = time.monotonic()
         assert not patient.drain()
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
 
 
 def test_a_stream_that_has_failed_says_why_and_takes_nothing_more(tmp_path):

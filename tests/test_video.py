@@ -586,7 +586,7 @@ def test_ffmpeg_is_stopped_when_it_hangs_and_always_reaped() -> None:
         process.finish()
     with Ffmpeg(Path("a.mp4"), endless, seconds=60) as process:
         pass  # left early
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert not Path(f"/proc/{process._process.pid}").exists()
 
 

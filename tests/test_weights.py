@@ -718,7 +718,7 @@ def in_a_child(target: Callable[[], None]) -> int | None:
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
-    child.join(timeout=60)
+    child.join(timeout=300)
     return child.exitcode
 
 
