@@ -3,6 +3,8 @@
     import emt
 
     pipe = emt.load_pipeline(emt.demo.path())
+    images = pipe("a yellow penguin in the desert", "clip.mp4").frames[0]  # as any pipeline of diffusers
+
     motion = pipe.extract_motion(emt.read_clip("clip.mp4", size=(128, 128)))
     frames = pipe.generate("a yellow penguin in the desert", motion)[0]
     emt.write_clip("penguin.mp4", frames, fps=8)

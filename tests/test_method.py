@@ -18,6 +18,7 @@ from emt.pipeline import load_pipeline
 from emt.train.teacher import Guidance, Teacher
 from emt.video import read_clip
 from emt_cli.batch.estimates import guidance_factor, memory, seconds, work
+from emt_cli.batch.generator import Generator
 from emt_cli.batch.jobs import Job, identify
 from emt_cli.batch.options import Method, Precision, Settings, TransferOptions, UsageError
 
@@ -73,6 +74,8 @@ def test_an_adapters_job_is_the_one_that_it_was_before_there_were_methods():
     guided = replace(job, settings=replace(job.settings, method=Method.GUIDANCE))
     assert identify(guided, **names) != identify(job, **names)
     assert guided.shape != job.shape, "they are not of one batch"
+    generator = Generator(find_model(str(model()), download=False), "m", "cpu", "fp32")
+    assert generator.batch_key(guided) != generator.batch_key(job), "batches of gradients take other sizes"
 
 
 def test_rerun_guides_again(made):

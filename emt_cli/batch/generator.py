@@ -397,7 +397,8 @@ class Generator:
         """Key of what decides how a batch's size changes a clip's time: model, device, shape, code."""
         engine, device, s = self.engine(job), self.device, job.settings
         where = [device.name, device.precision, device.kernels, engine.manifest.id if engine else TORCH]
-        shape = [s.frames, s.height, s.width, s.guidance == 1, s.guidance_until, s.cache_interval]
+        shape: list[Any] = [s.frames, s.height, s.width, s.guidance == 1, s.guidance_until, s.cache_interval]
+        shape += [s.method.value] if is_guided(job) else []
         return digest("batch", NUMERICS_VERSION, self.model_sha256, where, shape, installed_versions())
 
     def motion_key(self, job: Job, reference_sha256: str) -> str:
