@@ -20,7 +20,7 @@ from emt.errors import EmtError
 if TYPE_CHECKING:
     import torch
 
-IN_MEMORY = 256 << 20
+IN_MEMORY = 64 << 20
 """Bytes up to which an array is in memory."""
 
 
