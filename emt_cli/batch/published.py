@@ -271,9 +271,9 @@ class PublishedJournal(Journal):
             self._publish()
             if self._reads:
                 self._publish_others()
-        except EmtError:
+        except EmtError as error:
             self.close()
-            raise
+            raise EmtError(f"cannot write to {published}: {error.problem}", error.hint) from None
         for clip in self._leftovers():
             published.drop(clip)
 

@@ -16,7 +16,7 @@ import typer
 
 from emt import demo
 from emt.errors import EmtError, first_line
-from emt.remote import check_on_disk
+from emt.remote import check_on_disk, is_url
 from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_text
@@ -269,13 +269,18 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
             f"{folder} has no {journal.FILE_NAME}.",
             "Give a folder that `emt transfer --out` has written, or a .jsonl or .csv file of pairs.",
         )
+    absent = set()
     for line in journal.current(folder):
         if line["state"] != "done":
             continue
+        named = line.get("reference", "the reference that the journal does not name")
+        reference = reference_of(folder, named)
+        if is_url(named) and not reference.exists():
+            absent.add(named)
         timings = line.get("timings") or {}
         record = {key: line[key] for key in ("seed", "model", "engine", "device") if line.get(key) is not None}
         yield Pair(
-            reference=reference_of(folder, line.get("reference", "the reference that the journal does not name")),
+            reference=reference,
             result=folder / line["output"],
             prompt=_words(line),
             seconds=sum(timings.values()) if timings else None,
@@ -283,6 +288,8 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
             frames=frames,
             record=record,
         )
+    if absent:
+        say(f"note: {len(absent)} references behind URLs are not on this machine; --fetch downloads them")
 
 
 def _words(line: dict[str, Any]) -> str | None:

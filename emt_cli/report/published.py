@@ -38,13 +38,8 @@ class Folder:
             lines = journal.current(self.path)
             self.published.fetch(line["output"] for line in lines if line["state"] == "done")
             self.published.fetch_tree(FOLDER)
-        if self.published or self.path.is_dir():
-            missing = [url for url in _references(self.path) if fetched(url) is None]
-            if references:
-                _fetch(missing, say)
-            elif missing:
-                count = f"{len(missing)} reference{'' if len(missing) == 1 else 's'} of {self.published or given}"
-                say(f"note: {count} behind URLs are not on this machine; --fetch downloads them")
+        if references and self.path.is_dir():
+            _fetch([url for url in _references(self.path) if fetched(url) is None], say)
 
     def publish(self, *names: str) -> list[str]:
         """Put files of the folder where it is; returns where they are now.
