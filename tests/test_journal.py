@@ -19,11 +19,11 @@ from emt.errors import EmtError
 from emt.video import write_clip
 from emt_cli.batch import journal, records
 from emt_cli.batch.feeder import Feeder
-from emt_cli.batch.jobs import Job, identify, output_name
-from emt_cli.batch.journal import Journal
+from emt_cli.batch.jobs import Job, identify, output_name, own_name
+from emt_cli.batch.journal import Journal, Known
 from emt_cli.batch.options import Settings
 from emt_cli.batch.outcomes import Outcomes
-from emt_cli.batch.results import read_record, sidecar, state_on_disk, write_result
+from emt_cli.batch.results import find_place, read_record, sidecar, state_on_disk, write_result
 from emt_cli.batch.session import RunOptions, SessionOptions, open_session
 from emt_cli.terminal import ProgressReporter
 from emt_cli.text import printable
@@ -293,3 +293,30 @@ def test_k6_lines_hold_nothing_that_a_terminal_obeys():
     text = line.decode()
     assert printable(text) == text
     assert "ein Löwe 🦁" in text
+
+
+@pytest.mark.parametrize(
+    ("plain", "own", "place", "with_overwrite"),
+    [
+        ("nothing", "nothing", "plain open", "plain open"),
+        ("this job's", "nothing", "plain done", "plain replaces"),
+        ("another job's", "nothing", "own open", "plain replaces"),
+        ("another job's", "this job's", "own done", "own replaces"),
+        ("no clip", "nothing", "plain open", "plain open"),
+    ],
+)
+def test_k3_the_place_of_a_clip_is_one_where_nothing_finished_is_lost(tmp_path, plain, own, place, with_overwrite):
+    job, identity = Job(Path("/a.mp4"), "x", 0, Settings(frames=4)), "f" * 32
+    names, known = {"plain": "a/x.mp4", "own": own_name("a/x.mp4", identity)}, Known()
+    for name, content in ((names["plain"], plain), (names["own"], own)):
+        clip = tmp_path / name
+        clip.parent.mkdir(exist_ok=True)
+        if content != "nothing":
+            clip.write_bytes(b"x")
+        if content.endswith("job's"):
+            line = {"event": "job", "state": "done", "output": name, "bytes": 1, "mtime_ns": clip.stat().st_mtime_ns}
+            known.add(line | {"id": identity if content == "this job's" else "0" * 32})
+    for overwrite, expected in ((False, place), (True, with_overwrite)):
+        found = find_place(tmp_path, known, job, names["plain"], identity, overwrite)
+        where, state = expected.split()
+        assert (found.output, found.state) == (names[where], state)
