@@ -355,7 +355,7 @@ def test_two_runs_on_one_folder(tmp_path):
     ("arguments", "said"),
     [
         ([], "references"),
-        (["a.mp4", "--prompt", "x", "--frames", "0"], "--frames"),
+        (["a.mp4", "--prompt", "x", "--frames", "0"], "frames is '0'"),
         (["a.mp4", "--prompt", "x", "--width", "30"], "24 or 32"),
         (["a.mp4", "--prompt", "x", "--guidance", "nan"], "guidance"),
         (["a.mp4", "--prompt", "x", "--scheduler", "magic"], "ddim"),
