@@ -60,11 +60,11 @@ class Option:
     own: bool = False
 
     def variables(self, command: str) -> list[str]:
-        """Environment variables that set it, the first that is set wins; none if it takes several values."""
+        """Environment variables that set it, the first that is set wins; none if it takes several texts."""
         names = [name.upper().replace("-", "_") for name in self.names]
         prefix = command.upper().replace("-", "_").replace(" ", "_")
         found = [f"EMT_{prefix}_{name}" for name in names] + ([] if self.own else [f"EMT_{name}" for name in names])
-        return [] if self.multiple else found
+        return [] if self.multiple and self.kind is not Path else found  # others would be taken apart at spaces
 
     def read(self, value: Any, where: str) -> Any:
         """A value of a file in the type of the option.
