@@ -534,6 +534,7 @@ class TransferOptions:
 
     def check(self) -> None:
         """Raise `UsageError` unless values and combinations of options are allowed."""
+        given = {name: value for layer in (*self.background, self.settings) for name, value in layer.items()}
         with usage_errors():
             if self.cache_dir is not None and is_url(self.cache_dir):
                 check_writable(normal(self.cache_dir))
@@ -541,7 +542,7 @@ class TransferOptions:
             parse_batch_size(self.batch_size)
             parse_seeds(self.seeds)
             check_together(self.settings)
-            check_sound(self.settings)
+            check_sound(given)
             self.part  # noqa: B018
             gpus = parse_gpus(self.gpus) if self.gpus else None
         if self.gpus and self.device not in ("auto", "cuda"):
@@ -557,7 +558,7 @@ class TransferOptions:
             raise UsageError(problem, "Name folders to watch.")
         named = self.engine not in ("auto", "torch")
         fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
-        guided = self.settings.get("method") is Method.GUIDANCE
+        guided = given.get("method") is Method.GUIDANCE
         for both, text in (
             (fp8 and low, "--precision fp8 and --memory low"),
             (fp8 and named, "--precision fp8 and --engine"),
