@@ -126,6 +126,12 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
     assert identity(moved) == identity(), "where a file lies and where a job was read is no part of it"
 
 
+def test_seeds_beyond_32_bits_are_other_jobs_than_those_of_version_0_1(monkeypatch):
+    monkeypatch.setattr(jobs, "digest", lambda *values: values)  # that version read the last 32 bits of a seed
+    known = {s: identify(replace(JOB, seed=s), reference="r", model="m", precision="auto") for s in (2**32 - 1, 2**32)}
+    assert ["seed of 64 bits" in values for values in known.values()] == [False, True]
+
+
 def test_jobs_without_the_later_settings_are_those_of_earlier_versions():
     settings = Settings().as_dict()
     assert "audio" not in settings
