@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._dynamo.utils import ChromiumEventLogger
 
 from emt_kernels.selection import INSTALLED
 
@@ -53,9 +52,11 @@ class Phases:
     @contextlib.contextmanager
     def of_compiler(self) -> Iterator[None]:
         """Follow PyTorch's compiler meanwhile, by the events that it times itself with."""
+        from torch._dynamo.utils import ChromiumEventLogger  # engines that are there run without the compiler
+
         log = ChromiumEventLogger.log_event_start
 
-        def watch(logger: ChromiumEventLogger, event_name: str, *arguments: Any, **options: Any) -> None:
+        def watch(logger: Any, event_name: str, *arguments: Any, **options: Any) -> None:
             if event_name in _PHASES:
                 self.begin(_PHASES[event_name])
             log(logger, event_name, *arguments, **options)

@@ -315,6 +315,8 @@ def _package(pipe: Networks, execution: Execution, job: _Job, phases: Phases) ->
     images = images_at_once(request.frames, width, height)
     # Compiled code takes other numbers of samples, and is tuned for this one: a clip and its guidance.
     shape: dict[str, Any] = {"width": width, "height": height, "frames": request.frames, "samples": 2, "images": images}
+    from torch._inductor import aoti_compile_and_package
+
     made = function(pipe, name, **shape, execution=execution)
     ranges = {"frames": (request.frames, request.frames), "width": (width, width), "height": (height, height)}
     if made.varying:
@@ -326,9 +328,7 @@ def _package(pipe: Networks, execution: Execution, job: _Job, phases: Phases) ->
     outputs = [x.meta["val"] for x in next(n for n in exported.graph.nodes if n.op == "output").args[0]]
     file = job.folder / f"{name}-{size}.pt2"
     phases.begin("tracing")
-    torch._inductor.aoti_compile_and_package(
-        exported, package_path=str(file), inductor_configs=_options(pipe.device.type)
-    )
+    aoti_compile_and_package(exported, package_path=str(file), inductor_configs=_options(pipe.device.type))
     return Part(
         name=name,
         file=file.name,
@@ -371,7 +371,8 @@ def _load_package(file: Path, device: torch.device) -> Any:
     _import_ops()
     index = device.index if device.type == "cuda" and device.index is not None else -1
     # `aoti_load_package` looks first which instructions the CPU has, by compiling programs: seconds, and a compiler.
-    return _model_class()(torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, index))
+    # What Python wraps around this loader imports the compiler, and does nothing but flatten inputs that are flat.
+    return torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, index)
 
 
 def _import_ops() -> None:
@@ -444,7 +445,7 @@ class _Package:
                 f"the engine's {self.part.name} was compiled for weights of other shapes, dtypes or strides",
                 "Build the engine again with emt build-engine.",
             )
-        self.model.load_constants(self.weights, check_full_update=True, user_managed=True)
+        self.model.load_constants(self.weights, False, True, True)  # in use, all of them, and kept alive here
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run it on the inputs of `part.inputs`.
@@ -463,8 +464,7 @@ class _Package:
                     f"{spec.name} is {x.dtype} {tuple(x.shape)}, the engine takes {spec.dtype} {spec.shape}"
                 )
             given.append(_in_order(x, order))
-        found = self.model(*given)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+        return tuple(self.model.run(given))
 
 
 # ------------------------------------------------------------------------------------------------------------- running
