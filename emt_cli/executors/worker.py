@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -151,7 +152,7 @@ class RemoteWorker:
         self._failed = 0  # lines of jobs that did
         self._closed = self._stopping = self._ended = False
         self._error: tuple[str, str] | None = None
-        self._facts: dict[str, Any] = {"pid": os.getpid(), "host": os.uname().nodename, "version": __version__}
+        self._facts: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "version": __version__}
         self._outcomes: Outcomes | None = None
         self._worker: Worker | None = None
         threading.Thread(target=self._run, daemon=True).start()
