@@ -8,7 +8,8 @@ worker, of five references for each, with an empty cache. The first row is one p
 the whole process and from the first clip to the last (by the journals), clips a second between them, also against the
 first row, seconds until the first clip, the largest share of time in which a device waited, and the driver's memory at
 its peak. With --kill a worker of each run is killed when a third is done:
-the others must do its jobs. Ends with exit code 1 if a clip is missing.
+the others must do its jobs. With --sleep a clip takes its seconds by sleeping, as for a process that waits for its GPU:
+what remains is what feeding, reading, writing and Ray cost. Ends with exit code 1 if a clip is missing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,24 @@ from emt_cli.batch import journal
 
 _REFERENCES = 5  # for each worker
 
+#: Run by every Python process that is started: clips take their time, and show noise.
+_SLEEPING = """
+import os, sys, time
+if os.environ.get("EMT_SLEEP") and any("emt_cli" in word or "default_worker" in word for word in sys.orig_argv):
+    from emt_cli.batch.generator import Generator
+
+    def generate(self, jobs, motions, on_step):
+        import numpy
+
+        time.sleep(float(os.environ["EMT_SLEEP"]) * len(jobs))
+        s = jobs[0].settings
+        clips = [numpy.random.default_rng(job.seed).integers(0, 255, (s.frames, s.height, s.width, 3), numpy.uint8)
+                 for job in jobs]
+        return clips, {"steps": 0.0, "vae": 0.0}, 0
+
+    Generator.generate = generate
+"""
+
 
 def main(command_line: list[str] | None = None) -> None:
     """Measure."""
@@ -44,6 +63,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--steps", type=int, default=25)
     arguments.add_argument("--full", action="store_true", help="Stable Diffusion 1.5's size on a CPU, too")
     arguments.add_argument("--same", type=int, default=0, help="as many clips in all, however many workers there are")
+    arguments.add_argument("--sleep", type=float, default=0.0, help="seconds a clip, instead of denoising it")
     arguments.add_argument("--kill", action="store_true", help="kill a worker in mid-run")
     given = arguments.parse_args(command_line)
     numbers = [int(number) for number in given.workers.split(",")]
@@ -86,7 +106,12 @@ def measure(work: Path, given: argparse.Namespace, workers: int, ray: bool) -> t
     words += ["--json", "-o", str(out), "--cache-dir", str(out / "cache")]
     words += [("--workers" if given.device == "cpu" else "--gpus"), str(workers)] if ray else []
     begun = time.monotonic()
-    with subprocess.Popen(words, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+    environment = dict(os.environ)
+    if given.sleep:
+        (work / "sitecustomize.py").write_text(_SLEEPING)
+        environment |= {"EMT_SLEEP": str(given.sleep)}
+        environment |= {"PYTHONPATH": os.pathsep.join([str(work), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(words, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
         assert run.stdout is not None
         made = peak = 0
         for content in run.stdout:

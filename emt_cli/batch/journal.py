@@ -27,7 +27,7 @@ Lines with `"event": "file"` say that a clip was found whole with another time (
 mtime_ns, etag. Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds
 since the process was started, phases (where they went; they add up to the whole), device, device_wait (the share of the
 time between the first and the last batch in which the device waited for data), workers (of several: by name their jobs
-by state, host, pid, phases and device_wait).
+by state, host, pid, phases, device_wait and device_busy_seconds).
 
 **What a crash leaves.** For each job the order is: clip (written beside, synced, renamed), sidecar `<clip>.json` (the
 same way), journal line (one write, synced). So a line never names a clip that is not whole; a clip without a

@@ -39,6 +39,7 @@ from emt_cli.executors.worker import Order, Report, take_journal
 
 _WAIT = 0.1  # seconds for reports, between looks at new jobs
 _MOST_STARTS, _MOST_DEATHS = 3, 9  # in a row of a worker that ends no job: without jobs in its hands, and with some
+_FACTS = ("host", "pid", "device_wait", "device_busy_seconds", "phases")  # of a worker, for the line of the run
 _FEED = 1024  # tasks that the feeder is ahead
 
 
@@ -411,7 +412,5 @@ def worker_name(writer: str, number: int) -> str:
 
 def _facts(slot: _Slot) -> dict[str, Any]:
     """A worker in the journal line of a run."""
-    facts: dict[str, Any] = {
-        name: slot.facts[name] for name in ("host", "pid", "device_wait", "phases") if name in slot.facts
-    }
+    facts: dict[str, Any] = {name: slot.facts[name] for name in _FACTS if name in slot.facts}
     return {**slot.counts, **facts}

@@ -240,6 +240,7 @@ class RemoteWorker:
                 finisher.join()
             with self._changed:
                 self._facts |= {"phases": dict(worker.phases.seconds), "device_wait": worker.device_wait}
+                self._facts |= {"device_busy_seconds": session.generator.busy_seconds}
         finally:
             journal.close()
 
