@@ -233,6 +233,22 @@ def test_the_least_recently_used_go_first(tmp_path):
     assert kept.size() <= kept.limit
 
 
+def test_what_was_said_of_a_reference_is_kept_with_its_motion(tmp_path):
+    kept = MotionCache(tmp_path / "cache" / "motion", 1e6)
+    kept.save("a", motion(1.0), 8, ["it is cut short"])
+    kept.save("b", motion(1.0), 8)
+    assert [kept.warnings(key) for key in "abc"] == [("it is cut short",), (), ()]
+    path = tmp_path / "cache" / "motion" / "a.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"warnings": [1]}))
+    assert kept.warnings("a") == ()
+
+
+def test_a_cache_that_is_off_gives_nothing_back(tmp_path):
+    MotionCache(tmp_path, 1e6).save("a", motion(1.0), 8)
+    assert MotionCache(tmp_path, 0).load("a", SHAPE) is None
+    assert value_of(MotionCache(tmp_path, 1e6).load("a", SHAPE)) == 1.0
+
+
 def test_no_cache_if_not_wanted(tmp_path):
     kept = MotionCache(tmp_path / "none", 0)
     kept.save("a", motion(1.0), 8)
