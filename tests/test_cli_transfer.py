@@ -269,7 +269,7 @@ def test_k2_what_cannot_be_honoured_is_said_once_and_recorded(tmp_path):
     """A clip sampled too coarsely, a prompt that is too long: on stderr, in the journal, in the clip's record."""
     write_clip(tmp_path / "slow.mp4", np.random.default_rng(0).integers(0, 255, (40, SIDE, SIDE, 3), np.uint8), 1)
     prompt = "a red star " * 60
-    job = ["slow.mp4", "--prompt", prompt, "--seeds", "0-1", "--json"]
+    job = ["slow.mp4", "--prompt", prompt, "--prompt-syntax", "plain", "--seeds", "0-1", "--json"]
     for out in ("first", "from-the-cache"):
         ended = transfer(tmp_path, *job, "-o", out)
         assert ended.err.count("so that movement between them is lost") == 1
