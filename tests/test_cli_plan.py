@@ -39,6 +39,8 @@ def test_a_plan_tells_what_is_done_what_is_open_and_what_it_will_cost(tmp_path):
     assert 0 < total["seconds"] < 60
     assert total["memory"] > 0
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
+    shared = plan(tmp_path, "a.mp4", "--prompt", "x", "--seeds", "0-3", "--workers", "2")[0][-1]
+    assert (shared["workers"], shared["seconds"]) == (2, pytest.approx(total["seconds"] / 2, abs=0.1))
 
     made = transfer(tmp_path, "a.mp4", "--prompt", "x", "--seeds", "0-2", "--json")
     assert made.code == 0
@@ -145,8 +147,9 @@ def doctor(folder, *arguments, **environ):
 
 def test_the_doctor_looks_at_everything(tmp_path):
     found, code = doctor(tmp_path, "--model", model())
-    names = ["python", "driver", "torch", "triton", "tensorrt", "compiler", "ffmpeg", "model", "disk", "cache"]
-    assert list(found) == names
+    names = "python driver torch triton tensorrt compiler ffmpeg extras model disk cache"
+    assert list(found) == names.split()
+    assert "ray" in found["extras"]["found"]
     assert code == 0, found
     assert all(line["state"] in ("ok", "limited") for line in found.values())
     assert "4 frames" in found["model"]["found"]

@@ -81,6 +81,7 @@ class Plan:
         memory: Estimated peak memory of the largest clip, in bytes.
         disk: Estimated bytes of the clips to come.
         problems: What is wrong with the run as a whole.
+        workers: Devices that share the jobs.
     """
 
     jobs: list[PlannedJob]
@@ -90,6 +91,7 @@ class Plan:
     memory: float = 0.0
     disk: float = 0.0
     problems: list[str] = field(default_factory=list)
+    workers: int = 1
 
     @property
     def counts(self) -> Counter[str]:
@@ -98,13 +100,14 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimated time of what is open."""
-        return sum(job.seconds for job in self.jobs)
+        """Estimated time of what is open, if its workers share it evenly."""
+        times = [job.seconds for job in self.jobs if job.seconds]
+        return sum(times) / max(1, min(self.workers, len(times)))
 
     def as_dict(self) -> dict[str, Any]:
         """The sum of the plan as JSON values."""
         line = {"event": "plan", **{state: self.counts[state] for state in STATES}}
-        line |= {"model": self.model.name, "device": self.device, "estimate": self.source}
+        line |= {"model": self.model.name, "device": self.device, "workers": self.workers, "estimate": self.source}
         line |= {"seconds": round(self.seconds, 1), "memory": round(self.memory), "disk": round(self.disk)}
         return line | {"problems": self.problems}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -92,6 +93,7 @@ def examine(model: str | None = None, out: Path = Path("out"), cache_dir: Path |
         ("tensorrt", _tensorrt),
         ("compiler", _compiler),
         ("ffmpeg", _ffmpeg),
+        ("extras", _extras),
         ("model", lambda: _model(model)),
         ("disk", lambda: _disk("disk", out, "--out")),
         ("cache", lambda: _cache(cache_dir)),
@@ -217,6 +219,27 @@ def _ffmpeg() -> Finding:
         mend = "Unset IMAGEIO_FFMPEG_EXE, or let it name an ffmpeg that has them."
         return Finding("ffmpeg", "broken", f"{program} lacks {', '.join(missing)}", mend)
     return Finding("ffmpeg", "ok", f"{imageio_ffmpeg.get_ffmpeg_version()} at {program}")
+
+
+#: A module that each extra of the package brings.
+_EXTRAS = {
+    "evaluate": "cv2",
+    "train": "tensorboard",
+    "engines": "onnxscript",
+    "ray": "ray",
+    "s3": "s3fs",
+    "gcs": "gcsfs",
+    "azure": "adlfs",
+}
+
+
+def _extras() -> Finding:
+    there = [name for name, module in _EXTRAS.items() if importlib.util.find_spec(module)]
+    missing = [name for name in _EXTRAS if name not in there]
+    found = ", ".join(there) or "none"
+    if missing:
+        found += f"; not installed: {', '.join(missing)} (pip install 'emt-cli[{missing[0]}]')"
+    return Finding("extras", "ok", found)
 
 
 def _model(name: str | None) -> Finding:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from emt.errors import EmtError
 from emt_cli.batch.estimates import guidance_factor
 from emt_cli.batch.options import Method, Settings, TransferOptions
 from emt_cli.commands.arguments import takes_options_and_folders
@@ -33,8 +34,13 @@ def show(options: TransferOptions) -> None:
     """Print a plan on standard output; ends with exit code 1 if something in it cannot be done."""
     from emt_cli.batch.planning import make_plan
     from emt_cli.batch.records import dumps
+    from emt_cli.executors.choice import count_workers
 
     made = make_plan(options)
+    try:
+        made.workers = count_workers(options) or made.workers
+    except EmtError as error:
+        made.problems.append(message(error.problem, error.hint))
     if options.json:
         for job in made.jobs:
             sys.stdout.buffer.write(dumps(job.as_dict()) + b"\n")
@@ -87,7 +93,8 @@ def _print_table(plan: Plan) -> None:
     text += f", {counts['done']} done, {counts['problem']} with problems"
     if to_do:
         text += f"; about {duration(plan.seconds)}, {size(plan.memory)} of memory and {size(plan.disk)} of disk"
-        text += f" on {plan.device} (by {plan.source})"
+        workers = f", {plan.workers} workers" if plan.workers > 1 else ""
+        text += f" on {plan.device}{workers} (by {plan.source})"
     console.print(Text(printable(text)))
     for problem in plan.problems:
         console.print(Text(f"problem: {printable(problem)}", "red"))

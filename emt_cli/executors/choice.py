@@ -13,6 +13,36 @@ from emt_cli.batch.session import RunOptions, Session, SessionOptions
 from emt_cli.executors.base import Executor
 
 
+def _is_shared(options: TransferOptions) -> bool:
+    """Return whether many workers are to share the jobs."""
+    return bool(options.gpus or options.workers or options.ray)
+
+
+def _check_ray(options: TransferOptions) -> None:
+    from emt_cli.executors.ray import check_ray
+
+    check_ray("--ray" if options.ray else "--gpus" if options.gpus else "--workers")
+
+
+def count_workers(options: TransferOptions) -> int | None:
+    """Number of workers that a command line starts; None for all of a cluster.
+
+    Raises:
+        EmtError: what many workers need is not installed, or there are not as many GPUs.
+    """
+    if not _is_shared(options):
+        return 1
+    _check_ray(options)
+    if options.ray:
+        gpus = parse_gpus(options.gpus) if options.gpus else None
+        return gpus if isinstance(gpus, int) else options.workers
+    if options.device == "cpu":
+        return options.workers
+    from emt_cli.executors.gpus import choose_gpus
+
+    return len(choose_gpus(options.gpus)) if options.gpus else options.workers
+
+
 def choose_executor(
     options: TransferOptions, session_options: SessionOptions
 ) -> Callable[[Session, Journal, Listener, RunOptions], Executor]:
@@ -21,14 +51,14 @@ def choose_executor(
     Raises:
         EmtError: what many workers need is not installed, or there are not as many GPUs.
     """
-    if not (options.gpus or options.workers or options.ray):
+    if not _is_shared(options):
         from emt_cli.executors.local import LocalExecutor
 
         return LocalExecutor
     from emt_cli.executors.gpus import choose_gpus
-    from emt_cli.executors.ray import LocalRay, RayCluster, check_ray
+    from emt_cli.executors.ray import LocalRay, RayCluster
 
-    check_ray("--ray" if options.ray else "--gpus" if options.gpus else "--workers")
+    _check_ray(options)
     on_gpus = options.device != "cpu"
     gpus = parse_gpus(options.gpus) if options.gpus else None
     place: LocalRay | RayCluster
