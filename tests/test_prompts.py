@@ -59,7 +59,7 @@ def opened(monkeypatch) -> list[str]:
     names = []
     original = UMT5EncoderModel.from_pretrained.__func__
     monkeypatch.setattr(
-        prompts.UMT5EncoderModel,
+        UMT5EncoderModel,
         "from_pretrained",
         classmethod(lambda cls, path, **options: names.append(path) or original(cls, path, **options)),
     )
