@@ -142,6 +142,7 @@ class Proxy:
                         time.sleep(self.pause)
                     if self.cut and passed + len(block) > self.cut[0]:
                         connection.sendall(block[: self.cut.pop(0) - passed])
+                        connection.shutdown(socket.SHUT_RDWR)  # a close alone waits for the thread that reads from it
                         return
                     connection.sendall(block)
                     passed += len(block)
