@@ -16,8 +16,10 @@ from program import EMT, clip, environment, model, start
 
 from emt_cli.streams import Stream
 
+# A shell has what it starts in the background ignore interrupts: the tests, and this program unless it resets that.
 LATE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Slow:
     def find_spec(self, name, path, target=None):
         if name == {name!r}:
