@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,19 @@ class Model:
             EmtError: a prompt has no sense.
         """
         syntax = settings.get("prompt_syntax", WEBUI) if self.reads_syntax else PLAIN
-        # How many vectors the words of embeddings stand for, their files say.
-        count = None if settings.get("embedding") else self._tokenize
-        return reading_of((prompt, settings["negative_prompt"]), syntax, self._chunk_size, count)
+        return self._readings(prompt, settings["negative_prompt"], syntax, bool(settings.get("embedding")))
+
+    @cached_property
+    def _readings(self) -> Callable[[str, str, str, bool], tuple[Any, ...]]:
+        """`reading` by what it depends on: jobs of many references and seeds share a few prompts."""
+
+        @lru_cache(maxsize=4096)
+        def read(prompt: str, negative_prompt: str, syntax: str, has_embeddings: bool) -> tuple[Any, ...]:
+            # How many vectors the words of embeddings stand for, their files say.
+            count = None if has_embeddings else self._tokenize
+            return reading_of((prompt, negative_prompt), syntax, self._chunk_size, count)
+
+        return read
 
     @cached_property
     def _chunk_size(self) -> int:

@@ -223,19 +223,20 @@ def _write(descriptor: int, content: bytes, end: float = float("inf")) -> None:
     Raises:
         OSError: the stream has failed, or nobody has read until `end`.
     """
+    rest = memoryview(content)  # slices of it are no copies: many lines may have gathered
     poll = getattr(select, "poll", None)
     if poll is None:  # Windows can wait for sockets alone
-        while content:
-            content = content[os.write(descriptor, content[:_CHUNK]) :]
+        while rest:
+            rest = rest[os.write(descriptor, rest[:_CHUNK]) :]
         return
     ready = poll()
     ready.register(descriptor, select.POLLOUT)
-    while content:
+    while rest:
         if not ready.poll(1000 * _POLL):
             if time.monotonic() > end:
                 raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             continue
         try:
-            content = content[os.write(descriptor, content[:_CHUNK]) :]
+            rest = rest[os.write(descriptor, rest[:_CHUNK]) :]
         except BlockingIOError:  # somebody else made it non-blocking, and filled it first
             time.sleep(0.01)

@@ -14,6 +14,7 @@ from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt.model_folder import Model, find_model
 from emt.pipeline import load_pipeline
+from emt.prompt_syntax import reading_of
 from emt_cli.batch.estimates import memory
 from emt_cli.batch.options import Settings
 
@@ -156,3 +157,21 @@ def test_k5_values_of_configurations_that_no_library_expects_are_one_error(folde
         load_pipeline(folder)
     assert str(folder) in caught.value.problem
     assert len(str(caught.value).splitlines()) <= 8
+
+
+def test_k8_a_prompt_is_read_once_for_all_of_its_jobs(monkeypatch):
+    read = []
+
+    def watched(prompts, *how):
+        read.append(prompts)
+        return reading_of(prompts, *how)
+
+    monkeypatch.setattr("emt.model_folder.reading_of", watched)
+    opened = find_model(str(model()), download=False)
+    settings = {"negative_prompt": "", "prompt_syntax": "webui"}
+    plain = [opened.reading("a fox", settings) for _ in range(100)]
+    weighted = [opened.reading("a (fox:1.3)", settings) for _ in range(100)]
+    by_the_letter = opened.reading("a (fox:1.3)", settings | {"prompt_syntax": "plain"})
+    assert set(plain) == {()} == {by_the_letter}
+    assert set(weighted) == {("webui", 1, False)}
+    assert read == [("a fox", ""), ("a (fox:1.3)", ""), ("a (fox:1.3)", "")]
