@@ -12,18 +12,11 @@ import typer
 from emt_cli import messages
 from emt_cli.batch.options import SETTING_NAMES, TransferOptions, UsageError, parse_field
 from emt_cli.commands.arguments import configuration
-from emt_cli.commands.group import all_options, default_of
+from emt_cli.commands.group import all_options, command_group, default_of
 from emt_cli.config import Config, Option, user_file
 from emt_cli.text import nearest, printable
 
-config = typer.Typer(
-    help="Show options that hold where the command line leaves them out, and where they come from.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+config = command_group("Show options that hold where the command line leaves them out, and where they come from.")
 
 
 @config.callback()

@@ -11,20 +11,14 @@ import typer
 
 from emt.errors import EmtError
 from emt.storage import write_atomically
+from emt_cli.commands.group import command_group
 from emt_cli.messages import WARNING, say
 from emt_cli.text import printable
 
 if TYPE_CHECKING:
     from emt_engines.choice import Engine
 
-engines = typer.Typer(
-    help="List, show, verify and prune the engines in the cache.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+engines = command_group("List, show, verify and prune the engines in the cache.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON Lines on standard output.")]
 _Cache = Annotated[

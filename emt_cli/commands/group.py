@@ -170,6 +170,23 @@ def _source_of(context: Any, parameter: Any) -> str:
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
+
+def command_group(text: str) -> typer.Typer:
+    """A group of commands inside the program, such as `emt engines`.
+
+    Args:
+        text: Its help.
+    """
+    return typer.Typer(
+        help=text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings=_HELP,
+    )
+
+
 app = typer.Typer(
     cls=LazyGroup,
     name="emt",

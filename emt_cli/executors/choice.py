@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from emt.remote import is_url
 from emt_cli.batch.journal import Journal
@@ -12,35 +13,40 @@ from emt_cli.batch.outcomes import Listener
 from emt_cli.batch.session import RunOptions, Session, SessionOptions
 from emt_cli.executors.base import Executor
 
+if TYPE_CHECKING:
+    from emt_cli.executors.ray import LocalRay, RayCluster
+
 
 def _is_shared(options: TransferOptions) -> bool:
     """Return whether many workers are to share the jobs."""
     return bool(options.gpus or options.workers or options.ray)
 
 
-def _check_ray(options: TransferOptions) -> None:
-    from emt_cli.executors.ray import check_ray
-
-    check_ray("--ray" if options.ray else "--gpus" if options.gpus else "--workers")
-
-
-def count_workers(options: TransferOptions) -> int | None:
-    """Number of workers that a command line starts; None for all of a cluster.
+def _place(options: TransferOptions) -> LocalRay | RayCluster:
+    """The Ray in which the workers of a command line run, not opened yet.
 
     Raises:
-        EmtError: what many workers need is not installed, or there are not as many GPUs.
+        EmtError: what they need is not installed, or there are not as many GPUs.
     """
-    if not _is_shared(options):
-        return 1
-    _check_ray(options)
-    if options.ray:
-        gpus = parse_gpus(options.gpus) if options.gpus else None
-        return gpus if isinstance(gpus, int) else options.workers
-    if options.device == "cpu":
-        return options.workers
     from emt_cli.executors.gpus import choose_gpus
+    from emt_cli.executors.ray import LocalRay, RayCluster, check_ray
 
-    return len(choose_gpus(options.gpus)) if options.gpus else options.workers
+    check_ray("--ray" if options.ray else "--gpus" if options.gpus else "--workers")
+    on_gpus = options.device != "cpu"
+    gpus = parse_gpus(options.gpus) if options.gpus else None
+    if options.ray:
+        return RayCluster(options.ray, gpus if isinstance(gpus, int) else options.workers, on_gpus)
+    named = choose_gpus(options.gpus) if on_gpus else []
+    return LocalRay(len(named) or options.workers or 1, named)
+
+
+def count_workers(options: TransferOptions) -> int:
+    """Number of workers that a command line starts; 0 for all of a cluster.
+
+    Raises:
+        EmtError: what they need is not installed, or there are not as many GPUs.
+    """
+    return _place(options).size if _is_shared(options) else 1
 
 
 def choose_executor(
@@ -55,18 +61,7 @@ def choose_executor(
         from emt_cli.executors.local import LocalExecutor
 
         return LocalExecutor
-    from emt_cli.executors.gpus import choose_gpus
-    from emt_cli.executors.ray import LocalRay, RayCluster
-
-    _check_ray(options)
-    on_gpus = options.device != "cpu"
-    gpus = parse_gpus(options.gpus) if options.gpus else None
-    place: LocalRay | RayCluster
-    if options.ray:
-        place = RayCluster(options.ray, gpus if isinstance(gpus, int) else options.workers, on_gpus)
-    else:
-        named = choose_gpus(options.gpus) if on_gpus else []
-        place = LocalRay(len(named) or options.workers or 1, named)
+    place = _place(options)
 
     def make(session: Session, journal: Journal, listener: Listener, run: RunOptions) -> Executor:
         from emt_cli.executors.fleet import FleetExecutor, worker_name
@@ -76,7 +71,7 @@ def choose_executor(
         writer = journal.writer
         base = WorkerOptions(
             session_options,
-            "cuda" if on_gpus else "cpu",
+            "cpu" if options.device == "cpu" else "cuda",
             run,
             options.out if is_url(options.out) else options.out.absolute(),
             "",
