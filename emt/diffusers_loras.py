@@ -2,7 +2,7 @@
 
 diffusers' own loader lets PEFT replace layers by others that compute a LoRA beside them. Layers of these networks read
 each other's weights, fused and from kernels, which would not see it. So a LoRA is merged, as `emt import-weights` and
-`--lora` merge it: every layout that they read is read, a clip takes no longer, and captured calls and engines take it.
+`--lora` merge it: every layout that they read is read, the time of a clip stays, and CUDA graphs and engines take it.
 """
 
 from __future__ import annotations

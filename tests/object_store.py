@@ -30,7 +30,7 @@ class Store:
         return f"http://{self.address[0]}:{self.address[1]}"
 
     def environment(self, endpoint: str = "") -> dict[str, str]:
-        """What a process needs to reach it."""
+        """Environment of a process that is to reach it."""
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
             "AWS_ACCESS_KEY_ID": "testing",

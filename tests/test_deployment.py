@@ -1,4 +1,4 @@
-"""What runs `emt` on clusters: the Slurm script, the Kubernetes manifest and the Dockerfile."""
+"""Files that run `emt` on clusters: the Slurm script, the Kubernetes manifest and the Dockerfile."""
 
 from __future__ import annotations
 

@@ -499,12 +499,12 @@ def test_a_job_that_kills_its_workers_fails_and_the_others_are_done(folder, tmp_
     environment = program.environment(folder) | {"PYTHONPATH": path, "EMT_TEST_POISON": "1"}
     words = ["transfer", "clips/clip0.mp4", "--model", str(program.model()), "--device", "cpu", "--workers", "2"]
     prompts = ["--prompt", POISON, *PROMPTS, "--seeds", "0-1"]
-    ended = program.Run(*words, *prompts, "--json", "-o", "poison", folder=folder, environment=environment).end(240)
+    ended = program.Run(*words, *prompts, "--json", "-o", "poisoned", folder=folder, environment=environment).end(240)
     assert ended.code == 1, ended.err
     by_state = {line["prompt"] for line in program.lines(ended) if line["state"] == "failed"}
     assert by_state == {POISON}
     assert sum(line["state"] == "done" for line in program.lines(ended)) == 4
     [error] = {line["error"] for line in program.lines(ended) if line["state"] == "failed"}
     assert error.startswith(f"{MOST_DEATHS} workers have died while they made this clip")
-    lines = [json.loads(line) for line in (folder / "poison" / "journal.jsonl").read_bytes().splitlines()]
+    lines = [json.loads(line) for line in (folder / "poisoned" / "journal.jsonl").read_bytes().splitlines()]
     assert sum(line.get("state") == "failed" for line in lines) == 2

@@ -44,7 +44,7 @@ def other_machine(tmp_path, monkeypatch):
 
 
 def make(out: Path, identity: str = IDENTITY, seed: int = 0) -> dict[str, object]:
-    """What a run has made of the job before it says so; its line."""
+    """Make the files of a job that a run has not reported yet; returns its line."""
     record = {"id": identity, "reference": "/clips/walk.mp4", "settings": {"frames": 4}}
     clip = out / OUTPUT
     clip.parent.mkdir(parents=True, exist_ok=True)

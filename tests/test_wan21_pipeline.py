@@ -262,7 +262,7 @@ class TestProgram:
 
 
 class TestEstimates:
-    """What a clip of the published size takes, by arithmetic: a pass, counted by hand, is 18 and 283 TFLOP."""
+    """Memory and time of a clip of the published size, by arithmetic: a pass, counted by hand, is 18 and 283 TFLOP."""
 
     @pytest.fixture
     def full_size(self, monkeypatch, folder):

@@ -237,7 +237,7 @@ def test_time_is_linear_and_the_network_never_sees_more_than_a_window(pipe, monk
 
 
 def test_one_windows_motion_is_prepared_at_a_time(pipe, motion, monkeypatch):
-    """What is on the device does not grow with the clip: constants of one window give way to the next one's."""
+    """Memory of the device does not grow with the clip: constants of one window give way to the next one's."""
     import weakref
 
     alive: list[weakref.ref] = []
