@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import program
 import pytest
 
@@ -107,6 +110,53 @@ def test_a_job_whose_worker_died_goes_alone_so_that_it_is_known_by_it():
     assert given.ended(0, alone.task.output) is alone
     assert len(given.take(1, 3)) == 1
     assert given.ended(1, "of another worker") is None
+
+
+def test_a_worker_goes_on_with_the_reference_of_one_that_is_no_more():
+    given = scheduler(3, a=2)
+    assert names(given.take(0, 1) + given.take(1, 1)) == {"a"}
+    for parcel in given.lose(0):
+        given.add(parcel)
+    assert names(given.take(1, 1)) == {"a"}
+    given.add(parcels("b", 1)[0])
+    assert names(given.take(2, 1)) == {"b"}
+
+
+@hypothesis.given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "take", "end", "die", "give up"]), st.integers(0, 2), st.integers(1, 2)),
+        min_size=10,
+        max_size=40,
+    )
+)
+def test_every_job_waits_or_is_held_once_whatever_becomes_of_workers(turns):
+    given, jobs = Scheduler(3), [iter(parcels(name, 80)) for name in "abc"]
+    held: dict[int, list[Parcel]] = {worker: [] for worker in range(3)}
+    added = ended = 0
+    for what, number, count in turns:
+        if what == "add":
+            for parcel in itertools.islice(jobs[number], count):
+                given.add(parcel)
+                added += 1
+        elif what == "take":
+            held[number] += given.take(number, count)
+        elif what == "end" and held[number]:
+            parcel = held[number].pop(0)
+            assert given.ended(number, parcel.task.output) is parcel
+            ended += 1
+        elif what in ("die", "give up"):
+            assert given.lose(number) == held[number]
+            for parcel in held[number]:
+                parcel.deaths += what == "die"
+                given.add(parcel)
+            held[number] = []
+        assert given.held == sum(map(len, held.values()))
+        assert given.waiting + given.held + ended == added
+    for number, parcels_of_it in held.items():
+        assert all(given.ended(number, parcel.task.output) is parcel for parcel in parcels_of_it)
+    while taken := given.take(0, 4):
+        assert all(given.ended(0, parcel.task.output) is parcel for parcel in taken)
+    assert (given.waiting, given.held) == (0, 0)
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -378,7 +428,6 @@ def test_a_clip_that_a_worker_had_written_when_it_died_is_adopted(folder, monkey
     assert [line.get("adopted") for line in lines] == [True]
 
 
-@pytest.mark.slow  # it has failed once in twenty runs, beside other tests: a race that is not found yet
 def test_a_worker_whose_model_cannot_be_opened_is_the_error_of_the_run(folder, monkeypatch):
     def fail(self: Generator, *rest: Any) -> None:
         raise EmtError("the model does not fit", "Take another.")

@@ -122,8 +122,8 @@ class Scheduler:
             key = next(iter(self._free), None)
             if key is None:
                 key = max(self._queues, key=lambda one: len(self._queues[one]))
-            self._free.pop(key, None)
             self._key_of[worker] = key
+        self._free.pop(key, None)  # also where a worker goes on with a reference whose other worker is no more
         parcel = self._queues[key].popleft()
         if not self._queues[key]:
             del self._queues[key]
