@@ -139,12 +139,19 @@ class Execution:
         defer_conv_biases: with that, biases of convolutions are added by the norms that read what they made.
         feed_forward_tokens: tokens that a feed-forward layer takes at once: fewer take less memory and more time.
         features_on_host: move what a reference pass reads to the computer's memory, layer by layer.
+        share_guidance: compute once what the halves of a batch with guidance have in common (`TextFeatures.guided`).
+        join_skips: with fused residual adds, read skip connections where they are instead of copying them beside what
+            they join.
+        constants: what follows from weights alone, kept for all passes; None computes it in each.
     """
 
     fuse_residual_adds: bool = False
     defer_conv_biases: bool = False
     feed_forward_tokens: int = 32_768
     features_on_host: bool = False
+    share_guidance: bool = True
+    join_skips: bool = False
+    constants: Any = None
 
 
 PLAIN = Execution()

@@ -25,10 +25,12 @@ class TextFeatures:
     """Cross-attention keys and values of prompts, constants over steps and frames.
 
     `layers` maps the path of a layer to its keys and values, each (batch, …); of prompts that change over a clip they
-    are of each frame, (batch·frames, …).
+    are of each frame, (batch·frames, …). `guided` promises that the batch is doubled for classifier-free guidance: both
+    halves of its samples are the same.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
+    guided: bool = False
 
 
 @dataclass

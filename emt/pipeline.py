@@ -302,6 +302,7 @@ class MotionTransfer:
         text = self.encode_prompts(negatives + prompts if guided else prompts, frames)
         features = self.unet.encode_text(text)
         alone = self.unet.encode_text(text[len(text) // 2 :]) if plain else features
+        features.guided = guided
         if windows:
             denoise_windows = WindowedDenoiser(windows, self.backend, motions, cache_interval)
 

@@ -61,7 +61,8 @@ def text_of(text: TextFeatures, sample: Tensor, part: slice) -> TextFeatures:
     def taken(x: Tensor) -> Tensor:
         return x.unflatten(0, (batch, frames))[:, part].flatten(0, 1)
 
-    return TextFeatures({path: (taken(key), taken(value)) for path, (key, value) in text.layers.items()})
+    layers = {path: (taken(key), taken(value)) for path, (key, value) in text.layers.items()}
+    return TextFeatures(layers, text.guided)
 
 
 class WindowedDenoiser:

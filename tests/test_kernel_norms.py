@@ -108,6 +108,36 @@ def test_group_norm_silu(device: str, case: dict[str, Any]) -> None:
 
 
 @kernel_test
+@given(case=group_norms(), share=st.floats(0, 1))
+@few
+def test_group_norm_of_two_tensors_is_that_of_one(device: str, case: dict[str, Any], share: float) -> None:
+    """Whatever divides the channels, groups and blocks of channels included."""
+    x, weight, bias, shift = group_norm_inputs(case, device)
+    assume(x.shape[1] > 1)
+    first = 1 + round(share * (x.shape[1] - 2))
+    arguments = case["groups"], 1e-5, case["silu"], shift
+    with poisoned_memory(), in_blocks(case["blocks"]):
+        whole = torch.ops.emt.group_norm_silu(x, weight, bias, *arguments)
+        y = torch.ops.emt.group_norm_silu_of_two(x[:, :first], x[:, first:], weight, bias, *arguments)
+    assert y.stride() == whole.stride()
+    assert torch.equal(y, whole)
+
+
+@kernel_test
+def test_gradients_reach_both_tensors(device: str) -> None:
+    make = random(0, device, "fp32")
+    x, beside = (make(2, channels, 3, 4).requires_grad_() for channels in (4, 8))
+    weight, bias = make(12), make(12)
+    y = group_norm_silu(x, weight, bias, 3, 1e-5, True, None, beside)
+    expected = group_norm_silu_reference(x, weight, bias, 3, 1e-5, True, None, beside)
+    torch.testing.assert_close(y, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(y.sum(), (x, beside)), torch.autograd.grad(expected.sum(), (x, beside))
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@kernel_test
 @given(case=group_norms())
 @few
 def test_group_norm_silu_gradients(device: str, case: dict[str, Any]) -> None:
@@ -312,6 +342,8 @@ def test_wrong_shapes_are_named() -> None:
         group_norm_silu(x, six, six, 2, 1e-5, True, six)
     with pytest.raises(ValueError, match=r"weight has shape \(6,\), expected \(5,\)"):
         layer_norm(x, six, five, 1e-5)
+    with pytest.raises(ValueError, match=r"beside has shape \(2, 6, 5, 3\).*\(2, 6, 3, 5\)"):
+        group_norm_silu(x, six, six, 2, 1e-5, True, beside=x.mT)
     with pytest.raises(ValueError, match=r"positions has shape \(2, 5\), expected \(6, 5\)"):
         layer_norm(x, five, five, 1e-5, torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"\(3, 5\).*\(batch, frames, tokens, channels\)"):
@@ -330,12 +362,26 @@ def test_wrong_shapes_are_named() -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile(capability: int) -> None:
     pytest.importorskip("triton")
-    half = ("x", "weight", "bias", "shift", "out", "grad", "grad_x", "positions", "residual", "total", "positioned")
+    half = (
+        "x",
+        "beside",
+        "weight",
+        "bias",
+        "shift",
+        "out",
+        "grad",
+        "grad_x",
+        "positions",
+        "residual",
+        "total",
+        "positioned",
+    )
     types = dict.fromkeys(half, "fp16") | dict.fromkeys(("partial", "statistics", "sums", "means"), "fp32")
     norm = {
         "EPS": 1e-5,
         "SILU": True,
         "SHIFT": True,
+        "PAIR": True,
         "ALIGN": 8,
         "LANES": 64,
         "ROWS": 8,

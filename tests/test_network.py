@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emt.backbone import PLAIN, Execution
 from emt.backbones.sd15.layers import sinusoidal_positions
+from emt.backbones.sd15.passes import Constants
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
+from emt.features import TextFeatures
 from emt.sampling import make_sampler, run_sampler
 from emt.train.objective import Objective
 
@@ -76,6 +79,8 @@ FUSED = {
     "adds": Execution(fuse_residual_adds=True),
     "adds and biases": Execution(fuse_residual_adds=True, defer_conv_biases=True),
     "in parts": Execution(fuse_residual_adds=True, defer_conv_biases=True, feed_forward_tokens=7),
+    "skips": Execution(fuse_residual_adds=True, join_skips=True),
+    "all": Execution(fuse_residual_adds=True, defer_conv_biases=True, join_skips=True, constants=Constants()),
 }
 
 
@@ -534,6 +539,8 @@ class TestFusedPass:
         unet = self.network(**config)
         sample, text = (x.double() for x in inputs(2, frames, height, width))
         given = sample.clone()
+        if execution.constants is not None:
+            execution = replace(execution, constants=Constants())  # they are of one network
 
         def everything(how: Execution, deep: Tensor | None = None) -> list[Tensor]:
             motion = unet.encode_reference(sample[:1], 400, text[:1], execution=how)
@@ -549,6 +556,45 @@ class TestFusedPass:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         assert torch.equal(sample, given)
         assert torch.equal(deep, expected[2])
+
+    @pytest.mark.parametrize(
+        "execution", [PLAIN, FUSED["adds and biases"], FUSED["all"]], ids=["plain", "fused", "all"]
+    )
+    @pytest.mark.parametrize("attended", [(0,), (1,), ()])
+    @torch.no_grad()
+    def test_what_the_halves_of_guidance_share_is_computed_once(self, execution, attended):
+        """Also with deep features, of prompts that change from frame to frame, and if no layer reads the prompts."""
+        unet = self.network(attention_levels=attended, layers_per_block=2)
+        once, text = (x.double() for x in inputs(2, 3, 8, 8))
+        sample = torch.cat([once, once])
+        motion = unet.prepare(unet.encode_reference(sample[:1], 400, text[:1]))
+        for prompts in (torch.cat([text, text.flip(1)]), torch.cat([text, text.flip(1)]).repeat_interleave(3, 0)):
+            features = [unet.encode_text(prompts), TextFeatures(unet.encode_text(prompts).layers, guided=True)]
+            found = []
+            for known in features:
+                how = replace(execution, constants=execution.constants and Constants())
+                with Called() as called:
+                    prediction, deep = unet.denoise_deep(sample, 3, known, motion, execution=how)
+                shallow = unet.denoise_shallow(sample, 9, known, motion, deep, execution=how)
+                found.append((prediction, deep, shallow, called.sizes))
+            for ours, theirs in zip(found[1][:3], found[0][:3], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+            assert found[1][3].count(6) > found[0][3].count(6) == 0
+
+    @torch.no_grad()
+    def test_constants_follow_weights_that_are_written_in_place(self):
+        unet, constants = self.network(), Constants()
+        execution = replace(FUSED["all"], constants=constants)
+        sample, text = (x.double() for x in inputs(1, 2, 4, 4))
+        unet(sample, 3, text, execution=execution)
+        kept = len(constants)
+        for parameter in unet.parameters():
+            parameter.data.mul_(1.5)
+        expected = unet(sample, 3, text)
+        assert not torch.allclose(unet(sample, 3, text, execution=execution), expected)
+        constants.refresh()
+        torch.testing.assert_close(unet(sample, 3, text, execution=execution), expected, rtol=1e-10, atol=1e-10)
+        assert len(constants) == kept
 
     @torch.no_grad()
     def test_matmuls_add_and_convolutions_have_no_biases(self):
@@ -603,15 +649,18 @@ class TestFusedPass:
 
 
 class Called(TorchDispatchMode):
-    """Names of the operators that were called, and of those given a bias as their third argument."""
+    """Operators that were called: their names, those given a bias as third argument, images that were convolved."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.sizes: list[int] = []
         self.names: list[str] = []
         self.with_bias: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
+        if "convolution" in str(func):
+            self.sizes.append(args[0].shape[0])
         if len(args) > 2 and args[2] is not None:
             self.with_bias.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -5,6 +5,9 @@ group of a frame is small enough to stay in a multiprocessor's cache, one kernel
 group. Otherwise one kernel writes the statistics of blocks of pixels, channel by channel, so that rows are read
 whole; a second one combines them; and a third one applies them, in the opposite order, so that it finds in the cache
 what the first one read last. Nothing is added atomically: results repeat bit for bit.
+
+Two tensors whose channels follow each other, an activation and a skip connection, are normalized as one without being
+copied into one.
 """
 
 from __future__ import annotations
@@ -21,9 +24,18 @@ from emt_kernels.selection import INSTALLED, triton_op, use_triton, wrap_triton
 
 
 def group_norm_silu_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch reference of `group_norm_silu`."""
+    if beside is not None:
+        x = torch.cat([x, beside], dim=1)
     if shift is not None:
         x = x + shift[:, :, None, None]
     x = F.group_norm(x, groups, weight, bias, eps)
@@ -31,12 +43,19 @@ def group_norm_silu_reference(
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """Normalize each group of channels of each frame, scale and shift each channel, optionally apply SiLU.
 
-    Statistics are computed in float32 about a mean, never as a difference of squares, so that no finite float16
-    input overflows and a large mean costs no accuracy.
+    Statistics are computed in float32 about a value of the channel, so that no finite float16 input overflows and a
+    large mean costs no accuracy.
 
     Args:
         x: (frames, channels, height, width), best in channels-last memory; another layout is copied into it.
@@ -47,36 +66,50 @@ def group_norm_silu(
         silu: whether SiLU follows.
         shift: (frames, channels), added to all pixels before: the time embedding of a residual block, biases of the
             convolutions that made `x`. One vector for all frames may be expanded.
+        beside: (frames, more channels, height, width), whose channels follow those of `x`: all arguments are of both.
 
     Returns:
-        As `x`, in channels-last memory where the kernel runs: its (frames, tokens, channels) are a view.
+        As `x` with all channels, in channels-last memory where the kernel runs: (frames, tokens, channels) is a view.
 
     Raises:
         ValueError: for shapes that do not fit each other, which it names.
     """
-    _check(x, weight, bias, groups, shift)
-    if use_triton(x):
+    _check(x, weight, bias, groups, shift, beside)
+    if not use_triton(x):
+        return group_norm_silu_reference(x, weight, bias, groups, eps, silu, shift, beside)
+    if beside is None:
         return torch.ops.emt.group_norm_silu(x, weight, bias, groups, eps, silu, shift)
-    return group_norm_silu_reference(x, weight, bias, groups, eps, silu, shift)
+    tensors = [t for t in (x, beside, weight, bias, shift) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return torch.ops.emt.group_norm_silu(torch.cat([x, beside], dim=1), weight, bias, groups, eps, silu, shift)
+    return torch.ops.emt.group_norm_silu_of_two(x, beside, weight, bias, groups, eps, silu, shift)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
-    if x.ndim != 4 or x.shape[1] % groups:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None, beside: Tensor | None = None
+) -> None:
+    if beside is not None and (
+        x.ndim != 4 or beside.ndim != 4 or (*beside.shape[:1], *beside.shape[2:]) != (*x.shape[:1], *x.shape[2:])
+    ):
+        raise ValueError(
+            f"beside has shape {tuple(beside.shape)}, expected that of x but for channels: {tuple(x.shape)}"
+        )
+    if x.ndim != 4 or (x.shape[1] + (0 if beside is None else beside.shape[1])) % groups:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected (frames, channels divisible by {groups}, height, width)"
         )
-    channels = x.shape[1]
+    channels = x.shape[1] + (0 if beside is None else beside.shape[1])
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != (channels,):
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected {(channels,)}")
-    if shift is not None and shift.shape != x.shape[:2]:
-        raise ValueError(f"shift has shape {tuple(shift.shape)}, expected {tuple(x.shape[:2])}")
+    if shift is not None and shift.shape != (x.shape[0], channels):
+        raise ValueError(f"shift has shape {tuple(shift.shape)}, expected {(x.shape[0], channels)}")
 
 
 # ------------------------------------------------------------------------------------------------------ launches
 
 _LANES = 64  # channels that a program reads of a pixel, where groups are not read apart
-_BLOCK = 128  # pixels of a block of statistics
+_BLOCK = 128  # pixels of a block of sums of gradients
 _ROWS = 32  # pixels that a program holds at once of two inputs; of one it holds twice as many
 _CACHED = 20_000  # values of a group that one program reads twice, the second time from the cache
 _WARP = 512  # values for which one more warp reads such a group
@@ -105,6 +138,11 @@ def plan(size: int, pixels: int) -> Plan | None:
     return Plan(lanes, min(max(_WARP * warps // lanes, 1), _power_of_two(pixels)), warps)
 
 
+def block_of_statistics(pixels: int) -> int:
+    """Pixels of a frame whose statistics one program takes: many frames are small ones, and large ones are few."""
+    return 256 if pixels <= 1024 else 512 if pixels <= 65_536 else 1024
+
+
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -116,11 +154,25 @@ if INSTALLED:
     import triton.language as tl
 
     # ALIGN says how far rows are aligned: specialising on sizes besides would only make more kernels to compile.
-    _SIZES = ("channel_units", "groups", "group_channels", "blocks")
+    _SIZES = ("channel_units", "first_units", "groups", "group_channels", "block", "blocks")
+
+    @triton.jit
+    def _load_pixels(x, beside, pixel, channel, channels, first, mask, PAIR: tl.constexpr):
+        """Values, in float32, of pixels; with PAIR, channels from `first` on are those of `beside`."""
+        if PAIR:
+            left = mask & (channel < first)[None, :]
+            right = mask & (channel >= first)[None, :]
+            v = tl.load(x + pixel[:, None] * first + channel[None, :], mask=left, other=0.0).to(tl.float32)
+            at = pixel[:, None] * (channels - first) + (channel - first)[None, :]
+            v += tl.load(beside + at, mask=right, other=0.0).to(tl.float32)
+        else:
+            v = tl.load(x + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        return v
 
     @triton.jit
     def _group_norm_frame(
         x,
+        beside,
         weight,
         bias,
         shift,
@@ -129,9 +181,11 @@ if INSTALLED:
         pixels,
         groups,
         group_units,
+        first_units,
         EPS: tl.constexpr,
         SILU: tl.constexpr,
         SHIFT: tl.constexpr,
+        PAIR: tl.constexpr,
         ALIGN: tl.constexpr,
         LANES: tl.constexpr,
         ROWS: tl.constexpr,
@@ -147,7 +201,9 @@ if INSTALLED:
         lane, row = tl.arange(0, LANES), tl.arange(0, ROWS)
         exists = lane < group_channels
         channel = group * group_channels + lane
-        x += frame * pixels * channels
+        first = first_units * ALIGN
+        x += frame * pixels * first
+        beside += frame * pixels * (channels - first)
         out += frame * pixels * channels
         if SHIFT:
             s = tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)
@@ -156,7 +212,7 @@ if INSTALLED:
         count = 0.0
         for start in range(0, pixels, ROWS):
             mask = (start + row < pixels)[:, None] & exists[None, :]
-            v = tl.load(x + (start + row)[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            v = _load_pixels(x, beside, start + row, channel, channels, first, mask, PAIR)
             if SHIFT:
                 v += s[None, :]
             count += 1.0
@@ -178,7 +234,7 @@ if INSTALLED:
         for start in range(0, pixels, ROWS):
             mask = (start + row < pixels)[:, None] & exists[None, :]
             at = (start + row)[:, None] * channels + channel[None, :]
-            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            v = _load_pixels(x, beside, start + row, channel, channels, first, mask, PAIR)
             if SHIFT:
                 v += s[None, :]
             y = (v - mean) * scale[None, :] + offset[None, :]
@@ -189,41 +245,55 @@ if INSTALLED:
     @triton.jit(do_not_specialize=_SIZES)
     def _group_norm_statistics(
         x,
+        beside,
         shift,
         shift_stride,
         partial,
         pixels,
         channel_units,
+        first_units,
+        block,
         SHIFT: tl.constexpr,
+        PAIR: tl.constexpr,
         ALIGN: tl.constexpr,
         LANES: tl.constexpr,
-        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
     ):
-        """Mean of every channel in one block of BLOCK pixels, and sum of squared differences from it.
+        """Mean of every channel in one of the blocks of `block` pixels, and sum of squared differences from it.
 
-        `partial` is (frames, 2, blocks, channels).
+        Every lane adds up differences from the channel's first value, and their squares, so that lanes are put
+        together once. No value is further from the mean than √block standard deviations: what that costs of the
+        squares is `block` times the rounding of float32. `partial` is (frames, 2, blocks, channels).
         """
-        block, frame = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        index, frame = tl.program_id(1), tl.program_id(2).to(tl.int64)
         blocks = tl.num_programs(1)
-        channels = channel_units * ALIGN
+        channels, first = channel_units * ALIGN, first_units * ALIGN
         channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
         exists = channel < channels
-        first = block * BLOCK
-        row = tl.arange(0, BLOCK)
-        mask = (first + row < pixels)[:, None] & exists[None, :]
-        x += (frame * pixels + first) * channels
-        v = tl.load(x + row[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        if SHIFT:
-            v += tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
-        here = tl.minimum(pixels - first, BLOCK).to(tl.float32)
+        row = tl.arange(0, ROWS)
+        begin = index * block
+        here = tl.minimum(pixels - begin, block)
+        x += (frame * pixels + begin) * first
+        beside += (frame * pixels + begin) * (channels - first)
+        one = tl.arange(0, 1)
+        pivot = tl.sum(_load_pixels(x, beside, one, channel, channels, first, exists[None, :], PAIR), axis=0)
+        sums = tl.zeros((ROWS, LANES), tl.float32)
+        squares = tl.zeros((ROWS, LANES), tl.float32)
+        for start in range(0, here, ROWS):
+            mask = (start + row < here)[:, None] & exists[None, :]
+            v = _load_pixels(x, beside, start + row, channel, channels, first, mask, PAIR)
+            v = tl.where(mask, v - pivot[None, :], 0.0)
+            sums += v
+            squares += v * v
+        total = tl.sum(sums, axis=0)
         # The mean is the first value plus the mean difference from it: exactly where all values are the same.
-        pivot = tl.sum(tl.where(row[:, None] == 0, v, 0.0), axis=0)
-        v = tl.where(mask, v - pivot[None, :], 0.0)
-        off = tl.sum(v, axis=0) / here
-        v = tl.where(mask, v - off[None, :], 0.0)
-        partial += (frame * 2 * blocks + block) * channels + channel
-        tl.store(partial, pivot + off, mask=exists)
-        tl.store(partial + blocks * channels, tl.sum(v * v, axis=0), mask=exists)
+        off = total / here.to(tl.float32)
+        mean = pivot + off
+        if SHIFT:
+            mean += tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)
+        partial += (frame * 2 * blocks + index) * channels + channel
+        tl.store(partial, mean, mask=exists)
+        tl.store(partial + blocks * channels, tl.maximum(tl.sum(squares, axis=0) - total * off, 0.0), mask=exists)
 
     @triton.jit(do_not_specialize=_SIZES)
     def _group_norm_combine(
@@ -232,10 +302,10 @@ if INSTALLED:
         pixels,
         groups,
         group_channels,
+        block,
         blocks,
         EPS: tl.constexpr,
         LANES: tl.constexpr,
-        BLOCK: tl.constexpr,
     ):
         """Mean and reciprocal standard deviation of one group of one frame; `statistics` is (frames, 2, groups)."""
         group, frame = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -246,18 +316,18 @@ if INSTALLED:
         lane = tl.arange(0, LANES)
         off = tl.zeros((LANES,), tl.float32)
         for start in range(0, blocks * group_channels, LANES):
-            block = (start + lane) // group_channels
-            mask = block < blocks
-            at = block * channels + (start + lane) % group_channels
-            count = tl.minimum(pixels - block * BLOCK, BLOCK).to(tl.float32)
+            index = (start + lane) // group_channels
+            mask = index < blocks
+            at = index * channels + (start + lane) % group_channels
+            count = tl.minimum(pixels - index * block, block).to(tl.float32)
             off += tl.where(mask, (tl.load(partial + at, mask=mask, other=0.0) - pivot) * count, 0.0)
         mean = pivot + tl.sum(off) / size
         squares = tl.zeros((LANES,), tl.float32)
         for start in range(0, blocks * group_channels, LANES):
-            block = (start + lane) // group_channels
-            mask = block < blocks
-            at = block * channels + (start + lane) % group_channels
-            count = tl.minimum(pixels - block * BLOCK, BLOCK).to(tl.float32)
+            index = (start + lane) // group_channels
+            mask = index < blocks
+            at = index * channels + (start + lane) % group_channels
+            count = tl.minimum(pixels - index * block, block).to(tl.float32)
             difference = tl.load(partial + at, mask=mask, other=0.0) - mean
             squares += tl.load(partial + blocks * channels + at, mask=mask, other=0.0)
             squares += tl.where(mask, difference * difference * count, 0.0)
@@ -268,6 +338,7 @@ if INSTALLED:
     @triton.jit(do_not_specialize=_SIZES)
     def _group_norm_apply(
         x,
+        beside,
         weight,
         bias,
         shift,
@@ -276,10 +347,12 @@ if INSTALLED:
         out,
         pixels,
         channel_units,
+        first_units,
         groups,
         group_channels,
         SILU: tl.constexpr,
         SHIFT: tl.constexpr,
+        PAIR: tl.constexpr,
         ALIGN: tl.constexpr,
         LANES: tl.constexpr,
         ROWS: tl.constexpr,
@@ -288,7 +361,7 @@ if INSTALLED:
         run = tl.num_programs(0) - 1 - tl.program_id(0)
         block = tl.num_programs(1) - 1 - tl.program_id(1)
         frame = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
-        channels = channel_units * ALIGN
+        channels, split = channel_units * ALIGN, first_units * ALIGN
         channel = run * LANES + tl.arange(0, LANES)
         exists = channel < channels
         statistics += frame * 2 * groups + channel // group_channels
@@ -301,7 +374,9 @@ if INSTALLED:
         mask = (first + row < pixels)[:, None] & exists[None, :]
         base = (frame * pixels + first) * channels
         at = row[:, None] * channels + channel[None, :]
-        v = tl.load(x + base + at, mask=mask, other=0.0).to(tl.float32)
+        x += (frame * pixels + first) * split
+        beside += (frame * pixels + first) * (channels - split)
+        v = _load_pixels(x, beside, row, channel, channels, split, mask, PAIR)
         if SHIFT:
             v += tl.load(shift + frame * shift_stride + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
         y = (v - mean[None, :]) * scale[None, :] + offset[None, :]
@@ -441,8 +516,8 @@ if INSTALLED:
         """As kernels read it; a vector that all frames share stays one."""
         return shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
 
-    def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
-        return -(-x.shape[1] // _LANES), -(-(x.shape[2] * x.shape[3]) // rows), x.shape[0]
+    def _grid(x: Tensor, rows: int, more: int = 0) -> tuple[int, int, int]:
+        return -(-(x.shape[1] + more) // _LANES), -(-(x.shape[2] * x.shape[3]) // rows), x.shape[0]
 
     def _arguments(x: Tensor, shift: Tensor | None) -> dict[str, Any]:
         """Arguments shared by the kernels that iterate over blocks of pixels."""
@@ -459,23 +534,39 @@ if INSTALLED:
             "num_warps": 4,
         }
 
-    def _statistics(x: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
+    def _of_both(x: Tensor, beside: Tensor | None, shift: Tensor | None) -> dict[str, Any]:
+        """The same, also where channels of another tensor follow those of x."""
+        more = 0 if beside is None else beside.shape[1]
+        align = math.gcd(x.shape[1], more, 8)
+        return _arguments(x, shift) | {
+            "beside": x if beside is None else beside,
+            "channel_units": (x.shape[1] + more) // align,
+            "first_units": x.shape[1] // align,
+            "PAIR": beside is not None,
+            "ALIGN": align,
+        }
+
+    def _statistics(x: Tensor, shift: Tensor | None, groups: int, eps: float, beside: Tensor | None = None) -> Tensor:
         """Mean and reciprocal standard deviation, (frames, 2, groups)."""
         frames, channels, height, width = x.shape
-        grid = _grid(x, _BLOCK)
-        partial = torch.empty((frames, 2, grid[1], channels), device=x.device, dtype=torch.float32)
+        more = 0 if beside is None else beside.shape[1]
+        block = block_of_statistics(height * width)
+        grid = _grid(x, block, more)
+        partial = torch.empty((frames, 2, grid[1], channels + more), device=x.device, dtype=torch.float32)
         statistics = torch.empty((frames, 2, groups), device=x.device, dtype=torch.float32)
-        wrap_triton(_group_norm_statistics)[grid](partial=partial, BLOCK=_BLOCK, **_arguments(x, shift))
+        wrap_triton(_group_norm_statistics)[grid](
+            partial=partial, block=block, ROWS=2 * _ROWS, **_of_both(x, beside, shift)
+        )
         wrap_triton(_group_norm_combine)[(groups, frames)](
             partial=partial,
             statistics=statistics,
             pixels=height * width,
             groups=groups,
-            group_channels=channels // groups,
+            group_channels=(channels + more) // groups,
+            block=block,
             blocks=grid[1],
             EPS=eps,
             LANES=256,
-            BLOCK=_BLOCK,
             num_warps=2,
         )
         return statistics
@@ -489,29 +580,38 @@ if INSTALLED:
         silu: bool,
         shift: Tensor | None,
         chosen: Plan | None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         """Run the kernels of one plan; see `group_norm_silu`."""
         x = x.contiguous(memory_format=torch.channels_last)
+        beside = None if beside is None else beside.contiguous(memory_format=torch.channels_last)
         weight, bias, shift = weight.contiguous(), bias.contiguous(), _in_rows(shift)
-        out = torch.empty_like(x, memory_format=torch.channels_last)
         frames, channels, height, width = x.shape
-        size = channels // groups
+        more = 0 if beside is None else beside.shape[1]
+        out = torch.empty(
+            (frames, channels + more, height, width),
+            device=x.device,
+            dtype=x.dtype,
+            memory_format=torch.channels_last,
+        )
+        size = (channels + more) // groups
         if chosen is None:
-            wrap_triton(_group_norm_apply)[_grid(x, 2 * _ROWS)](
+            wrap_triton(_group_norm_apply)[_grid(x, 2 * _ROWS, more)](
                 weight=weight,
                 bias=bias,
-                statistics=_statistics(x, shift, groups, eps),
+                statistics=_statistics(x, shift, groups, eps, beside),
                 out=out,
                 groups=groups,
                 group_channels=size,
                 SILU=silu,
                 ROWS=2 * _ROWS,
-                **_arguments(x, shift),
+                **_of_both(x, beside, shift),
             )
             return out
-        align = math.gcd(size, 8)
+        align = math.gcd(size, 8) if beside is None else math.gcd(size, channels, 8)
         wrap_triton(_group_norm_frame)[(groups, frames)](
             x=x,
+            beside=x if beside is None else beside,
             weight=weight,
             bias=bias,
             shift=x if shift is None else shift,
@@ -520,9 +620,11 @@ if INSTALLED:
             pixels=height * width,
             groups=groups,
             group_units=size // align,
+            first_units=channels // align,
             EPS=eps,
             SILU=silu,
             SHIFT=shift is not None,
+            PAIR=beside is not None,
             ALIGN=align,
             LANES=chosen.lanes,
             ROWS=chosen.rows,
@@ -543,6 +645,36 @@ if INSTALLED:
         x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
     ) -> Tensor:
         return torch.empty_like(x, memory_format=torch.channels_last)
+
+    @triton_op("emt::group_norm_silu_of_two")
+    def _group_norm_silu_of_two(
+        x: Tensor,
+        beside: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Without gradients."""
+        _check(x, weight, bias, groups, shift, beside)
+        chosen = plan(weight.shape[0] // groups, x.shape[2] * x.shape[3])
+        return launch(x, weight, bias, groups, eps, silu, shift, chosen, beside)
+
+    @_group_norm_silu_of_two.register_fake
+    def _(
+        x: Tensor,
+        beside: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        size = (x.shape[0], weight.shape[0], *x.shape[2:])
+        return x.new_empty(size).to(memory_format=torch.channels_last)
 
     @triton_op("emt::group_norm_silu_backward")
     def _group_norm_silu_backward(

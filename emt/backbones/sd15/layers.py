@@ -52,6 +52,11 @@ def images_of(tokens: Tensor, size: torch.Size) -> Tensor:
     return tokens.flatten(0, -3).unflatten(1, size).permute(0, 3, 1, 2)
 
 
+def repeated(x: Tensor, copies: int) -> Tensor:
+    """So many copies of a batch (n, …), one after the other: (copies·n, …); in the memory format that it has."""
+    return x if copies == 1 else torch.cat([x] * copies)
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm of each frame, optionally with SiLU after it."""
 
@@ -59,9 +64,12 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.silu = silu
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Norm of ``x + shift``: (frames, channels, height, width), `shift` (frames, channels)."""
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift)
+    def forward(self, x: Tensor, shift: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        """Norm of ``x + shift``: (frames, channels, height, width), `shift` (frames, channels).
+
+        Channels of `beside` follow those of `x`; the shift is of both.
+        """
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift, beside)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -39,13 +39,14 @@ from emt.backbones.sd15.layers import (
     OwnLayers,
     PointwiseConv,
     images_of,
+    repeated,
     sinusoidal_positions,
     sinusoids,
     slots,
     tokens_of,
 )
 from emt.backbones.sd15.motion_module import MotionModule, Reference, TemporalAttention, TemporalTransformerBlock
-from emt.backbones.sd15.passes import Images, materialized, pass_of
+from emt.backbones.sd15.passes import materialized, pass_of
 from emt.checkpoints import check_keys
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
@@ -96,24 +97,25 @@ class SpatialAttention(QKV):
         self.heads = heads
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def attend(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Attention before `to_out`: (batch·frames, tokens, channels) → the same.
+    def attend(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None, copies: int = 1) -> Tensor:
+        """Attention before `to_out`: (batch·frames, tokens, channels) → the same, `copies` times as many frames.
 
-        `text` are the keys and values of prompts, (batch, text tokens, channels), or of each frame, (batch·frames, …).
+        `text` are the keys and values of prompts, (batch, text tokens, channels), or of each frame, (batch·frames, …),
+        for so many copies of the tokens.
         """
         if text is None:
             return self._attention(*self.project(x))
         # All frames of a clip see the same prompt: they are queries of one attention.
-        query = self.to_q(x)
+        query = repeated(self.to_q(x), copies)
         return self._attention(query.unflatten(0, (text[0].shape[0], -1)).flatten(1, 2), *text).reshape(query.shape)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    def forward(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(batch·frames, tokens, channels) → the same."""
-        return self.to_out[0](self.attend(x, text))
+    def forward(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None, copies: int = 1) -> Tensor:
+        """(batch·frames, tokens, channels) → the same, `copies` times as many frames."""
+        return self.to_out[0](self.attend(x, text, copies))
 
 
 class SpatialTransformerBlock(nn.Module):
@@ -128,10 +130,10 @@ class SpatialTransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """`x` (batch·frames, tokens, channels), `text` keys and values (batch, text tokens, channels)."""
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], copies: int = 1) -> Tensor:
+        """`x` (batch·frames, tokens, channels); `text` keys and values (batch, text tokens, channels) of its copies."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text)
+        x = repeated(x, copies) + self.attn2(self.norm2(x), text, copies)
         return x + self.ff(self.norm3(x))
 
     def use_fp8(self, choice: Choice, attention: bool, own: OwnLayers | None) -> None:
@@ -162,10 +164,10 @@ class SpatialTransformer(nn.Module):
         attention = self.transformer_blocks[0].attn2
         return attention.to_k(text), attention.to_v(text)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """(batch·frames, channels, height, width) → the same."""
-        h = self.transformer_blocks[0](self.proj_in(tokens_of(self.norm(x))), text)
-        return x + images_of(self.proj_out(h), x.shape[2:])
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], copies: int = 1) -> Tensor:
+        """(batch·frames, channels, height, width) → the same, `copies` times as many, of which each has its prompts."""
+        h = self.transformer_blocks[0](self.proj_in(tokens_of(self.norm(x))), text, copies)
+        return repeated(x, copies) + images_of(self.proj_out(h), x.shape[2:])
 
 
 class Resample(nn.Module):
@@ -353,7 +355,7 @@ class MotionTransferNetwork(Network):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        return self._read(latents, timestep, text, execution)[1]
+        return self._read(latents, timestep, text, execution, features_alone=True)[1]
 
     @offloaded
     def denoise_with_features(
@@ -406,8 +408,11 @@ class MotionTransferNetwork(Network):
         text: Tensor | TextFeatures,
         execution: Execution = PLAIN,
         hidden: dict[str, Tensor] | None = None,
+        features_alone: bool = False,
     ) -> tuple[Tensor, MotionFeatures]:
-        prediction, features, _ = self._run(sample, timestep, text, None, False, execution, hidden=hidden)
+        prediction, features, _ = self._run(
+            sample, timestep, text, None, False, execution, hidden=hidden, features_alone=features_alone
+        )
         return prediction, MotionFeatures({path: features[path] for path in self.reference_layers()})
 
     @offloaded
@@ -515,11 +520,13 @@ class MotionTransferNetwork(Network):
         execution: Execution = PLAIN,
         deep: Tensor | None = None,
         hidden: dict[str, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Tensor | Images]:
+        features_alone: bool = False,
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Any]:
         """The forward pass, or only its highest resolution with `deep` features.
 
         Also returns the features that stand before the temporal attentions of a pass that is not adapted, by module
-        path, and the deep features. The output of motion modules is put into `hidden`.
+        path, and the deep features. The output of motion modules is put into `hidden`. With `features_alone` the pass
+        ends at the last layer that is read for references; the prediction is the sample then.
         """
         shallow = deep is not None
         net, run = self._layers(adapted), pass_of(execution, sample)
@@ -532,21 +539,32 @@ class MotionTransferNetwork(Network):
         batch, _, frames, _, _ = sample.shape
         features: dict[str, tuple[Tensor, ...]] = {}
 
-        time = torch.as_tensor(timestep, device=sample.device).expand(batch)
-        time = F.silu(net.time_embedding(time)).repeat_interleave(frames, 0)  # (batch·frames, time channels)
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        time = run.embed_time(net, timestep if timestep.ndim else timestep[None], batch, frames)
+        last = self.reference_layers()[-1:] if features_alone else []
 
-        def layer(block: Block, i: int, x: Tensor | Images, skip: Tensor | Images | None = None) -> Tensor | Images:
+        # The halves of guidance are the same until the first layer reads the prompts.
+        copies = 2 if text.guided and execution.share_guidance and batch % 2 == 0 else 1
+        if copies > 1:
+            sample = sample[: batch // 2]
+
+        def layer(block: Block, i: int, x: Any, skip: Any = None) -> Any:
             # Gradient checkpointing recomputes one such layer at a time.
-            x = run.resnet(block.resnets[i], x if skip is None else run.concatenate(x, skip), time)
+            again = copies if copies > 1 and x.shape[0] < batch * frames else 1
+            if skip is not None:
+                x = run.concatenate(x, run.repeat(skip, copies if copies > 1 and skip.shape[0] < x.shape[0] else 1))
+            x = run.resnet(block.resnets[i], x, time)
             if block.attentions:
                 transformer = block.attentions[i]
-                x = run.spatial(transformer, x, text.layers[transformer.path])
+                x = run.spatial(transformer, x, text.layers[transformer.path], again)
+            else:
+                x = run.repeat(x, again)
             if block.motion_modules:
                 module = block.motion_modules[i]
                 reference = references.get(module.path)
                 _check_reference(reference, frames, x.shape)
                 read: list[Tensor] | None = None if adapted else []
-                x = run.temporal(module, x, frames, reference, read)
+                x = run.temporal(module, x, frames, reference, read, module.path in last)
                 if read is not None:
                     found = (feature.unflatten(2, x.shape[2:]) for feature in read)
                     features[module.path] = tuple(f.cpu() if execution.features_on_host else f for f in found)
@@ -554,7 +572,7 @@ class MotionTransferNetwork(Network):
                     hidden[module.path] = materialized(x)
             return x
 
-        def checkpointed(block: Block, i: int, *inputs: Tensor | Images) -> Tensor | Images:
+        def checkpointed(block: Block, i: int, *inputs: Any) -> Any:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 return self._gradient_checkpointing_func(layer, block, i, *inputs)
             return layer(block, i, *inputs)
@@ -576,6 +594,7 @@ class MotionTransferNetwork(Network):
             x = checkpointed(net.mid_block, 0, x)
             x = run.resnet(net.mid_block.resnets[1], x, time)
 
+        given: Any = None
         for block in net.up_blocks:
             if block is net.up_blocks[-1]:
                 x = given = x if deep is None else run.images(deep)
@@ -583,6 +602,8 @@ class MotionTransferNetwork(Network):
                 continue
             for i in range(len(block.resnets)):
                 x = checkpointed(block, i, x, skips.pop())
+                if last and last[0] in features:
+                    return sample, features, given
             for upsample in block.upsamplers:
                 x = run.upsample(upsample.conv, x, skips[-1].shape[2:])  # the skip connection knows odd sizes
 
