@@ -8,7 +8,7 @@ over thousands of jobs can look up a network's limits and costs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -128,6 +128,31 @@ def import_backbones(index: Mapping[str, Any]) -> None:
             importlib.import_module(BACKBONES[entry[1]][0])
 
 
+class Constants:
+    """Tensors that follow from weights alone: computed once, and kept where they are for captured calls.
+
+    Weights that are written in place need `refresh`; those that are moved, a new object.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], tuple[Tensor, Callable[[], Tensor]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """The tensor of a key, which `compute` makes of weights and of other constants."""
+        if key not in self._kept:
+            self._kept[key] = compute(), compute
+        return self._kept[key][0]
+
+    def refresh(self) -> Tensor:
+        """Compute all of them again, in place, in the order in which they came; the last one, of one or more."""
+        for tensor, compute in self._kept.values():
+            tensor.copy_(compute())
+        return tensor
+
+
 @dataclass(frozen=True)
 class Execution:
     """Options of a pass through a network. Results agree to rounding.
@@ -151,7 +176,7 @@ class Execution:
     features_on_host: bool = False
     share_guidance: bool = True
     join_skips: bool = False
-    constants: Any = None
+    constants: Constants | None = None
 
 
 PLAIN = Execution()

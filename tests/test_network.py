@@ -15,9 +15,8 @@ from published import KINDS, SMALL, relative_error, small_states, small_unet, te
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emt.backbone import PLAIN, Execution
+from emt.backbone import PLAIN, Constants, Execution
 from emt.backbones.sd15.layers import sinusoidal_positions
-from emt.backbones.sd15.passes import Constants
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError

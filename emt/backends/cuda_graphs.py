@@ -88,7 +88,7 @@ class CapturedCall:
     output: Tensor
     text: StaticInput | None = None
     motion: StaticInput | None = None
-    deep: list[Tensor] = field(default_factory=list)  # the deep features that it writes, if any
+    kept: list[Tensor] = field(default_factory=list)  # what else it writes: deep features, or those of references
 
 
 def shapes_of(features: TextFeatures | MotionFeatures | PreparedMotion) -> tuple[Any, ...]:

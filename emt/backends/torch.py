@@ -13,13 +13,14 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emt.backbone import PLAIN, Execution
+from emt.backbone import PLAIN, Constants, Execution
 from emt.backends.base import Networks, PipelineBackend
 from emt.backends.cuda_graphs import CapturedCall, CudaGraphs, Recorder, StaticInput, out_of_memory, shapes_of
 from emt.backends.low_memory import FEED_FORWARD_TOKENS, LayerByLayer, each_sample
@@ -51,6 +52,9 @@ class TorchBackend(PipelineBackend):
             stay where `state_dict` finds them.
         fuse_residual_adds: let matmuls add to the residual stream themselves on a CUDA GPU.
         defer_conv_biases: with that, leave biases of convolutions to the norms that read what they made.
+        join_skips: with fused residual adds, leave skip connections where they are (`Execution.join_skips`).
+        share_guidance: compute what the halves of guidance have in common once (`Execution.share_guidance`).
+        keep_constants: keep what follows from weights alone beside captured calls.
         channels_last: convert the network's weights to channels-last memory on a CUDA GPU.
         channels_last_vae: the VAE's too, with its group norms and SiLUs by `group_norm_silu`.
         attention: implementations of spatial attention on a CUDA GPU, the preferred one first.
@@ -70,6 +74,9 @@ class TorchBackend(PipelineBackend):
         fuse_projections: bool = True,
         fuse_residual_adds: bool = True,
         defer_conv_biases: bool = True,
+        join_skips: bool = True,
+        share_guidance: bool = True,
+        keep_constants: bool = True,
         channels_last: bool = True,
         channels_last_vae: bool = True,
         attention: Sequence[SDPBackend] = ATTENTION,
@@ -88,7 +95,10 @@ class TorchBackend(PipelineBackend):
             defer_conv_biases=defer_conv_biases,
             feed_forward_tokens=FEED_FORWARD_TOKENS if low_memory else PLAIN.feed_forward_tokens,
             features_on_host=low_memory,
+            join_skips=join_skips,
+            share_guidance=share_guidance,
         )
+        self.keep_constants = keep_constants and not compile
         self.channels_last = channels_last
         self.channels_last_vae = channels_last_vae
         self.attention = attention
@@ -98,9 +108,11 @@ class TorchBackend(PipelineBackend):
         self._calls: OrderedDict[tuple[Any, ...], CapturedCall] = OrderedDict()
         self._motions: dict[tuple[Any, ...], StaticInput] = {}  # by the shapes of prepared motion
         self._prepared: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # those shapes, by the shapes of features
-        self._references: dict[tuple[Any, ...], dict[str, list[torch.Size]]] = {}  # shapes that were met
+        self._references: dict[tuple[Any, ...], dict[str, int]] = {}  # features of each layer, by shapes that were met
         self._rehearsed: set[tuple[Any, ...]] = set()  # shapes whose kernels have been compiled ahead
         self._weights: list[Tensor] = []
+        self._constants = Constants()
+        self._refresh: tuple[int, Callable[[], None]] | None = None  # captured, for so many constants
         self._text: weakref.ref[TextFeatures] | None = None
 
     @property
@@ -117,6 +129,7 @@ class TorchBackend(PipelineBackend):
         inputs = (latents, timestep, text)
         if not self._captures(latents.device) or key not in self._references:
             return self._read_reference(key, *inputs)
+        self._refresh_constants(latents.device)
         call = self._calls.get(key)
         if call is None:
             try:
@@ -128,27 +141,28 @@ class TorchBackend(PipelineBackend):
         for static, tensor in zip(call.inputs, inputs, strict=True):
             static.copy_(tensor)
         call.replay()
-        shapes = self._references[key]
-        parts = iter(call.output.clone().split([shape.numel() for layer in shapes.values() for shape in layer]))
+        found = iter(call.kept)
         return MotionFeatures(
-            {path: tuple(next(parts).view(shape) for shape in layer) for path, layer in shapes.items()}
+            {path: tuple(next(found).clone() for _ in range(count)) for path, count in self._references[key].items()}
         )
 
     def _read_reference(self, key: tuple[Any, ...], latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
         with self._execution_context(latents.device) as execution:
             features = self.unet.encode_reference(latents, timestep, text, execution=execution)
-        self._references[key] = {path: [x.shape for x in layer] for path, layer in features.layers.items()}
+        self._references[key] = {path: len(layer) for path, layer in features.layers.items()}
         return features
 
     def _capture_reference(self, *inputs: Tensor) -> CapturedCall:
         own = [x.clone() for x in inputs]
+        found: list[Tensor] = []
 
         def compute(execution: Execution) -> Tensor:
             features = self.unet.encode_reference(*own, execution=execution)
-            return torch.cat([x.flatten() for x in tensors_of(features)])
+            found[:] = tensors_of(features)
+            return found[-1]
 
         replay, output = self._compute_and_capture(inputs[0].device, compute)
-        return CapturedCall(replay, own, output)
+        return CapturedCall(replay, own, output, kept=found)
 
     def prepare_motion(self, features: MotionFeatures) -> PreparedMotion:
         """Prepare the constants of references for all steps; good until motion of the same shape is prepared.
@@ -208,7 +222,7 @@ class TorchBackend(PipelineBackend):
                 predictions, deep = zip(*found)
                 return torch.cat(predictions), torch.cat(deep)
         call = self._replay(sample, timestep, text, motion, keep=True)
-        return call.output.clone(), call.deep[0]
+        return call.output.clone(), call.kept[0]
 
     def denoise_shallow(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None, deep: Tensor
@@ -241,9 +255,10 @@ class TorchBackend(PipelineBackend):
         inputs = (sample, timestep) if deep is None else (sample, timestep, deep)
         if self._text is None or self._text() is not text:  # a new clip: has anybody moved the weights?
             self._prepare_weights(sample.device)
+            self._refresh_constants(sample.device)
             self._text = weakref.ref(text)
         shapes = shapes_of(text), motion and shapes_of(motion)
-        key = (*((x.shape, x.dtype) for x in inputs), keep, *shapes)
+        key = (*((x.shape, x.dtype) for x in inputs), keep, text.guided, *shapes)
         call = self._calls.get(key)
         if call is None:
             self._drop_motions(keep=motion)
@@ -265,7 +280,8 @@ class TorchBackend(PipelineBackend):
         self._calls.clear()
         self._motions.clear()
         self._weights = []
-        self._recorder = self._text = None
+        self._constants = Constants()
+        self._recorder = self._text = self._refresh = None
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[Execution]:
@@ -321,7 +337,8 @@ class TorchBackend(PipelineBackend):
         self, inputs: tuple[Tensor, ...], text: TextFeatures, motion: PreparedMotion | None, keep: bool
     ) -> CapturedCall:
         own = [x.clone() for x in inputs]
-        own_text = TextFeatures({path: (key.clone(), value.clone()) for path, (key, value) in text.layers.items()})
+        layers = {path: (key.clone(), value.clone()) for path, (key, value) in text.layers.items()}
+        own_text = TextFeatures(layers, text.guided)
         static = self._static_motion(motion) if motion is not None else None
         deep: list[Tensor] = []
 
@@ -347,7 +364,19 @@ class TorchBackend(PipelineBackend):
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here, self._execution_context(device) as execution:
             self._recorder = self._recorder or (self._make_recorder or CudaGraphs)()
-            return self._recorder.record(lambda: compute(execution))
+            kept = replace(execution, constants=self._constants) if self.keep_constants else execution
+            return self._recorder.record(lambda: compute(kept))
+
+    def _refresh_constants(self, device: torch.device) -> None:
+        """Compute anew what captured calls keep of the weights, which may have been written in place."""
+        count = len(self._constants)
+        if not count:
+            return
+        if self._refresh is None or self._refresh[0] != count:
+            self._constants.refresh()  # now, too: recording it compares with what is there
+            replay, _ = self._compute_and_capture(device, lambda execution: self._constants.refresh())
+            self._refresh = count, replay
+        self._refresh[1]()
 
     def _static_motion(self, motion: PreparedMotion) -> StaticInput:
         """The static input for motion of this shape, with this one in it."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emt.backbone import Execution
+from emt.backbone import Constants, Execution
 from emt.backbones.sd15.layers import FeedForward, GroupNorm, LayerNorm, repeated, rows_of, tokens_of
 from emt.backbones.sd15.motion_module import MotionModule, Reference
 from emt_kernels.add_matmul import add_matmul_
@@ -120,30 +120,6 @@ class Pair:
         """(frames, all channels, height, width)."""
         frames, channels, *size = self.first.shape
         return torch.Size([frames, channels + self.second.shape[1], *size])
-
-
-class Constants:
-    """Tensors that follow from weights alone: computed once, and kept where they are for captured calls.
-
-    Weights that are written in place need `refresh`; those that are moved, a new object.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], tuple[Tensor, Callable[[], Tensor]]] = {}
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """The tensor of a key, which `compute` makes of weights and of other constants."""
-        if key not in self._kept:
-            self._kept[key] = compute(), compute
-        return self._kept[key][0]
-
-    def refresh(self) -> None:
-        """Compute all of them again, in place, in the order in which they came."""
-        for tensor, compute in self._kept.values():
-            tensor.copy_(compute())
 
 
 @dataclass
