@@ -59,6 +59,17 @@ def test_any_shape(
 
 
 @kernel_test
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_kernel_adds_weights_to_the_bit(device: str, channels_last: bool, dtype: torch.dtype) -> None:
+    _, weight, _ = tensors((1, 40, 1, 1), 70, dtype, device)
+    if channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    with poisoned_memory():
+        assert torch.equal(module.add_phases(weight), phase_weights(weight))
+
+
+@kernel_test
 @pytest.mark.parametrize("shape", [(2, 20, 3, 5), (1, 4, 1, 1)])
 def test_the_operator_is_the_reference(device: str, shape: tuple[int, int, int, int]) -> None:
     x, weight, bias = tensors(shape, 24, torch.float16, device)

@@ -25,8 +25,8 @@ def upsample_conv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Upsample images by two, each pixel four times, and convolve them. Gradients take the reference.
 
-    Phases of the weights are added up in every call, which costs a fraction of what they save: weights may be written
-    in place between calls, also of a captured one.
+    Phases of the weights are added up in every call, by one kernel: weights may be written in place between calls,
+    also of a captured one.
 
     Args:
         x: (n, inputs, height, width).
@@ -153,6 +153,66 @@ if INSTALLED:
         place = out + at[:, None] + channel[None, :]
         tl.store(place, total.to(out.dtype.element_ty), mask=exists[:, None] & wanted[None, :])
 
+    @triton.jit
+    def _add_phases(
+        weight,
+        phases,
+        inputs,
+        outputs,
+        output_stride,
+        input_stride,
+        row_stride,
+        column_stride,
+        INPUTS: tl.constexpr,
+        OUTPUTS: tl.constexpr,
+    ):
+        """All phases of INPUTS channels for OUTPUTS others, added as `phase_weights` adds them."""
+        i = tl.program_id(0) * INPUTS + tl.arange(0, INPUTS)
+        o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+        mask = (i < inputs)[:, None] & (o < outputs)[None, :]
+        w = weight + i.to(tl.int64)[:, None] * input_stride + o.to(tl.int64)[None, :] * output_stride
+        at = phases + i.to(tl.int64)[:, None] * outputs + o[None, :]
+        size = tl.cast(inputs, tl.int64) * outputs
+        for a in tl.static_range(2):
+            for r in tl.static_range(2):
+                # Rows of the kernel that meet row r of the input: one of them, or the sum of two.
+                row = (0 if r == 0 else 1) if a == 0 else (0 if r == 0 else 2)
+                two: tl.constexpr = (a == 0 and r == 1) or (a == 1 and r == 0)
+                left = tl.load(w + row * row_stride, mask=mask, other=0.0).to(tl.float32)
+                middle = tl.load(w + row * row_stride + column_stride, mask=mask, other=0.0).to(tl.float32)
+                right = tl.load(w + row * row_stride + 2 * column_stride, mask=mask, other=0.0).to(tl.float32)
+                if two:
+                    after = w + (row + 1) * row_stride
+                    left += tl.load(after, mask=mask, other=0.0).to(tl.float32)
+                    middle += tl.load(after + column_stride, mask=mask, other=0.0).to(tl.float32)
+                    right += tl.load(after + 2 * column_stride, mask=mask, other=0.0).to(tl.float32)
+                first, second = at + (8 * a + 2 * r) * size, at + (8 * a + 4 + 2 * r) * size
+                kind = phases.dtype.element_ty
+                tl.store(first, left.to(kind), mask=mask)
+                tl.store(first + size, (middle + right).to(kind), mask=mask)
+                tl.store(second, (left + middle).to(kind), mask=mask)
+                tl.store(second + size, right.to(kind), mask=mask)
+
+    def add_phases(weight: Tensor) -> Tensor:
+        """`phase_weights` by one kernel, to the bit."""
+        outputs, inputs = weight.shape[:2]
+        phases = weight.new_empty((4, 4, inputs, outputs))
+        output_stride, input_stride, row_stride, column_stride = weight.stride()
+        wrap_triton(_add_phases)[(triton.cdiv(inputs, 32), triton.cdiv(outputs, 64))](
+            weight=weight,
+            phases=phases,
+            inputs=inputs,
+            outputs=outputs,
+            output_stride=output_stride,
+            input_stride=input_stride,
+            row_stride=row_stride,
+            column_stride=column_stride,
+            INPUTS=32,
+            OUTPUTS=64,
+            num_warps=4,
+        )
+        return phases
+
     def launch(x: Tensor, phases: Tensor, bias: Tensor, chosen: Plan = Plan()) -> Tensor:
         """Run the kernel.
 
@@ -196,7 +256,7 @@ if INSTALLED:
 
     @triton_op("emt::upsample_conv")
     def _upsample_conv_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        phases = phase_weights(weight)
+        phases = add_phases(weight)
         return launch(x, phases, bias.contiguous(), plan(x.shape[1], x.element_size(), _shared_memory(x)))
 
     @_upsample_conv_op.register_fake

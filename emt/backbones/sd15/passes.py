@@ -275,7 +275,7 @@ class FusedPass(Pass):
         return self._add_to_images(x, transformer.proj_out, h, bias)
 
     def _constant(self, key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """What follows from weights alone."""
+        """A tensor that follows from weights alone, kept if there are constants."""
         return compute() if self.constants is None else self.constants.get(key, compute)
 
     def _sum(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
