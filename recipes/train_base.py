@@ -180,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--save-minutes", type=float, default=4.0, help="motion and video: how often to keep what there is so far"
     )
+    parser.add_argument(
+        "--realistic", type=float, default=0.35, help="video: share of references that look like real footage"
+    )
     parser.add_argument("--targets", type=int, default=2, help="video: clips that follow each reference")
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
@@ -232,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_others(noisy(clips.draw(references, stage.generator, drop=1.0, realistic=0.5)))
 
     def draw_videos() -> dict[str, Tensor]:
-        read, moved = clips.draw_pairs(references, stage.generator, drop=0.1, realistic=0.35, targets=options.targets)
+        read, moved = clips.draw_pairs(
+            references, stage.generator, drop=0.1, realistic=options.realistic, targets=options.targets
+        )
         moved = noisy(moved)
         target = {f"target_{key}": moved[key] for key in ("tokens", "noise", "timestep", "subject")}
         read["subject"] = moved["subject"][:references]

@@ -1,0 +1,142 @@
+"""How far pans of footage-like references go in a model's clips: correlation and gain, on held-out footage.
+
+    python -m recipes.pans --out build/pans --model emt/demo
+
+References look like footage of textures that no training drew, and their cameras pan, as often far as near. A gain is
+the slope of the result's pan over the reference's, frame by frame: 1 is as far. The camera of results is found by
+aligning frames (`Judge.observe`) and, with OpenCV, by tracked points as well, as `emt evaluate` finds it; the floor is
+what they find in renders that play the motion exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emt.evaluate import judge as judges
+from emt.evaluate.truth import camera_curves
+from emt.pipeline import load_pipeline
+from emt.synthetic.motions import CAMERA_FAMILIES, HELD_OUT_CAMERA_FAMILIES, Motions
+from emt.synthetic.renderer import World
+from recipes.evaluate_small import play
+from recipes.networks import SMALL, TINY
+
+FOOTAGE_SEED = 1
+"""Seed of textures that no training draws: training's is 0."""
+LEAST = 4.0
+"""Pixels of 128 that a pan spans at least, for its axis to be compared."""
+_FAMILIES = CAMERA_FAMILIES + HELD_OUT_CAMERA_FAMILIES
+
+
+def panning(motions: Motions) -> Tensor:
+    """Which clips have cameras that pan: (n,) bool."""
+    names = [i for i, name in enumerate(_FAMILIES) if name.startswith("pan") or name in ("circle", "drift")]
+    return torch.isin(motions.camera_family, torch.tensor(names, device=motions.camera_family.device))
+
+
+def draw_pans(world: World, clips: int, generator: torch.Generator) -> Motions:
+    """So many motions whose cameras pan, half of them of families that training never draws."""
+    parts: list[Motions] = []
+    for held_out in (False, True):
+        wanted, found = clips // 2 + (clips % 2) * held_out, 0
+        while found < wanted:
+            drawn = world.motions(64, generator, held_out=held_out, two_subjects=0.0, camera=1.0, swift=0.7)
+            chosen = drawn[panning(drawn)][: wanted - found]
+            parts.append(chosen)
+            found += len(chosen)
+    names = ("position", "scale", "rotation", "subjects", "camera", "family", "camera_family", "attached")
+    return Motions(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def agreement(true: Tensor, found: Tensor, seed: int = 0) -> dict[str, float]:
+    """Correlation and gain of one curve of clips whose reference spans enough, with a 95% interval of the gain.
+
+    Args:
+        true: (n, frames) of the references, pixels.
+        found: as `true`, of the results.
+        seed: of the bootstrap over clips.
+    """
+    moves = (true.amax(1) - true.amin(1)) > LEAST
+    x, y = true[moves].double().numpy(), found[moves].double().numpy()
+    if len(x) < 2:
+        return {"clips": len(x)}
+
+    def slope(which: np.ndarray) -> float:
+        return float((x[which] * y[which]).sum() / (x[which] ** 2).sum())
+
+    draws = np.random.default_rng(seed).integers(0, len(x), (1000, len(x)))
+    low, high = np.quantile([slope(draw) for draw in draws], (0.025, 0.975))
+    pearson = float(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+    # The median share of clips one by one does not hang on those that go furthest.
+    each = (x * y).sum(1) / (x**2).sum(1)
+    return {
+        "clips": len(x),
+        "pearson": pearson,
+        "gain": slope(np.arange(len(x))),
+        "low": float(low),
+        "high": float(high),
+        "median": float(np.median(each)),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure gains of pans; writes OUT/NAME.json."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--judge", type=Path, default=judges.SHIPPED)
+    parser.add_argument("--clips", type=int, default=192)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--steps", type=int, help="the model's default if not given")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", default="pans", help="of the result")
+    parser.add_argument("--tiny", action="store_true", help="the model is one of the recipes' --tiny")
+    o = parser.parse_args(arguments)
+    started = time.monotonic()
+    o.out.mkdir(parents=True, exist_ok=True)
+    device, sizes = torch.device(o.device), TINY if o.tiny else SMALL
+    pipeline = load_pipeline(o.model, device, torch.float16 if device.type == "cuda" else torch.float32)
+    judge = judges.Judge.load(o.judge, device)
+    world = World(
+        device, sizes.side, sizes.frames, seed=FOOTAGE_SEED, variants=1, textures=sizes.textures, free_views=False
+    )
+    generator = torch.Generator(device).manual_seed(0)
+    motions = draw_pans(world, o.clips, generator)
+    requested = world.appearances(motions, generator, held_out=False)
+    captions = world.captions(requested, motions)
+    choice = torch.stack([requested.subject, requested.colour], -1)
+    numbers: dict[str, dict[str, float]] = {}
+
+    def measure(kind: str, clips: Tensor) -> None:
+        aligned = judge.observe(clips, motions.subjects, choice, align=True).camera.float().cpu()
+        found = {"aligned": aligned}
+        if find_spec("cv2"):
+            found["tracked"] = camera_curves(clips, workers=os.cpu_count() or 1)
+        for how, curves in found.items():
+            for index, name in enumerate(("pan x", "pan y")):
+                true = motions.camera[:, :, index].cpu()
+                numbers[f"{kind}, {name}, {how}"] = agreement(true, curves[:, :, index])
+
+    for kind, realism in (("footage", 1.0), ("rendered", 0.0)):
+        worn = world.appearances(motions, generator, held_out=False)
+        references = world.render(motions, worn, realism=realism, generator=generator).cpu()
+        clips = play(pipeline, references, captions, 0, o.batch, steps=o.steps)
+        measure(kind, clips)
+    measure("floor", world.render(motions, requested, generator=generator).cpu())
+    for name, row in numbers.items():
+        print(name, " ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    (o.out / f"{o.name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"{time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

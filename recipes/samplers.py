@@ -1,0 +1,152 @@
+"""Samplers at few steps, with and without distilled weights: how well clips follow, on held-out truth.
+
+    python -m recipes.samplers --out build/lcm --model emt/demo
+    python -m recipes.samplers --out build/lcm --model emt/demo --lora build/lcm/lcm-lora.safetensors --rows lcm:4 lcm:8
+
+A row is a sampler and its steps, with a guidance scale if it is not the sampler's own. Every row makes the same
+held-out clips from the same noise. Motion fidelity is that of `emt evaluate`, by tracked points, of the first clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emt.evaluate import judge as judges
+from emt.evaluate.motion import tracklet_fidelity
+from emt.evaluate.statistics import mean
+from emt.evaluate.tracks import Tracklets, track
+from emt.evaluate.truth import Truth, evaluate_truth
+from emt.pipeline import load_pipeline
+from recipes.evaluate_small import Cases, play
+from recipes.networks import SMALL, TINY, make_world
+
+ROWS = (
+    "ddim:25",
+    *(f"{name}:{steps}" for name in ("ddim", "euler", "dpm++", "unipc", "deis", "euler_a") for steps in (4, 8)),
+)
+DISTILLED = ("lcm:2", "lcm:4", "lcm:8", "tcd:4", "euler:4:1")
+COLUMNS = {
+    "displacement": "displacement",
+    "position_error": "position, pixels",
+    "size": "size",
+    "rotation": "rotation",
+    "pan_x": "pan x",
+    "pan_y": "pan y",
+    "zoom": "zoom",
+    "roll": "roll",
+    "two_displacement": "two subjects",
+    "subject": "subject right",
+    "colour": "colour right",
+    "scene": "scene right",
+}
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """A row of the table: how its clips are made."""
+
+    scheduler: str
+    steps: int
+    guidance: float | None = None
+    distilled: bool = False
+
+    @classmethod
+    def parse(cls, text: str, distilled: bool = False) -> SamplerRow:
+        """`NAME:STEPS` or `NAME:STEPS:GUIDANCE`."""
+        name, steps, *rest = text.split(":")
+        return cls(name, int(steps), float(rest[0]) if rest else None, distilled)
+
+    def __str__(self) -> str:
+        guided = f", guidance {self.guidance:g}" if self.guidance is not None else ""
+        return f"{self.scheduler}, {self.steps} steps{guided}{', LoRA' if self.distilled else ''}"
+
+
+def format_rows(rows: Sequence[tuple[SamplerRow, Truth, Any, float]]) -> str:
+    """The table as Markdown: of each row the measures of the truth, motion fidelity, and seconds a clip."""
+    lines = [f"| sampler | {' | '.join(COLUMNS.values())} | motion fidelity | seconds a clip |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    for row, truth, fidelity, seconds in rows:
+        cells = [f"{truth[name].value:.3f}" for name in COLUMNS]
+        lines.append(f"| {row} | {' | '.join(cells)} | {fidelity} | {seconds:.3f} |")
+    return "\n".join(lines)
+
+
+def frames_of(clip: Tensor) -> Any:
+    """A clip (frames, 3, height, width) uint8 as trackers take it."""
+    return clip.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure a model with several samplers; writes OUT/NAME.md and .json, after each row."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--judge", type=Path, default=judges.SHIPPED)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="NAME:STEPS or NAME:STEPS:GUIDANCE")
+    parser.add_argument("--lora", type=Path, help="distilled weights of the rows that follow")
+    parser.add_argument("--distilled", nargs="*", default=list(DISTILLED), help="rows with the LoRA")
+    parser.add_argument("--clips", type=int, default=192)
+    parser.add_argument("--tracked", type=int, default=32, help="clips whose points are tracked")
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", default="samplers", help="of the results")
+    parser.add_argument("--tiny", action="store_true", help="the model is one of the recipes' --tiny")
+    o = parser.parse_args(arguments)
+    started = time.monotonic()
+    o.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(o.device)
+    pipeline = load_pipeline(o.model, device, torch.float16 if device.type == "cuda" else torch.float32)
+    judge = judges.Judge.load(o.judge, device)
+    cases = Cases.draw(make_world(device, TINY if o.tiny else SMALL), o.clips, o.seed)
+    rows = [SamplerRow.parse(text) for text in o.rows]
+    rows += [SamplerRow.parse(text, distilled=True) for text in o.distilled] if o.lora else []
+    done: list[tuple[SamplerRow, Truth, list[Future[float]], float]] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        references = [pool.submit(track, frames_of(clip)) for clip in cases.references[: o.tracked]]
+
+        def fidelity(reference: Future[Tracklets], clip: Any) -> float:
+            return tracklet_fidelity(reference.result(), track(clip))
+
+        for row in rows:
+            if row.distilled and not pipeline.get_active_adapters():
+                pipeline.load_lora_weights(o.lora)
+            how = {"steps": row.steps, "scheduler": row.scheduler}
+            how |= {} if row.guidance is None else {"guidance": row.guidance}
+            play(
+                pipeline, cases.references[: o.batch], cases.captions[: o.batch], o.seed, o.batch, **how | {"steps": 2}
+            )
+            begun = time.monotonic()
+            clips = play(pipeline, cases.references, cases.captions, o.seed, o.batch, **how)
+            seconds = (time.monotonic() - begun) / o.clips
+            truth = evaluate_truth(judge, clips, cases.motions, cases.requested, cases.worn)
+            tracked = [pool.submit(fidelity, *pair) for pair in zip(references, map(frames_of, clips))]
+            done.append((row, truth, tracked, seconds))
+            print(f"{time.monotonic() - started:.0f} s: {row}", flush=True)
+            shown = [(r, t, mean([f.result() for f in fs]), s) for r, t, fs, s in done if r is not row]
+            (o.out / f"{o.name}.md").write_text(format_rows(shown) + "\n")
+        shown = [(r, t, mean([f.result() for f in fs]), s) for r, t, fs, s in done]
+    table = format_rows(shown)
+    print(table)
+    (o.out / f"{o.name}.md").write_text(table + "\n")
+    numbers = {
+        str(row): {"fidelity": fidelity.as_dict(), "seconds": seconds, **{k: v.as_dict() for k, v in truth.items()}}
+        for row, truth, fidelity, seconds in shown
+    }
+    (o.out / f"{o.name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"{time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
