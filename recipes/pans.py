@@ -1,4 +1,4 @@
-"""How far pans of footage-like references go in a model's clips: correlation and gain, on held-out footage.
+"""Gains of pans: how far those of footage-like references go in a model's clips, on held-out footage.
 
     python -m recipes.pans --out build/pans --model emt/demo
 
