@@ -114,6 +114,13 @@ def test_other_kernels_are_refused() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_addition_compiles_for_real_gpus(capability: int) -> None:
+    pointers, constants = dict.fromkeys(("weight", "phases"), "fp16"), {"INPUTS": 32, "OUTPUTS": 64}
+    assert compiled(module._add_phases, pointers, constants, capability, num_warps=4).asm["cubin"]
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("capability", "chosen"),
     [(80, Plan()), (89, module.plan(640, 2, 99 << 10)), *((90, module.plan(n, 2, 227 << 10)) for n in (256, 640))],

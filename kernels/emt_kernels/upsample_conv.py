@@ -175,13 +175,11 @@ if INSTALLED:
         size = tl.cast(inputs, tl.int64) * outputs
         for a in tl.static_range(2):
             for r in tl.static_range(2):
-                # Rows of the kernel that meet row r of the input: one of them, or the sum of two.
-                row = (0 if r == 0 else 1) if a == 0 else (0 if r == 0 else 2)
-                two: tl.constexpr = (a == 0 and r == 1) or (a == 1 and r == 0)
+                row = r * (1 + a)  # the first row of the kernel that meets row r of the input; there are one or two
                 left = tl.load(w + row * row_stride, mask=mask, other=0.0).to(tl.float32)
                 middle = tl.load(w + row * row_stride + column_stride, mask=mask, other=0.0).to(tl.float32)
                 right = tl.load(w + row * row_stride + 2 * column_stride, mask=mask, other=0.0).to(tl.float32)
-                if two:
+                if a != r:
                     after = w + (row + 1) * row_stride
                     left += tl.load(after, mask=mask, other=0.0).to(tl.float32)
                     middle += tl.load(after + column_stride, mask=mask, other=0.0).to(tl.float32)
