@@ -44,7 +44,7 @@ test-lowest:
 # Changes the code in one place at a time and runs the tests that ought to notice, for hours; ended, it goes on from there.
 mutants: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[mutants]'
-	$(BIN)/python benchmarks/mutants.py --folder build/mutants
+	$(BIN)/python benchmarks/mutants.py --folder build/mutants --processes $$(( $$(nproc) / 2 + 1 ))
 	$(BIN)/python benchmarks/mutants.py --folder build/mutants --table
 
 lint: $(STAMP)

@@ -13,7 +13,7 @@ The work is done on a copy. For each file of the code pytest collects its tests 
 forked from there, in which the changed functions get the mutant's bytecode, and which runs the tests that execute the
 changed statement, up to the first failure. Which tests these are is measured beforehand, with coverage.py, and only
 again where a file has changed. A test that fails without the mutant, too, is left out. `--minutes` ends a piece of
-work; the next call goes on from there.
+work; the next call goes on from there. `--processes` works on several files at once, each process on its own copy.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--sample", type=int, default=30, help="mutants a file")
     arguments.add_argument("--seed", type=int, default=0, help="of the sample")
     arguments.add_argument("--minutes", type=float, default=float("inf"))
+    arguments.add_argument("--processes", type=int, default=1)
     arguments.add_argument("--survivors", action="store_true", help="run those again that survived")
     arguments.add_argument("--table", action="store_true", help="print scores and survivors")
     given = arguments.parse_args(command_line)
@@ -72,23 +74,60 @@ def main(command_line: list[str] | None = None) -> None:
         samples = {file: kept_sample(folder, file, given.sample, given.seed) for file in files}
         print_table(samples, results, settings["equivalent"])
         return
-    tree = copy_tree(folder)
     preload(files)
-    for file in files:
-        mutants = kept_sample(folder, file, given.sample, given.seed)
-        waiting = [m for m in mutants if results.outcome(m) in ((None, "survived") if given.survivors else (None,))]
-        if waiting and time.monotonic() < end:
-            tests = settings["tests"][file]
-            coverage = Coverage(folder, tree, file, tests)
-            path = tree / file
-            source = path.read_text()
-            inside = [m for m in waiting if changed_functions(path, source, mutated(source, m)) is not None]
-            work = functools.partial(run_mutants, tree, inside, tests, coverage, results, end)
-            code, log = run_forked(tree, work, 36000, 36000)
-            print(f"{file}: pytest of {len(inside)} ended with {code} {log[-1000:] if code > 1 else ''}", flush=True)
-            for mutant in waiting:
-                if mutant not in inside and time.monotonic() < end:
-                    results.add(mutant, try_anew(tree, mutant, coverage))
+    work = functools.partial(run_file, folder, given.sample, given.seed, end, given.survivors)
+    if given.processes == 1:
+        for file in files:
+            work(file, copy_tree(folder / "tree"))
+        return
+    tests = sorted({test for file in files for test in settings["tests"][file]})
+    forked = multiprocessing.get_context("fork")
+    taken = forked.Value("i", 0)
+    with ProcessPoolExecutor(given.processes, forked, _take_copy, (folder, taken)) as pool:
+        for _ in pool.map(_on_copy, [functools.partial(measure, folder, test, files[0]) for test in tests]):
+            pass
+        for _ in pool.map(_on_copy, [functools.partial(work, file) for file in files]):
+            pass
+
+
+def run_file(folder: Path, count: int, seed: int, end: float, survivors: bool, file: str, tree: Path) -> None:
+    """Run the mutants of a file's sample that have not been run, or those that survived, too."""
+    settings, results = json.loads(_MAP.read_text()), Results(folder / "results.jsonl")
+    mutants = kept_sample(folder, file, count, seed)
+    waiting = [m for m in mutants if results.outcome(m) in ((None, "survived") if survivors else (None,))]
+    if not waiting or time.monotonic() > end:
+        return
+    tests = settings["tests"][file]
+    coverage = Coverage(folder, tree, file, tests)
+    path = tree / file
+    source = path.read_text()
+    inside = [m for m in waiting if changed_functions(path, source, mutated(source, m)) is not None]
+    if inside:
+        work = functools.partial(run_mutants, tree, inside, tests, coverage, results, end)
+        code, log = run_forked(tree, work, 36000, 36000)
+        print(f"{file}: pytest of {len(inside)} ended with {code} {log[-1000:] if code > 1 else ''}", flush=True)
+    for mutant in waiting:
+        if mutant not in inside and time.monotonic() < end:
+            results.add(mutant, try_anew(tree, mutant, coverage))
+
+
+_copy = Path()  # of a process of several
+
+
+def _take_copy(folder: Path, taken: Any) -> None:
+    """Bring the copy of a process that begins up to date."""
+    global _copy
+    with taken.get_lock():
+        taken.value += 1
+        number = taken.value
+    _copy = copy_tree(folder / f"tree-{number}")
+
+
+def _on_copy(work: Callable[[Path], None]) -> None:
+    try:
+        work(tree=_copy)  # type: ignore[call-arg]
+    except SystemExit as error:
+        print(error, flush=True)
 
 
 @dataclass(frozen=True)
@@ -177,9 +216,8 @@ def _meaning(source: str) -> str:
         return ast.dump(ast.parse(""))
 
 
-def copy_tree(folder: Path) -> Path:
-    """Bring the copy up to date with the files that git knows here; returns where it is."""
-    tree = folder / "tree"
+def copy_tree(tree: Path) -> Path:
+    """Bring a copy up to date with the files that git knows here; returns where it is."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     names = {name for name in listed.decode().split("\0") if name and (ROOT / name).is_file()}
     for name in names:
@@ -254,7 +292,7 @@ class Coverage:
         source = (tree / file).read_bytes()
         self._tree = ast.parse(source)
         for name in tests:
-            measured = self._measure(folder, tree, name, file, hashlib.sha256(source).hexdigest())
+            measured = measure(folder, name, file, tree)
             for test, seconds in measured["seconds"].items():
                 self.seconds[test] = seconds
             for line, indices in measured["lines"].get(file, {}).items():
@@ -262,26 +300,6 @@ class Coverage:
                 self._lines.setdefault(int(line), set()).update(tested & self.seconds.keys())
         if not self.seconds:
             sys.exit(f"no test of {file} passes")
-
-    @staticmethod
-    def _measure(folder: Path, tree: Path, name: str, file: str, sha256: str) -> dict[str, Any]:
-        kept = folder / "coverage" / f"{Path(name).stem}.json"
-        test = hashlib.sha256((tree / name).read_bytes()).hexdigest()
-        if kept.exists():
-            measured = json.loads(kept.read_text())
-            if measured.get("test") == test and measured["sha256"].get(file) == sha256:
-                return measured
-        kept.parent.mkdir(exist_ok=True)
-        targets = json.loads(_MAP.read_text())["tests"]
-        code, log = run_forked(tree, lambda: _measure_tests(tree, name, list(targets), kept), 1800, 3600)
-        if not kept.exists():
-            sys.exit(f"{name} ended with {code}: {log[-3000:]}")
-        measured = json.loads(kept.read_text())
-        measured["test"] = test
-        measured["sha256"] = {f: hashlib.sha256((tree / f).read_bytes()).hexdigest() for f in targets}
-        kept.write_text(json.dumps(measured))
-        print(f"{name}: {len(measured['seconds'])} tests pass, not in these runs: {measured['failed']}", flush=True)
-        return measured
 
     def tests(self, line: int) -> list[str]:
         """The tests that execute the statement at a line, file by file, the quickest first, up to a sum of seconds."""
@@ -317,6 +335,41 @@ class Coverage:
                 if line in lines:
                     statement = lines  # a later one lies deeper
         return statement
+
+
+def measure(folder: Path, name: str, file: str, tree: Path) -> dict[str, Any]:
+    """What is known of a file of tests: seconds of each, and the lines of each file of the code that it executes.
+
+    Args:
+        folder: Where it is kept.
+        name: File of tests.
+        file: Of the code, which must be as it was when this was measured.
+        tree: The copy.
+
+    Raises:
+        SystemExit: the tests could not be run.
+    """
+    kept = folder / "coverage" / f"{Path(name).stem}.json"
+    test, source = (hashlib.sha256((tree / path).read_bytes()).hexdigest() for path in (name, file))
+    if kept.exists():
+        measured: dict[str, Any] = json.loads(kept.read_text())
+        if measured["test"] == test and measured["sha256"].get(file) == source:
+            return measured
+    kept.parent.mkdir(exist_ok=True)
+    targets = json.loads(_MAP.read_text())["tests"]
+    with tempfile.TemporaryDirectory(prefix="emt-measured-") as scratch:
+        written = Path(scratch) / "measured.json"
+        code, log = run_forked(tree, lambda: _measure_tests(tree, name, list(targets), written), 1800, 3600)
+        if not written.exists():
+            sys.exit(f"{name} ended with {code}: {log[-3000:]}")
+        measured = json.loads(written.read_text())
+    measured["test"] = test
+    measured["sha256"] = {f: hashlib.sha256((tree / f).read_bytes()).hexdigest() for f in targets}
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(measured))
+    partial.replace(kept)
+    print(f"{name}: {len(measured['seconds'])} tests pass, not in these runs: {measured['failed']}", flush=True)
+    return measured
 
 
 def run_mutants(
