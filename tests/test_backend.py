@@ -8,6 +8,7 @@ import pkgutil
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,11 +51,22 @@ class Recorder:
     """Records on any device what a CUDA graph records: a computation on the tensors that it read, and its result."""
 
     recorded = 0
+    calls_before = 0
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         type(self).recorded += 1
-        output = torch.full_like(compute(), float("nan"))
+        output = compute().clone()
         return lambda: output.copy_(compute()), output
+
+
+class Measuring(Recorder):
+    """Finds the device busy, or waiting for launches, as a test has it."""
+
+    calls_before = 2
+    busy = False
+
+    def keeps_busy(self, compute: Callable[[], Any]) -> tuple[Any, bool]:
+        return compute(), self.busy
 
 
 class SmallMemory(Recorder):
@@ -123,6 +135,37 @@ class TestRecordedCalls:
                 for a, b in zip(got[path], wanted[path], strict=True):
                     torch.testing.assert_close(a, b, rtol=0, atol=0)
         assert Recorder.recorded == 1
+
+    @pytest.mark.parametrize(("busy", "first", "recorded"), [(False, 4, 1), (True, 4, 0), (True, 41, 1)])
+    def test_a_device_that_is_busy_anyway_has_only_what_comes_often_captured(
+        self, pipe, folder, motions, monkeypatch, busy, first, recorded
+    ):
+        monkeypatch.setattr(Measuring, "recorded", 0)
+        monkeypatch.setattr(Measuring, "busy", busy)
+        own = load_pipeline(folder)
+        own.backend = TorchBackend(own, recorder=Measuring)
+        text, other = (pipe.unet.encode_text(pipe.encode_prompts([prompt])) for prompt in ("a", "b"))
+        sample = torch.randn(1, 4, FRAMES, HEIGHT // 8, WIDTH // 8)
+        with torch.no_grad():
+            moved = own.backend.prepare_motion(motions[0].features)
+            wanted = [pipe.unet(sample, 5, each, pipe.unet.prepare(motions[0].features)) for each in (text, other)]
+            for i in range(first):
+                got = own.backend.denoise(sample, torch.tensor(5), (text, other)[i % 2], moved)
+                torch.testing.assert_close(got, wanted[i % 2], rtol=0, atol=0)
+            assert Measuring.recorded == recorded
+            own.backend.prepare_motion(motions[1].features)
+            with pytest.raises(RuntimeError, match="has given way"):
+                own.backend.denoise(sample, torch.tensor(5), text, moved)
+
+    def test_references_are_not_captured_where_they_keep_the_device_busy(self, folder, monkeypatch):
+        monkeypatch.setattr(Measuring, "recorded", 0)
+        own = load_pipeline(folder)
+        for busy, recorded in ((True, 0), (False, 1)):
+            monkeypatch.setattr(Measuring, "busy", busy)
+            own.backend = TorchBackend(own, recorder=Measuring)
+            for seed in range(3):
+                own.extract_motion(clip(seed))
+            assert Measuring.recorded == recorded
 
     def test_the_one_not_used_for_longest_gives_way(self, pipe, recording, motions):
         recording.backend.max_calls = 2

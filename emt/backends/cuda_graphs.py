@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,21 +14,53 @@ from torch import Tensor
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures, layer_tensors, tensors_of
 
+T = TypeVar("T")
+
+#: Calls of a shape before one that keeps the device busy is captured: more than a clip has at 25 steps.
+CALLS_BEFORE_CAPTURE = 40
+#: Share of a call's time that a device which is kept busy goes on computing after the host's last launch.
+_KEPT_BUSY = 0.3
+
 
 class Recorder(Protocol):
-    """Captures a computation once, so that it can be replayed at less cost; its graphs share one memory pool."""
+    """Captures a computation once, so that it can be replayed at less cost; its graphs share one memory pool.
+
+    Attributes:
+        calls_before: Calls of a shape that are made before one may be captured, the last of them by `keeps_busy`.
+    """
+
+    calls_before: int
+
+    def keeps_busy(self, compute: Callable[[], T]) -> tuple[T, bool]:
+        """Result of a computation, and whether the host launched it faster than the device computed it."""
+        ...
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """A function that computes again, on the tensors that were read, and the tensor that receives the result."""
+        """A function that computes again, on the tensors that were read, and the tensor with the result, now and then."""
         ...
 
 
 class CudaGraphs:
     """Captures CUDA graphs on the current device."""
 
+    calls_before = 2  # libraries choose their kernels in the first
+
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+
+    def keeps_busy(self, compute: Callable[[], T]) -> tuple[T, bool]:
+        """Result of a computation, and whether the host launched it faster than the device computed it.
+
+        Waits for the device before and after.
+        """
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        found = compute()
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        ended = time.perf_counter()
+        return found, ended - launched > _KEPT_BUSY * (ended - begun)
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Replay and result of a computation that waits for nothing on the host.
@@ -58,6 +91,40 @@ class CudaGraphs:
 
 
 @dataclass
+class Calls:
+    """Calls of one shape, of which some are made before they are captured.
+
+    Capturing takes the time of some three calls: one to compare with, the one that is captured, and its replay. Where
+    launches take the host longer than their kernels the device, the first clip earns that back. Where the device is
+    kept busy a replay saves almost nothing, so that a shape of one clip is not captured; one that comes often is, since
+    a replay is not held up by what else the host does.
+
+    Args:
+        before: calls that are made before one may be captured.
+        often: calls after which one is captured even if the device is kept busy; None for never.
+    """
+
+    before: int
+    often: int | None = CALLS_BEFORE_CAPTURE
+    made: int = 0
+    kept_busy: bool = False
+
+    @property
+    def is_capture_due(self) -> bool:
+        """Return whether the next call is to be captured."""
+        enough = not self.kept_busy or (self.often is not None and self.made >= self.often)
+        return self.made >= self.before and enough
+
+    def make(self, recorder: Recorder, compute: Callable[[], T]) -> T:
+        """Result of a call that is not captured."""
+        self.made += 1
+        if self.made != recorder.calls_before:
+            return compute()
+        found, self.kept_busy = recorder.keeps_busy(compute)
+        return found
+
+
+@dataclass
 class StaticInput:
     """Text or motion at the addresses that captured calls read, and whose content is there."""
 
@@ -72,11 +139,15 @@ class StaticInput:
         """
         if self.source() is value:
             return
-        here, there = list(tensors_of(self.value)), list(tensors_of(value))
-        if any(a is b for a, b in zip(here, there)):
-            raise RuntimeError("this prepared motion has given way to another one of its shape: prepare it again")
-        torch._foreach_copy_(here, there)
+        self.check(value)
+        torch._foreach_copy_(list(tensors_of(self.value)), list(tensors_of(value)))
         self.source = weakref.ref(value)
+
+    def check(self, value: TextFeatures | PreparedMotion) -> None:
+        """Raise RuntimeError if `value` shares these tensors, and another one has been written over it."""
+        shared = any(a is b for a, b in zip(tensors_of(self.value), tensors_of(value)))
+        if shared and self.source() is not value:
+            raise RuntimeError("this prepared motion has given way to another one of its shape: prepare it again")
 
 
 @dataclass

@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emt.backbone import PLAIN, Constants, Execution
 from emt.backends.base import Networks, PipelineBackend
-from emt.backends.cuda_graphs import CapturedCall, CudaGraphs, Recorder, StaticInput, out_of_memory, shapes_of
+from emt.backends.cuda_graphs import Calls, CapturedCall, CudaGraphs, Recorder, StaticInput, out_of_memory, shapes_of
 from emt.backends.low_memory import FEED_FORWARD_TOKENS, LayerByLayer, each_sample
 from emt.backends.vae import VAE_FRAMES, VAE_PIXELS, convert_to_channels_last, prepare_vae
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures, layer_tensors, tensors_of
@@ -30,6 +30,8 @@ from emt_kernels.precompile import record_launches
 from emt_kernels.selection import use_triton
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Fastest first: for 4,096 tokens of 40 channels a head cuDNN takes half the time of flash attention.
 ATTENTION = (
@@ -109,6 +111,7 @@ class TorchBackend(PipelineBackend):
         self._motions: dict[tuple[Any, ...], StaticInput] = {}  # by the shapes of prepared motion
         self._prepared: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # those shapes, by the shapes of features
         self._references: dict[tuple[Any, ...], dict[str, int]] = {}  # features of each layer, by shapes that were met
+        self._made: dict[tuple[Any, ...], Calls] = {}  # by shape, of calls that are not captured yet
         self._rehearsed: set[tuple[Any, ...]] = set()  # shapes whose kernels have been compiled ahead
         self._weights: list[Tensor] = []
         self._constants = Constants()
@@ -123,15 +126,21 @@ class TorchBackend(PipelineBackend):
     # ------------------------------------------------------------------------------------------------- the network
 
     def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
-        """Read the motion of references; where calls are captured, this one is when its shape comes again."""
+        """Read the motion of references; where calls are captured, this one is when its shape comes again.
+
+        Not so where it keeps the device busy: a captured one has a second copy of all features.
+        """
         self._prepare_weights(latents.device)
         key = ("reference", latents.shape, latents.dtype, timestep.shape, timestep.dtype, text.shape)
         inputs = (latents, timestep, text)
-        if not self._captures(latents.device) or key not in self._references:
+        if not self._captures(latents.device):
             return self._read_reference(key, *inputs)
         self._refresh_constants(latents.device)
         call = self._calls.get(key)
         if call is None:
+            made = self._calls_of(key, latents.device, at_least=1, often=None)
+            if not made.is_capture_due:
+                return made.make(self._recorder_on(latents.device), lambda: self._read_reference(key, *inputs))
             try:
                 call = self._calls[key] = self._capture(lambda: self._capture_reference(*inputs))
             except (torch.OutOfMemoryError, MemoryError):  # it has been made without before
@@ -199,36 +208,41 @@ class TorchBackend(PipelineBackend):
             ValueError: as the network does, for a wrong shape.
         """
         self._compile_for_step(sample, timestep, text, motion)
-        if not self._captures(sample.device):
+
+        def compute() -> Tensor:
             with self._execution_context(sample.device) as execution:
                 if not self.low_memory:
                     return self._run(sample, timestep, text, motion, execution)
                 each = each_sample(sample, text, motion)
                 return torch.cat([self._run(x, timestep, own, moved, execution) for x, own, moved in each])
-        call = self._replay(sample, timestep, text, motion)
-        return call.output.clone()  # the next replay overwrites it
+
+        found = self._call(compute, (sample, timestep), text, motion)
+        return found.output.clone() if isinstance(found, CapturedCall) else found  # the next replay overwrites it
 
     def denoise_deep(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
     ) -> tuple[Tensor, Tensor]:
         """`ReusingBackbone.denoise_deep`; the deep features are good until the next call of the same shape."""
         self._compile_for_step(sample, timestep, text, motion)
-        if not self._captures(sample.device):
+
+        def compute() -> tuple[Tensor, Tensor]:
             with self._execution_context(sample.device) as execution:
                 if not self.low_memory:
                     return self.unet.denoise_deep(sample, timestep, text, motion, execution=execution)
                 each = each_sample(sample, text, motion)
-                found = [self.unet.denoise_deep(x, timestep, *known, execution=execution) for x, *known in each]
-                predictions, deep = zip(*found)
+                parts = [self.unet.denoise_deep(x, timestep, *known, execution=execution) for x, *known in each]
+                predictions, deep = zip(*parts)
                 return torch.cat(predictions), torch.cat(deep)
-        call = self._replay(sample, timestep, text, motion, keep=True)
-        return call.output.clone(), call.kept[0]
+
+        found = self._call(compute, (sample, timestep), text, motion, keep=True)
+        return (found.output.clone(), found.kept[0]) if isinstance(found, CapturedCall) else found
 
     def denoise_shallow(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None, deep: Tensor
     ) -> Tensor:
         """`ReusingBackbone.denoise_shallow`."""
-        if not self._captures(sample.device):
+
+        def compute() -> Tensor:
             with self._execution_context(sample.device) as execution:
                 if not self.low_memory:
                     return self.unet.denoise_shallow(sample, timestep, text, motion, deep, execution=execution)
@@ -239,20 +253,26 @@ class TorchBackend(PipelineBackend):
                         for (x, *known), part in each
                     ]
                 )
-        return self._replay(sample, timestep, text, motion, deep=deep).output.clone()
 
-    def _replay(
+        found = self._call(compute, (sample, timestep, deep), text, motion)
+        return found.output.clone() if isinstance(found, CapturedCall) else found
+
+    def _call(
         self,
-        sample: Tensor,
-        timestep: Tensor,
+        compute: Callable[[], T],
+        inputs: tuple[Tensor, ...],
         text: TextFeatures,
         motion: PreparedMotion | None,
         *,
         keep: bool = False,
-        deep: Tensor | None = None,
-    ) -> CapturedCall:
-        """The captured call of this shape, replayed; one that keeps deep features, or takes them, is another one."""
-        inputs = (sample, timestep) if deep is None else (sample, timestep, deep)
+    ) -> CapturedCall | T:
+        """The captured call of this shape, replayed; what `compute` returns where none is captured, or none yet.
+
+        One that keeps deep features is another one.
+        """
+        sample = inputs[0]
+        if not self._captures(sample.device):
+            return compute()
         if self._text is None or self._text() is not text:  # a new clip: has anybody moved the weights?
             self._prepare_weights(sample.device)
             self._refresh_constants(sample.device)
@@ -260,11 +280,7 @@ class TorchBackend(PipelineBackend):
         shapes = shapes_of(text), motion and shapes_of(motion)
         key = (*((x.shape, x.dtype) for x in inputs), keep, text.guided, *shapes)
         call = self._calls.get(key)
-        if call is None:
-            self._drop_motions(keep=motion)
-            call = self._capture(lambda: self._capture_denoising(inputs, text, motion, keep))
-            self._calls[key] = call
-        else:
+        if call is not None:
             self._calls.move_to_end(key)
             for static, tensor in zip(call.inputs, inputs, strict=True):
                 static.copy_(tensor)
@@ -272,12 +288,31 @@ class TorchBackend(PipelineBackend):
                 call.text.fill(text)
             if call.motion is not None and motion is not None:
                 call.motion.fill(motion)
-        call.replay()
+            call.replay()
+            return call
+        made = self._calls_of(key, sample.device)
+        if not made.is_capture_due:
+            if motion is not None and (static := self._motions.get(shapes_of(motion))):
+                static.check(motion)
+            return made.make(self._recorder_on(sample.device), compute)
+        self._drop_motions(keep=motion)
+        call = self._calls[key] = self._capture(lambda: self._capture_denoising(inputs, text, motion, keep))
         return call
+
+    def _calls_of(self, key: tuple[Any, ...], device: torch.device, **options: Any) -> Calls:
+        """The calls of a shape that have not been captured."""
+        before = max(self._recorder_on(device).calls_before, options.pop("at_least", 0))
+        return self._made.setdefault(key, Calls(before, **options))
+
+    def _recorder_on(self, device: torch.device) -> Recorder:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self._recorder = self._recorder or (self._make_recorder or CudaGraphs)()
+        return self._recorder
 
     def reset(self) -> None:
         """Drop all captured calls and their static inputs."""
         self._calls.clear()
+        self._made.clear()
         self._motions.clear()
         self._weights = []
         self._constants = Constants()
@@ -363,9 +398,8 @@ class TorchBackend(PipelineBackend):
     ) -> tuple[Callable[[], None], Tensor]:
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here, self._execution_context(device) as execution:
-            self._recorder = self._recorder or (self._make_recorder or CudaGraphs)()
             kept = replace(execution, constants=self._constants) if self.keep_constants else execution
-            return self._recorder.record(lambda: compute(kept))
+            return self._recorder_on(device).record(lambda: compute(kept))
 
     def _refresh_constants(self, device: torch.device) -> None:
         """Compute anew what captured calls keep of the weights, which may have been written in place."""
