@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,12 +122,67 @@ class Device:
         peak = _peak_memory()
         return peak, peak, _system_memory()
 
+    def beside(self) -> AbstractContextManager[Any]:
+        """Context manager: copies to and from a GPU go beside its computing, not in line with it."""
+        if not self.is_gpu:
+            return nullcontext()
+        import torch
+
+        # Streams of this priority are others than those that graphs are captured on.
+        return torch.cuda.stream(torch.cuda.Stream(self.torch_device, priority=-1))
+
+    def load_libraries(self) -> None:
+        """Have the GPU's libraries for matmuls and convolutions loaded, which takes the first call of each a while.
+
+        On the current stream; their handles and workspaces go on to the thread that computes.
+        """
+        if self.is_gpu:
+            import torch
+
+            half = torch.float16
+            with torch.no_grad(), torch.cuda.device(self.torch_device):
+                image = torch.zeros(1, 8, 16, 16, device=self.torch_device, dtype=half)
+                image = image.contiguous(memory_format=torch.channels_last)
+                torch.nn.functional.conv2d(image, image.new_zeros(8, 8, 3, 3), padding=1)
+                matrix = image.new_zeros(64, 64)
+                torch.nn.functional.linear(matrix, matrix, matrix[0])
+
     def forget(self) -> None:
         """Give unused memory back after a failure."""
         if self.is_gpu:
             import torch
 
             torch.cuda.empty_cache()
+
+
+def cuda_driver() -> Any:
+    """The CUDA driver's library; None where there is none."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
+
+
+def start_gpu(driver: Any, device: str) -> bool:
+    """Start CUDA and a GPU's context, which PyTorch uses in this process; needs no PyTorch.
+
+    It takes a second or more, in which other threads run: one can import PyTorch meanwhile.
+
+    Args:
+        driver: From `cuda_driver`.
+        device: auto, cuda or cuda:N.
+
+    Returns:
+        Whether there is such a GPU; what is wrong with it, PyTorch says later.
+    """
+    gpu, context = ctypes.c_int(), ctypes.c_void_p()
+    number = int(device.partition(":")[2] or 0)
+    return (
+        driver.cuInit(0) == 0
+        and driver.cuDeviceGet(ctypes.byref(gpu), number) == 0
+        and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu) == 0
+    )
 
 
 class BusyClock:

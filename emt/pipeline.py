@@ -32,6 +32,7 @@ from emt.remote import is_url
 from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
 from emt.scratch import scratch_array
 from emt.text_encoding import TextReader
+from emt.upload import upload
 from emt.vocabulary import Vocabulary
 from emt.windowed import WindowedDenoiser, read_in_windows
 from emt.windows import Windows, windows_over
@@ -121,7 +122,10 @@ class MotionTransfer:
 
     def to(self, device: torch.device | str) -> Self:
         """Move the parts to a device; on the CPU, what is mapped from files to where PyTorch's code is fastest."""
-        for part in (self.vae, self.text_encoder, self.unet):
+        parts = (self.vae, self.text_encoder, self.unet)
+        if torch.device(device).type == "cuda":
+            upload(parts, device)
+        for part in parts:
             torch.nn.Module.to(part, device)
             align(part)
         return self

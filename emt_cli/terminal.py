@@ -233,6 +233,7 @@ class ProgressReporter:
         parts = sorted(line.get("phases", {}).items(), key=lambda part: -part[1])
         spent = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in parts if seconds >= 0.05)
         text = f"{text}: {spent}" if spent else text
+        text += f"; first clip after {duration(line['first_clip'])}" if "first_clip" in line else ""
         self.say(f"{text}; device busy {line['device_busy']:.0%}" if "device_busy" in line else text)
         self._out.drain()
 

@@ -65,4 +65,5 @@ def test_a_cold_start_is_timed_from_the_start_of_its_process(tmp_path):
         assert {"starting", "importing", "starting the device", "loading", "reading", "first step"} <= line[
             "phases"
         ].keys()
+        assert 0 < line["first_clip"] <= line["seconds"]
         assert 0 < line["device_busy"] <= 1

@@ -480,6 +480,9 @@ def test_two_workers_of_which_one_is_killed_make_the_same_files_as_one_process(f
     assert writers == {"journal.jsonl", "journal-worker-0.jsonl", "journal-worker-1.jsonl"}
     [end] = [line for line in journal.read(folder / "both") if line["event"] == "run"]
     assert (end["done"], set(end["workers"])) == (60, {"worker-0", "worker-1"})
+    assert 0 < end["first_clip"] < end["seconds"]
+    busy = sum(facts.get("device_busy_seconds", 0) for facts in end["workers"].values())
+    assert end["device_busy"] == pytest.approx(busy / 2 / end["seconds"], abs=0.01)
     assert "(worker-" in both.err
     assert "raylet" not in both.err, "Ray's own messages are for its developers"
     assert not list((folder / "both").rglob(".emt-partial-*"))

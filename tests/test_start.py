@@ -21,10 +21,12 @@ from emt.backbones.sd15.random_model import random_model
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backends.measured import MeasuredBackend
 from emt.backends.torch import TorchBackend
-from emt.device import BusyClock
+from emt.device import BusyClock, start_gpu
 from emt.errors import EmtError
 from emt.pipeline import MotionTransfer, load_pipeline, open_model
 from emt.solvers import DDIM, DPMSolver, Solver
+from emt.upload import upload
+from emt_cli.batch import generator
 
 #: Each takes about as long to import as PyTorch, or belongs to what does.
 HEAVY = "torch._dynamo torch._inductor sympy diffusers transformers accelerate"
@@ -58,6 +60,53 @@ def test_threads_sleep_while_they_wait_unless_the_user_has_said_how(own):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     expected = "PASSIVE" if not own else own.get("OMP_WAIT_POLICY", "None")
     assert done.stdout.split()[-1] == expected, done.stderr
+
+
+def test_a_gpu_is_started_by_its_driver_alone(monkeypatch):
+    """As far as a machine without one shows: the driver's own calls, in order, of the GPU that is named."""
+    calls = []
+
+    class Driver:
+        def cuInit(self, flags):
+            calls.append("init")
+            return 0
+
+        def cuDeviceGet(self, gpu, number):
+            calls.append(f"gpu {number}")
+            return 0 if number < 2 else 101
+
+        def cuDevicePrimaryCtxRetain(self, context, gpu):
+            calls.append("context")
+            return 0
+
+    assert start_gpu(Driver(), "auto")
+    assert calls == ["init", "gpu 0", "context"]
+    assert start_gpu(Driver(), "cuda:1")
+    assert not start_gpu(Driver(), "cuda:2")
+    monkeypatch.setattr(generator, "cuda_driver", lambda: Driver())
+    calls.clear()
+    with generator.start_ahead("cpu"):
+        pass
+    assert not calls
+    with generator.start_ahead("cuda:0"):
+        pass
+    assert calls == ["init", "gpu 0", "context"]
+
+
+def test_weights_are_uploaded_in_pieces_and_shared_ones_once(folder, monkeypatch):
+    monkeypatch.setattr("emt.upload._BUFFER_BYTES", 100)
+    opened = open_model(folder)
+    parts = [opened.unet, opened.vae]
+    opened.unet.again = opened.unet.conv_out  # a second name of the same weights
+    opened.vae.odd = torch.nn.Parameter(torch.arange(12.0).view(3, 4).t())
+    before = [{name: p.clone() for name, p in part.named_parameters()} for part in parts]
+    addresses = {p.data_ptr() for part in parts for p in part.parameters()}
+    upload(parts, "cpu")
+    for part, expected in zip(parts, before, strict=True):
+        for name, p in part.named_parameters():
+            torch.testing.assert_close(p, expected[name], rtol=0, atol=0)
+            assert p.data_ptr() not in addresses
+    assert opened.unet.again.weight is opened.unet.conv_out.weight
 
 
 @pytest.fixture(scope="module")

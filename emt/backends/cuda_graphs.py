@@ -36,7 +36,7 @@ class Recorder(Protocol):
         ...
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """A function that computes again, on the tensors that were read, and the tensor with the result, now and then."""
+        """A function that computes again, on the tensors that were read, and the tensor with the result."""
         ...
 
 

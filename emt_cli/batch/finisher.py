@@ -157,7 +157,8 @@ class Finisher:
     def _keep_motion(self, reference: Reference) -> None:
         try:
             key = self.generator.motion_key(reference.job, reference.sha256)
-            self.motions.save(key, reference.motion, reference.fps, reference.warnings)  # type: ignore[arg-type]
+            with self.generator.device.beside():
+                self.motions.save(key, reference.motion, reference.fps, reference.warnings)  # type: ignore[arg-type]
         except Exception as error:
             self.motions.limit = 0  # once is enough: the run goes on without
             reason = self.generator.explain(error, reference.job)

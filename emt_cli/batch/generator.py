@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from emt import __version__
 from emt.backbone import module_of
 from emt.cache import ContentIndex, default_dir
-from emt.device import BusyClock, Device, is_out_of_memory
+from emt.device import BusyClock, Device, cuda_driver, is_out_of_memory, start_gpu
 from emt.errors import EmtError
 from emt.model_folder import Model
 from emt.prompt_syntax import PLAIN, WEBUI
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from emt.prompts import PromptEncoder
     from emt.train.teacher import Teacher
     from emt.video import Clip, Sound
+
+
+_IMPORTS = threading.Lock()
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -121,6 +124,42 @@ def heard_warnings() -> Iterator[list[str]]:
         yield heard
     finally:
         logger.removeHandler(ear)
+
+
+def import_libraries() -> None:
+    """Import PyTorch and what uses it; thread-safe: two threads that import it at once trip over each other."""
+    with _IMPORTS:
+        import emt.pipeline  # noqa: F401
+
+
+@contextmanager
+def start_ahead(device: str) -> Iterator[None]:
+    """Context manager: PyTorch is imported and the GPU started, in threads, beside what is done first in here.
+
+    Nothing is started where there is no NVIDIA GPU. It is left when the threads have come to their ends, since a
+    process cannot end in the middle of an import.
+
+    Args:
+        device: auto, cuda, cuda:N, mps or cpu.
+    """
+    driver = cuda_driver() if device.startswith(("auto", "cuda")) else None
+    if driver is None:
+        yield
+        return
+    works = (import_libraries, functools.partial(start_gpu, driver, device))
+    threads = [threading.Thread(target=_quietly, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join()
+
+
+def _quietly(work: Callable[[], object]) -> None:
+    with suppress(Exception):  # who needs it meets the error
+        work()
 
 
 def silence_libraries() -> None:
@@ -237,9 +276,10 @@ class Generator:
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
     def import_libraries(self) -> None:
-        """Import PyTorch and what uses it; thread-safe: two threads that import it at once trip over each other."""
-        with self._guard:
-            import emt.pipeline  # noqa: F401
+        """Import PyTorch and what uses it, and start the GPU beside that."""
+        if self._device is None:
+            with start_ahead(self._requested[0]):
+                import_libraries()
 
     @property
     def busy_seconds(self) -> float:
@@ -253,7 +293,7 @@ class Generator:
         Raises:
             EmtError: there is none such.
         """
-        self.import_libraries()
+        import_libraries()
         with self._guard:
             if self._device is None:
                 device = Device.open(*self._requested)
@@ -283,9 +323,14 @@ class Generator:
                 self._engines.check_match(device)
             encoder = self._encode_prompts(device) if self.model.encodes_prompts_apart else None
             over = addons if addons is not None and self._is_quantized else NONE
-            self._pipe = open_pipeline(
-                self.model, device, low_memory=self.low_memory, prepare=lambda pipe: self._lay(pipe, over)
-            )
+            libraries = threading.Thread(target=_quietly, args=(device.load_libraries,), daemon=True)
+            libraries.start()
+            try:
+                self._pipe = open_pipeline(
+                    self.model, device, low_memory=self.low_memory, prepare=lambda pipe: self._lay(pipe, over)
+                )
+            finally:
+                libraries.join()
             self._pipe.prompt_encoder = encoder
             self._torch = self._pipe.backend
         if addons is not None and addons != self._laid:

@@ -25,9 +25,10 @@ Lines with `"event": "job"` are about a job:
 
 Lines with `"event": "file"` say that a clip was found whole with another time (a copied folder): output, id, bytes,
 mtime_ns, etag. Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds
-since the process was started, phases (where they went; they add up to the whole), device, device_wait (the share of the
-time between the first and the last batch in which the device waited for data), workers (of several: by name their jobs
-by state, host, pid, phases, device_wait and device_busy_seconds).
+since the process was started, first_clip (the seconds until the first one was finished), phases (where they went;
+they add up to the whole), device, device_wait (the share of the time between the first and the last batch in which the
+device waited for data), device_busy (the share of all seconds in which it computed; of several workers, of theirs
+together), workers (by name their jobs by state, host, pid, phases, device_wait and device_busy_seconds).
 
 **What a crash leaves.** For each job the order is: clip (written beside, synced, renamed), sidecar `<clip>.json` (the
 same way), journal line (one write, synced). So a line never names a clip that is not whole; a clip without a

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from emt.errors import EmtError
 from emt_cli.batch.journal import Journal
+from emt_cli.batch.phases import process_age
 from emt_cli.batch.results import sidecar
 
 
@@ -62,12 +63,14 @@ class Outcomes:
 
     Attributes:
         counts: Jobs by state: done, skipped, dropped, failed.
+        first_clip: Seconds from the start of the process to the first clip that was finished; None before.
     """
 
     def __init__(self, journal: Journal, listener: Listener) -> None:
         self.journal, self.listener = journal, listener
         self.out = journal.out
         self.counts: Counter[str] = Counter()
+        self.first_clip: float | None = None
         self._stop = threading.Event()
         self._said: set[str] = set()
         self._guard = threading.Lock()
@@ -166,6 +169,8 @@ class Outcomes:
 
     def _tell(self, line: dict[str, Any]) -> None:
         self.counts[line["state"]] += 1
+        if line["state"] == "done" and self.first_clip is None:
+            self.first_clip = process_age()
         there = line["state"] in ("done", "skipped")
         try:
             self.listener.job(line)

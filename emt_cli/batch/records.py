@@ -168,7 +168,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(
         ("seed", "window", "arithmetic", "bytes", "mtime_ns", "done", "skipped", "failed", "dropped"), _whole
     ),
-    **dict.fromkeys(("motion_fidelity", "temporal_consistency", "peak_memory", "seconds"), _number),
+    **dict.fromkeys(("motion_fidelity", "temporal_consistency", "peak_memory", "seconds", "first_clip"), _number),
     **dict.fromkeys(("device_wait", "device_busy"), _number),
     **dict.fromkeys(("adopted", "duplicate", "interrupted"), _flag),
     "settings": _each(_setting),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_lines
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,7 +113,7 @@ def bench(
             raise EmtError(f"--frames is {settings.frames}", f"What is timed is one window: {allowed} frames.")
         named = "random weights" if model is None and place.is_gpu else found.name
         if cold:
-            _print_cold(list(cold_starts(found, settings, place, engine, say)), place, named, json)
+            _print_cold(cold_starts(found, settings, place, engine, say), place, named, json)
             return
         for row in _rows(found, place, settings, engine, say):
             rows.append(row)
@@ -175,11 +175,12 @@ def cold_starts(
             yield next(line for line in journal.lines(out) if line.get("event") == "run")
 
 
-def _print_cold(lines: list[dict[str, Any]], device: Device, model: str, json: bool) -> None:
+def _print_cold(found: Iterable[dict[str, Any]], device: Device, model: str, json: bool) -> None:
     if json:
-        for line in lines:
+        for line in found:
             typer.echo(json_lines.dumps({**line, "model": model, "precision": device.precision}))
         return
+    lines = list(found)
     from rich.console import Console
     from rich.table import Table
 
@@ -189,6 +190,7 @@ def _print_cold(lines: list[dict[str, Any]], device: Device, model: str, json: b
         column.justify = "right"
     for phase in dict.fromkeys(phase for line in lines for phase in line["phases"]):
         table.add_row(phase, *(f"{line['phases'].get(phase, 0.0):.2f}" for line in lines))
+    table.add_row("first clip", *(f"{line['first_clip']:.2f}" for line in lines))
     table.add_row("all", *(f"{line['seconds']:.2f}" for line in lines))
     table.add_row("device busy", *(f"{line.get('device_busy', 0.0):.0%}" for line in lines))
     Console().print(table)

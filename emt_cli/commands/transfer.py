@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 
@@ -37,6 +38,7 @@ def transfer(options: TransferOptions) -> None:
     from emt.model_folder import find_model
     from emt.remote import Announcer, is_url, trim_copies
     from emt_cli.batch.best_of import check_measuring, check_tracking
+    from emt_cli.batch.generator import start_ahead
     from emt_cli.batch.inputs import PromptWarnings, expand, settings_of
     from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
@@ -46,13 +48,14 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.batch.shapes import Shapes
     from emt_cli.commands.plan import show
     from emt_cli.executors.choice import choose_executor
+    from emt_cli.executors.local import LocalExecutor
     from emt_cli.terminal import ProgressReporter, Results
     from emt_engines.choice import engine_id
 
     if options.dry_run:
         show(options)
         return
-    with ProgressReporter(Results.JSON if options.json else Results.PATHS) as reporter:
+    with ProgressReporter(Results.JSON if options.json else Results.PATHS) as reporter, ExitStack() as ahead:
         reporter.phase("looking for the model and clips")
         trim_copies(options.cache_size * 1e9)
         model = find_model(options.model, download=True, on_fetch=Announcer(reporter.say))
@@ -72,6 +75,8 @@ def transfer(options: TransferOptions) -> None:
         words.look(listed)
         chosen = SessionOptions.of(options)
         executor = choose_executor(options, chosen)
+        if executor is LocalExecutor and listed and not any(here.out.glob("journal*.jsonl")):
+            ahead.enter_context(start_ahead(options.device))  # hashing a model for the first time takes seconds
         session = open_session(chosen, options.device, reporter.say, model)
         # What is not there fails at once, not job by job.
         session.generator.addons.find(settings_of(options, model.defaults))

@@ -387,6 +387,11 @@ class FleetExecutor:
         known = {phase: round(spent, 3) for phase, spent in self.phases.seconds.items()}
         line |= {"seconds": round(seconds, 3), "interrupted": summary.interrupted}
         line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
+        if self.outcomes.first_clip is not None:
+            line |= {"first_clip": round(self.outcomes.first_clip, 3)}
+        busy = [slot.facts["device_busy_seconds"] for slot in self._slots if "device_busy_seconds" in slot.facts]
+        if busy:  # of a worker that has died nobody knows
+            line |= {"device_busy": round(min(1.0, sum(busy) / (len(self._slots) * seconds)), 4)}
         line |= {"workers": {slot.writer: _facts(slot) for slot in self._slots}}
         with suppress(OSError):  # a full disk, which each job has reported
             self.journal.append(line)

@@ -65,6 +65,8 @@ class LocalExecutor:
         known = {phase: round(spent, 3) for phase, spent in worker.phases.seconds.items()}
         line |= {"seconds": round(seconds, 3), "interrupted": summary.interrupted}
         line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
+        if self.pieces.outcomes.first_clip is not None:
+            line |= {"first_clip": round(self.pieces.outcomes.first_clip, 3)}
         if worker.device_wait is not None:
             line |= {"device": self.generator.device.name, "device_wait": round(worker.device_wait, 4)}
             line |= {"device_busy": round(min(1.0, self.generator.busy_seconds / seconds), 4)}
