@@ -292,8 +292,8 @@ class TorchBackend(PipelineBackend):
             return call
         made = self._calls_of(key, sample.device)
         if not made.is_capture_due:
-            if motion is not None and (static := self._motions.get(shapes_of(motion))):
-                static.check(motion)
+            if motion is not None and (here := self._motions.get(shapes_of(motion))):
+                here.check(motion)
             return made.make(self._recorder_on(sample.device), compute)
         self._drop_motions(keep=motion)
         call = self._calls[key] = self._capture(lambda: self._capture_denoising(inputs, text, motion, keep))
