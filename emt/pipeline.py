@@ -21,6 +21,7 @@ from emt.backbone import LARGE_TEXT_ENCODERS, OPENED_DIRECTLY, module_of
 from emt.backends.base import Backend
 from emt.backends.codec import codec_of
 from emt.backends.torch import TorchBackend
+from emt.backends.upload import upload
 from emt.errors import EmtError
 from emt.features import Motion, MotionFeatures, joined
 from emt.model_folder import find_model
@@ -32,7 +33,6 @@ from emt.remote import is_url
 from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
 from emt.scratch import scratch_array
 from emt.text_encoding import TextReader
-from emt.upload import upload
 from emt.vocabulary import Vocabulary
 from emt.windowed import WindowedDenoiser, read_in_windows
 from emt.windows import Windows, windows_over

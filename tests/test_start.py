@@ -21,11 +21,11 @@ from emt.backbones.sd15.random_model import random_model
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backends.measured import MeasuredBackend
 from emt.backends.torch import TorchBackend
+from emt.backends.upload import upload
 from emt.device import BusyClock, start_gpu
 from emt.errors import EmtError
 from emt.pipeline import MotionTransfer, load_pipeline, open_model
 from emt.solvers import DDIM, DPMSolver, Solver
-from emt.upload import upload
 from emt_cli.batch import generator
 
 #: Each takes about as long to import as PyTorch, or belongs to what does.
@@ -94,7 +94,7 @@ def test_a_gpu_is_started_by_its_driver_alone(monkeypatch):
 
 
 def test_weights_are_uploaded_in_pieces_and_shared_ones_once(folder, monkeypatch):
-    monkeypatch.setattr("emt.upload._BUFFER_BYTES", 100)
+    monkeypatch.setattr("emt.backends.upload._BUFFER_BYTES", 100)
     opened = open_model(folder)
     parts = [opened.unet, opened.vae]
     opened.unet.again = opened.unet.conv_out  # a second name of the same weights
