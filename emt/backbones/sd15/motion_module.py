@@ -27,6 +27,7 @@ from emt.backbones.sd15.layers import (
     tokens_of,
 )
 from emt_kernels.quantize import Quantized
+from emt_kernels.scale_map import gelu_of_sum, is_fused, scale_map
 from emt_kernels.temporal_attention import temporal_attention
 
 
@@ -108,11 +109,15 @@ class Scaler(nn.Module):
             (batch, frames, tokens), between 0 and 1.
         """
         batch, n, (height, width) = x.shape[0], prepared.shape[0], prepared.shape[3:]
-        own = self._half(x, height, width, first=True).unflatten(0, (batch // n, n, -1))
-        h = F.gelu((own + prepared).flatten(0, 2))
-        last = self.spatial_convs[2]
+        own = self._half(x, height, width, first=True)
+        middle, last = self.spatial_convs[1:]
+        if is_fused(own):
+            h = gelu_of_sum(own, prepared.flatten(0, 1))
+            h = gelu_of_sum(F.conv2d(h, middle.weight, padding=1), middle.bias[None, :, None, None])
+            return scale_map(h, last.weight, last.bias).unflatten(0, (batch, -1))
+        h = F.gelu((own.unflatten(0, (batch // n, n, -1)) + prepared).flatten(0, 2))
         # The 5 goes into the bias: subtracted afterwards, it would cost bfloat16 the digits of a small difference.
-        h = F.conv2d(F.gelu(self.spatial_convs[1](h)), last.weight, last.bias - 5, padding=1)
+        h = F.conv2d(F.gelu(middle(h)), last.weight, last.bias - 5, padding=1)
         return torch.sigmoid(h).flatten(1).unflatten(0, (batch, -1))
 
 
