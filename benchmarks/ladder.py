@@ -41,10 +41,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from emt.backbones.sd15 import layers, motion_module
+from emt.backbones.sd15 import autoencoder, layers, motion_module, passes
 from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import ATTENTION, TorchBackend
-from emt.features import Motion
+from emt.features import Motion, TextFeatures
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.presets import PRESETS
 from emt.video import read_clip
@@ -53,6 +53,7 @@ from emt_kernels.geglu_linear import fuses
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from emt_kernels.layer_norm import layer_norm, layer_norm_reference
 from emt_kernels.temporal_attention import temporal_attention, temporal_attention_reference
+from emt_kernels.upsample_conv import upsample_conv_reference
 
 PROMPT = "a red car on a beach"
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -61,6 +62,15 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "layer_norm": (layer_norm, layer_norm_reference),
     "geglu": (geglu, geglu_reference),
     "fuses": (fuses, lambda x, weight: False),
+}
+#: What else a rung switches: names of a module or class, with the kernel and without.
+PLACES: dict[str, list[tuple[Any, str, Any]]] = {
+    "upsample": [
+        (passes, "is_fused", lambda x, weight: False),
+        (autoencoder, "upsample_conv", upsample_conv_reference),
+    ],
+    "scale_map": [(motion_module, "is_fused", lambda x: False)],
+    "vae-biases": [(autoencoder._Half, "_fused", autoencoder._Half._plain)],
 }
 ALL = 1 << 30
 #: Tokens at once in feed-forward layers, to compare.
@@ -97,6 +107,13 @@ LADDER = (
     Rung("geglu-linear", "+ kernel: geglu_linear", ("fuses",)),
     Rung("graph", "+ CUDA graph of the step", ("graph",)),
     Rung("vae", "+ channels-last VAE with kernel: group_norm_silu", ("vae",), whole=True),
+    Rung("upsample", "+ kernel: upsample_conv", ("upsample",), whole=True),
+    Rung("skips", "+ skip connections where they are", ("skips",)),
+    Rung("kept", "+ sums of biases kept, one matmul for the timestep", ("kept",)),
+    Rung("scale-map", "+ kernels: gelu_of_sum, scale_map", ("scale_map",)),
+    Rung("vae-biases", "+ biases of the VAE's convolutions in norms", ("vae-biases",), whole=True),
+    Rung("guidance", "+ what the halves of guidance share once", ("guidance",), whole=True),
+    Rung("cublaslt", "+ matmuls by cuBLASLt", ("cublaslt",), aside=True),
     Rung(
         "compile",
         "torch.compile in place of kernels, in a CUDA graph",
@@ -144,8 +161,9 @@ class Bench:
     def inputs(self, pipe: MotionTransferPipeline, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
         """A batch of two with classifier-free guidance at the size of `motion`, its timestep and its text."""
         scale = pipe.vae_scale_factor
-        shape = (2, 4, motion.frames, motion.height // scale, motion.width // scale)
+        shape = (1, 4, motion.frames, motion.height // scale, motion.width // scale)
         sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(pipe.device, pipe.unet.dtype)
+        sample = torch.cat([sample, sample])
         return sample, torch.tensor(601, device=pipe.device), pipe.encode_prompts(["", PROMPT])
 
     @torch.no_grad()
@@ -182,7 +200,7 @@ class Bench:
         sample, timestep, text = self.inputs(pipe, motion)
         with autocast(on):
             moved: Any = backend.prepare_motion(motion.features) if once else motion.features
-            encoded: Any = pipe.unet.encode_text(text) if once else text
+            encoded: Any = guided(pipe.unet.encode_text(text)) if once else text
             call = backend.denoise if once else pipe.unet
             torch.cuda.reset_peak_memory_stats()
             self.outputs[rung.name] = call(sample, timestep, encoded, moved).float().cpu()
@@ -248,6 +266,9 @@ def rung_backend(pipe: MotionTransferPipeline, on: set[str]) -> TorchBackend:
         fuse_projections="fuse" in on,
         fuse_residual_adds="residuals" in on,
         defer_conv_biases="conv-biases" in on,
+        join_skips="skips" in on,
+        keep_constants="kept" in on,
+        share_guidance="guidance" in on,
         attention=ATTENTION if "cudnn" in on else USUAL_ATTENTION,
         compile="compile" in on,
         channels_last="channels-last" in on,
@@ -272,8 +293,22 @@ def patched(module: Any, **values: Any) -> Iterator[None]:
 def kernels(on: set[str]) -> Iterator[None]:
     """Let the network call the kernels that are on, and the references of the others."""
     chosen = {name: kernel if name in on else reference for name, (kernel, reference) in KERNELS.items()}
-    with patched(motion_module, temporal_attention=chosen.pop("temporal_attention")), patched(layers, **chosen):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patched(motion_module, temporal_attention=chosen.pop("temporal_attention")))
+        stack.enter_context(patched(layers, **chosen))
+        for place, name, other in (found for switch in PLACES.keys() - on for found in PLACES[switch]):
+            stack.enter_context(patched(place, **{name: other}))
+        library = torch.backends.cuda.preferred_blas_library()
+        stack.callback(torch.backends.cuda.preferred_blas_library, library)
+        if "cublaslt" in on:
+            torch.backends.cuda.preferred_blas_library("cublaslt")
         yield
+
+
+def guided(text: TextFeatures) -> TextFeatures:
+    """Features of prompts for a batch whose halves are the same."""
+    text.guided = True
+    return text
 
 
 def autocast(on: set[str]) -> contextlib.AbstractContextManager[Any]:
@@ -289,6 +324,8 @@ KINDS = {
     "group_norm_silu": r"group_norm",
     "layer_norm": r"layer_norm",
     "geglu": r"geglu",
+    "upsample_conv": r"upsample_conv|add_phases",
+    "scale_map": r"scale_map|gelu_of_sum",
     "spatial attention": r"flash|fmha|sdpa|attention|mha",
     "convolution": r"conv|fprop|xmma_.*nhwc|implicit|dgrad",
     "matmul": r"gemm|cutlass|nvjet|cublas|wgmma|s161616|splitK",
@@ -301,6 +338,7 @@ OPERATORS = {
     "group_norm_silu": r"emt::group_norm",
     "layer_norm": r"emt::layer_norm",
     "geglu": r"emt::geglu",
+    "upsample_conv": r"emt::upsample_conv",
     "spatial attention": r"scaled_dot_product",
     "convolution": r"convolution",
     "matmul": r"aten::(mm|addmm|bmm|linear|_scaled_mm)",
@@ -380,7 +418,7 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
         pipe.backend = rung_backend(pipe, on)
         motion = pipe.extract_motion(bench.frames)
         sample, timestep, text = bench.inputs(pipe, motion)
-        encoded = pipe.unet.encode_text(text)
+        encoded = guided(pipe.unet.encode_text(text))
         moved = pipe.backend.prepare_motion(motion.features)
         eager.denoise(sample, timestep, encoded, moved)  # the first is rehearsed, and would be counted twice
         with Count() as count:

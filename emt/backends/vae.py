@@ -21,14 +21,14 @@ VAE_FRAMES = 4
 
 
 class _GroupNormSiLU(nn.GroupNorm):
-    """A group norm, and the SiLU after it, of images in channels-last memory."""
+    """A group norm, and the SiLU after it, of ``x + shift`` in channels-last memory; `shift` (images, channels)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=True)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True, shift)
 
 
 def prepare_vae(vae: Any) -> None:
-    """Convert the weights of a VAE to channels-last memory and fuse its group norms with SiLUs after them.
+    """Convert the weights of a VAE to channels-last memory and fuse its group norms with SiLUs and biases around them.
 
     Its state dict stays as it is.
     """
@@ -46,6 +46,9 @@ def prepare_vae(vae: Any) -> None:
             fused.weight, fused.bias = plain.weight, plain.bias
             setattr(module, norm, fused)
             setattr(module, activation, nn.Identity())
+    for half in (vae.encoder, vae.decoder):
+        if hasattr(half, "fused"):  # of the project's own autoencoder
+            half.fused = True
 
 
 def convert_to_channels_last(module: Any) -> None:

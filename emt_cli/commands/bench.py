@@ -309,12 +309,14 @@ def _parts(
     import torch
 
     backend, samples, generator = pipe.backend, 1 if settings.guidance == 1 else 2, torch.Generator().manual_seed(0)
-    noise = pipe.initial_noise([generator] * samples, settings.frames, settings.height, settings.width)
-    sample, timestep = noise.to(device.torch_device, pipe.unet.dtype), torch.tensor(601, device=device.torch_device)
+    noise = pipe.initial_noise([generator], settings.frames, settings.height, settings.width)
+    sample = torch.cat([noise] * samples).to(device.torch_device, pipe.unet.dtype)
+    timestep = torch.tensor(601, device=device.torch_device)
     images = torch.from_numpy(clip).to(device.torch_device)
     with torch.no_grad():
         prompts = pipe.encode_prompts([""] * samples)
         text = pipe.unet.encode_text(prompts)
+        text.guided = samples == 2
         moved = backend.prepare_motion(pipe.extract_motion(clip).features)
         output = backend.denoise(sample, timestep, text, moved).float().cpu()
         work: dict[str, Callable[[], object]] = {

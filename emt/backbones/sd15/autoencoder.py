@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emt.backbones.sd15.passes import FusedPass
 from emt.parts import Network, configured
 from emt_kernels.upsample_conv import upsample_conv
 
@@ -26,9 +27,9 @@ class _Resnet(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.norm1: Any = nn.GroupNorm(groups, channels, eps=_EPS)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=_EPS)
+        self.norm2: Any = nn.GroupNorm(groups, out_channels, eps=_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nonlinearity: nn.Module = nn.SiLU()
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
@@ -62,11 +63,13 @@ class _Middle(nn.Module):
         self.attentions = nn.ModuleList([_Attention(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList([_Resnet(channels, channels, groups) for _ in range(2)])
 
+    def layers(self) -> list[nn.Module]:
+        return [self.resnets[0], *self.attentions, self.resnets[1]]
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        for layer in self.layers():
+            x = layer(x)
+        return x
 
 
 class _Resample(nn.Module):
@@ -92,14 +95,20 @@ class _Block(nn.Module):
         self.downsamplers = nn.ModuleList([_Resample(last, 2)] if resample < 0 else [])
         self.upsamplers = nn.ModuleList([_Resample(last, 1)] if resample > 0 else [])
 
+    def layers(self) -> list[nn.Module]:
+        return [*self.resnets, *self.downsamplers, *self.upsamplers]
+
     def forward(self, x: Tensor) -> Tensor:
-        for part in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = part(x)
+        for layer in self.layers():
+            x = layer(x)
         return x
 
 
 class _Half(nn.Module):
-    """Encoder or decoder: `conv_in`, the blocks around the middle, and norm, SiLU and `conv_out`."""
+    """Encoder or decoder: `conv_in`, the blocks around the middle, and norm, SiLU and `conv_out`.
+
+    `fused` says that its norms, of which those in residual blocks and the last one apply SiLU, take a shift.
+    """
 
     def __init__(self, channels: int, widths: Sequence[int], out_channels: int, config: Any, up: bool) -> None:
         super().__init__()
@@ -111,17 +120,37 @@ class _Half(nn.Module):
             blocks.append(_Block([widths[max(i - 1, 0)], *[width] * layers], groups, resample))
         self.add_module("up_blocks" if up else "down_blocks", nn.ModuleList(blocks))
         self.mid_block = _Middle(widths[0 if up else -1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
+        self.conv_norm_out: Any = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_act: nn.Module = nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
         self._up = up
+        self.fused = False
 
     def forward(self, x: Tensor) -> Tensor:
+        fused = self.fused and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self._fused(x) if fused else self._plain(x)
+
+    def _plain(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        parts = (self.mid_block, *self.up_blocks) if self._up else (*self.down_blocks, self.mid_block)
-        for part in parts:
+        for part in self._parts():
             x = part(x)
         return self.conv_out(self.conv_act(self.conv_norm_out(x)))
+
+    def _parts(self) -> tuple[Any, ...]:
+        return (self.mid_block, *self.up_blocks) if self._up else (*self.down_blocks, self.mid_block)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same with biases of convolutions left to norms that add them, and shortcuts that matmuls add."""
+        run = FusedPass(defer_conv_biases=True, feed_forward_tokens=0)
+        images = run.conv(self.conv_in, x)
+        for layer in (layer for part in self._parts() for layer in part.layers()):
+            if isinstance(layer, _Resnet):
+                h = run.conv(layer.conv1, run.norm(layer.norm1, images))
+                h = run.conv(layer.conv2, run.norm(layer.norm2, h))
+                images = run.add_shortcut(h, layer.conv_shortcut, images)
+            else:
+                images = run.images(layer(images.materialize()))
+        return self.conv_out(run.norm(self.conv_norm_out, images))
 
 
 @dataclass(frozen=True)

@@ -230,10 +230,15 @@ class FusedPass(Pass):
             h.bias = None
         shift = shift.expand(time.frames, -1) if shift.shape[0] == 1 else shift
         h = self.conv(layer.conv2, self.norm(layer.norm2, h, shift[: x.shape[0]]))
+        return self.add_shortcut(h, layer.conv_shortcut, x)
+
+    def add_shortcut(self, h: Images, shortcut: nn.Conv2d | None, x: Images | Pair) -> Images:
+        """Add the images that a residual block takes, or a 1×1 convolution of them, to those that it makes."""
         if isinstance(x, Pair):
-            return self._add_pair(h, layer.conv_shortcut, x)
-        if layer.conv_shortcut is not None:
-            return self._add_to_images(h, layer.conv_shortcut, tokens_of(x.values), x.bias)
+            assert shortcut is not None
+            return self._add_pair(h, shortcut, x)
+        if shortcut is not None:
+            return self._add_to_images(h, shortcut, tokens_of(x.values), x.bias)
         h.values += x.values
         return Images(h.values, self._sum(h.bias, x.bias))
 
