@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
-import multiprocessing
 import os
 import resource
 import threading
@@ -62,8 +62,8 @@ def test_a_second_run_is_refused_and_reported_by_whom(tmp_path):
     log = Journal(tmp_path)
     with pytest.raises(EmtError, match=f"process {os.getpid()}"):
         Journal(tmp_path)
-    log.close()
-    Journal(tmp_path).close()
+    threading.Timer(0.1, log.close).start()
+    Journal(tmp_path).close()  # who only looks at the lock, or is about to end, is waited for
 
 
 def test_each_writer_has_a_file_of_its_own_and_they_are_read_as_one(tmp_path):
@@ -80,6 +80,43 @@ def test_each_writer_has_a_file_of_its_own_and_they_are_read_as_one(tmp_path):
     assert Journal(tmp_path).known.done["a/x-0.mp4"]["id"] == "3", "whoever wrote it"
     with pytest.raises(ValueError, match="letters"):
         Journal(tmp_path, "../x")
+
+
+def test_writers_that_may_not_be_beside_one_are_waited_for_and_then_refused(tmp_path):
+    first, second = Journal(tmp_path, "a"), Journal(tmp_path, "b")
+    for own in ("A", "c"):  # names before and after theirs
+        with pytest.raises(EmtError, match=f"process {os.getpid()}"):
+            Journal(tmp_path, own, beside=lambda other: other == "a")
+    Journal(tmp_path, "c", beside=lambda other: other in ("a", "b")).close()
+    second.close()
+    Journal(tmp_path, "c", beside=lambda other: other == "a").close()
+    first.close()
+    Journal(tmp_path, "c", beside=lambda other: False).close()
+
+
+@pytest.mark.parametrize("id", ["0", "2"])
+def test_the_file_of_another_job_is_not_taken_for_a_finished_clip(tmp_path, id):
+    done = {"event": "job", "state": "done", "output": "a/x-0.mp4", "id": "1", "bytes": 5, "mtime_ns": 6}
+    known = Known()
+    known.add(done)
+    known.add({"event": "file", "output": "a/x-0.mp4", "id": id, "bytes": 7, "mtime_ns": 8})
+    assert (known.done["a/x-0.mp4"]["bytes"], known.done["a/x-0.mp4"]["mtime_ns"]) == (5, 6)
+    known.add({"event": "file", "output": "a/x-0.mp4", "id": "1", "bytes": 9})
+    assert (known.done["a/x-0.mp4"]["bytes"], known.done["a/x-0.mp4"]["mtime_ns"]) == (9, 6)
+
+
+def test_the_last_word_on_a_job_is_that_of_its_end(tmp_path):
+    done = {"event": "job", "state": "done", "output": "a/x-0.mp4", "id": "1"}
+    log = Journal(tmp_path)
+    log.append({"event": "run", "state": "done", "output": "a/z-0.mp4"})
+    log.append({"event": "job", "state": "started", "output": "a/y-0.mp4"})
+    log.append(done)
+    log.append({"event": "file", "output": "a/x-0.mp4", "id": "1", "bytes": 7})
+    log.append({"event": "job", "state": "failed", "prompt": "a cat", "error": "no"})
+    log.append({"event": "job", "state": "failed", "prompt": "a dog", "error": "no"})
+    log.append({"event": "job", "state": "dropped", "prompt": "a dog", "output": "a/v-0.mp4"})
+    said = [(line["state"], line.get("output"), line.get("prompt")) for line in journal.current(tmp_path)]
+    assert said == [("done", "a/x-0.mp4", None), ("dropped", "a/v-0.mp4", "a dog"), ("failed", None, "a cat")]
 
 
 def test_lines_of_one_file_keep_their_order_whatever_its_clock_did(tmp_path):
@@ -186,23 +223,19 @@ def test_k8_jobs_that_failed_without_an_output_take_time_in_proportion(tmp_path)
     assert time.process_time() - begun < 2
 
 
-def _append_on_a_full_disk(out: Path) -> None:
-    log = Journal(out)
-    size = (out / journal.FILE_NAME).stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, size + 50))
-    try:
-        log.append({"event": "job", "prompt": "x" * 500})
-    except OSError:
-        os._exit(17)
-
-
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
     content = filled(tmp_path)
-    process = multiprocessing.get_context("fork").Process(target=_append_on_a_full_disk, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 17
+    log, limits = Journal(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 50, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"left|large") as error:
+            log.append({"event": "job", "prompt": "x" * 500})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
     assert (tmp_path / journal.FILE_NAME).read_bytes() == content
+    log.append({"event": "job", "id": "3"})
+    assert [line["id"] for line in journal.read(tmp_path)] == ["1", "2", "3"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -450,6 +450,44 @@ def test_the_result_is_a_model(pairs, tmp_path):
     assert events.Tags()["images"] == ["samples"]
 
 
+def test_k1_a_model_that_denoises_with_more_than_the_adapter_trains_through_it_and_keeps_it(pairs, tmp_path):
+    pipe = MotionTransferPipeline.from_pretrained(str(model()))
+    trained = {name for name, _ in pipe.unet.adapter_parameters()}
+    state = pipe.unet.state_dict()
+    backbone = {name: tensor for name, tensor in state.items() if name not in trained}
+    adapter = {published(name): state[name] for name in trained}
+    layers = [n for n in backbone if n.startswith("up_blocks") and ".attentions." in n and ".to_q." in n]
+    pipe.unet.load_published(backbone, adapter | {name: backbone[name] * 2 for name in layers})
+    pipe.save_pretrained(tmp_path / "wide")
+
+    trainer = Trainer(tmp_path / "wide", pairs, tmp_path / "run", settings())
+    unet = trainer.pipe.unet
+    batch = trainer.prepare([trainer.dataset[0]], step=0, part=0)
+    with torch.no_grad():
+        wide, plain = (
+            adapter_loss(u, trainer.objective, **batch) for u in (unet, start(pairs, tmp_path / "p").pipe.unet)
+        )
+    assert abs(wide - plain) > 1e-4 * plain, "its own layers take part in the loss"
+    trainer.train()
+
+    made = load_file(tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    given = load_file(tmp_path / "wide" / "unet" / "diffusion_pytorch_model.safetensors")
+    own = {f"denoising.{name}" for name in layers}
+    assert own <= made.keys()
+    assert made.keys() == given.keys()
+    assert {name for name in made if not torch.equal(made[name], given[name])} == trained
+    assert load_file(tmp_path / "run" / "adapter.safetensors").keys() == adapter.keys()
+    assert f"{len(layers)} more layers denoise" in (tmp_path / "run" / "model" / "README.md").read_text()
+    again = Trainer(
+        tmp_path / "wide",
+        pairs,
+        tmp_path / "run",
+        settings(steps=3),
+        resume=tmp_path / "run" / "checkpoints" / "step-00000002",
+    )
+    assert again.train()
+
+
 def test_the_model_keeps_the_type_it_is_stored_in_and_has_an_adapter(pairs, tmp_path):
     half = MotionTransferPipeline.from_pretrained(str(model()), dtype=torch.float16)
     half.register_to_config(adapter="none")

@@ -481,11 +481,14 @@ class Trainer:
     def _account(self) -> str:
         s = self.settings
         batch = s.batch_size * s.accumulate * self.accelerator.num_processes
+        own = len(getattr(self.pipe.unet.config, "denoising_layers", None) or ())
+        kept = f" {own} more layers denoise here, as before; adapter.safetensors is without them." if own else ""
         return (
             "## Training of the adapter\n\n"
             f"By `emt train`: {self.step} steps of {batch} of {len(self.dataset.pairs)} pairs, AdamW at "
             f"{s.learning_rate:g}, {s.drop_text:.0%} of the captions dropped, {s.precision}, weights averaged "
-            f"(decay {s.ema_decay:g}), seed {s.seed}; {self.skipped} steps skipped because their loss was not finite.\n"
+            f"(decay {s.ema_decay:g}), seed {s.seed}; {self.skipped} steps skipped because their loss was not finite."
+            f"{kept}\n"
         )
 
 
