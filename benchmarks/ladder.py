@@ -409,8 +409,11 @@ def median_ms(work: Callable[[], object], repeats: int = 20) -> float:
 
 
 @torch.no_grad()
-def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
-    """Time, operations and bytes of one guided step with reference by kind of kernel, and its longest kernels."""
+def take_apart(bench: Bench, on: set[str], variants: bool) -> dict[str, Any]:
+    """Time, operations and bytes of one guided step with reference by kind of kernel, and its longest kernels.
+
+    With `variants`, times of it in parts of several sizes, and with all of cuDNN's convolutions, too.
+    """
     limits = ceilings()
     with kernels(on):
         pipe = bench.pipe(on)
@@ -430,19 +433,20 @@ def take_apart(bench: Bench, on: set[str]) -> dict[str, Any]:
             for _ in range(steps):
                 pipe.backend.denoise(sample, timestep, encoded, moved)
             torch.cuda.synchronize()
-        in_parts = {}
-        for tokens in PARTS:
+        in_parts, tried, tried_s = {}, math.nan, math.nan
+        for tokens in PARTS if variants else ():
             backend = pipe.backend = rung_backend(pipe, on)
             backend.execution = replace(backend.execution, feed_forward_tokens=tokens)
             backend.denoise(sample, timestep, encoded, moved)
             in_parts[str(tokens)] = median_ms(lambda b=backend: b.denoise(sample, timestep, encoded, moved), 8)
         # Not for use: what it chooses depends on the moment, and with it the last bits of a clip.
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
-            backend = pipe.backend = rung_backend(pipe, on)
-            begun = time.perf_counter()
-            backend.denoise(sample, timestep, encoded, moved)
-            tried_s = time.perf_counter() - begun
-            tried = median_ms(lambda: backend.denoise(sample, timestep, encoded, moved), 8)
+        if variants:
+            with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
+                backend = pipe.backend = rung_backend(pipe, on)
+                begun = time.perf_counter()
+                backend.denoise(sample, timestep, encoded, moved)
+                tried_s = time.perf_counter() - begun
+                tried = median_ms(lambda: backend.denoise(sample, timestep, encoded, moved), 8)
     rows: dict[str, dict[str, float]] = {}
     longest = []
     for event in profiled.key_averages():
@@ -541,7 +545,7 @@ def main() -> None:
 
     def disassemble(rung: Rung, name: str) -> None:
         try:
-            parts = take_apart(bench, switched_on(rung))
+            parts = take_apart(bench, switched_on(rung), variants=not options.rungs)
         except Exception:
             traceback.print_exc()
             return
