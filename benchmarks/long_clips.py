@@ -3,16 +3,20 @@
     python benchmarks/long_clips.py [--seconds 10] [--clips 2 | --real FOLDER] [--schemes quarter apart …] [--out FILE]
 
 References are rendered: motions of the demo model's training families that swing to and fro, at 8 frames a second, so
-that the truth is known for any length. Measured on the clips that the demo model makes of them:
+that the truth is known for any length; or they are clips of a folder, whole. Each scheme makes each clip twice, with
+windows that begin half a stride later in the second, so that the same moments of a reference are once at a seam, where
+one window gives way to the next in the first step of the sampler, and once inside a window. Nothing else is compared
+with each other: what happens at one moment of a clip is more difficult to follow than what happens at another.
 
-- consistency: `emt.evaluate.consistency` of frames at seams (a step on either side of where one window gives way to
-  the next, at the first step of the sampler) as a share of that of the frames between them;
-- fidelity: motion fidelity of the 8 frames around a seam, as a share of that of 8 frames between seams. What happens
-  there differs, however: the scheme `alone` makes the control, a clip of one window around each seam, by itself, and
-  measures the 8 frames in its middle;
+- fidelity: motion fidelity of the 8 frames around a moment, at seams as a share of inside;
+- consistency: `emt.evaluate.consistency` of the frame before a moment and the one after, likewise;
+- alone: the same at seams as a share of clips of one window around each moment, each by itself (scheme `alone`): what
+  the model can do at best, as nothing has to be kept from one window to the next;
+- whole: motion fidelity of all frames, where what is not kept is missed;
 - looks: share of the seconds in which the judge finds the prompt's subject, colour and scene.
 
-A result is a line of FILE; what is there is not made again. A table follows on standard output.
+A ratio has the standard error over moments behind it. A result is a line of FILE; what is there is not made again. A
+table follows on standard output.
 """
 
 from __future__ import annotations
@@ -20,8 +24,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,73 +41,122 @@ from emt.contact_sheet import contact_sheet
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.judge import Judge, read_prompt
 from emt.evaluate.motion import motion_fidelity
+from emt.features import Motion
 from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.sampling import noise_generator, run_sampler
 from emt.synthetic.renderer import World
 from emt.video import count_frames, is_clip, read_clip, write_clip
+from emt.windowed import window_of
 from emt.windows import Windows
 
 FPS, SWING = 8, 21  # frames a second, and of a swing: as fast as the motions of training's 16 frames
+AROUND = 4  # frames before and after a moment that its fidelity is of
+INSIDE = 4  # frames from a moment to the nearest seam, at least, if it is inside a window
 
 
-class Fixed(Windows):
-    """The same windows in every step."""
+@dataclass(frozen=True)
+class Scheme(Windows):
+    """A way to lay windows and to blend them.
+
+    Args:
+        frames: of the clip.
+        size: of a window.
+        overlap: share of each window that is in the next one, too.
+        shifts: windows are elsewhere in each step.
+        flat: all frames of a window count alike.
+        repeated: windows begin with the same noise, its frames shuffled (FreeNoise, Qiu et al. 2023, arXiv 2310.15169).
+        dilated: first steps in which a window has every n-th frame, and so shows more of the motion.
+        both: in those, there are windows of neighbouring frames, too.
+        reach: n, if the clip is long enough.
+        reading: share of each window of the reference that is in the next one, too; None for that of the clip.
+        relay: a window is made after the one before it, whose latents it has where they overlap, in every step.
+        soft: the latents that it has there give way to its own in the second half of the overlap.
+        offset: frames by which windows begin later.
+    """
+
+    overlap: float = 0.25
+    shifts: bool = True
+    flat: bool = False
+    repeated: bool = False
+    dilated: int = 0
+    both: bool = False
+    reach: int = 4
+    reading: float | None = None
+    relay: bool = False
+    soft: bool = False
+    offset: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Frames between the beginnings of windows."""
+        return max(1, round(self.size * (1 - self.overlap)))
 
     def starts(self, shift: int) -> list[int]:
         """Beginnings of the windows of a step."""
-        return super().starts(0)
+        last, place = self.frames - self.size, super().starts(shift if self.shifts else 0)
+        first = (next((start for start in place if start), 0) + self.offset) % self.stride
+        return sorted({0, *range(first, last, self.stride), last})
 
-
-class Flat(Windows):
-    """All frames of a window count alike."""
+    def laid(self, shift: int) -> list[slice]:
+        """Frames of the windows of a step."""
+        found = super().laid(shift)
+        step = min(self.reach, self.frames // self.size)
+        if shift >= self.dilated or step < 2:
+            return found
+        wide = []
+        for first in range(step):
+            count = len(range(first, self.frames, step))
+            inner = Windows(count, self.size).laid(shift) if count > self.size else [slice(0, self.size)]
+            wide += [slice(first + step * w.start, first + step * (w.stop - 1) + 1, step) for w in inner]
+        return [*wide, *found] if self.both else wide
 
     def weights(self) -> list[int]:
         """Weights of a window's frames."""
-        return [1] * self.size
+        return [1] * self.size if self.flat else super().weights()
 
-
-class Half(Windows):
-    """Windows that overlap by half: half as much time again."""
-
-    @property
-    def stride(self) -> int:
-        """Frames between the beginnings of windows."""
-        return self.size // 2
-
-
-class HalfFixed(Half, Fixed):
-    """Both."""
-
-
-class HalfFlat(Half, Flat):
-    """Both."""
-
-
-class Apart(Fixed):
-    """Windows side by side, each a clip of its own."""
+    def readings(self) -> Iterator[tuple[int, slice]]:
+        """Windows in which the reference is read."""
+        if self.reading is None:
+            return super().readings()
+        return replace(self, overlap=self.reading, reading=None).readings()
 
     @property
-    def stride(self) -> int:
-        """Frames between the beginnings of windows."""
-        return self.size
+    def seams(self) -> list[int]:
+        """Frames that are the first of another window than the one before them, in the first step."""
+        if not self.relay:
+            return [taken.start for _, taken in Windows.readings(self)][1:]
+        places = itertools.pairwise(self.starts(0))
+        return [a + self.size - (a + self.size - b) // 4 * self.soft for a, b in places]
 
 
-#: Ways to lay windows and to blend them; `quarter` is `emt.windows.Windows`.
-SCHEMES = {
-    "quarter": Windows,
-    "quarter-fixed": Fixed,
-    "quarter-flat": Flat,
-    "quarter-repeated": Windows,
-    "half": Half,
-    "half-fixed": HalfFixed,
-    "half-flat": HalfFlat,
-    "half-repeated": Half,
-    "apart": Apart,
-    "alone": Windows,
+#: By their names; `quarter` is `emt.windows.Windows`.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "quarter": {},
+    "quarter-fixed": {"shifts": False},
+    "quarter-flat": {"flat": True},
+    "quarter-repeated": {"repeated": True},
+    "quarter-read-half": {"reading": 0.5},
+    "quarter-read-dense": {"reading": 0.875},
+    "half": {"overlap": 0.5},
+    "half-fixed": {"overlap": 0.5, "shifts": False},
+    "half-flat": {"overlap": 0.5, "flat": True},
+    "half-repeated": {"overlap": 0.5, "repeated": True},
+    "three-quarters": {"overlap": 0.75},
+    "dilated-1": {"dilated": 1},
+    "dilated-2": {"dilated": 2},
+    "dilated-1-both": {"dilated": 1, "both": True},
+    "dilated-2-both": {"dilated": 2, "both": True},
+    "dilated-4-both": {"dilated": 4, "both": True},
+    "relay-quarter": {"relay": True},
+    "relay-half": {"overlap": 0.5, "relay": True},
+    "relay-soft": {"overlap": 0.5, "relay": True, "soft": True},
+    "apart": {"overlap": 0.0, "shifts": False},
+    "alone": {},
 }
 
 
 def repeat_noise(pipe: MotionTransferPipeline, size: int, step: int) -> None:
-    """Let windows begin with the same noise, its frames shuffled (FreeNoise, Qiu et al. 2023, arXiv 2310.15169)."""
+    """Let windows begin with the same noise, its frames shuffled."""
     plain = pipe.initial_noise
 
     def initial_noise(generators, frames, height, width):  # type: ignore[no-untyped-def]
@@ -113,50 +170,54 @@ def repeat_noise(pipe: MotionTransferPipeline, size: int, step: int) -> None:
     pipe.initial_noise = initial_noise  # type: ignore[method-assign]
 
 
-def measure_alone(
-    pipe: MotionTransferPipeline, reference: np.ndarray, windows: Windows, make: Callable[[np.ndarray], np.ndarray]
-) -> dict[str, float]:
-    """The measures at seams, of clips of one window each, in whose middle the seams are."""
-    size, fidelity, consistency = windows.size, [], []
-    for _, taken in list(windows.readings())[1:]:
-        start = min(max(taken.start - size // 2, 0), len(reference) - size)
-        clip, place = make(reference[start : start + size]), taken.start - start
-        part = slice(place - 4, place + 4)
-        fidelity.append(motion_fidelity(reference[start : start + size][part], clip[part]))
-        consistency += [temporal_consistency(clip[i : i + 2]) for i in range(place - 2, place + 1)]
-    return {"consistency_at_seams": float(np.mean(consistency)), "fidelity_at_seams": float(np.mean(fidelity))}
-
-
 def swinging(frames: np.ndarray, count: int) -> np.ndarray:
     """A clip forwards, backwards, forwards, …, to a number of frames."""
     last = len(frames) - 1
     return frames[last - np.abs(np.arange(count) % (2 * last) - last)]
 
 
-def measure(judge: Judge, reference: np.ndarray, clip: np.ndarray, prompt: str, windows: Windows) -> dict[str, float]:
-    """Measures of one clip, as the module describes them."""
-    seams = [taken.start for _, taken in windows.readings()][1:]
-    steps = np.array([temporal_consistency(clip[i : i + 2]) for i in range(len(clip) - 1)])
-    away = np.min([np.abs(np.arange(len(steps)) + 1 - seam) for seam in seams], axis=0)
-    middles = [(a + b) // 2 for a, b in itertools.pairwise(seams)]
+def moments(count: int) -> list[int]:
+    """Frames of a clip around which it is measured."""
+    return list(range(2 * AROUND, count - 2 * AROUND + 1, 2))
 
-    def fidelity(places: list[int]) -> float:
-        parts = [slice(place - 4, place + 4) for place in places]
-        return float(np.mean([motion_fidelity(reference[part], clip[part]) for part in parts]))
 
+def at_moments(reference: np.ndarray, clip: np.ndarray, places: list[int]) -> dict[str, list[float]]:
+    """Fidelity and consistency of a clip around moments of it."""
+    parts = [slice(place - AROUND, place + AROUND) for place in places]
+    return {
+        "fidelity": [motion_fidelity(reference[part], clip[part]) for part in parts],
+        "consistency": [temporal_consistency(clip[place - 1 : place + 1]) for place in places],
+    }
+
+
+def alone(reference: np.ndarray, clips: list[np.ndarray], places: list[int], size: int) -> dict[str, list[float]]:
+    """`at_moments` of clips of one window around each moment."""
+    found = []
+    for place, clip in zip(places, clips, strict=True):
+        start = window_around(place, len(reference), size)
+        found.append(at_moments(reference[start : start + size], clip, [place - start]))
+    return {name: [x for measured in found for x in measured[name]] for name in found[0]}
+
+
+def window_around(place: int, count: int, size: int) -> int:
+    """Beginning of a window in whose middle a frame is, as far as the clip goes."""
+    return min(max(place - size // 2, 0), count - size)
+
+
+def looks(judge: Judge, clip: np.ndarray, prompt: str) -> dict[str, float]:
+    """Shares of a clip's seconds that show what the prompt says."""
     wanted = read_prompt(prompt, judge.vocabulary)
     assert wanted is not None
     seconds = torch.from_numpy(clip[: len(clip) // FPS * FPS]).permute(0, 3, 1, 2).unflatten(0, (-1, FPS))
+
+    def share(found: torch.Tensor, wanted: int | None) -> float:
+        return float((found == torch.tensor(wanted)).double().mean())
+
     reading = judge.observe(seconds, torch.ones(len(seconds), dtype=torch.long))
     return {
-        "consistency_at_seams": float(steps[away <= 1].mean()),
-        "consistency_inside": float(steps[away >= 3].mean()),
-        "fidelity_at_seams": fidelity(seams),
-        "fidelity_inside": fidelity(middles),
-        "fidelity": motion_fidelity(reference, clip),
-        "subject": float((reading.subject[:, 0].argmax(-1) == wanted.subjects[0]).float().mean()),
-        "colour": float((reading.colour[:, 0].argmax(-1) == wanted.colours[0]).float().mean()),
-        "scene": float((reading.scene.argmax(-1) == wanted.scene).float().mean()),
+        "subject": share(reading.subject[:, 0].argmax(-1), wanted.subjects[0]),
+        "colour": share(reading.colour[:, 0].argmax(-1), wanted.colours[0]),
+        "scene": share(reading.scene.argmax(-1), wanted.scene),
     }
 
 
@@ -177,42 +238,122 @@ def cases(o: argparse.Namespace) -> Iterator[tuple[str, np.ndarray, str]]:
         yield f"rendered {i}", swinging(rendered[i], round(o.seconds * FPS)), prompts[i]
 
 
-def run(o: argparse.Namespace) -> None:
-    """Make and measure what is missing in the file."""
-    there = {(r["scheme"], r["frames"], r["clip"], r["steps"]) for r in results(o.out)}
-    pipe, judge = load_pipeline(demo.path()), Judge.load()
+def make(pipe: MotionTransferPipeline, o: argparse.Namespace, reference: np.ndarray, prompt: str) -> np.ndarray:
+    """A clip of a reference."""
+    motion = pipe.extract_motion(reference)
+    return pipe.generate(prompt, motion, steps=o.steps, scheduler="dpm++", guidance_until=0.5, seed=o.seed)[0]
+
+
+def make_in_windows(
+    pipe: MotionTransferPipeline, o: argparse.Namespace, reference: np.ndarray, prompt: str, scheme: Scheme
+) -> np.ndarray:
+    """A clip of a reference by a scheme."""
+    if scheme.relay:
+        return make_in_relay(pipe, o, reference, prompt, scheme)
+    pipe.windows_over = lambda frames, window=None: scheme  # type: ignore[method-assign]
+    if scheme.repeated:
+        repeat_noise(pipe, scheme.size, scheme.stride)
+    try:
+        return make(pipe, o, reference, prompt)
+    finally:
+        for changed in ("windows_over", "initial_noise"):
+            pipe.__dict__.pop(changed, None)
+
+
+def _replay(
+    known: list[torch.Tensor],
+    made: list[torch.Tensor],
+    weight: torch.Tensor,
+    step: int,
+    timestep: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """Latents after a step, with those of the window before in the place of their first frames."""
+    if shared := len(weight):
+        latents[:, :, :shared] = latents[:, :, :shared].lerp(known[step][:, :, -shared:], weight)
+    made.append(latents.clone())
+    return latents
+
+
+@torch.no_grad()
+def make_in_relay(
+    pipe: MotionTransferPipeline, o: argparse.Namespace, reference: np.ndarray, prompt: str, scheme: Scheme
+) -> np.ndarray:
+    """A clip of a reference, one window after the other."""
+    motion, size = pipe.extract_motion(reference), scheme.size
+    generator = noise_generator(o.seed)
+    noise = pipe.initial_noise([generator], *pipe.shape_of([motion])).to(pipe.device)
+    whole = torch.zeros_like(noise)
+    before, known = 0, list[torch.Tensor]()
+    for start in scheme.starts(0):
+        part = slice(start, start + size)
+        own = Motion(window_of([motion], part), size, motion.height, motion.width, motion.seed)
+        network = pipe._network([prompt], [""], [own.to(pipe.device)], True, True, o.steps, 1, size, None)
+        shared, made = before + size - start if known else 0, list[torch.Tensor]()
+        weight = torch.ones(shared, 1, 1)
+        if scheme.soft:
+            weight[shared // 2 :, 0, 0] = torch.linspace(1, 0, shared - shared // 2 + 2)[1:-1]
+        replay = partial(_replay, known, made, weight.to(pipe.device))
+        sampler = pipe.make_sampler("dpm++", o.steps)
+        guided = -(-o.steps // 2)
+        found = run_sampler(
+            network, sampler, noise[:, :, part], pipe.config.guidance, guided_steps=guided, after_step=replay
+        )
+        whole[:, :, part], known, before = found, made, start
+    return pipe.decode_clips(list(whole), scheme)[0]
+
+
+def measure(o: argparse.Namespace, pipe: MotionTransferPipeline, judge: Judge, pool: ProcessPoolExecutor) -> None:
+    """Make and measure what is missing in the file; clips are measured while others are made."""
+    there = {(r["scheme"], r["frames"], r["clip"], r["steps"], r["seed"]) for r in results(o.out)}
+    waiting: list[tuple[dict[str, Any], dict[str, Future[Any]]]] = []
     for name, reference, prompt in cases(o):
-        count = len(reference)
-        for scheme in o.schemes:
-            if (scheme, count, name, o.steps) in there or count <= pipe.config.frames:
+        count, size = len(reference), pipe.config.frames
+        for chosen in o.schemes:
+            if (chosen, count, name, o.steps, o.seed) in there or count <= size:
                 continue
-            windows = SCHEMES[scheme](count, pipe.config.frames)
-
-            def make(reference: np.ndarray, prompt: str = prompt) -> np.ndarray:
-                motion = pipe.extract_motion(reference)
-                return pipe.generate(prompt, motion, steps=o.steps, scheduler="dpm++", guidance_until=0.5)[0]
-
             begun = time.monotonic()
-            if scheme == "alone":
-                clip, found = None, measure_alone(pipe, reference, windows, make)
+            places, line = moments(count), {"scheme": chosen, "frames": count, "clip": name}
+            scheme = Scheme(count, size, **SCHEMES[chosen])
+            if chosen == "alone":
+                starts = [window_around(place, count, size) for place in places]
+                clips = [make(pipe, o, reference[start : start + size], prompt) for start in starts]
+                futures: dict[str, Future[Any]] = {"moments": pool.submit(alone, reference, clips, places, size)}
             else:
-                pipe.windows_over = lambda frames, window=None, windows=windows: windows
-                if scheme.endswith("repeated"):
-                    repeat_noise(pipe, windows.size, windows.stride)
-                clip = make(reference)
-                for changed in ("windows_over", "initial_noise"):
-                    pipe.__dict__.pop(changed, None)
-                found = measure(judge, reference, clip, prompt, windows)
-            taken = round(time.monotonic() - begun, 1)
-            line = {"scheme": scheme, "frames": count, "clip": name, "steps": o.steps, "prompt": prompt, "time": taken}
-            with o.out.open("a") as file:
-                print(json.dumps(line | found), file=file)
-            if o.sheet and clip is not None:
-                rows = [(f"{prompt}: {part}", [x[frames] for x in (reference, clip)]) for part, frames in halves(count)]
-                contact_sheet(rows, frames=2 * FPS, labels=("reference", "result")).save(o.sheet, quality=88)
-            if o.keep and clip is not None:
-                both = np.concatenate([reference, clip], axis=2)
-                write_clip(o.keep / f"{name} {scheme} {count}.mp4", both, FPS, metadata={"prompt": prompt})
+                schemes = [scheme, replace(scheme, offset=scheme.stride // 2)]
+                clips = [make_in_windows(pipe, o, reference, prompt, each) for each in schemes]
+                futures = {
+                    "moments": pool.submit(at_moments, reference, clips[0], places),
+                    "others": pool.submit(at_moments, reference, clips[1], places),
+                    "whole": pool.submit(motion_fidelity, reference, clips[0]),
+                }
+                line |= {"seams": [each.seams for each in schemes], **looks(judge, clips[0], prompt)}
+                show(o, name, chosen, prompt, reference, clips[0])
+            seconds = round(time.monotonic() - begun, 1)
+            line |= {"places": places, "steps": o.steps, "seed": o.seed, "prompt": prompt, "time": seconds}
+            waiting.append((line, futures))
+            print(chosen, name, f"{seconds} s", flush=True)
+            while waiting and (o.workers == 1 or all(future.done() for future in waiting[0][1].values())):
+                keep(o, *waiting.pop(0))
+    for line, futures in waiting:
+        keep(o, line, futures)
+
+
+def keep(o: argparse.Namespace, line: dict[str, Any], futures: dict[str, Future[Any]]) -> None:
+    """Write a line of results."""
+    with o.out.open("a") as file:
+        print(json.dumps(line | {name: future.result() for name, future in futures.items()}), file=file)
+
+
+def show(o: argparse.Namespace, name: str, scheme: str, prompt: str, reference: np.ndarray, clip: np.ndarray) -> None:
+    """Write a clip, and a picture of it, where they are wanted."""
+    if o.sheet:
+        rows = [(f"{prompt}: {part}", [x[frames] for x in (reference, clip)]) for part, frames in halves(len(clip))]
+        contact_sheet(rows, frames=2 * FPS, labels=("reference", "result")).save(o.sheet, quality=88)
+    if o.keep:
+        o.keep.mkdir(parents=True, exist_ok=True)
+        both = np.concatenate([reference, clip], axis=2)
+        write_clip(o.keep / f"{name} {scheme} {len(clip)}.mp4", both, FPS, metadata={"prompt": prompt})
 
 
 def halves(count: int) -> list[tuple[str, slice]]:
@@ -228,32 +369,56 @@ def results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+MEASURES = ("fidelity", "consistency")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over clips by scheme and kind, as Markdown."""
-    measures = ("consistency", "fidelity")
-    head = ["scheme", "clips", "frames"]
-    head += [f"{name}: seams, between, ratio" for name in measures] + [f"{name}: seams / alone" for name in measures]
-    head += ["fidelity", "subject", "colour", "scene"]
+    """Means over moments and clips by scheme and kind, as Markdown."""
+    head = ["scheme", "clips", "frames", "moments"]
+    head += [f"{name}: seams, inside, ratio" for name in MEASURES] + ["fidelity: seams, alone, ratio"]
+    head += ["whole", "subject", "colour", "scene", "seconds"]
     lines = [_row(head), f"|{'---|' * len(head)}"]
-    alone = {(r["clip"], r["frames"]): r for r in rows if r["scheme"] == "alone"}
+    single = {_clip(row): row for row in rows if row["scheme"] == "alone"}
     for group in dict.fromkeys(_group(row) for row in rows if row["scheme"] != "alone"):
         own = [row for row in rows if _group(row) == group]
-        mean = {name: float(np.mean([row[name] for row in own])) for name in own[0] if isinstance(own[0][name], float)}
-        scheme, kind, frames = group
-        cells = [scheme, f"{len(own)} {kind}", frames]
-        for name in measures:
-            seams, inside = mean[f"{name}_at_seams"], mean[f"{name}_inside"]
-            cells.append(f"{seams:.3f}, {inside:.3f}, **{seams / inside:.3f}**")
-        pairs = [(row, alone[key]) for row in own if (key := (row["clip"], row["frames"])) in alone]
-        for name in (f"{name}_at_seams" for name in measures):
-            seams, control = (sum(pair[i][name] for pair in pairs) for i in range(2))
-            cells.append(f"**{seams / control:.3f}**" if pairs else "")
-        lines.append(_row([*cells, *(f"{mean[name]:.3f}" for name in head[-4:])]))
+        pairs = [pair for row in own for pair in _pairs(row, single.get(_clip(row)))]
+        means = {name: f"{np.mean([row[name] for row in own]):.3f}" for name in ("whole", *head[-4:-1])}
+        cells = [group[0], f"{len(own)} {group[1]}", group[2], str(len(pairs))]
+        cells += [_ratio([(p[name][0], p[name][1]) for p in pairs]) for name in MEASURES]
+        cells.append(_ratio([(p["fidelity"][0], p["fidelity"][2]) for p in pairs if len(p["fidelity"]) > 2]))
+        lines.append(_row([*cells, *means.values(), f"{np.mean([row['time'] for row in own]) / 2:.1f}"]))
     return "\n".join(lines)
+
+
+def _pairs(row: dict[str, Any], single: dict[str, Any] | None) -> Iterator[dict[str, list[float]]]:
+    """Measures of a moment at a seam, inside a window, and of a clip of its own, where there is one."""
+    made = (row["moments"], row["others"])
+    for i, place in enumerate(row["places"]):
+        away = [min(abs(place - seam) for seam in seams) for seams in row["seams"]]
+        for seam, inside in ((0, 1), (1, 0)):
+            if away[seam] <= 1 and away[inside] >= min(INSIDE, AROUND):
+                found = {name: [made[seam][name][i], made[inside][name][i]] for name in MEASURES}
+                if single:
+                    found = {name: [*values, single["moments"][name][i]] for name, values in found.items()}
+                yield found
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> str:
+    """Means of both, and their ratio with its standard error over pairs."""
+    if not pairs:
+        return ""
+    first, second = np.array(pairs).T
+    ratio = first.mean() / second.mean()
+    error = np.std(first - ratio * second) / second.mean() / len(pairs) ** 0.5
+    return f"{first.mean():.3f}, {second.mean():.3f}, **{ratio:.3f}** ± {error:.3f}"
 
 
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _clip(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["clip"], row["frames"], row["steps"], row["seed"]
 
 
 def _group(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -268,13 +433,16 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=2, help="rendered references")
     parser.add_argument("--real", type=Path, help="folder of clips, whole, in place of rendered ones")
     parser.add_argument("--steps", type=int, default=8, help="of dpm++, the first half of them guided")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, rendered references and clips")
     parser.add_argument("--schemes", nargs="+", default=["quarter"], choices=list(SCHEMES))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="processes that measure clips")
     parser.add_argument("--out", type=Path, default=Path("long_clips.jsonl"))
     parser.add_argument("--keep", type=Path, help="folder for the clips, beside their references")
     parser.add_argument("--sheet", type=Path, help="picture of the last clip, below its reference")
     o = parser.parse_args()
-    run(o)
+    with ProcessPoolExecutor(o.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        measure(o, load_pipeline(demo.path(), o.device), Judge.load(), pool)
     print(table(results(o.out)))
 
 

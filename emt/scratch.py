@@ -6,6 +6,7 @@ large array from one end to the other does not grow with it. The file is in `TMP
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 IN_MEMORY = 64 << 20
 """Bytes up to which an array is in memory."""
+
+_ALIGNED = 64  # bytes to a multiple of which a tensor begins
 
 
 def scratch_array(shape: Sequence[int], dtype: type = np.uint8) -> np.ndarray:
@@ -42,10 +45,22 @@ def scratch_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     Raises:
         EmtError: as `scratch_array`.
     """
+    return scratch_tensors([shape], dtype)[0]
+
+
+def scratch_tensors(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tensors of arbitrary content, all in the computer's memory or, if they are large together, all on its disk.
+
+    Raises:
+        EmtError: as `scratch_array`.
+    """
     import torch
 
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(scratch_array([size])).view(dtype).view(*shape)
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    starts = [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
+    room = torch.from_numpy(scratch_array([starts[-1]]))
+    parts = (room[start : start + size] for start, size in zip(starts, sizes))
+    return [part.view(dtype).view(*shape) for part, shape in zip(parts, shapes)]
 
 
 def _file_of(size: int) -> mmap.mmap:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emt.backends.base import Backend
 from emt.features import Motion, MotionFeatures, PreparedMotion, TextFeatures, joined
-from emt.scratch import scratch_tensor
+from emt.scratch import scratch_tensor, scratch_tensors
 from emt.windows import Windows
 
 
@@ -25,24 +25,33 @@ def read_in_windows(windows: Windows, latents: Tensor, read: Callable[[Tensor], 
     for start, taken in windows.readings():
         found = read(latents[:, :, start : start + windows.size].contiguous())
         if not layers:
-            for path, parts in found.layers.items():
-                layers[path] = tuple(scratch_tensor((1, windows.frames, *part.shape[2:]), part.dtype) for part in parts)
+            layers = _room_for(found, windows.frames)
         for path, parts in found.layers.items():
             for all_of_it, part in zip(layers[path], parts, strict=True):
                 all_of_it[:, taken] = part[:, taken.start - start : taken.stop - start]
     return MotionFeatures(layers)
 
 
-def window_of(motions: Sequence[Motion], start: int, size: int) -> MotionFeatures:
+def _room_for(window: MotionFeatures, frames: int) -> dict[str, tuple[Tensor, ...]]:
+    """Room for features of so many frames, by those of a window: many small tensors count as one large one."""
+    rooms = {}
+    for dtype in {part.dtype for parts in window.layers.values() for part in parts}:
+        own = [part for parts in window.layers.values() for part in parts if part.dtype == dtype]
+        rooms[dtype] = iter(scratch_tensors([(1, frames, *part.shape[2:]) for part in own], dtype))
+    return {path: tuple(next(rooms[part.dtype]) for part in parts) for path, parts in window.layers.items()}
+
+
+def window_of(motions: Sequence[Motion], part: slice) -> MotionFeatures:
     """Features of a window of several motions, for a batch; a motion that serves all of it is not repeated."""
     parts = {}
     for motion in motions:
         if id(motion) not in parts:
             layers = {
-                path: tuple(feature[:, start : start + size] for feature in layer)
+                path: tuple(feature[:, part].contiguous() for feature in layer)
                 for path, layer in motion.features.layers.items()
             }
-            parts[id(motion)] = Motion(MotionFeatures(layers), size, motion.height, motion.width, motion.seed)
+            count = len(range(*part.indices(motion.frames)))
+            parts[id(motion)] = Motion(MotionFeatures(layers), count, motion.height, motion.width, motion.seed)
     return joined([parts[id(motion)] for motion in motions])
 
 
@@ -96,13 +105,12 @@ class WindowedDenoiser:
         fresh = self._age >= self._interval or self._batch != len(sample) or self._shift < 0
         if fresh:
             self._batch, self._age, self._shift = len(sample), 0, self._shift + 1
-        size, starts = self._windows.size, self._windows.starts(self._shift)
         total = torch.zeros(sample.shape, device=sample.device)
         weight = torch.zeros(self._windows.frames)
-        for i, start in enumerate(starts):
-            part, motion = slice(start, start + size), None
+        for i, part in enumerate(self._windows.laid(self._shift)):
+            motion = None
             if moved and self._motions:
-                motion = self._backend.prepare_motion(window_of(self._motions, start, size))
+                motion = self._backend.prepare_motion(window_of(self._motions, part))
             own = sample[:, :, part].contiguous()
             prediction = self._denoise(own, timestep, text_of(text, sample, part), motion, i, fresh)
             weights = self._weights.to(sample.device)[:, None, None]

@@ -47,6 +47,14 @@ class Windows:
         inner = range(first, last, self.stride)
         return sorted({0, *inner, last})
 
+    def laid(self, shift: int) -> list[slice]:
+        """Frames of the windows of a step.
+
+        Args:
+            shift: number of the step.
+        """
+        return [slice(start, start + self.size) for start in self.starts(shift)]
+
     def readings(self) -> Iterator[tuple[int, slice]]:
         """Beginnings of the windows in which a reference is read, and the frames that are taken from each.
 

@@ -277,6 +277,24 @@ def test_long_motions_are_kept_in_files_beyond_the_memory(pipe, motion, monkeypa
     assert np.array_equal(pipe.generate("a cat", Motion.load(tmp_path / "motion.safetensors"), steps=1)[0], expected)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_many_small_features_of_a_long_reference_are_in_a_file_as_one_large_one(monkeypatch):
+    def own_memory() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+    monkeypatch.setattr(scratch, "IN_MEMORY", 1 << 20)
+    windows, layers = Windows(64, 16), 80  # each layer's features come to half of what is kept in memory
+    frame = torch.ones(1, 16, 2048)
+    before = own_memory()
+    found = read_in_windows(
+        windows, torch.zeros(1, 4, 64, 2, 2), lambda part: MotionFeatures({str(i): (frame,) for i in range(layers)})
+    )
+    assert all(bool((layer[0] == 1).all()) for layer in found.layers.values())
+    assert sum(part.nbytes for layer in found.layers.values() for part in layer) >= 40 << 20
+    assert own_memory() - before < 20 << 20
+
+
 def test_a_full_disk_is_said_and_not_met_in_the_middle(monkeypatch):
     def full(descriptor, start, length):
         raise OSError(28, "No space left on device")
