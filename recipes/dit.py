@@ -126,7 +126,7 @@ def backbone_loss(
     model: WanMotionTransferTransformer,
     objective: FlowObjective,
     reader: MotionReader,
-    weight: float,
+    weight: float | Tensor,
     *,
     latents: Tensor,
     text: Tensor,

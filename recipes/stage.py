@@ -8,13 +8,13 @@ import functools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.synthetic.renderer import World
@@ -195,13 +195,30 @@ def compiled(stage: Stage, unet: MotionTransferUNet, *passes: str) -> Iterator[N
 
     Compiling takes one and a half to four minutes; `--compile-only`, in a process of its own, does it ahead of time.
     """
+    with _compiled(stage, {unet: passes}):
+        yield
+
+
+@contextlib.contextmanager
+def compiled_blocks(stage: Stage, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Context manager: compile blocks of one class, each kind of use of them once, however many there are."""
+    with _compiled(stage, dict.fromkeys(blocks, ("forward",))):
+        yield
+
+
+@contextlib.contextmanager
+def _compiled(stage: Stage, methods: Mapping[nn.Module, Sequence[str]]) -> Iterator[None]:
     if not (stage.options.compile or stage.options.compile_only):
         yield
         return
-    for name in passes:
-        setattr(unet, name, torch.compile(getattr(unet, name)))
+    # Sizes of the stage before would count as sizes that change, and nothing that was compiled ahead would be found.
+    torch.compiler.reset()
+    for module, names in methods.items():
+        for name in names:
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
     try:
         yield
     finally:
-        for name in passes:
-            delattr(unet, name)
+        for module, names in methods.items():
+            for name in names:
+                delattr(module, name)

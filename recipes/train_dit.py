@@ -21,7 +21,7 @@ from torch import Tensor
 
 from emt import demo
 from emt.train.objective import FlowObjective
-from recipes.distributed import leave, rank, wait_for_ranks
+from recipes.distributed import average_over_ranks, leave, rank, say, wait_for_ranks
 from recipes.dit import (
     REFERENCE_TIMESTEP,
     SMALL,
@@ -37,7 +37,7 @@ from recipes.dit import (
 from recipes.latents import Clips, tokenize, with_noise
 from recipes.networks import save_weights
 from recipes.optimizer import GraphTrainer
-from recipes.stage import Stage, compiled, save_on_signals, stage_parser, train
+from recipes.stage import Stage, compiled_blocks, save_on_signals, stage_parser, train
 
 
 class Defaults(NamedTuple):
@@ -53,10 +53,17 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = {
-    "frames": Defaults(4.0, 256, shift=1.5, rate=1e-3),
-    "video": Defaults(12.0, 192, shift=2.0, rate=1e-3, reading=2.0, references=0.4, before="frames"),
+    "frames": Defaults(2.0, 256, shift=1.5, rate=1e-3),
+    "video": Defaults(13.0, 192, shift=2.0, rate=1e-3, reading=2.0, references=0.4, before="frames"),
     "adapter": Defaults(6.0, 128, shift=3.0, rate=1e-3, reading=0.5, before="video"),
 }
+
+SEEN = 0.7
+"""R² of displacements below which a backbone does not see how clips move."""
+SEEN_BY = 0.3
+"""Share of the video stage after which such a backbone is to see it, and is taught at `MORE_READING`."""
+MORE_READING = 5.0
+"""Weight of telling how everything moves for a backbone that does not see it."""
 
 
 def weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -126,13 +133,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch = as_single_frames(packed(clips.draw(o.batch, stage.generator, drop=0.1, realistic=0.12), sizes.pack))
         return with_noise(batch, objective, stage.generator, stage.dtype, o.shift)
 
+    reading = torch.tensor(o.reading, device=stage.device)
+
+    def measure() -> dict[str, float]:
+        """R² of the readings. A backbone that is late to see how clips move is taught with more weight from here on."""
+        numbers = reader.explained()
+        seen = average_over_ranks(torch.tensor([numbers["r2_x"], numbers["r2_y"]])).min().item()
+        if o.stage == "video" and reading < MORE_READING and stage.share(trainer.step_count) > SEEN_BY and seen < SEEN:
+            reading.fill_(MORE_READING)
+            say(f"[{name}] R² of displacements is {seen:.2f}: they are read at a weight of {MORE_READING}")
+        return numbers
+
     def draw_videos() -> dict[str, Tensor]:
         """Clips of which the first are as references are read."""
         count = max(round(o.references * o.batch), 1)
         read = noisy(clips.draw(count, stage.generator, drop=1.0, realistic=0.35))
         read["timestep"] = torch.full_like(read["timestep"], o.reference_timestep)
         others = noisy(clips.draw(o.batch - count, stage.generator, drop=0.1, realistic=0.12))
-        return {key: torch.cat([part, others[key]]) for key, part in read.items()}
+        return {key: torch.cat([part, others[key]]) for key, part in read.items()} | {"weight": reading}
 
     def draw_pairs() -> dict[str, Tensor]:
         references, targets = clips.draw_pairs(o.batch, stage.generator, drop=0.15, realistic=0.35)
@@ -145,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seen = objective.add_noise(batch["latents"], batch["noise"], batch["timestep"])
             return objective.loss(model(seen, batch["timestep"], captions), **batch)
         if not adapting:
-            return backbone_loss(model, objective, reader, o.reading, text=captions, **batch)
+            return backbone_loss(model, objective, reader, text=captions, **batch)
         level = o.reference_timestep
         return adapter_loss(
             model, objective, reader, o.reading, text=captions, empty=empty, reference_timestep=level, **batch
@@ -165,13 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [(trained, o.rate)] + ([] if o.stage == "frames" else [(list(reader.parameters()), 3 * o.rate)])
-    passes = ["forward"] if o.stage == "frames" else ["denoise_with_hidden_states"]
-    passes += ["encode_reference"] if adapting else []
     draw = {"frames": draw_frames, "video": draw_videos, "adapter": draw_pairs}[o.stage]
-    with compiled(stage, model, *passes):
+    with compiled_blocks(stage, model.blocks):
         trainer = GraphTrainer(loss, groups, graph=stage.graph)
-        measure = None if o.stage == "frames" else reader.explained
-        train(stage, trainer, draw, warmup=200, hold=o.hold, measure=measure, save=lambda: save(so_far))
+        found = None if o.stage == "frames" else measure
+        train(stage, trainer, draw, warmup=200, hold=o.hold, measure=found, save=lambda: save(so_far))
     if o.compile_only:
         return
     if rank() == 0:

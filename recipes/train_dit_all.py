@@ -3,7 +3,8 @@
     python -m recipes.train_dit_all --out build/dit --minutes 27
     torchrun --nproc-per-node 2 -m recipes.train_dit_all --out build/dit --minutes 27    # twice the batch
 
-`--minutes` are those of training; the evaluation comes on top, two minutes on an H200. SIGTERM makes the running stage
+`--minutes` are all until the adapter is trained, shared among the stages that are left whenever one begins; the
+evaluation comes on top, a minute or two on an H200. SIGTERM makes the running stage
 save what it has, and every stage leaves what it has so far every two minutes (`OUT/<stage>-so-far.safetensors`).
 """
 
@@ -27,7 +28,7 @@ from recipes.stage import save_on_signals, stop_requested
 from recipes.train_all import Compiler
 
 STAGES: dict[str, tuple[float, Callable[[Sequence[str]], None]]] = {
-    "latents": (2.0, render_latents.main),
+    "latents": (2.5, render_latents.main),
     **{
         name: (defaults.minutes, lambda arguments, name=name: train_dit.main([name, *arguments]))
         for name, defaults in train_dit.DEFAULTS.items()
@@ -60,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wait_for_ranks()
     done = {name for name in STAGES if from_rank_0((o.out / f"{name}.safetensors").exists())}
     left = {name: minutes for name, (minutes, _) in STAGES.items() if name not in done}
-    scale = o.minutes / max(sum(left.values()), 1e-6)
     common = ["--out", str(o.out), "--device", str(device), "--seed", str(o.seed)]
     common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
     for flag in ("steps", "batch"):
@@ -78,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if name == "latents":
                     further = ["--motions", str(o.motions), "--swift", "0.25"]
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
-                run([*common, "--minutes", str(minutes * scale), *further, *fused])
+                spare = from_rank_0(o.minutes - (time.monotonic() - started) / 60)
+                share = max(spare, 0.1) * minutes / sum(left.values())
+                run([*common, "--minutes", str(share), *further, *fused])
+                del left[name]
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
