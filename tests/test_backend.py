@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pkgutil
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from kernel_testing import needs_triton
 from torch import Tensor
 
 import emt_kernels
+from emt.backbone import PLAIN
 from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import TorchBackend
 from emt.backends.vae import prepare_vae
-from emt.features import Motion
+from emt.features import Motion, tensors_of
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt_kernels.precompile import Launches, record_launches
 from emt_kernels.selection import untraced, wrap_triton
@@ -206,6 +209,57 @@ class TestRecordedCalls:
         recording.unet.conv_out.weight.data = recording.unet.conv_out.weight / 2
         np.testing.assert_array_equal(recording.generate("a cat", motions[0], steps=1), before)
         assert Recorder.recorded == 2
+
+
+class TestFusedRecordedCalls:
+    """Recorded calls of the layers that a GPU runs, here on the CPU."""
+
+    @pytest.fixture
+    def fused(self, recording, monkeypatch) -> MotionTransferPipeline:
+        backend = recording.backend
+
+        def context(self: TorchBackend, device: torch.device) -> Any:
+            mine = replace(backend.execution, constants=self._constants)
+            return contextlib.nullcontext(mine if self is backend else PLAIN)
+
+        monkeypatch.setattr(TorchBackend, "_execution_context", context)
+        return recording
+
+    def test_clips_are_those_of_the_plain_network(self, pipe, fused, motions):
+        for prompt, options in (
+            ("a cat", {}),
+            ("a dog", {"cache_interval": 2, "steps": 4}),
+            ("a cat", {"guidance": 1.0}),
+        ):
+            options = {"steps": 2} | options
+            for motion in (*motions, None):
+                (got,), (wanted,) = (p.generate(prompt, motion, **options) for p in (fused, pipe))
+                assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
+        assert len(fused.backend._constants) > 10
+
+    def test_references_are_those_of_the_plain_network(self, pipe, fused):
+        for seed in (0, 1, 2, 3):
+            got, wanted = (p.extract_motion(clip(seed)).features for p in (fused, pipe))
+            assert list(got.layers) == list(wanted.layers)
+            for ours, theirs in zip(tensors_of(got), tensors_of(wanted), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    def test_weights_that_change(self, folder, fused, motions):
+        """What is kept of them is computed anew for the next clip, and for the next reference."""
+        fused.generate("a cat", motions[0], steps=1)
+        for seed in (0, 1):
+            fused.extract_motion(clip(seed))
+        changed = load_pipeline(folder)
+        for pipe in (fused, changed):
+            for name, parameter in pipe.unet.named_parameters():
+                if name.endswith("bias"):
+                    parameter.data.add_(0.1)
+        for ours, theirs in zip(
+            *(tensors_of(p.extract_motion(clip(1)).features) for p in (fused, changed)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        (got,), (wanted,) = (p.generate("a cat", motions[0], steps=1) for p in (fused, changed))
+        assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
 
 
 class TestWeightsForTheGpu:

@@ -56,7 +56,7 @@ class TorchBackend(PipelineBackend):
         defer_conv_biases: with that, leave biases of convolutions to the norms that read what they made.
         join_skips: with fused residual adds, leave skip connections where they are (`Execution.join_skips`).
         share_guidance: compute what the halves of guidance have in common once (`Execution.share_guidance`).
-        keep_constants: keep what follows from weights alone beside captured calls.
+        keep_constants: keep what follows from weights alone, if `graphs` are captured (`Execution.constants`).
         channels_last: convert the network's weights to channels-last memory on a CUDA GPU.
         channels_last_vae: the VAE's too, with its group norms and SiLUs by `group_norm_silu`.
         attention: implementations of spatial attention on a CUDA GPU, the preferred one first.
@@ -115,7 +115,7 @@ class TorchBackend(PipelineBackend):
         self._rehearsed: set[tuple[Any, ...]] = set()  # shapes whose kernels have been compiled ahead
         self._weights: list[Tensor] = []
         self._constants = Constants()
-        self._refresh: tuple[int, Callable[[], None]] | None = None  # captured, for so many constants
+        self._refresh: tuple[int, Callable[[], None] | None] = 0, None  # what computes so many constants, once captured
         self._text: weakref.ref[TextFeatures] | None = None
 
     @property
@@ -315,8 +315,8 @@ class TorchBackend(PipelineBackend):
         self._made.clear()
         self._motions.clear()
         self._weights = []
-        self._constants = Constants()
-        self._recorder = self._text = self._refresh = None
+        self._constants, self._refresh = Constants(), (0, None)
+        self._recorder = self._text = None
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[Execution]:
@@ -398,19 +398,20 @@ class TorchBackend(PipelineBackend):
     ) -> tuple[Callable[[], None], Tensor]:
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here, self._execution_context(device) as execution:
-            kept = replace(execution, constants=self._constants) if self.keep_constants else execution
-            return self._recorder_on(device).record(lambda: compute(kept))
+            return self._recorder_on(device).record(lambda: compute(execution))
 
     def _refresh_constants(self, device: torch.device) -> None:
-        """Compute anew what captured calls keep of the weights, which may have been written in place."""
+        """Compute anew what is kept of weights, which may have been written in place; captured from the second on."""
         count = len(self._constants)
         if not count:
             return
-        if self._refresh is None or self._refresh[0] != count:
-            self._constants.refresh()  # now, too: recording it compares with what is there
+        known, replay = self._refresh
+        if known == count and replay is None:
             replay, _ = self._compute_and_capture(device, lambda execution: self._constants.refresh())
-            self._refresh = count, replay
-        self._refresh[1]()
+        elif known != count:
+            replay = None
+        (replay or self._constants.refresh)()
+        self._refresh = count, replay
 
     def _static_motion(self, motion: PreparedMotion) -> StaticInput:
         """The static input for motion of this shape, with this one in it."""
@@ -445,7 +446,8 @@ class TorchBackend(PipelineBackend):
         """Context manager: how the network runs on `device`, with its spatial attention chosen meanwhile."""
         if device.type == "cuda":
             with sdpa_kernel(list(self.attention), set_priority=True):
-                yield self.execution
+                keeps = self.keep_constants and self._captures(device)
+                yield replace(self.execution, constants=self._constants) if keeps else self.execution
         else:
             yield Execution(features_on_host=self.low_memory)
 
