@@ -144,6 +144,7 @@ def step_ms(pipe: MotionTransferPipeline, size: Size, frames: int) -> float:
     text = pipe.unet.encode_text(prompts)
     features = pipe.backend.encode_reference(sample[:1].clone(), timestep[None], prompts[:1])
     motion = pipe.backend.prepare_motion(features)
+    pipe.backend.capture_at_once = True
     times = []
     for _ in range(13):
         _synchronize(device)

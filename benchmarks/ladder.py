@@ -260,7 +260,7 @@ class Bench:
 
 def rung_backend(pipe: MotionTransferPipeline, on: set[str]) -> TorchBackend:
     """The backend of a rung."""
-    return TorchBackend(
+    backend = TorchBackend(
         pipe,
         graphs="graph" in on,
         fuse_projections="fuse" in on,
@@ -274,6 +274,8 @@ def rung_backend(pipe: MotionTransferPipeline, on: set[str]) -> TorchBackend:
         channels_last="channels-last" in on,
         channels_last_vae="vae" in on,
     )
+    backend.capture_at_once = True
+    return backend
 
 
 @contextlib.contextmanager

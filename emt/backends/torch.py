@@ -64,6 +64,9 @@ class TorchBackend(PipelineBackend):
         low_memory: spare memory at the expense of time (`MotionTransferPipeline.save_memory`).
         max_calls: captured calls that are kept; the one that was not used for longest gives way.
         recorder: makes recorders, in place of `CudaGraphs` on a CUDA GPU and none elsewhere.
+
+    Attributes:
+        capture_at_once: capture the first step of a shape, for measurements of replays (`Calls`).
     """
 
     name = "torch"
@@ -104,6 +107,7 @@ class TorchBackend(PipelineBackend):
         self.channels_last = channels_last
         self.channels_last_vae = channels_last_vae
         self.attention = attention
+        self.capture_at_once = False
         self._make_recorder = recorder
         self._recorder: Recorder | None = None
         self._compiled = torch.compile(pipe.unet, dynamic=False) if compile else None
@@ -302,6 +306,8 @@ class TorchBackend(PipelineBackend):
     def _calls_of(self, key: tuple[Any, ...], device: torch.device, **options: Any) -> Calls:
         """The calls of a shape that have not been captured."""
         before = max(self._recorder_on(device).calls_before, options.pop("at_least", 0))
+        if self.capture_at_once and "often" not in options:
+            before = 0
         return self._made.setdefault(key, Calls(before, **options))
 
     def _recorder_on(self, device: torch.device) -> Recorder:
