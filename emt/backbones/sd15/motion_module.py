@@ -93,8 +93,15 @@ class Scaler(nn.Module):
         own, positions = self.positions[:frames].split(channels, dim=1)
         prepared = self._half(feature.flatten(2, 3) + positions[:, None], height, width, first=False)
         # The clip's features have the attention's encoding where they should have the scaler's own.
-        missing = (own - added)[None, :, None].expand(1, frames, height * width, channels)
-        correction = self._half(missing, height, width, first=True)
+        # It is the same at all pixels but those of the border, as in images of three by three.
+        rows, columns = (torch.arange(size, device=feature.device) for size in (height, width))
+        small = [min(size, 3) for size in (height, width)]
+        missing = (own - added)[None, :, None].expand(1, frames, small[0] * small[1], channels)
+        correction = self._half(missing, *small, first=True)
+        for dim, places, size in ((2, rows, height), (3, columns, width)):
+            if size > 3:
+                places = torch.where(places == size - 1, 2, places.clamp(max=1))
+                correction = correction.index_select(dim, places)
         return prepared.unflatten(0, (n, frames)) + correction
 
     def forward(self, x: Tensor, prepared: Tensor) -> Tensor:
