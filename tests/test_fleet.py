@@ -94,6 +94,7 @@ def test_jobs_that_wait_are_bounded_however_long_the_list_is():
         for parcel in given.take(turn % 2, 4):
             given.ended(turn % 2, parcel.task.output)
     assert given.held == 0
+    assert Scheduler(1000).room < 10 * 1000  # nor does it grow much with the workers
 
 
 def test_a_job_whose_worker_died_goes_alone_so_that_it_is_known_by_it():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from emt_cli.batch.tasks import Task
 
 AHEAD = 32  # jobs that wait for each worker: so many references are known to choose from
+_MANY, _FEWEST = 8192, 8  # jobs that wait for all of them, of which each has this many at the least
 MOST_DEATHS = 3  # of workers that held a job: after the first one, it goes to two others
 
 
@@ -58,7 +59,8 @@ class Scheduler:
     @property
     def room(self) -> int:
         """Jobs that may be added."""
-        return max(0, AHEAD * self.workers - self.waiting)
+        most = max(min(AHEAD * self.workers, _MANY), _FEWEST * self.workers)
+        return max(0, most - self.waiting)
 
     @property
     def held(self) -> int:
