@@ -101,6 +101,27 @@ def _run(app: Callable[..., object], came: list[int]) -> int:
         if error.filename != OUTPUT:  # that is said at the end
             _print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
         return EXIT_FAILED
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    """Say in two lines what nobody has foreseen, and keep where it came from for whoever mends it."""
+    import tempfile
+    import traceback
+
+    where = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="emt-fault-", suffix=".txt", delete=False, errors="replace"
+        ) as file:
+            traceback.print_exception(error, file=file)
+            where = f" with {file.name}"
+    except OSError:
+        pass
+    said = str(error).strip().split("\n", 1)[0][:500]
+    _print(f"error: {type(error).__name__}: {said}\nThis is a fault of emt: please report it{where}.")
+    return EXIT_FAILED
 
 
 def _bad_usage(error: Any) -> int:

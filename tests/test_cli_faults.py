@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 
 import pytest
 import torch
-from program import EMT, clip, environment, journal, model
+from program import EMT, clip, emt, environment, journal, model
 
 from emt.cache import ContentIndex, MotionCache
 from emt.model_folder import find_model
 from emt.sampling import NonFiniteError
+from emt_cli import app
 from emt_cli.batch.estimates import memory, size_that_fits
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.inputs import expand
@@ -161,3 +163,32 @@ def test_batches_are_as_full_as_they_can_be(tmp_path):
     jobs, _ = expand(TransferOptions(prompts=[tmp_path / "jobs.jsonl"]), {})
     order = [(job.settings.steps, job.reference.name, job.prompt) for job in jobs if isinstance(job, Job)]
     assert order == [(s, r, p) for s in (1, 2) for r in ("1.mp4", "2.mp4") for p in "xy"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("transfer", "", "--prompt", "x"), ("transfer", "a.mp4", "--model", ""), ("rerun", "")]
+)
+def test_k2_an_empty_argument_is_not_the_working_folder(tmp_path, arguments):
+    clip(tmp_path / "a.mp4")
+    ended = emt(*arguments, folder=tmp_path, environment=environment(tmp_path))
+    assert (ended.code, ended.out) == (2, "")
+    assert "it is empty" in ended.err
+
+
+def test_k5_a_folder_is_no_clip_to_make_again(tmp_path):
+    ended = emt("rerun", ".", folder=tmp_path, environment=environment(tmp_path))
+    assert ended.code == 1
+    assert ended.err.splitlines()[0] == "error: . is no clip"
+
+
+def test_k5_what_nobody_has_foreseen_is_two_lines_and_a_file_with_the_rest(tmp_path, monkeypatch, capfd):
+    def command(**_):
+        raise ZeroDivisionError("division by zero\nmore")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert app._run(command, []) == 1
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "error: ZeroDivisionError: division by zero"
+    [kept] = tmp_path.iterdir()
+    assert second == f"This is a fault of emt: please report it with {kept}."
+    assert "in command" in kept.read_text()

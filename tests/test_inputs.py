@@ -268,6 +268,19 @@ def test_a_stream_may_begin_with_a_byte_order_mark(here, monkeypatch):
     assert job.prompt == "a"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_k1_a_stream_may_be_written_as_powershell_writes_files(here, monkeypatch, encoding):
+    jobs = streamed(monkeypatch, '{"prompt": "ein Löwe"}\r\n{"prompt": "b"}'.encode(encoding), here)
+    assert [job.prompt for job in jobs] == ["ein Löwe", "b"]
+
+
+def test_k2_a_field_given_twice_is_refused(here, monkeypatch):
+    [rejected] = streamed(monkeypatch, b'{"prompt": "a", "seed": 1, "prompt": "b"}', here)
+    assert rejected.error.problem == "the field 'prompt' is given twice"
+    with pytest.raises(UsageError, match="column prompt is there twice"):
+        prompts_of(here, "p.csv", b"prompt,prompt\na,b\n")
+
+
 def test_standard_input_that_cannot_be_read_is_one_failure(here, monkeypatch):
     monkeypatch.setattr(sys, "stdin", os.fdopen(os.open(os.devnull, os.O_WRONLY)))
     _, stream = expand(TransferOptions(["-", str(here)]), {})

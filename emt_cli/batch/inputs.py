@@ -498,6 +498,9 @@ def _read_csv(path: Path, text: str) -> list[_Line | Rejected]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[_Line | Rejected] = []
     try:
+        names = [field_name(name) for name in reader.fieldnames or []]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise UsageError(f"--prompts {path.name}: the column {twice[0]} is there twice", "Keep one of them.")
         unknown = [name for name in reader.fieldnames or [] if field_name(name) not in JOB_FIELDS]
         if unknown or not reader.fieldnames:
             allowed = f"the first line names the columns, of {', '.join(JOB_FIELDS)}"
@@ -516,9 +519,20 @@ def _read_csv(path: Path, text: str) -> list[_Line | Rejected]:
 
 def _parse_line(line: str, origin: str) -> _Line | Rejected:
     try:
-        return _checked(json.loads(line), origin)
+        return _checked(json.loads(line, object_pairs_hook=_once), origin)
     except (ValueError, RecursionError) as error:
-        return Rejected(EmtError("the line is not JSON", f"{error}."), origin)
+        return Rejected(EmtError("the line is not JSON", f"{error}. A job is one line, as `jq -c` writes it."), origin)
+    except EmtError as error:
+        return Rejected(error, origin)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; which of two values holds is nobody's guess."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise EmtError(f"the field {twice!r:.100} is given twice", "Give it once.")
+    return fields
 
 
 def _read_stream() -> Iterator[_Line | Rejected | None]:
@@ -527,6 +541,8 @@ def _read_stream() -> Iterator[_Line | Rejected | None]:
         raise UsageError("- reads jobs from standard input, which is closed")
     descriptor = sys.stdin.fileno()
     pending, number, ended, skipping = b"", 0, False, False
+    decoder: codecs.IncrementalDecoder | None = None  # of what is not UTF-8, by its first bytes
+    begins = True
     while not ended or pending:
         line, newline, rest = pending.partition(b"\n")
         if len(line) > MAX_LINE and not skipping:
@@ -541,6 +557,11 @@ def _read_stream() -> Iterator[_Line | Rejected | None]:
                 yield Rejected(EmtError(f"standard input cannot be read: {error.strerror}"), f"line {number + 1}")
                 return
             ended = not chunk
+            if begins:
+                encoding = next((name for mark, name in _MARKS.items() if chunk.startswith(mark)), "utf-8")
+                decoder = None if encoding.startswith("utf-8") else codecs.getincrementaldecoder(encoding)("replace")
+            begins = False
+            chunk = decoder.decode(chunk, ended).encode() if decoder else chunk
             pending = chunk if skipping else pending + chunk
             continue
         pending, number = rest, number + 1

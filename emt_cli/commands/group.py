@@ -52,8 +52,24 @@ EXAMPLES = {
 }
 
 
+#: Parameters that an empty text says something about.
+_MAY_BE_EMPTY = ("prompt", "negative_prompt")
+
+
 class Command(TyperCommand):
     """A command with flags that the command line can turn off, too, where a config file turns them on."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; an empty one, as of a variable that is not set, would name the working folder."""
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        parameter: Any
+        for parameter in self.params:
+            value = given.get(parameter.name)
+            if parameter.name not in _MAY_BE_EMPTY and (
+                value == "" or (isinstance(value, (list, tuple)) and "" in value)
+            ):
+                raise typer.BadParameter("it is empty", ctx=ctx, param=parameter)
+        return list(super().parse_args(ctx, args))
 
     def make_parser(self, ctx: Any) -> Any:
         """The parser, which knows `--no-…` of every flag; help names the flags alone."""

@@ -95,6 +95,8 @@ def rerun(
         check_device(device)
     named = Path(normal(result)) if is_url(result) else to_path(result)
     named = named.with_suffix("") if named.suffix == ".json" else named
+    if not named.name:
+        raise EmtError(f"{named} is no clip", "Name a clip that emt made, or the .json beside it.")
     output = output or named.with_name(f"{named.stem}-rerun{named.suffix}")
     if (exists(str(output)) if is_url(output) else output.exists()) and not overwrite:
         problem = f"{normal(output) if is_url(output) else output} exists"
