@@ -22,6 +22,7 @@ from emt.backends.base import Backend
 from emt.backends.codec import codec_of
 from emt.backends.torch import TorchBackend
 from emt.backends.upload import upload
+from emt.control import Control, ControlledSteps
 from emt.errors import EmtError
 from emt.features import Motion, MotionFeatures, joined
 from emt.model_folder import find_model
@@ -194,6 +195,7 @@ class MotionTransfer:
         motion_until: float = 1.0,
         cache_interval: int = 1,
         window: int | None = None,
+        control: Control | Sequence[Control] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[NDArray[np.uint8]]:
         """Generate a clip for each prompt, moving as its reference does.
@@ -219,6 +221,7 @@ class MotionTransfer:
                 reused in between (DeepCache, Ma et al. 2023, arXiv 2312.00858, section 3.2).
             window: of clips with more frames than the network takes at once, the frames that it is given; None for the
                 model's frames (`emt.windows`).
+            control: pictures that some frames are to show, by a control network (`emt.control`).
             on_step: called with (steps done, steps) after each.
 
         Returns:
@@ -262,12 +265,19 @@ class MotionTransfer:
         if guidance > (most := MOST_GUIDANCE.get(scheduler, guidance)):
             logger.warning("guidance %g with %s burns colours: use up to %g", guidance, scheduler, most)
 
+        controls = [control] if isinstance(control, Control) else list(control or [])
+        if controls and (windows or cache_interval > 1):
+            what = f"{shape[0]} frames, in windows" if windows else f"a cache interval of {cache_interval}"
+            hint = "Use --cache-interval 1, and no more frames than the model takes at once."
+            raise EmtError(f"a control network makes no clips of {what}", hint)
         count = len(sampler.timesteps)
         plain = guided and guidance_until < 1
         moved_steps = math.ceil(motion_until * count)
         # What steps need of prompts and motions is let go before the clips are decoded.
         latents = run_sampler(
-            self._network(prompts, negatives, motions, guided, plain, moved_steps, cache_interval, shape[0], windows),
+            self._network(
+                prompts, negatives, motions, guided, plain, moved_steps, cache_interval, shape, windows, controls
+            ),
             sampler,
             self.initial_noise(generators, *shape).to(self._execution_device),
             guidance,
@@ -287,8 +297,9 @@ class MotionTransfer:
         plain: bool,
         moved_steps: int,
         cache_interval: int,
-        frames: int,
+        shape: tuple[int, int, int],
         windows: Windows | None,
+        controls: Sequence[Control],
     ) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
         """The network with prompts and motions, as `run_sampler` takes it.
 
@@ -300,10 +311,11 @@ class MotionTransfer:
             plain: whether there are steps without, too.
             moved_steps: steps with the motion, the first ones.
             cache_interval: as `generate` has it.
-            frames: of the clips.
+            shape: frames, height and width of the clips.
             windows: over them; None where the network takes all at once.
+            controls: one of all clips, or of each; or none.
         """
-        text = self.encode_prompts(negatives + prompts if guided else prompts, frames)
+        text = self.encode_prompts(negatives + prompts if guided else prompts, shape[0])
         features = self.unet.encode_text(text)
         alone = self.unet.encode_text(text[len(text) // 2 :]) if plain else features
         features.guided = guided
@@ -316,6 +328,17 @@ class MotionTransfer:
 
             return predict_in_windows
         moved = self.backend.prepare_motion(joined(motions)) if motions else None
+        if controls:
+            controlled = ControlledSteps(self, controls, text, guided, len(prompts), shape)
+
+            def predict_controlled(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+                known, reference = features if guided else alone, moved if step < moved_steps else None
+                residuals = controlled(timestep, len(sample))
+                return self.backend.denoise_controlled(
+                    sample.to(self.unet.dtype), timestep, known, reference, residuals
+                )
+
+            return predict_controlled
         denoise = DeepFeatureReuse(self.backend, cache_interval)
 
         def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -54,6 +54,17 @@ class Backend(Protocol):
     def denoise(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
         """One call of the network, on a batch with classifier-free guidance or without."""
         ...
+
+    def denoise_controlled(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: TextFeatures,
+        motion: PreparedMotion | None,
+        control: Sequence[Tensor],
+    ) -> Tensor:
+        """`denoise` with the residuals of a control network, (batch·frames, …) each."""
+        raise NotImplementedError(f"the backend {self.name} takes no control network")
 
     def denoise_deep(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None

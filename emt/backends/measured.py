@@ -14,6 +14,7 @@ _COMPUTE = frozenset(
         "encode_reference",
         "prepare_motion",
         "denoise",
+        "denoise_controlled",
         "denoise_deep",
         "denoise_shallow",
         "encode_images",

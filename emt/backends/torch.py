@@ -223,6 +223,28 @@ class TorchBackend(PipelineBackend):
         found = self._call(compute, (sample, timestep), text, motion)
         return found.output.clone() if isinstance(found, CapturedCall) else found  # the next replay overwrites it
 
+    def denoise_controlled(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: TextFeatures,
+        motion: PreparedMotion | None,
+        control: Sequence[Tensor],
+    ) -> Tensor:
+        """`Backend.denoise_controlled`; not captured."""
+        self._compile_for_step(sample, timestep, text, motion)
+        self._prepare_weights(sample.device)
+        frames = sample.shape[2]
+        with self._execution_context(sample.device) as execution:
+            if not self.low_memory:
+                return self.unet(sample, timestep, text, motion, control=control, execution=execution)
+            found = []
+            for (x, own, moved), *residuals in zip(
+                each_sample(sample, text, motion), *(residual.split(frames) for residual in control), strict=True
+            ):
+                found.append(self.unet(x, timestep, own, moved, control=residuals, execution=execution))
+            return torch.cat(found)
+
     def denoise_deep(
         self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None
     ) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ MOTION_MODULE = "a motion module"
 ADAPTER = "an adapter"
 LORA = "a LoRA"
 VAE = "a VAE"
+CONTROL = "a SparseCtrl network"
 EMBEDDING = "a textual inversion embedding"
 
 _HINTS = {
@@ -24,6 +25,7 @@ _HINTS = {
     ADAPTER: "Give EfficientMT's checkpoint, or one of emt train.",
     LORA: "Give a LoRA of Stable Diffusion 1.5 or an AnimateDiff motion LoRA.",
     VAE: "Give a VAE of Stable Diffusion 1.5, such as vae-ft-mse-840000-ema-pruned.safetensors.",
+    CONTROL: "Give AnimateDiff's v3_sd15_sparsectrl_rgb.ckpt or v3_sd15_sparsectrl_scribble.ckpt.",
     EMBEDDING: "Give a textual inversion embedding of Stable Diffusion 1.5.",
 }
 
@@ -81,7 +83,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     if alone or any_name(r"^model\.diffusion_model\."):
         return f"a Stable Diffusion of another version (2 or XL): {other}" if other else SINGLE_FILE
     if any_name(r"^(control_model\.|controlnet_)|zero_convs|input_hint_block"):
-        return "a ControlNet"
+        return CONTROL if any_name(r"motion_modules\.\d+\.") else "a ControlNet"
     if any_name(r"\.temporal_attentions\."):
         return f"HotshotXL, a motion module of {SDXL}"
     if any_name(r"motion_modules\.\d+\.") and not any_name(r"\.scaler\."):

@@ -187,14 +187,14 @@ class TemporalAttention(QKV):
 
 
 class TemporalTransformerBlock(nn.Module):
-    """Two temporal attentions and a feed-forward layer; one scaler serves both attentions."""
+    """Two temporal attentions, or another number, and a feed-forward layer; one scaler serves all attentions."""
 
-    def __init__(self, channels: int, heads: int, max_frames: int, adapter: bool) -> None:
+    def __init__(self, channels: int, heads: int, max_frames: int, adapter: bool, attentions: int = 2) -> None:
         super().__init__()
         self.attention_blocks = nn.ModuleList(
-            [TemporalAttention(channels, heads, max_frames, adapter) for _ in range(2)]
+            [TemporalAttention(channels, heads, max_frames, adapter) for _ in range(attentions)]
         )
-        self.norms = nn.ModuleList([LayerNorm(channels) for _ in range(2)])
+        self.norms = nn.ModuleList([LayerNorm(channels) for _ in range(attentions)])
         self.ff = FeedForward(channels)
         self.ff_norm = LayerNorm(channels)
         self.scaler = Scaler(channels, max_frames) if adapter else None
@@ -241,11 +241,14 @@ class TemporalTransformerBlock(nn.Module):
 class TemporalTransformer(nn.Module):
     """Group norm, projection in, temporal transformer block, projection out, residual."""
 
-    def __init__(self, channels: int, heads: int, groups: int, max_frames: int, adapter: bool) -> None:
+    def __init__(
+        self, channels: int, heads: int, groups: int, max_frames: int, adapter: bool, attentions: int = 2
+    ) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TemporalTransformerBlock(channels, heads, max_frames, adapter)])
+        block = TemporalTransformerBlock(channels, heads, max_frames, adapter, attentions)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, frames: int, reference: Reference | None, features: list[Tensor] | None) -> Tensor:
@@ -262,10 +265,12 @@ class MotionModule(nn.Module):
     `path` is the module's own name in the network, the key of its layer in `MotionFeatures`.
     """
 
-    def __init__(self, path: str, channels: int, heads: int, groups: int, max_frames: int, adapter: bool) -> None:
+    def __init__(
+        self, path: str, channels: int, heads: int, groups: int, max_frames: int, adapter: bool, attentions: int = 2
+    ) -> None:
         super().__init__()
         self.path = path
-        self.temporal_transformer = TemporalTransformer(channels, heads, groups, max_frames, adapter)
+        self.temporal_transformer = TemporalTransformer(channels, heads, groups, max_frames, adapter, attentions)
 
     @property
     def block(self) -> TemporalTransformerBlock:

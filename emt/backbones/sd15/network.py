@@ -314,6 +314,7 @@ class MotionTransferNetwork(Network):
         motion: MotionFeatures | PreparedMotion | None = None,
         *,
         adapted: bool = True,
+        control: Sequence[Tensor] | None = None,
         execution: Execution = PLAIN,
     ) -> Tensor:
         """Predict the noise (or velocity) of a noisy clip, moved by a reference.
@@ -325,6 +326,8 @@ class MotionTransferNetwork(Network):
             motion: the motion of n references, n a divisor of batch: sample i follows reference i mod n, so that the
                 two halves of guidance share one. None generates without a reference.
             adapted: False runs the backbone with its own weights throughout, as the reference pass does.
+            control: residuals of a control network (`emt.backbones.sd15.sparse_control`), of the skip connections in
+                their order and of the mid block last, each (batch·frames, channels, height, width).
             execution: how it is computed.
 
         Returns:
@@ -333,7 +336,7 @@ class MotionTransferNetwork(Network):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        return self._run(sample, timestep, text, motion, adapted, execution)[0]
+        return self._run(sample, timestep, text, motion, adapted, execution, control=control)[0]
 
     @offloaded
     def encode_reference(
@@ -521,6 +524,7 @@ class MotionTransferNetwork(Network):
         deep: Tensor | None = None,
         hidden: dict[str, Tensor] | None = None,
         features_alone: bool = False,
+        control: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Any]:
         """The forward pass, or only its highest resolution with `deep` features.
 
@@ -544,7 +548,8 @@ class MotionTransferNetwork(Network):
         last = self.reference_layers()[-1:] if features_alone else []
 
         # The halves of guidance are the same until the first layer reads the prompts.
-        copies = 2 if text.guided and execution.share_guidance and batch % 2 == 0 else 1
+        shared = text.guided and execution.share_guidance and batch % 2 == 0 and control is None
+        copies = 2 if shared else 1
         if copies > 1:
             sample = sample[: batch // 2]
 
@@ -593,6 +598,10 @@ class MotionTransferNetwork(Network):
         if not shallow:
             x = checkpointed(net.mid_block, 0, x)
             x = run.resnet(net.mid_block.resnets[1], x, time)
+            if control is not None:
+                x = run.images(materialized(x) + control[-1])
+        if control is not None:
+            skips = [run.images(materialized(skip) + residual) for skip, residual in zip(skips, control)]
 
         given: Any = None
         for block in net.up_blocks:
