@@ -41,7 +41,7 @@ emt.video emt.contact_sheet | emt.checkpoints emt.parts | emt.synthetic
 emt.features | emt.evaluate
 emt.backbone emt.windows
 emt.cache emt.remote emt.shared_cache emt.model_folder | emt.device
-emt.backends emt.windowed | emt.sampling emt.solvers | emt.prompts | emt.text_encoding | emt.importing
+emt.backends emt.windowed emt.control | emt.sampling emt.solvers | emt.prompts | emt.text_encoding | emt.importing
 emt.diffusers_interface | emt.diffusers_loras
 emt.pipeline emt.diffusers_pipeline
 emt.backbones.sd15 | emt.backbones.wan21
