@@ -22,7 +22,7 @@ class Control:
     """Pictures of a clip, and the network that reads them.
 
     Attributes:
-        network: such as `emt.backbones.sd15.sparse_control.SparseControl`, on the pipeline's device, in its dtype.
+        network: of the network's package (`sparse_control`), on the pipeline's device, in its dtype.
         pictures: of frames, counted from 0: uint8 (height, width, 3) in the clip's size.
         scale: factor of what the network adds; 0 is without.
     """
