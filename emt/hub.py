@@ -43,6 +43,8 @@ def split_scale(value: str) -> tuple[str, float]:
     try:
         number = float(scale)
     except ValueError:
+        if "://" in path and "?" in path:  # a time in the parameters of a signed URL
+            return value, 1.0
         number = math.nan
     if not math.isfinite(number):
         raise EmtError(f"--lora {value}: the scale {scale!r} is not a number", "Write --lora FILE or --lora FILE:0.8.")

@@ -304,7 +304,11 @@ def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = N
 
 def _fetch(url: str, download: bool, on_fetch: OnFetch | None) -> Path:
     """The copy of the model folder behind a URL."""
-    folder = fetch_folder(url, _CONTENT, on_fetch) if download else fetched(url)
+
+    def content(names: list[str]) -> list[str]:
+        return [name for name in names if Path(name).suffix in _CONTENT]
+
+    folder = fetch_folder(url, content, on_fetch) if download else fetched(url)
     if folder is None:
         raise EmtError(
             f"the model {shown(url)} is not on this machine yet", "`emt transfer` with the same --model downloads it."

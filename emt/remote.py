@@ -441,19 +441,30 @@ def matching(pattern: str) -> list[str]:
 # ---- copies on this machine ---------------------------------------------------------------------------------------
 
 
-def _home(url: str) -> Path:
-    return default_dir() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:24]
+def _home(url: str, part: str = "") -> Path:
+    key = f"{url}\0{part}" if part else url
+    return default_dir() / "downloads" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def copy_of(url: str) -> Path:
-    """Path of the copy of a file or folder behind a URL, whether it has been fetched or not."""
+def copy_of(url: str, part: str = "") -> Path:
+    """Path of the copy of a file or folder behind a URL, whether it has been fetched or not.
+
+    Args:
+        url: The file or folder.
+        part: Name of a part of the folder, which has a copy of its own.
+    """
     url = normal(url)
-    return _home(url) / file_name(url)
+    return _home(url, part) / file_name(url)
 
 
-def fetched(url: str) -> Path | None:
-    """The copy of a file or folder if it was fetched whole; the store is not asked whether it has changed."""
-    known, path = _Known(_home(normal(url))), copy_of(url)
+def fetched(url: str, part: str = "") -> Path | None:
+    """The copy of a file or folder if it was fetched whole; the store is not asked whether it has changed.
+
+    Args:
+        url: The file or folder.
+        part: As `copy_of`.
+    """
+    known, path = _Known(_home(normal(url), part)), copy_of(url, part)
     return path if known.whole and path.exists() else None
 
 
@@ -514,23 +525,27 @@ def copy(url: str, path: Path) -> None:
         _load(url, stat(url), home, path, None)
 
 
-def fetch_folder(url: str, suffixes: Collection[str], on_fetch: OnFetch | None = None) -> Path:
-    """Fetch the files of a folder, as far as the copies on this machine are of other versions; returns the copy.
+def fetch_folder(
+    url: str, choose: Callable[[list[str]], Collection[str]], on_fetch: OnFetch | None = None, *, part: str = ""
+) -> Path:
+    """Fetch files of a folder, as far as the copies on this machine are of other versions; returns the copy.
 
     Args:
         url: The folder.
-        suffixes: Of the files that are wanted.
+        choose: Given the names of its files, those that are wanted.
         on_fetch: Called with the progress, from several threads.
+        part: As `copy_of`.
 
     Raises:
         MissingError: there is no such folder, or none of the files.
         EmtError: they cannot be read, or not be written here.
     """
     url = normal(url)
-    wanted = {name: found for name, found in files(url).items() if Path(name).suffix in suffixes}
+    found = files(url)
+    wanted = {name: found[name] for name in choose(list(found))}
     if not wanted:
-        raise MissingError(f"{shown(url)} does not exist, or has none of {', '.join(suffixes)}", "Check the URL.")
-    folder = _home(url) / file_name(url)
+        raise MissingError(f"{shown(url)} does not exist, or has none of the files that are read", "Check the URL.")
+    folder = copy_of(url, part)
     mirror(url, wanted, folder, on_fetch)
     return folder
 

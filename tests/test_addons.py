@@ -356,6 +356,18 @@ def test_a_file_behind_a_url_is_fetched_and_on_the_word_of_a_plan_it_is_not(tmp_
     assert AddonFinder(index, download=False).find(settings).loras == [(path, scale)]
 
 
+def test_secrets_in_the_url_of_a_file_are_in_no_record():
+    signed = "https://me:secret@host:8080/a.safetensors?sig=secret&se=2026-11-30T00:00:00Z"
+    given = {"lora": [f"{signed}:0.8"], "vae": signed, "embedding": [f"style={signed}"]}
+    settings = Settings(**{name: parse_field(name, value) for name, value in given.items()})
+    assert split_scale(settings.lora[0]) == (signed, 0.8)
+    kept = settings.as_dict()
+    assert "secret" not in json.dumps(kept)
+    assert kept["lora"] == ["https://host:8080/a.safetensors?…:0.8"]
+    assert kept["embedding"] == ["style=https://host:8080/a.safetensors?…"]
+    assert split_scale(signed) == (signed, 1.0), "a time is no scale"
+
+
 # ---- LoRAs of few steps --------------------------------------------------------------------------------------------
 
 

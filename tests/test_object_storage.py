@@ -14,8 +14,10 @@ from pathlib import Path
 import fsspec
 import object_store
 import pytest
+import torch
 from object_store import BUCKET, Proxy, Store
 from program import Ended, Run, clip, environment, lines, model
+from safetensors.torch import save_file
 
 from emt import remote
 from emt.errors import EmtError
@@ -98,6 +100,69 @@ def test_a_clip_of_a_url_is_made_again_from_its_copy_and_nothing_is_fetched_on_a
     assert f"--reference {ROOT}/clips/walk.mp4" in ended.err
     ended = run(store, tmp_path, *rerun, "--model", f"{ROOT}/model", "--reference", f"{ROOT}/clips/walk.mp4")
     assert "identical with the original" in ended.err
+
+
+@pytest.fixture(scope="module")
+def addons(store, tmp_path_factory) -> Path:
+    """A LoRA, a VAE and an embedding on disk that are in the store, too; and a LoRA of PEFT's, of two files."""
+    from emt.pipeline import load_pipeline
+
+    pipe, folder = load_pipeline(model()), tmp_path_factory.mktemp("addons")
+    target = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    rows, columns = pipe.unet.get_parameter(f"{target}.weight").shape
+    down, up = (torch.full(shape, 0.1) for shape in ((2, columns), (rows, 2)))
+    key = f"lora_unet_{target.replace('.', '_')}"
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, folder / "a.safetensors")
+    save_file({name: p.detach() / 2 for name, p in pipe.vae.named_parameters()}, folder / "vae.safetensors")
+    save_file({"emb_params": torch.ones(2, 32)}, folder / "word.safetensors")
+    (folder / "peft").mkdir()
+    names = {f"base_model.model.{target}.lora_{side}.weight": x for side, x in (("A", down), ("B", up))}
+    save_file(names, folder / "peft" / "adapter_model.safetensors")
+    (folder / "peft" / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 6, "peft_type": "LORA"}')
+    for path in folder.rglob("*.*"):
+        store.put(f"addons/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return folder
+
+
+def test_loras_a_vae_and_embeddings_by_url_make_the_jobs_that_they_make_by_path(store, clips, addons, tmp_path):
+    def options(place: object) -> list[str]:
+        files = [f"--lora={place}/a.safetensors:0.8", f"--vae={place}/vae.safetensors"]
+        return [*files, f"--embedding=style={place}/word.safetensors", "--lora", f"{place}/peft:0.5"]
+
+    job = (clips / "walk.mp4", "--prompt", "a style fox", "--json")
+    [made] = lines(transfer(store, tmp_path, *job, *options(f"{ROOT}/addons")))
+    assert made["state"] == "done", made
+    assert {file["kind"] for file in made["addons"]} == {"lora", "vae", "embedding"}
+    [again] = lines(transfer(store, tmp_path, *job, *options(addons)))
+    assert (again["state"], again["id"]) == ("skipped", made["id"])
+    # PEFT's file by its own name comes with what scales it.
+    text = {"reference": f"{ROOT}/clips/walk.mp4", "prompt": "a style fox", "vae": f"{ROOT}/addons/vae.safetensors"}
+    text |= {"lora": [f"{ROOT}/addons/a.safetensors:0.8", f"{ROOT}/addons/peft/adapter_model.safetensors:0.5"]}
+    text |= {"embedding": [f"style={ROOT}/addons/word.safetensors"]}
+    line = json.dumps(text).encode()
+    [again] = lines(transfer(store, tmp_path, "-", "--json", stdin=line))
+    assert again["id"] == made["id"]
+
+    result, nowhere = tmp_path / made["path"], "http://127.0.0.1:9"
+    rerun = ("rerun", result, "--device", "cpu", "--overwrite")
+    assert "identical with the original" in run(store, tmp_path, *rerun, endpoint=nowhere).err, "nothing is fetched"
+    shutil.rmtree(tmp_path / "cache")
+    ended = run(store, tmp_path, *rerun)
+    assert ended.code == 1
+    assert f"To fetch it: --addon {ROOT}/addons/" in ended.err
+    named = ("a.safetensors", "vae.safetensors", "word.safetensors", "peft")
+    fetched = [argument for name in named for argument in ("--addon", f"{ROOT}/addons/{name}")]
+    ended = run(store, tmp_path, *rerun, *fetched)
+    assert "identical with the original" in ended.err, ended.err
+
+
+def test_an_addon_by_url_that_is_not_there_is_one_line(store, clips, tmp_path):
+    missing = f"{ROOT}/none.safetensors"
+    for option in (f"--lora={missing}:0.8", f"--vae={missing}", f"--embedding=style={missing}"):
+        ended = transfer(store, tmp_path, clips / "walk.mp4", "--prompt", "x", option)
+        assert ended.code in (1, 2)
+        assert f"{missing} does not exist" in ended.err
+        assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(

@@ -148,15 +148,24 @@ def test_a_file_that_changes_while_it_is_fetched_is_not_a_mixture(store, monkeyp
 def test_a_folder_is_fetched_and_follows_its_store(store):
     for name, content in {"model_index.json": b"{}", "unet/a.safetensors": b"w", "notes.md": b"no"}.items():
         store.pipe(f"/b/model/{name}", content)
-    folder = fetch_folder("memory://b/model", (".json", ".safetensors"))
+
+    def content(names: list[str]) -> list[str]:
+        return [name for name in names if not name.endswith(".md")]
+
+    folder = fetch_folder("memory://b/model", content)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {"model_index.json", "unet/a.safetensors"}
     store.pipe("/b/model/unet/b.safetensors", b"new")
     store.rm("/b/model/unet/a.safetensors")
-    assert fetch_folder("memory://b/model", (".json", ".safetensors")) == folder == fetched("memory://b/model")
+    assert fetch_folder("memory://b/model", content) == folder == fetched("memory://b/model")
     assert [path.name for path in (folder / "unet").iterdir()] == ["b.safetensors"]
     with pytest.raises(MissingError, match="memory://b/none does not exist"):
-        fetch_folder("memory://b/none", (".json",))
+        fetch_folder("memory://b/none", content)
+    # A part of it has a copy of its own.
+    part = fetch_folder("memory://b/model", lambda names: ["model_index.json"], part="vae")
+    assert [path.name for path in part.iterdir()] == ["model_index.json"]
+    assert fetched("memory://b/model", "vae") == part != folder
+    assert (folder / "unet" / "b.safetensors").exists()
 
 
 def test_names_that_lead_out_of_a_folder_are_not_fetched(store, monkeypatch):

@@ -5,17 +5,17 @@ A job names files; what decides its frames is their content, which its identity 
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emt.cache import ContentIndex
 from emt.errors import EmtError
-from emt.hub import locate, matching, parse_hub, split_scale, split_word
-from emt.remote import fetch, fetched, is_url, shown
+from emt.hub import OnFetch, locate, matching, parse_hub, split_scale, split_word
+from emt.remote import child, exists, fetch, fetch_folder, fetched, is_url, normal, shown, stat
 from emt.storage import check_readable
 
 if TYPE_CHECKING:
@@ -156,30 +156,28 @@ class AddonFinder:
         found += [self._file("embedding", source, word) for word, source in words]
         return Addons(tuple(sorted(found, key=lambda file: str(file.content))), settings.clip_skip)
 
-    def _file(self, kind: str, source: str, detail: float | str | None = None) -> Addon:
+    def _file(self, kind: str, source: str, detail: float | str | None = None, *, download: bool = False) -> Addon:
         with self._guard:
             path = self._places.get((kind, source))
             if path is None:
-                path = self._locate(kind, source)
+                path = self._locate(kind, source, download=download or self._download)
                 if parse_hub(source) or is_url(source):
                     self._places[kind, source] = path
         return Addon(kind, path, self.index.sha256(path), detail)
 
-    def _locate(self, kind: str, source: str) -> Path:
+    def _locate(self, kind: str, source: str, *, download: bool) -> Path:
         said: set[str] = set()
 
         def on_fetch(name: str, done: int, total: int) -> None:
             if name not in said:
                 said.add(name)
-                self._say(f"fetching {name} of {source}")
+                self._say(f"fetching {name} of {named(source)}")
 
         name = _KINDS[kind]
         if is_url(source) and parse_hub(source) is None:
-            copy = fetch(source, on_fetch) if self._download else fetched(source)
-            if copy is None:
-                raise EmtError(f"the {name} {shown(source)} is not on this machine", "emt transfer fetches it.")
-            return copy
-        path = locate(source, name, _FOLDERS.get(kind), on_fetch=on_fetch, download=self._download)
+            path = self._behind_url(kind, normal(source), on_fetch, download)
+        else:
+            path = locate(source, name, _FOLDERS.get(kind), on_fetch=on_fetch, download=download)
         if kind == "vae" and (path / "vae").is_dir():
             path = path / "vae"
         if path.name.startswith("adapter_model.") and (path.parent / "adapter_config.json").is_file():
@@ -187,13 +185,28 @@ class AddonFinder:
         check_readable(path)
         return path
 
+    def _behind_url(self, kind: str, url: str, on_fetch: OnFetch, download: bool) -> Path:
+        """The copy of a file or folder in a store; with a file of PEFT's, what scales it, too."""
+        folder, choose = url, _FOLDERS.get(kind)
+        parent, _, file = url.rpartition("/")
+        if kind == "lora" and file.startswith("adapter_model.") and "?" not in file:
+            folder, choose = parent, matching(file, "adapter_config.json")
+        if not download:
+            copy = fetched(folder, kind) or fetched(url)
+            if copy is None:
+                raise EmtError(f"the {_KINDS[kind]} {shown(url)} is not on this machine", "emt transfer fetches it.")
+            return copy
+        if choose and (exists(child(parent, "adapter_config.json")) if folder != url else stat(url).is_folder):
+            return fetch_folder(folder, choose, on_fetch, part=kind)
+        return fetch(url, on_fetch)
+
     def find_again(self, record: Mapping[str, Any], settings: Settings, given: Sequence[Path] = ()) -> Addons:
         """The add-ons that made a clip, by their hashes.
 
         Args:
             record: Of the clip.
             settings: Its settings, which say where the files were.
-            given: Files that have moved.
+            given: Files that have moved; they are fetched if need be.
 
         Raises:
             EmtError: one is not there any more, or its content is another.
@@ -203,22 +216,35 @@ class AddonFinder:
             "vae": [settings.vae] if settings.vae else [],
             "embedding": [split_word(text)[1] for text in settings.embedding],
         }
-        found = []
+        found, unread = [], list[EmtError]()
         for listed in record.get("addons", ()):
             kind, detail = listed["kind"], listed.get(_DETAILS.get(listed["kind"], ""))
-            for source in (*map(str, given), *places[kind]):
-                with suppress(EmtError):
-                    if (file := self._file(kind, source, detail)).sha256 == listed["sha256"]:
-                        found.append(file)
-                        break
+            sources = [(str(path), True) for path in given] + [(text, False) for text in places[kind]]
+            for source, asked in sources:
+                try:
+                    file = self._file(kind, source, detail, download=asked)
+                except EmtError as error:
+                    unread += [error] if asked else []
+                    continue
+                if file.sha256 == listed["sha256"]:
+                    found.append(file)
+                    break
             else:
+                if unread:
+                    raise unread[0]
+                urls = [text for text in places[kind] if is_url(text)]
                 raise EmtError(
                     f"the {_KINDS[kind]} {listed.get('file', '')} that made it is not where it was, or is another now",
-                    "Say where it is with --addon FILE.",
+                    f"To fetch it: --addon {shlex.quote(urls[0])}" if urls else "Say where it is with --addon FILE.",
                 )
         if len(found) != sum(map(len, places.values())):
             raise EmtError("the record does not say which LoRAs, VAE and embeddings made it", "Make the clip anew.")
         return Addons(tuple(sorted(found, key=lambda file: str(file.content))), settings.clip_skip)
+
+
+def named(source: str) -> str:
+    """A file as messages and records have it: a URL without secrets."""
+    return shown(normal(source)) if is_url(source) and parse_hub(source) is None else source
 
 
 def settings_of(addons: Addons) -> dict[str, Any]:

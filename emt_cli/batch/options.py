@@ -21,7 +21,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from emt.errors import EmtError
 from emt.hub import split_scale, split_word
 from emt.presets import PRESETS
-from emt.remote import check_writable, is_url, normal
+from emt.remote import check_writable, is_url, normal, shown
 from emt_cli.batch.shards import Shard
 from emt_cli.text import nearest
 
@@ -327,7 +327,7 @@ class Settings:
     @cached_property
     def _values(self) -> dict[str, Any]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self) if not self._is_unlisted(f.name, f.default))
-        return {name: _plain(value) for name, value in values}
+        return {name: _plain(without_secrets(name, value)) for name, value in values}
 
     def _is_unlisted(self, name: str, default: Any) -> bool:
         return name in UNLISTED and getattr(self, name) == default
@@ -790,6 +790,21 @@ def _source(name: str, value: Any) -> str:
         word, source = split_word(value)
         return f"{word}={_place(source)}"
     return _place(value)
+
+
+def without_secrets(name: str, value: Any) -> Any:
+    """A setting as records have it, which are for everybody: URLs of a `lora`, `vae` or `embedding` without secrets."""
+    if name not in ("lora", "vae", "embedding") or not value:
+        return value
+    if isinstance(value, tuple):
+        return tuple(without_secrets(name, text) for text in value)
+    if "://" not in value:
+        return value
+    if name == "lora":
+        source, scale = split_scale(value)
+        return f"{shown(source)}:{scale!r}"
+    word, equals, source = value.partition("=") if name == "embedding" else ("", "", value)
+    return f"{word}{equals}{shown(source)}"
 
 
 def _place(source: str) -> str:
