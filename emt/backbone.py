@@ -53,8 +53,8 @@ class Facts:
         activation_bytes: memory at the peak for each pixel of all frames, in half precision.
         attention_flop: floating-point operations of attention between all positions, for each pair of them.
         first_frames: frames of the first latent frame.
-        windows: clips of more than `max_frames` frames are made window by window (`emt.windows`), as every latent frame
-            is of one frame and the features of references are (n, frames, …).
+        windows: clips of more than `max_frames` frames are made window by window (`emt.windows`), as the features of
+            references are (n, latent frames, …), or (n,) where they are of no frame.
         motion_guidance: its attention over time can guide a clip without an adapter (`emt.train.teacher`).
     """
 
@@ -71,22 +71,39 @@ class Facts:
 
     def makes_frames(self, frames: int) -> bool:
         """Return whether clips may have so many frames."""
-        return self.takes_frames(frames) or (self.windows and frames > self.max_frames)
+        return 2 <= frames and (self.windows or frames <= self.max_frames) and self._fit(frames)
 
     def allowed_clips(self) -> str:
         """The numbers of frames that clips may have, in words."""
-        return "2 or more" if self.windows else self.allowed_frames()
+        if not self.windows:
+            return self.allowed_frames()
+        return "2 or more" if self.frame_step == 1 else f"{self._least}, {self._least + self.frame_step}, …"
 
     def takes_frames(self, frames: int) -> bool:
         """Return whether the network takes so many frames at once."""
-        return 2 <= frames <= self.max_frames and (frames - self.first_frames) % self.frame_step == 0
+        return 2 <= frames <= self.max_frames and self._fit(frames)
 
     def allowed_frames(self) -> str:
         """The numbers of frames that the network takes at once, in words."""
         if self.frame_step == 1:
             return f"2 to {self.max_frames}"
-        least = self.first_frames if self.first_frames > 1 else 1 + self.frame_step
-        return f"{least}, {least + self.frame_step}, … up to {self.max_frames}"
+        return f"{self._least}, {self._least + self.frame_step}, … up to {self.max_frames}"
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip of so many frames that it makes."""
+        return 1 + (frames - self.first_frames) // self.frame_step
+
+    def frames_of(self, latents: slice) -> slice:
+        """The frames that some latent frames are of."""
+        start, stop = ((n > 0) * (self.first_frames + (n - 1) * self.frame_step) for n in (latents.start, latents.stop))
+        return slice(start, stop)
+
+    @property
+    def _least(self) -> int:
+        return self.first_frames if self.first_frames > 1 else 1 + self.frame_step
+
+    def _fit(self, frames: int) -> bool:
+        return (frames - self.first_frames) % self.frame_step == 0
 
 
 def counts(config: Mapping[str, Any], name: str, default: list[int]) -> list[int]:

@@ -412,7 +412,7 @@ class MotionTransfer:
             vocabulary.check(prompt, f"It knows: {known}")
 
     def windows_over(self, frames: int, window: int | None = None) -> Windows | None:
-        """Windows over a clip of so many frames; None where the network takes all of them at once.
+        """Windows over the latent frames of a clip; None where the network takes all of them at once.
 
         Args:
             frames: of the clip.
@@ -429,14 +429,17 @@ class MotionTransfer:
     ) -> Tensor:
         """Latents of RGB frames (frames, height, width, 3): (1, channels, latent frames, height/8, width/8).
 
-        With windows, the device has the frames of one at a time.
+        With windows, the device has the frames of one at a time, or of a latent frame if the autoencoder is of video.
         """
-        if windows is None:
-            images = torch.from_numpy(np.ascontiguousarray(frames)).to(self._execution_device)
+        if windows is None or self.codec.streams:
+            images = torch.from_numpy(np.ascontiguousarray(frames))
+            if windows is None:
+                images = images.to(self._execution_device)
             return self.codec.encode(self.backend, images, generator).to(self.unet.dtype)
         encoded = []
         for start, new in windows.chunks():
-            latents = self.encode_frames(frames[start : start + windows.size], generator)
+            window = self.unet.facts.frames_of(slice(start, start + windows.size))
+            latents = self.encode_frames(frames[window], generator)
             encoded.append(latents[:, :, new.start - start :])
         return torch.cat(encoded, dim=2)
 
@@ -447,7 +450,7 @@ class MotionTransfer:
     def decode_clips(self, clips: Sequence[Tensor], windows: Windows | None = None) -> list[NDArray[np.uint8]]:
         """`decode_latents` of several clips, parts of which are copied to the host while others are decoded.
 
-        With windows, the device has the frames of one at a time.
+        With windows, the device has the frames of one at a time, or of a latent frame if the autoencoder is of video.
         """
         if windows:
             return [self._decode_in_windows(latents, windows) for latents in clips]
@@ -466,10 +469,18 @@ class MotionTransfer:
     def _decode_in_windows(self, latents: Tensor, windows: Windows) -> NDArray[np.uint8]:
         factor = self.vae_scale_factor
         height, width = (factor * side for side in latents.shape[2:])
-        frames = scratch_array((windows.frames, height, width, 3))
+        facts = self.unet.facts
+        frames = scratch_array((facts.frames_of(slice(0, windows.frames)).stop, height, width, 3))
+        if self.codec.streams:
+            done = 0
+            for images in self.codec.decode(self.backend, latents):
+                frames[done : done + len(images)] = images.cpu().numpy()
+                done += len(images)
+            return frames
         for start, new in windows.chunks():
+            window, own = facts.frames_of(slice(start, start + windows.size)), facts.frames_of(new)
             (part,) = self.decode_clips([latents[:, start : start + windows.size]])
-            frames[new] = part[new.start - start :]
+            frames[own] = part[own.start - window.start :]
         return frames
 
     def initial_noise(self, generators: Sequence[torch.Generator], frames: int, height: int, width: int) -> Tensor:

@@ -19,7 +19,7 @@ def read_in_windows(windows: Windows, latents: Tensor, read: Callable[[Tensor], 
     Args:
         windows: over its frames.
         latents: noisy ones, (1, channels, frames, height, width).
-        read: reads a window of them; the features that it returns are (1, frames, …).
+        read: reads a window of them; the features that it returns are (1, frames, …), or (1,) if of no frame.
     """
     layers: dict[str, tuple[Tensor, ...]] = {}
     for start, taken in windows.readings():
@@ -28,17 +28,26 @@ def read_in_windows(windows: Windows, latents: Tensor, read: Callable[[Tensor], 
             layers = _room_for(found, windows.frames)
         for path, parts in found.layers.items():
             for all_of_it, part in zip(layers[path], parts, strict=True):
-                all_of_it[:, taken] = part[:, taken.start - start : taken.stop - start]
+                if part.ndim > 1:
+                    all_of_it[:, taken] = part[:, taken.start - start : taken.stop - start]
     return MotionFeatures(layers)
 
 
 def _room_for(window: MotionFeatures, frames: int) -> dict[str, tuple[Tensor, ...]]:
     """Room for features of so many frames, by those of a window: many small tensors count as one large one."""
     rooms = {}
-    for dtype in {part.dtype for parts in window.layers.values() for part in parts}:
-        own = [part for parts in window.layers.values() for part in parts if part.dtype == dtype]
+    for dtype in {part.dtype for part in _over_frames(window)}:
+        own = [part for part in _over_frames(window) if part.dtype == dtype]
         rooms[dtype] = iter(scratch_tensors([(1, frames, *part.shape[2:]) for part in own], dtype))
-    return {path: tuple(next(rooms[part.dtype]) for part in parts) for path, parts in window.layers.items()}
+    return {
+        path: tuple(next(rooms[part.dtype]) if part.ndim > 1 else part for part in parts)
+        for path, parts in window.layers.items()
+    }
+
+
+def _over_frames(features: MotionFeatures) -> list[Tensor]:
+    """Features that are of frames, in their order."""
+    return [part for parts in features.layers.values() for part in parts if part.ndim > 1]
 
 
 def window_of(motions: Sequence[Motion], part: slice) -> MotionFeatures:
@@ -47,7 +56,7 @@ def window_of(motions: Sequence[Motion], part: slice) -> MotionFeatures:
     for motion in motions:
         if id(motion) not in parts:
             layers = {
-                path: tuple(feature[:, part].contiguous() for feature in layer)
+                path: tuple(feature[:, part].contiguous() if feature.ndim > 1 else feature for feature in layer)
                 for path, layer in motion.features.layers.items()
             }
             count = len(range(*part.indices(motion.frames)))

@@ -92,7 +92,7 @@ def _van_der_corput(number: int) -> float:
 
 
 def windows_over(facts: Facts, frames: int, size: int) -> Windows | None:
-    """Windows over a clip; None where the network takes all of its frames at once.
+    """Windows over a clip's latent frames; None where the network takes all of them at once.
 
     Args:
         facts: of the network.
@@ -108,4 +108,4 @@ def windows_over(facts: Facts, frames: int, size: int) -> Windows | None:
         raise ValueError(f"a clip has {frames} frames, allowed are {facts.allowed_clips()}")
     if not facts.takes_frames(size) or size > frames:
         raise ValueError(f"a window has {size} frames, allowed are {facts.allowed_frames()}")
-    return Windows(frames, size)
+    return Windows(facts.latent_frames(frames), facts.latent_frames(size))

@@ -127,6 +127,27 @@ def test_a_network_without_windows_says_what_it_takes():
         windows_over(facts, 85, 81)
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 30), st.data())
+def test_windows_are_over_latent_frames(first, step, latents, data):
+    """Latent frames of more frames than one: the frames of all are those of the clip, in order."""
+    facts = Facts(first + 3 * step, step, 1, 8, 1.0, 1.0, first_frames=first, windows=True)
+    frames = first + (latents - 1) * step
+    assert facts.makes_frames(frames)
+    assert facts.latent_frames(frames) == latents
+    assert facts.frames_of(slice(0, latents)) == slice(0, frames)
+    cut = data.draw(st.integers(1, latents - 1))
+    assert facts.frames_of(slice(0, cut)).stop == facts.frames_of(slice(cut, latents)).start
+    expected = Windows(latents, 4) if frames > facts.max_frames else None
+    assert windows_over(facts, frames, facts.max_frames) == expected
+
+
+def test_long_clips_have_frames_that_make_latent_frames():
+    facts = Facts(81, 4, 2, 8, 1.0, 1.0, windows=True)
+    assert [frames for frames in range(80, 100) if facts.makes_frames(frames)] == [81, 85, 89, 93, 97]
+    with pytest.raises(ValueError, match=r"a clip has 86 frames, allowed are 5, 9, …$"):
+        windows_over(facts, 86, 81)
+
+
 # ---- reading and blending ------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ class Codec(Protocol):
 
     #: Pixels of a latent in height and width.
     pixels: int
+    #: A clip of any length goes through it in parts, so that no window of it has to be encoded or decoded apart.
+    streams: bool
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip.
@@ -52,6 +54,8 @@ class ImageCodec:
         vae: of images.
         frames: so many neighbouring frames make a latent frame, channels of one after those of the other.
     """
+
+    streams = False
 
     def __init__(self, vae: Any, frames: int = 1) -> None:
         self.vae, self.frames = vae, frames
@@ -109,6 +113,7 @@ class VideoCodec:
     """Wan's autoencoder of video, a latent frame at a time; latents are the means (`emt.backends.video_vae`)."""
 
     pixels = PIXELS
+    streams = True
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae

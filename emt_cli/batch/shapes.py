@@ -76,7 +76,7 @@ class Shapes:
         if facts is None or facts.makes_frames(count):
             return max(count, 2)
         fewer = range(count, max(count - facts.frame_step, 1), -1)
-        return next((number for number in fewer if facts.takes_frames(number)), max(count, 2))
+        return next((number for number in fewer if facts.makes_frames(number)), max(count, 2))
 
     def look_at(self, references: Iterable[Path]) -> None:
         """Look at references at the same time, before they are needed one by one."""

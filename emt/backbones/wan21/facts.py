@@ -45,4 +45,5 @@ def facts(config: Mapping[str, Any]) -> Facts:
         activation_bytes=token_bytes / (64 * positions),
         attention_flop=4 * channels * layers / positions**2,
         first_frames=counts(config, "first_frames", [1])[0],
+        windows=True,
     )
