@@ -71,7 +71,7 @@ class Facts:
 
     def makes_frames(self, frames: int) -> bool:
         """Return whether clips may have so many frames."""
-        return 2 <= frames and (self.windows or frames <= self.max_frames) and self._fit(frames)
+        return frames >= 2 and (self.windows or frames <= self.max_frames) and self._fit(frames)
 
     def allowed_clips(self) -> str:
         """The numbers of frames that clips may have, in words."""

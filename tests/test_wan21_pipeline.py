@@ -209,7 +209,7 @@ class TestMotion:
 
     @pytest.mark.parametrize("frames", [8, 10, 87])
     def test_a_number_of_frames_that_is_not_4n_plus_1(self, pipe, frames):
-        with pytest.raises(ValueError, match="allowed are 5, 9, …$"):
+        with pytest.raises(ValueError, match=r"allowed are 5, 9, …$"):
             pipe.extract_motion(clip(frames=frames))
 
     def test_sizes_are_multiples_of_16(self, pipe):
