@@ -72,12 +72,18 @@ class Scaler(nn.Module):
         )
         self.register_buffer("positions", sinusoidal_positions(max_frames, 2 * channels), persistent=False)
 
-    def _half(self, x: Tensor, height: int, width: int, first: bool) -> Tensor:
+    def _half(self, x: Tensor, height: int, width: int, first: bool, weight: Tensor | None = None) -> Tensor:
         # The first convolution is linear, so that the clip's half and the reference's can be computed apart.
         conv, channels = self.spatial_convs[0], x.shape[3]
-        half = slice(0, channels) if first else slice(channels, 2 * channels)
+        if weight is None:
+            weight = self.weight_of_clip() if first else conv.weight[:, channels:]
         image = x.flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        return F.conv2d(image, conv.weight[:, half], None if first else conv.bias, padding=1)
+        return F.conv2d(image, weight, None if first else conv.bias, padding=1)
+
+    def weight_of_clip(self) -> Tensor:
+        """The part of the first convolution's weight that meets the clip: (channels/4, channels, 3, 3), a view."""
+        weight = self.spatial_convs[0].weight
+        return weight[:, : weight.shape[1] // 2]
 
     def prepare(self, feature: Tensor, added: Tensor) -> Tensor:
         """All that the first convolution adds to the clip's half.
@@ -104,19 +110,20 @@ class Scaler(nn.Module):
                 correction = correction.index_select(dim, places)
         return prepared.unflatten(0, (n, frames)) + correction
 
-    def forward(self, x: Tensor, prepared: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prepared: Tensor, weight: Tensor | None = None) -> Tensor:
         """Scale of every reference token for clips `x`.
 
         Args:
             x: the clip's layer-normed features with the attention's position encoding, (batch, frames, tokens,
                 channels).
             prepared: the rest of the first convolution, (n, frames, channels/4, height, width); n divides batch.
+            weight: `weight_of_clip`, if it is at hand in memory of its own, which convolutions copy it to.
 
         Returns:
             (batch, frames, tokens), between 0 and 1.
         """
         batch, n, (height, width) = x.shape[0], prepared.shape[0], prepared.shape[3:]
-        own = self._half(x, height, width, first=True)
+        own = self._half(x, height, width, True, weight)
         middle, last = self.spatial_convs[1:]
         if is_fused(own):
             h = gelu_of_sum(own, prepared.flatten(0, 1))
@@ -215,13 +222,16 @@ class TemporalTransformerBlock(nn.Module):
         return x + self.ff(self.ff_norm(x))
 
     def scaled(
-        self, h: Tensor | Quantized, reference: Reference | None, i: int
+        self, h: Tensor | Quantized, reference: Reference | None, i: int, weight: Tensor | None = None
     ) -> tuple[PreparedReference | None, Tensor | None]:
-        """The reference that attention `i` sees and the scale of its tokens, for a norm with positions."""
+        """The reference that attention `i` sees and the scale of its tokens, for a norm with positions.
+
+        `weight` is as in `Scaler.forward`.
+        """
         if reference is None:
             return None, None
         read = h.exact if isinstance(h, Quantized) else h
-        return reference[i], self.scaler(read, reference[i].scaler)
+        return reference[i], self.scaler(read, reference[i].scaler, weight)
 
     def use_fp8(self, choice: Choice, attention: bool, own: OwnLayers | None) -> None:
         """Compute the matmuls that `choice` selects in float8, also those of layers that denoising has of its own."""

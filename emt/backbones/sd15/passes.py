@@ -263,6 +263,9 @@ class FusedPass(Pass):
     ) -> Images:
         """A `MotionModule`; with `features_alone` its output may be anything."""
         transformer, block, bias = layer.temporal_transformer, layer.block, None
+        weight = None
+        if reference is not None and self.constants is not None:
+            weight = self.constants.get(("scaler", id(block.scaler)), lambda: _copied(block.scaler.weight_of_clip()))
         h = transformer.proj_in(tokens_of(self.norm(transformer.norm, x)).unflatten(0, (-1, frames)))
         for i, (attention, norm) in enumerate(zip(block.attention_blocks, block.norms, strict=True)):
             positions = attention.positions[:frames]
@@ -274,7 +277,7 @@ class FusedPass(Pass):
                 features.append(feature)
             else:
                 normed = norm(h, positions, bias, exact=reference is not None)
-            attended = attention.attend(normed, *block.scaled(normed, reference, i))
+            attended = attention.attend(normed, *block.scaled(normed, reference, i, weight))
             bias = self._add_linear(h, bias, attention.to_out[0], attended)
         bias = self._add_feed_forward(h, bias, block.ff, block.ff_norm(h, shift=bias))
         return self._add_to_images(x, transformer.proj_out, h, bias)
@@ -360,6 +363,10 @@ class FusedPass(Pass):
         values, weight = x.values.contiguous(memory_format=torch.channels_last), layer.weight.flatten(1)
         add_matmul_(values.permute(0, 2, 3, 1).view(-1, values.shape[1]), weight, tokens.flatten(0, -2))
         return self._with_bias_of(Images(values, x.bias), layer, bias)
+
+
+def _copied(weight: Tensor) -> Tensor:
+    return weight.clone(memory_format=torch.channels_last)
 
 
 def materialized(x: Tensor | Images) -> Tensor:
