@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emt.backbones.sd15.layers import LayerNorm
-from emt.backbones.sd15.passes import add_linear
+from emt.backbones.sd15.passes import FusedPass
 from emt_kernels.add_matmul import add_matmul_
 
 
@@ -43,9 +43,9 @@ class Stream(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
-        x, bias = self.proj_in(x), None
+        x, bias, run = self.proj_in(x), None, FusedPass(True, 8)
         for norm, layer in zip(self.norms, self.layers):
-            bias = add_linear(x, bias, layer, norm(x, shift=bias))
+            bias = run.add_linear(x, bias, layer, norm(x, shift=bias))
         return self.norms[2](x, shift=bias)
 
 

@@ -245,10 +245,10 @@ class FusedPass(Pass):
     def spatial(self, layer: Any, x: Images, text: tuple[Tensor, Tensor], copies: int = 1) -> Images:
         """A `SpatialTransformer`; `text` is for so many copies of the images, which come out."""
         h, block = layer.proj_in(tokens_of(self.norm(layer.norm, x))), layer.transformer_blocks[0]
-        bias = self._add_linear(h, None, block.attn1.to_out[0], block.attn1.attend(block.norm1(h)))
+        bias = self.add_linear(h, None, block.attn1.to_out[0], block.attn1.attend(block.norm1(h)))
         attended = block.attn2.attend(block.norm2(h, shift=bias), text, copies)
         h, x = repeated(h, copies), self.repeat(x, copies)
-        bias = self._add_linear(h, bias, block.attn2.to_out[0], attended)
+        bias = self.add_linear(h, bias, block.attn2.to_out[0], attended)
         bias = self._add_feed_forward(h, bias, block.ff, block.norm3(h, shift=bias))
         return self._add_to_images(x, layer.proj_out, h, bias)
 
@@ -278,7 +278,7 @@ class FusedPass(Pass):
             else:
                 normed = norm(h, positions, bias, exact=reference is not None)
             attended = attention.attend(normed, *block.scaled(normed, reference, i, weight))
-            bias = self._add_linear(h, bias, attention.to_out[0], attended)
+            bias = self.add_linear(h, bias, attention.to_out[0], attended)
         bias = self._add_feed_forward(h, bias, block.ff, block.ff_norm(h, shift=bias))
         return self._add_to_images(x, transformer.proj_out, h, bias)
 
@@ -308,7 +308,7 @@ class FusedPass(Pass):
     def _concatenated(self, x: Images, skip: Images) -> Images:
         return Images(torch.cat([x.values, skip.values], dim=1), self._side_by_side(x, skip))
 
-    def _add_linear(self, x: Tensor, bias: Tensor | None, layer: nn.Linear, h: Tensor) -> Tensor | None:
+    def add_linear(self, x: Tensor, bias: Tensor | None, layer: nn.Linear, h: Tensor) -> Tensor | None:
         """Add a linear layer's output for `h` to `x`, in place, but for its bias; return the sum of biases."""
         add_matmul_(x.view(-1, x.shape[-1]), layer.weight, h.flatten(0, -2))
         return self._sum(bias, layer.bias)
