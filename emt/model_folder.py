@@ -29,7 +29,7 @@ from emt.errors import EmtError, first_line
 from emt.hub import OnFetch
 from emt.prompt_syntax import PLAIN, WEBUI, parse_schedule, reading_of, words_of
 from emt.remote import fetch_folder, fetched, is_url, normal, shown, to_path
-from emt.storage import apply_umask, replace_folder, sync, sync_tree, try_lock
+from emt.storage import apply_umask, open_file, replace_folder, sync, sync_tree, try_lock
 from emt.vocabulary import Vocabulary
 
 _IMPORT = "Make one with `emt import-weights --base … --motion-module … --adapter … -o FOLDER`."
@@ -286,6 +286,8 @@ def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = N
     else:
         folder = demo.path() if name == demo.NAME else _locate(name, download)
     listed = _read_json(folder / "model_index.json")
+    for _ in _files(folder):  # all are what can be opened
+        pass
     missing = []
     for part, kind in listed.items():
         if not isinstance(kind, list) or not all(kind):
@@ -297,6 +299,12 @@ def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = N
     if missing or "unet" not in listed:
         raise EmtError(f"the model {name} lacks {', '.join(missing) or 'a unet'} (in {folder})", _HOW_TO_GET)
     defaults = {name: listed.get(_LISTED.get(name, name), value) for name, value in DEFAULTS.items()}
+    for setting in ("frames", "height", "width", "steps"):
+        if type(defaults[setting]) is not int or defaults[setting] < 1:
+            raise EmtError(
+                f"the model's defaults: {setting} is {defaults[setting]!r:.100}",
+                f"A whole number is needed. It is in {folder / 'model_index.json'}.",
+            )
     if listed.get("adapter") == UNTRAINED:
         defaults["method"] = "guidance"
     return Model(name, folder, defaults)
@@ -338,7 +346,8 @@ def _locate(name: str, download: bool) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            value = json.loads(file.read())
     except OSError as error:
         raise EmtError(f"cannot read {path}: {error.strerror}", _HOW_TO_GET) from None
     except (ValueError, RecursionError):
@@ -349,7 +358,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """All files in a folder and its folders; links to files and folders are followed, as opening a model does."""
+    """All files in a folder and its folders; links to files and folders are followed, as opening a model does.
+
+    Raises:
+        EmtError: something there is neither: whatever opens it may wait for ever.
+    """
     status = folder.stat()
     above |= {(status.st_dev, status.st_ino)}
     for path in folder.iterdir():
@@ -359,6 +372,8 @@ def _files(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Ite
             own = path.stat()
             if (own.st_dev, own.st_ino) not in above:  # a link to a folder that it is in leads nowhere else
                 yield from _files(path, above)
+        elif path.exists():
+            raise EmtError(f"{path} is a pipe, socket or device, not a file", _HOW_TO_GET)
 
 
 def _missing_shards(part: Path) -> list[str]:
@@ -377,7 +392,7 @@ def _missing_shards(part: Path) -> list[str]:
 def _parameters(path: Path) -> int:
     """Parameters in a safetensors file, from its header."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             length, most = struct.unpack("<Q", file.read(8))[0], os.fstat(file.fileno()).st_size
             if length > most:
                 raise ValueError("the header is longer than the file")

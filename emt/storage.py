@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from emt.errors import EmtError
 
@@ -44,6 +44,19 @@ def check_readable(path: Path) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise EmtError(f"{path.name} is neither a file nor a folder", "Save the stream to a file first.")
     return status
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file that others may have put there for reading; a pipe or a device, which may wait for ever, is none.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return open(descriptor, "rb")
 
 
 def sha256_of(path: Path) -> str:

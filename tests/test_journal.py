@@ -238,6 +238,28 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
     assert [line["id"] for line in journal.read(tmp_path)] == ["1", "2", "3"]
 
 
+def test_k4_a_pipe_in_an_output_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".holder")
+    log = Journal(tmp_path)
+    with pytest.raises(EmtError, match=f"process {os.getpid()}"):
+        Journal(tmp_path)
+    log.close()
+    (tmp_path / journal.FILE_NAME).unlink()
+    os.mkfifo(tmp_path / journal.FILE_NAME)
+    for opened in (Journal, journal.read):
+        with pytest.raises(EmtError, match=str(tmp_path)):
+            opened(tmp_path)
+
+
+def test_k6_a_link_in_an_output_folder_does_not_lead_to_a_file_that_is_written(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".holder").symlink_to(mine)
+    Journal(tmp_path / "out").close()
+    assert mine.read_text() == "kept"
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EmtError, match="cannot write"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -157,6 +158,23 @@ def test_k5_values_of_configurations_that_no_library_expects_are_one_error(folde
         load_pipeline(folder)
     assert str(folder) in caught.value.problem
     assert len(str(caught.value).splitlines()) <= 8
+
+
+@pytest.mark.parametrize("value", [{}, "512", None, True, 0, -8, 1.5])
+@pytest.mark.parametrize("setting", ["frames", "height"])
+def test_k5_a_default_that_is_no_number_is_one_error(folder, setting, value):
+    listed = json.loads((folder / "model_index.json").read_bytes())
+    (folder / "model_index.json").write_text(json.dumps(listed | {setting: value}))
+    with pytest.raises(EmtError, match=f"the model's defaults: {setting} is"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("name", [UNET, "unet/config.json", "scheduler/scheduler_config.json"])
+def test_k4_a_pipe_in_a_model_folder_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(EmtError, match=f"{name} is a pipe"):
+        open_model(folder)
 
 
 def test_k8_a_prompt_is_read_once_for_all_of_its_jobs(monkeypatch):

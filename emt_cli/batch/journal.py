@@ -54,7 +54,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from emt.errors import EmtError
-from emt.storage import try_lock
+from emt.storage import open_file, try_lock
 from emt_cli.batch.records import dumps, parse
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _timed(paths: Sequence[Path], only: Collection[str] | None) -> Iterator[tupl
     latest = ""
     for path in paths:
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 for content in file:
                     line = parse(content, only)
                     if line.get("state") in ("done", "dropped") and "output" not in line:
@@ -256,7 +256,9 @@ class Journal:
                 self._lock.release()
                 raise
             with suppress(OSError):
-                _holder_of(out / f"{LOCK_NAME}{suffix}").write_text(str(os.getpid()), encoding="ascii")
+                holder = _holder_of(out / f"{LOCK_NAME}{suffix}")
+                holder.unlink(missing_ok=True)  # a link in a folder of somebody else's may lead anywhere
+                holder.write_text(str(os.getpid()), encoding="ascii")
             self._repair()
         except OSError as error:
             raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
@@ -338,8 +340,8 @@ def _lock(path: Path, seconds: float = _MOMENT) -> BaseFileLock:
             time.sleep(0.02)
             continue
         process = "unknown"
-        with suppress(OSError):
-            process = _holder_of(path).read_text(encoding="ascii", errors="replace").strip()[:32]
+        with suppress(OSError), open_file(_holder_of(path)) as file:
+            process = file.read(32).decode("ascii", "replace").strip()
         raise EmtError(
             f"another run (process {process}) is writing to {path.parent}",
             "Wait for it to end, or name another folder with --out.",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emt.errors import EmtError
-from emt.storage import exclusive, write_atomically
+from emt.storage import exclusive, open_file, write_atomically
 
 FILE_NAME = "seeds.json"
 _LOCK_NAME = ".seeds.lock"
@@ -53,7 +53,8 @@ def _filled(known: list[int], count: int) -> list[int]:
 
 def _read(path: Path) -> list[int]:
     try:
-        seeds = json.loads(path.read_bytes())["seeds"]
+        with open_file(path) as file:
+            seeds = json.loads(file.read())["seeds"]
         if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed <= _LARGEST for seed in seeds):
             raise ValueError
     except FileNotFoundError:

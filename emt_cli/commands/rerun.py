@@ -356,6 +356,7 @@ def compare(original: np.ndarray | EmtError, again: np.ndarray | EmtError) -> st
 
 
 def _find_record(result: Path) -> dict[str, Any]:
+    from emt.storage import open_file
     from emt_cli.batch.records import parse
     from emt_cli.batch.results import read_record
 
@@ -365,7 +366,8 @@ def _find_record(result: Path) -> dict[str, Any]:
             raise EmtError(f"{result} carries no settings of emt", "Name a clip that emt made, or the .json beside it.")
         return record
     try:
-        record = parse(result.read_bytes())
+        with open_file(result) as file:
+            record = parse(file.read())
     except OSError as error:
         raise EmtError(f"cannot read {result}: {error.strerror}") from None
     if not record:
