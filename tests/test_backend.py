@@ -506,6 +506,17 @@ class TestCompilingAhead:
             pipe.extract_motion(clip(0, height))
         assert [shape[2] for shape in rehearsals] == [HEIGHT, 16]
 
+    def test_a_shape_is_prepared_before_its_reference_is_there(self, folder, monkeypatch):
+        pipe = load_pipeline(folder)
+        rehearsals = []
+        monkeypatch.setattr(pipe.backend, "_rehearse_clip", lambda images: rehearsals.append(images.shape))
+        pipe.backend.prepare_shape(FRAMES, HEIGHT, WIDTH)
+        assert rehearsals == [], "there is nothing to compile"
+        monkeypatch.setattr("emt.backends.torch.use_triton", lambda x: True)
+        pipe.backend.prepare_shape(FRAMES, HEIGHT, WIDTH)
+        pipe.extract_motion(clip())
+        assert rehearsals == [(FRAMES, 3, HEIGHT, WIDTH)]
+
     def test_without_room_for_it_the_call_goes_on(self, folder, monkeypatch):
         pipe = load_pipeline(folder)
 

@@ -100,6 +100,9 @@ class PipelineBackend(Backend):
         self._pipe = weakref.ref(pipe)
         self.phase = nullcontext
 
+    def prepare_shape(self, frames: int, height: int, width: int) -> None:
+        """Prepare for clips of a shape before the first reference is there: of images, not of video."""
+
     @property
     def pipe(self) -> Networks:
         """The pipeline whose parts it runs."""

@@ -532,6 +532,14 @@ class TorchBackend(PipelineBackend):
             unet(twice, timestep[0], unet.encode_text(text), motion, execution=execution)
         self._rehearsed.add(_step_key(sample.shape, True))
 
+    def prepare_shape(self, frames: int, height: int, width: int) -> None:
+        """Compile the kernels of clips of a shape, or load those compiled before."""
+        device = self.pipe.device
+        if use_triton(torch.empty(0, device=device)):
+            images = torch.zeros(frames, 3, height, width, device=device, dtype=self.pipe.vae.dtype)
+            with torch.no_grad():
+                self._compile_ahead(images, ("clip", images.shape), lambda: self._rehearse_clip(images))
+
     # ----------------------------------------------------------------------------------------------------- the VAE
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -456,6 +456,15 @@ class Generator:
             where.append(f"windows of {window}")
         return digest("motion", NUMERICS_VERSION, reference_sha256, job.sampling, self.model_sha256, *where)
 
+    def prepare(self, job: Job) -> None:
+        """Prepare for clips of a job's shape while its reference is read; the model is open."""
+        from emt.backends.codec import ImageCodec
+
+        pipe, s = self.load(), job.settings
+        if not self.low_memory and not is_guided(job) and isinstance(pipe.codec, ImageCodec):
+            self._switch(pipe, self.engine(job))
+            pipe.backend.prepare_shape(self.frames_at_once(job), s.height, s.width)  # type: ignore[attr-defined]
+
     def encode(self, job: Job, source: Clip | Motion) -> Motion:
         """The motion of a job's clip, on the device; a motion that was read from the cache is moved there.
 

@@ -72,6 +72,9 @@ class TeachingGenerator(Generator):
         if not facts.takes_frames(frames):
             raise EmtError(f"frames is {frames}", f"Pairs are made with {facts.allowed_frames()} frames.")
 
+    def prepare(self, job: Job) -> None:
+        """Nothing: the teacher calls the network itself."""
+
     def generate(
         self, jobs: Sequence[Job], motions: Sequence[Motion], on_step: Callable[[int, int], None]
     ) -> tuple[list[np.ndarray], dict[str, float], int]:

@@ -211,6 +211,9 @@ class Worker:
             with self.phases("loading"):
                 self.generator.load()
             try:
+                if not reference.source.done():  # otherwise it is prepared where it is used
+                    with self.phases("preparing"):
+                        self.generator.prepare(task.job)
                 with self.phases("reading"):
                     found = self._intake.source(reference)
                 if found is None:

@@ -497,6 +497,12 @@ class InductorBackend(TorchBackend):
         with self.prepared():
             pass  # weights are laid out now as the packages were compiled for
 
+    def prepare_shape(self, frames: int, height: int, width: int) -> None:
+        """Open the packages of a size."""
+        for name in PARTS:
+            with contextlib.suppress(EmtError):  # which is raised where the part is used
+                self._package(self._find(name, height=height, width=width))
+
     def encode_reference(self, latents: Tensor, timestep: Tensor, text: Tensor) -> MotionFeatures:
         """Read the motion of references, one after another.
 
