@@ -48,7 +48,7 @@ from emt_cli.batch.options import Settings
 from emt_cli.commands.build_engine import insistent_interrupts
 from emt_engines.attempts import repeat
 from emt_engines.build import build_engine, open_engine
-from emt_engines.choice import EngineChoice, list_engines
+from emt_engines.choice import EngineChoice, engines_dir, list_engines
 from emt_engines.compiler_hooks import Phases, declared_size_arrays, loses_declarations, remembered_writes
 from emt_engines.fingerprint import Host, Weights, code_sha256, weights_of
 from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once
@@ -334,9 +334,10 @@ def test_hashes_of_weights_tell_network_adapter_and_vae_apart(model, tmp_path):
     for part, file, name in (
         ("unet", "unet", "conv_in.bias"),
         ("adapter", "unet", ".adapter.to_q.weight"),
+        ("adapter", "unet", ".scaler.spatial_convs.0.bias"),
         ("vae", "vae", "decoder.conv_in.bias"),
     ):
-        other = tmp_path / part
+        other = tmp_path / name
         shutil.copytree(model, other)
         (path,) = (other / file).glob("*.safetensors")
         state = load_file(path)
@@ -345,6 +346,18 @@ def test_hashes_of_weights_tell_network_adapter_and_vae_apart(model, tmp_path):
         save_file(state, path)
         after = weights_of(other)
         assert {p for p in before.parts if before.parts[p] != after.parts[p]} == {part}
+    config = other / "unet" / "config.json"
+    config.write_text(json.dumps(dict(reversed(json.loads(config.read_bytes()).items()))))
+    assert weights_of(other) == after, "the order of a configuration says nothing"
+
+
+def test_the_host_is_described_by_what_the_processor_says_of_itself():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    found = Host.here("cpu").instructions
+    assert set(found) <= set(flags)
+    assert {"avx2", "avx512f"} & set(flags) <= set(found)
+    assert ("cuda" in Host.here("cpu").versions) == bool(torch.version.cuda)
 
 
 @pytest.mark.parametrize("harm", ["deep configuration", "deep header", "header longer than its file", "no tensor"])
@@ -694,6 +707,10 @@ def test_auto_says_why_it_takes_torch(model, tmp_path):
     assert said == ["engine: torch, since no engine matches (a: it computes in fp16, not fp32)"]
 
 
+def test_engines_are_in_a_folder_of_the_cache(tmp_path):
+    assert engines_dir(tmp_path) == tmp_path / "engines"
+
+
 def test_auto_says_nothing_where_there_are_no_engines(model, tmp_path):
     said: list[str] = []
     assert choice("auto", model, tmp_path, said).find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES) is None
@@ -706,6 +723,8 @@ def test_a_named_engine_runs_or_says_what_to_build(model, tmp_path):
     with pytest.raises(EmtError, match="the code of the network has changed") as caught:
         named.find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES)
     assert f"emt build-engine --model {model} --backend inductor --size 32x32" in caught.value.hint
+    with pytest.raises(EmtError, match="the code of the network has changed"):
+        choice(str(folder), model, tmp_path, []).check_match(Device.open("cpu", "auto"))
     with pytest.raises(EmtError, match="not 4 frames of 64x32") as caught:
         named.check(width=64, height=32, frames=FRAMES, cache_interval=1)
     assert "--size 32x32,64x32" in caught.value.hint

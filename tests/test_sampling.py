@@ -5,13 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.errors import EmtError
 from emt.presets import TWICE
-from emt.sampling import SCHEDULERS, make_sampler, noise_generator, run_sampler
+from emt.sampling import (
+    FLOW_SCHEDULERS,
+    SCHEDULERS,
+    make_sampler,
+    noise_generator,
+    run_sampler,
+    scheduler_options,
+)
 from emt_cli.batch.options import Scheduler, parse_field
 
 SHAPE = (2, 4, 3, 5, 5)
@@ -114,6 +121,32 @@ def test_every_sampler_arrives_at_an_image_that_the_network_knows(name, steps):
     generators = [noise_generator(seed) for seed in range(len(image))]
     found = run_sampler(predict, sampler, noise, 1.0, generators=generators)
     torch.testing.assert_close(found, image, atol=0.1 if name == "deis" else 0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(FLOW_SCHEDULERS))
+def test_a_flow_begins_with_the_noise_as_it_is(name):
+    noise, seen = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)), []
+
+    def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+        seen.append(sample)
+        return torch.zeros_like(sample)
+
+    sampler = make_sampler(name, FlowMatchEulerDiscreteScheduler(), 4)
+    run_sampler(predict, sampler, noise, 1.0, generators=[noise_generator(seed) for seed in range(len(noise))])
+    torch.testing.assert_close(seen[0], noise)
+
+
+def test_every_seed_is_another_noise_and_those_of_32_bits_are_torchs_own():
+    first = {seed: torch.randn(4, generator=noise_generator(seed)) for seed in (0, 1, 2**32 - 1, 2**32, 2**32 + 1)}
+    assert len({tuple(values.tolist()) for values in first.values()}) == 5
+    for seed in (0, 1, 2**32 - 1):
+        assert torch.equal(first[seed], torch.randn(4, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_the_order_at_the_end_is_lowered_for_the_sampler_that_needs_it_alone():
+    lowered = {name for name in SCHEDULERS if "lower_order_final" in scheduler_options(name, 9)}
+    assert lowered == {name for name, kind in SCHEDULERS.items() if "Singlestep" in kind.name}
+    assert lowered
 
 
 def test_samplers_are_those_of_the_options_and_of_diffusers_table():
