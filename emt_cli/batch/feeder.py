@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,15 @@ class Feeder:
 
     def recover(self, task: Task) -> bool:
         """Return whether the worker of a task had written its clip when it died; the clip is done then."""
-        clip = self.outcomes.out / task.output
-        if state_on_disk(None, clip, task.job, task.identity) != "made":
+        clip, store = self.outcomes.out / task.output, self.outcomes.journal.known.store
+        state = "open"
+        if store is None:
+            state = state_on_disk(None, clip, task.job, task.identity)
+        else:
+            with suppress(EmtError):  # then it is made again
+                store.look_again(task.output)
+                state, _ = store.state(None, task.output, task.job, task.identity)
+        if state != "made":
             return False
         self._adopt(task.line, clip, report=True)
         return True

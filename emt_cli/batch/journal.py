@@ -176,6 +176,9 @@ class Store(Protocol):
     def is_anothers(self, line: Mapping[str, Any] | None, output: str, identity: str) -> bool:
         """Return whether a finished clip of another job is where a job's clip goes."""
 
+    def look_again(self, output: str) -> None:
+        """Find out whether a clip is there by now."""
+
 
 class Known:
     """Index of the clips of earlier runs: the latest line on each, in little memory.

@@ -80,7 +80,9 @@ class Published:
         return shown(self.url)
 
     def writer(self, name: str) -> str:
-        """Name of a writer's journal, among those of all machines."""
+        """Name of a writer's journal, among those of all machines; one that is of this machine already stays."""
+        if name == self.machine or name.startswith(f"{self.machine}-"):
+            return name
         return f"{self.machine}-{name}" if name else self.machine
 
     def beside(self, allowed: Callable[[str], bool]) -> Callable[[str], bool]:
@@ -144,6 +146,15 @@ class Published:
             return line.get("id") != identity
         self._look(output)
         return is_anothers(None, self.folder / output, identity)
+
+    def look_again(self, output: str) -> None:
+        """Find out whether a clip is in the store by now.
+
+        Raises:
+            EmtError: the store cannot be read.
+        """
+        if (found := self._stat(child(self.url, output))) is not None:
+            self.objects[output] = found
 
     @staticmethod
     def _is_listed(line: Mapping[str, Any] | None, found: Stat) -> bool:
@@ -384,14 +395,16 @@ def open_journal(out: Path, writer: str, say: Callable[[str], None] = lambda tex
 
     Args:
         out: The folder.
-        writer: Name of the worker's journal.
+        writer: Name of the worker's journal. In a store a worker on another machine than its driver's has that of its
+            machine before it: parts of a journal are put by the machine alone that has the whole.
         say: Called with lines for people.
 
     Raises:
         EmtError: another process is this writer, or the folder cannot be written to.
     """
     if remote.is_url(out):
-        return PublishedJournal(Published(out, say), say, writer, read=False)
+        published = Published(out, say)
+        return PublishedJournal(published, say, published.writer(writer), read=False)
     return Journal(out, writer, read=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emt.remote import is_url
@@ -76,6 +77,7 @@ def choose_executor(
             options.out if is_url(options.out) else options.out.absolute(),
             "",
             tuple(session.generator.prompts),
+            Path.cwd(),
         )
         fleet = RayFleet(place, lambda number: replace(base, writer=worker_name(writer, number)))
         return FleetExecutor(session, journal, listener, run, fleet, writer)

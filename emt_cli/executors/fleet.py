@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -38,6 +39,7 @@ from emt_cli.executors.scheduler import MOST_DEATHS, Parcel, Scheduler
 from emt_cli.executors.worker import Order, Report, take_journal
 
 _WAIT = 0.1  # seconds for reports, between looks at new jobs
+_SILENCE = 60.0  # seconds without a report after which people hear of it: a worker that runs reports twice a second
 _MOST_STARTS, _MOST_DEATHS = 3, 9  # in a row of a worker that ends no job: without jobs in its hands, and with some
 _FACTS = ("host", "pid", "device_wait", "device_busy_seconds", "phases")  # of a worker, for the line of the run
 _FEED = 1024  # tasks that the feeder is ahead
@@ -146,7 +148,7 @@ class FleetExecutor:
         self._feeding = True
         self._handed = False
         self._deaths = 0
-        self._error: EmtError | None = None
+        self._heard = time.monotonic()
 
     def run(self, items: Iterable[Item]) -> Summary:
         """Do all jobs. SIGINT and SIGTERM finish the running batches; a second one ends the process at once.
@@ -183,6 +185,7 @@ class FleetExecutor:
             self.fleet.open()
             self._scheduler.workers = self.fleet.size
             self._slots = [_Slot(worker_name(self._writer, number)) for number in range(self.fleet.size)]
+            self._heard = time.monotonic()
             for number in range(self.fleet.size):
                 self._start(number)
             self._work_until(lambda: any(slot.counts for slot in self._slots))
@@ -225,7 +228,13 @@ class FleetExecutor:
         while not done() and not self._is_done() and not self.outcomes.stopping:
             self._take_fed()
             self._hand_out()
-            for number, news in self.fleet.wait(_WAIT):
+            found = self.fleet.wait(_WAIT)
+            if found:
+                self._heard = time.monotonic()
+            elif time.monotonic() - self._heard > _SILENCE:
+                self._heard = float("inf")  # once
+                self.listener.say("no worker runs: jobs wait for one (`ray status` says what a cluster has room for)")
+            for number, news in found:
                 self._hear(number, news)
 
     def _is_done(self) -> bool:
@@ -305,7 +314,12 @@ class FleetExecutor:
         slot = self._slots[number]
         self._deaths += 1
         parcels = self._scheduler.lose(number)
-        lines = self._last_words(slot, {parcel.task.identity for parcel in parcels})
+        self.fleet.remove(number)  # one that cannot be reached may live
+        held: EmtError | None = None
+        try:
+            lines = self._last_words(slot, {parcel.task.identity for parcel in parcels})
+        except EmtError as error:  # its node cannot be reached, but may live, or its file system keeps its lock
+            lines, held = {}, error
         for parcel in parcels:
             line = lines.get(parcel.task.output)
             if line:
@@ -316,8 +330,9 @@ class FleetExecutor:
                 slot.starts, slot.counts["done"] = 0, slot.counts["done"] + 1
         slot.starts += 1
         self.listener.say(f"{slot.writer} has died ({reason}); {len(parcels)} jobs were in its hands")
-        if slot.starts < (_MOST_DEATHS if parcels else _MOST_STARTS):
-            self.fleet.remove(number)
+        if held:
+            self._give_up(number, held)
+        elif slot.starts < (_MOST_DEATHS if parcels else _MOST_STARTS):
             self._start(number)
         else:
             problem = f"{slot.writer} has died {slot.starts} times in a row: {reason}"
@@ -361,7 +376,7 @@ class FleetExecutor:
         for number, slot in enumerate(self._slots):
             if not slot.alive or slot.closed:
                 continue
-            if self.outcomes.stopping and slot.idle:
+            if slot.idle and (self.outcomes.stopping or not slot.ran):  # a cluster may never have had room for it
                 slot.closed = True
                 self.fleet.remove(number)
             else:

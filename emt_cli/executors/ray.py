@@ -32,6 +32,7 @@ from emt_cli.executors.worker import Order, RemoteWorker, Report, WorkerOptions
 
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter alone, which ends a process there at once
 _REPORT = 0.5  # seconds that a worker waits for news
+_CONNECT = 10.0  # seconds for the head of a cluster to take a connection
 _STORE = 80 << 20  # bytes of Ray's object store, the fewest that it takes: what goes through it is small
 _PREFIX = "emt-ray-"
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -154,10 +155,12 @@ class RayCluster:
         import ray
 
         try:
+            _reach(self._address)
             ray.init(address=self._address, log_to_driver=False, configure_logging=False)
         except Exception as error:
             hint = "Start one with `ray start --head`, or use --gpus for those of this machine."
-            raise EmtError(f"there is no Ray cluster at {self._address}: {first_line(error):.300}", hint) from None
+            where = "" if self._address == "auto" else f" at {self._address}"
+            raise EmtError(f"there is no Ray cluster{where}: {first_line(error):.300}", hint) from None
         kind = "GPU" if self._on_gpus else "CPU"
         there = int(ray.cluster_resources().get(kind, 0))
         if there < max(1, self.size):
@@ -180,7 +183,8 @@ class RayWorker(RemoteWorker):
     """A worker in a process of Ray's.
 
     When Ray ends a process, it kills the programs that it has started first: ffmpeg would fail then, and with it a job
-    that has not. So the process goes at once, by the signals' own effect, and with its parent.
+    that has not. So the process goes at once, by the signals' own effect, and with its parent. It works in the command
+    line's folder, where a node of a cluster would have it work in that of `ray start`.
 
     Args:
         options: Of the worker.
@@ -191,6 +195,8 @@ class RayWorker(RemoteWorker):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with suppress(OSError, AttributeError):  # Linux alone has it
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(_KILL))
+        with suppress(OSError):  # a node of a cluster may not have it: what is named from it is not found there
+            os.chdir(options.folder or ".")
         super().__init__(options)
 
 
@@ -321,9 +327,25 @@ class RayFleet:
         self._place.close()
 
 
+def _reach(address: str) -> None:
+    """Raise OSError if nothing listens at the address of a cluster's head, for which Ray would look for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")
+        with suppress(OSError):  # Ray says what it needs if there is none
+            address = address or Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text()
+    host, _, port = address.strip().rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT).close()
+        except OSError as error:
+            raise OSError(f"nothing answers at {host}:{port} ({error.strerror or first_line(error)})") from None
+
+
 def _reason(error: Exception) -> str:
     """Reason why an actor has died, in a few words."""
     text = str(error)
+    if "Unavailable" in type(error).__name__:
+        return "it cannot be reached"
     if "OOM" in type(error).__name__ or "OutOfMemory" in type(error).__name__:
         return "out of memory"
     found = re.search(r"(?:because|cause:?) (.{1,200}?)(?:\.|\n|$)", text)

@@ -41,6 +41,7 @@ class WorkerOptions:
         out: The output folder.
         writer: Name of its journal.
         prompts: All that are known of the run's.
+        folder: The working folder of the command line, from which relative paths in the options count.
     """
 
     session: SessionOptions
@@ -49,6 +50,7 @@ class WorkerOptions:
     out: Path
     writer: str
     prompts: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
