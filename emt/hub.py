@@ -28,7 +28,7 @@ _HUB = re.compile(r"hf://(?:models/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/(?!/)
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def split_scale(value: str) -> tuple[str, float]:
+def split_scale(value: str, option: str = "lora") -> tuple[str, float]:
     """`FILE` or `FILE:SCALE` → path or address, and scale, 1 unless given.
 
     The colon of a drive (`C:\\x.safetensors`), of an address (`hf://…`, `https://host:8080/…`) and of a file whose name
@@ -47,8 +47,24 @@ def split_scale(value: str) -> tuple[str, float]:
             return value, 1.0
         number = math.nan
     if not math.isfinite(number):
-        raise EmtError(f"--lora {value}: the scale {scale!r} is not a number", "Write --lora FILE or --lora FILE:0.8.")
+        hint = f"Write --{option} FILE or --{option} FILE:0.8."
+        raise EmtError(f"--{option} {value}: the scale {scale!r} is not a number", hint)
     return path, number
+
+
+def split_frame(value: str) -> tuple[str, int]:
+    """`FILE` or `FILE@FRAME` → path or address, and the number of a frame, 0 unless given.
+
+    Raises:
+        EmtError: if the frame is no whole number from 0.
+    """
+    path, at, frame = value.rpartition("@")
+    if not at or re.search(r"[/\\]", frame) or Path(value).exists():
+        return value, 0
+    if not (frame.isascii() and frame.isdecimal() and len(frame) < 8):
+        hint = "Write --control-image FILE or --control-image FILE@15; frames count from 0."
+        raise EmtError(f"--control-image {value}: the frame {frame!r} is no number of a frame", hint)
+    return path, int(frame)
 
 
 def parse_lora(value: str) -> tuple[Path, float]:

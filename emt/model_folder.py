@@ -26,7 +26,7 @@ from emt import demo
 from emt.backbone import BACKBONES, LARGE_TEXT_ENCODERS, SWITCHING, Facts, facts_of
 from emt.cache import ContentIndex
 from emt.errors import EmtError, first_line
-from emt.hub import OnFetch
+from emt.hub import OnFetch, split_frame
 from emt.prompt_syntax import PLAIN, WEBUI, parse_schedule, reading_of, words_of
 from emt.remote import fetch_folder, fetched, is_url, normal, shown, to_path
 from emt.storage import apply_umask, open_file, replace_folder, sync, sync_tree, try_lock
@@ -48,7 +48,7 @@ DEFAULTS: Mapping[str, Any] = {
 #: Names of settings in `model_index.json` that differ: its "scheduler" is a part of the model.
 _LISTED = {"scheduler": "sampler"}
 #: Settings that lay files over a model, or read its text encoder in another way.
-_OVER = ("lora", "vae", "embedding", "clip_skip")
+_OVER = ("lora", "vae", "embedding", "control", "control_image", "clip_skip")
 #: Value of "adapter" in the `model_index.json` of a model without a trained one.
 UNTRAINED = "none"
 _LCM_STEPS = 50  # of the distillation, `original_inference_steps` of its scheduler
@@ -232,6 +232,7 @@ class Model:
                 words = [text.partition("=")[0] for text in settings.get("embedding", ())]
                 self.vocabulary.check(words_of(text) if read else text, own=words)
         self._check_method(settings)
+        self._check_control(settings)
         frames, steps = settings["frames"], settings["steps"]
         if not self.facts.makes_frames(frames):
             allowed = self.facts.allowed_clips()
@@ -250,6 +251,27 @@ class Model:
             raise EmtError(f"the prompt has frame {last}", f"The clip has frames 0 to {settings['frames'] - 1}.")
         if settings.get("method") == "guidance":
             raise EmtError("method guidance takes one prompt for all frames", "Give one, or use --method adapter.")
+
+    def _check_control(self, settings: Mapping[str, Any]) -> None:
+        control, pictures, frames = settings.get("control"), settings.get("control_image") or (), settings["frames"]
+        if not control and not pictures:
+            return
+        if not (control and pictures):
+            given, lacks = ("control", "control-image") if control else ("control-image", "control")
+            raise EmtError(f"--{given} is given without --{lacks}", "A control network reads pictures: give both.")
+        at = [split_frame(text)[1] for text in pictures]
+        if max(at) >= frames:
+            raise EmtError(f"a control image is of frame {max(at)}", f"The clip has frames 0 to {frames - 1}.")
+        if twice := [frame for frame in at if at.count(frame) > 1]:
+            raise EmtError(f"two control images are of frame {twice[0]}", "Give each a frame: --control-image FILE@15")
+        if settings.get("method") == "guidance":
+            raise EmtError("method guidance takes no control network", "Use --method adapter, or leave --control out.")
+        if not self.facts.takes_frames(frames) and self.facts.makes_frames(frames):
+            problem = f"frames is {frames} with a control network, which takes no windows of a long clip"
+            raise EmtError(problem, f"Use {self.facts.allowed_frames()} frames.")
+        if (interval := settings.get("cache_interval", 1)) > 1:
+            problem = f"cache_interval is {interval} with a control network, which adds to all layers in each step"
+            raise EmtError(problem, "Use --cache-interval 1.")
 
     def _check_method(self, settings: Mapping[str, Any]) -> None:
         if settings.get("method", "adapter") == "adapter":

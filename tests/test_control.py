@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
+from PIL import Image
+from program import FRAMES as CLIP_FRAMES
+from program import clip, emt, environment, journal, lines, model, transfer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,10 +19,16 @@ from emt.backbone import Execution
 from emt.backbones.sd15.passes import Constants
 from emt.backbones.sd15.random_model import random_model
 from emt.backbones.sd15.sparse_control import RGB, SCRIBBLE, SparseControl, open_control
+from emt.cache import ContentIndex
 from emt.control import Control
 from emt.errors import EmtError
+from emt.hub import split_frame
 from emt.parts import Config
 from emt.pipeline import load_pipeline
+from emt.video import read_clip
+from emt_cli.batch.addons import AddonFinder
+from emt_cli.batch.jobs import Job, identify
+from emt_cli.batch.options import Settings, parse_field
 
 CONFIG = Config(
     in_channels=4,
@@ -195,3 +205,126 @@ def test_pictures_have_a_frame_and_the_clips_size(pipe, network):
         pipe.generate("a star", control=Control(network, {0: picture(pipe)[1:]}), steps=1)
     with pytest.raises(EmtError, match="a control network makes no clips of a cache interval of 2"):
         pipe.generate("a star", control=Control(network, {0: picture(pipe)}), steps=2, cache_interval=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- in jobs
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.png", ("a.png", 0)),
+        ("a.png@15", ("a.png", 15)),
+        (r"C:\\x\\a.png@3", (r"C:\\x\\a.png", 3)),
+        ("me@home/a.png", ("me@home/a.png", 0)),
+        ("hf://o/n@main/a.png@2", ("hf://o/n@main/a.png", 2)),
+    ],
+)
+def test_an_at_before_a_number_begins_a_frame(text, expected):
+    assert split_frame(text) == expected
+
+
+def test_content_scale_and_frame_are_the_identity(tmp_path):
+    finder = AddonFinder(ContentIndex(tmp_path / "cache"))
+    for name, content in (("net", b"net"), ("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).write_bytes(content)
+
+    def identity(**settings):
+        own = Settings(**{name: parse_field(name, value) for name, value in settings.items()})
+        job = Job(tmp_path / "x.mp4", "x", 0, own, addons=finder.find(own))
+        return identify(job, reference="r", model="m", precision="auto"), job.addons.of_motion()
+
+    net, a, b, c = (f"{tmp_path}/{name}" for name in ("net", "a", "b", "c"))
+    plain = identify(Job(tmp_path / "x.mp4", "x", 0, Settings()), reference="r", model="m", precision="auto")
+    assert identity() == (plain, [])
+    assert identity(control=net, control_image=[a]) == identity(control=f"{net}:1.0", control_image=[f"{b}@0"])
+    several = [
+        {"control_image": [a]},
+        {"control_image": [c]},
+        {"control_image": [f"{a}@1"]},
+        {"control_image": [a, f"{a}@1"]},
+    ]
+    several += [{"control_image": [a], "control": f"{net}:0.5"}]
+    found = [identity(**{"control": net} | settings) for settings in several]
+    assert len({own for own, _ in found} | {plain}) == len(several) + 1
+    assert all(motion == [] for _, motion in found), "what is read of a reference is the same"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder with clips of three jobs: without pictures, with one of the first frame, and with two."""
+    folder = tmp_path_factory.mktemp("run")
+    clip(folder / "a.mp4", 1)
+    torch.manual_seed(5)
+    unet = load_pipeline(model()).unet
+    control = SparseControl.of_network(unet.config)
+    control.start_from(unet)
+    for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_cond_embedding):
+        nn.init.normal_(layer.weight, std=0.2)
+    save_file({name: p.detach().contiguous() for name, p in control.named_parameters()}, folder / "net.safetensors")
+    for name, seed in (("first", 1), ("last", 2)):
+        pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    own = [
+        {},
+        {"control": "net.safetensors", "control_image": "first.png"},
+        {"control": "net.safetensors:0.5", "control_image": ["first.png", f"last.png@{CLIP_FRAMES - 1}"]},
+    ]
+    rows = [{"reference": "a.mp4", "prompt": "x", **more} for more in own]
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = transfer(folder, "--prompts", "jobs.jsonl", "--json")
+    assert [line["state"] for line in lines(ended)] == ["done"] * 3, ended.err
+    return folder
+
+
+def test_each_clip_is_made_with_its_own_pictures_and_says_so(run):
+    made = journal(run / "out")
+    assert len({read_clip(run / "out" / line["output"], frames=CLIP_FRAMES).frames.tobytes() for line in made}) == 3
+    [two] = [line for line in made if len(line["settings"].get("control_image", ())) == 2]
+    assert [(file["kind"], file["file"], file.get("scale", file.get("frame"))) for file in two["addons"]] == [
+        ("control", "net.safetensors", 0.5),
+        ("control_image", "first.png", 0),
+        ("control_image", "last.png", CLIP_FRAMES - 1),
+    ]
+
+
+def test_options_are_the_fields_of_a_line_and_rerun_makes_the_same_clip(run, tmp_path):
+    options = ["a.mp4", "--prompt", "x", "--control", "net.safetensors", "--control-image", "first.png@0", "--json"]
+    [wanted] = [x for x in journal(run / "out") if len(x["settings"].get("control_image", ())) == 1]
+    [line] = lines(transfer(run, *options, "-o", "alone"))
+    assert line["id"] == wanted["id"]
+    plan = ["plan", *options, "-o", "alone", "--model", str(model()), "--device", "cpu"]
+    ended = emt(*plan, folder=run, environment=environment(run))
+    assert json.loads(ended.out.splitlines()[0])["state"] == "done"
+    again = ["rerun", f"out/{wanted['output']}", "--device", "cpu", "--overwrite", "-o", str(tmp_path / "again.mp4")]
+    ended = emt(*again, folder=run, environment=environment(run))
+    assert "identical with the original" in ended.err, ended.err
+    (run / "first.png").rename(run / "moved.png")
+    try:
+        ended = emt(*again, folder=run, environment=environment(run))
+        assert "the control image first.png that made it is not where it was" in ended.err
+        ended = emt(*again, "--addon", "moved.png", folder=run, environment=environment(run))
+        assert "identical with the original" in ended.err, ended.err
+    finally:
+        (run / "moved.png").rename(run / "first.png")
+
+
+def test_what_makes_no_sense_is_one_line(run):
+    both = ["--control", "net.safetensors", "--control-image", "first.png"]
+    for options, message in (
+        (both[:2], "--control is given without --control-image"),
+        (both[2:], "--control-image is given without --control"),
+        ([*both[:3], "first.png@99"], "a control image is of frame 99"),
+        ([*both, "--control-image", "last.png"], "two control images are of frame 0"),
+        ([*both, "--method", "guidance"], "method guidance takes no control network"),
+        ([*both, "--cache-interval", 2], "cache_interval is 2 with a control network"),
+        ([*both, "--frames", 40], "frames is 40 with a control network, which takes no windows"),
+        (["--control", "first.png", *both[2:]], "first.png"),
+        ([*both[:3], "net.safetensors"], "net.safetensors is no image"),
+        ([*both[:3], "nowhere.png"], "nowhere.png does not exist"),
+        ([*both[:3], "first.png@last"], "the frame 'last' is no number of a frame"),
+    ):
+        ended = transfer(run, "a.mp4", "--prompt", "x", *options, "-o", "bad", "--json")
+        assert message in ended.err + ended.out, (options, ended.err)
+        assert ended.code != 0
+        assert "Traceback" not in ended.err

@@ -239,6 +239,26 @@ def place(image: Image.Image, frame: np.ndarray, fit: Fit) -> None:
     frame[y : y + flat.height, x : x + flat.width] = np.asarray(flat)
 
 
+def read_picture(path: Path, size: tuple[int, int], fit: Fit = "crop") -> np.ndarray:
+    """Read one picture in a size.
+
+    Args:
+        path: Of the file.
+        size: (width, height) in pixels.
+        fit: How to reach it.
+
+    Returns:
+        RGB, uint8, (height, width, 3).
+
+    Raises:
+        EmtError: It is missing, no picture, too large or damaged.
+    """
+    frame = np.empty((size[1], size[0], 3), np.uint8)
+    with picture(path) as image:
+        place(image, frame, fit)
+    return frame
+
+
 def _flat(image: Image.Image) -> Image.Image:
     """RGB, or RGBA if anything is transparent."""
     if image.mode.startswith("I"):  # 16-bit grey

@@ -1,4 +1,4 @@
-"""Add-ons of a job: the LoRAs, the VAE and the textual inversions that it lays over its model.
+"""Add-ons of a job: LoRAs, a VAE and textual inversions that it lays over its model, and a control network's pictures.
 
 A job names files; what decides its frames is their content, which its identity and its record have.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from emt.cache import ContentIndex
 from emt.errors import EmtError
-from emt.hub import OnFetch, locate, matching, parse_hub, split_scale, split_word
+from emt.hub import OnFetch, locate, matching, parse_hub, split_frame, split_scale, split_word
 from emt.remote import child, exists, fetch, fetch_folder, fetched, is_url, normal, shown, stat
 from emt.storage import check_readable
 
@@ -26,8 +26,15 @@ _FOLDERS = {
     "lora": matching("adapter_model.*", "adapter_config.json"),
     "vae": matching(*(f"{inside}{name}" for inside in ("", "vae/") for name in _VAE_FILES)),
 }
-_DETAILS = {"lora": "scale", "embedding": "word"}
-_KINDS = {"lora": "LoRA", "vae": "VAE", "embedding": "embedding"}
+_DETAILS = {"lora": "scale", "embedding": "word", "control": "scale", "control_image": "frame"}
+_KINDS = {
+    "lora": "LoRA",
+    "vae": "VAE",
+    "embedding": "embedding",
+    "control": "SparseCtrl network",
+    "control_image": "control image",
+}
+_CONTROL = ("control", "control_image")
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,11 @@ class Addon:
     """A file over a model.
 
     Attributes:
-        kind: lora, vae or embedding, the setting that names it.
+        kind: lora, vae, embedding, control or control_image, the setting that names it.
         path: Where it is on this machine: a file, or a folder of PEFT's or of diffusers.
         sha256: Of its content.
-        detail: The scale of a LoRA, the word of an embedding; None for a VAE.
+        detail: The scale of a LoRA or of a control network, the word of an embedding, the frame of a picture; None for
+            a VAE.
     """
 
     kind: str
@@ -65,6 +73,21 @@ class Addons:
     clip_skip: int = 1
 
     @property
+    def weights(self) -> tuple[Addon, ...]:
+        """Those that change the weights, or the words, of the model."""
+        return tuple(file for file in self.files if file.kind not in _CONTROL)
+
+    @property
+    def control(self) -> tuple[Path, float] | None:
+        """The control network's file and its scale; None without one."""
+        return next(((file.path, float(file.detail or 0)) for file in self.files if file.kind == "control"), None)
+
+    @property
+    def pictures(self) -> dict[int, Path]:
+        """Files of the pictures that frames are to show, by frame."""
+        return {int(file.detail or 0): file.path for file in self.files if file.kind == "control_image"}
+
+    @property
     def loras(self) -> list[tuple[Path, float]]:
         """Files of LoRAs and their scales."""
         return [(file.path, float(file.detail or 0)) for file in self.files if file.kind == "lora"]
@@ -82,7 +105,7 @@ class Addons:
     @property
     def changes_networks(self) -> bool:
         """True if the network or the VAE has other weights."""
-        return any(file.kind != "embedding" for file in self.files)
+        return any(file.kind != "embedding" for file in self.weights)
 
     def identity(self) -> dict[str, Any]:
         """Part of a job's identity in the place of the settings that name files."""
@@ -93,7 +116,7 @@ class Addons:
 
     def of_motion(self) -> list[Any]:
         """The part on which the reading of a reference depends, with the empty prompt; empty if nothing."""
-        found: list[Any] = [file.content for file in self.files if file.kind != "embedding"]
+        found: list[Any] = [file.content for file in self.weights if file.kind != "embedding"]
         return [*found, self.clip_skip] if found or self.clip_skip != 1 else []
 
     def record(self) -> dict[str, Any]:
@@ -145,10 +168,12 @@ class AddonFinder:
         Raises:
             EmtError: a file is not there, or cannot be read or fetched; two embeddings have one word.
         """
-        if not (settings.lora or settings.vae or settings.embedding):
+        if not any(sources_of(settings).values()):
             return NONE if settings.clip_skip == 1 else Addons(clip_skip=settings.clip_skip)
         found = [self._file("lora", *split_scale(text)) for text in settings.lora]
         found += [self._file("vae", settings.vae)] if settings.vae else []
+        found += [self._file("control", *split_scale(settings.control))] if settings.control else []
+        found += [self._file("control_image", *split_frame(text)) for text in settings.control_image]
         words = [split_word(text) for text in settings.embedding]
         twice = [word for word, _ in words if sum(word == other for other, _ in words) > 1]
         if twice:
@@ -211,11 +236,7 @@ class AddonFinder:
         Raises:
             EmtError: one is not there any more, or its content is another.
         """
-        places = {
-            "lora": [split_scale(text)[0] for text in settings.lora],
-            "vae": [settings.vae] if settings.vae else [],
-            "embedding": [split_word(text)[1] for text in settings.embedding],
-        }
+        places = sources_of(settings)
         found, unread = [], list[EmtError]()
         for listed in record.get("addons", ()):
             kind, detail = listed["kind"], listed.get(_DETAILS.get(listed["kind"], ""))
@@ -238,7 +259,7 @@ class AddonFinder:
                     f"To fetch it: --addon {shlex.quote(urls[0])}" if urls else "Say where it is with --addon FILE.",
                 )
         if len(found) != sum(map(len, places.values())):
-            raise EmtError("the record does not say which LoRAs, VAE and embeddings made it", "Make the clip anew.")
+            raise EmtError("the record does not say which LoRAs, VAE and other files made it", "Make the clip anew.")
         return Addons(tuple(sorted(found, key=lambda file: str(file.content))), settings.clip_skip)
 
 
@@ -247,10 +268,23 @@ def named(source: str) -> str:
     return shown(normal(source)) if is_url(source) and parse_hub(source) is None else source
 
 
+def sources_of(settings: Settings) -> dict[str, list[str]]:
+    """Files that settings name, by kind."""
+    return {
+        "lora": [split_scale(text)[0] for text in settings.lora],
+        "vae": [settings.vae] if settings.vae else [],
+        "embedding": [split_word(text)[1] for text in settings.embedding],
+        "control": [split_scale(settings.control)[0]] if settings.control else [],
+        "control_image": [split_frame(text)[0] for text in settings.control_image],
+    }
+
+
 def settings_of(addons: Addons) -> dict[str, Any]:
     """The settings that name the files of add-ons where they are."""
     return {
         "lora": tuple(f"{file.path}:{file.detail!r}" for file in addons.files if file.kind == "lora"),
         "vae": None if addons.vae is None else str(addons.vae),
         "embedding": tuple(f"{file.detail}={file.path}" for file in addons.files if file.kind == "embedding"),
+        "control": None if addons.control is None else f"{addons.control[0]}:{addons.control[1]!r}",
+        "control_image": tuple(f"{path}@{frame}" for frame, path in addons.pictures.items()),
     }

@@ -25,6 +25,9 @@ _SHORTEST_STEP = 0.02
 #: the checkpointed layers, and back; activations as a multiple of those without gradients. 1.58 times an adapter's time
 #: and 1.8 to 1.86 times its activations were measured with the demo model on a CPU.
 _GUIDED_SHARE, _GRADIENT_PASSES, _GRADIENT_ACTIVATIONS = 0.6, 3, 1.9
+#: A control network's pass as a share of the network's: it has its down and mid blocks, with half as much attention
+#: over time and none of the up blocks.
+_CONTROL_PASS = 0.35
 #: Bytes of a finished clip per pixel of all frames, where the journal has none.
 _CLIP_BYTES = 0.25
 
@@ -83,7 +86,7 @@ def work(settings: Mapping[str, Any], window: int | None = None) -> float:
     if window and window < frames:
         frames = Windows(frames, window).most * window
     positions = frames * settings["height"] * settings["width"] / 64
-    computed = 0.5 + 0.5 / settings.get("cache_interval", 1)
+    computed = 0.5 + 0.5 / settings.get("cache_interval", 1) + (_CONTROL_PASS if settings.get("control") else 0)
     return positions * (steps + guided) * computed * settings.get("best_of", 1)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from emt.backends.base import Backend
+    from emt.control import Control
     from emt.features import Motion
     from emt.pipeline import MotionTransfer
     from emt.prompts import PromptEncoder
@@ -269,6 +270,7 @@ class Generator:
         self._device: Device | None = None
         self._pipe: MotionTransfer | None = None
         self._teacher: Teacher | None = None
+        self._control: tuple[Path, MotionTransfer, Any] | None = None  # the file of a control network, and it
         self._engines = engines
         self._backends: dict[Path, Backend] = {}
         self._peaks: dict[tuple[Any, ...], int] = {}
@@ -314,7 +316,12 @@ class Generator:
         Raises:
             EmtError: there is no such device, the model cannot be opened on it, or a file does not fit it.
         """
-        if addons is not None and self._pipe is not None and addons.files != self._laid.files and self._is_quantized:
+        if (
+            addons is not None
+            and self._pipe is not None
+            and addons.weights != self._laid.weights
+            and self._is_quantized
+        ):
             self._pipe = self._weights = None  # float8 weights were computed from what they were; they are made anew
             self._backends.clear()
         if self._pipe is None:
@@ -346,6 +353,7 @@ class Generator:
         fresh = self._weights is None or self._weights.pipe is not pipe
         if addons.files != (() if fresh else self._laid.files):
             addons.check_unchanged(self.addons.index)
+        if addons.weights != (() if fresh else self._laid.weights):
             if self._weights is None or fresh:
                 self._weights = module_of(self.model.network, "switching").WeightSwitch(pipe)
             self._weights.set(addons.loras, addons.vae, addons.embeddings)
@@ -381,6 +389,9 @@ class Generator:
             ran = "--engine" if self._engines and self._engines.named else ran
             if ran:
                 raise EmtError(f"method guidance needs gradients, which {ran} has not", f"Leave {ran} out.")
+        if job.settings.control and self._engines and self._engines.named:
+            problem = "a control network adds to the inside of the network, which engines do not take"
+            raise EmtError(problem, "Leave --engine out.")
         if self._engines:
             s = job.settings
             changed = bool(s.lora or s.vae)
@@ -394,7 +405,9 @@ class Generator:
             EmtError: there is no such device, or the engine that the user named may not run on it.
         """
         s = job.settings
-        if is_guided(job) or self._engines is None or not self._engines.applies(s.cache_interval, job.has_long_text):
+        if is_guided(job) or s.control or self._engines is None:
+            return None
+        if not self._engines.applies(s.cache_interval, job.has_long_text):
             return None
         changed = job.addons.changes_networks
         return self._engines.find(self.device, s.width, s.height, self.frames_at_once(job), changed=changed)
@@ -444,6 +457,7 @@ class Generator:
         where = [device.name, device.precision, device.kernels, engine.manifest.id if engine else TORCH]
         shape: list[Any] = [s.frames, s.height, s.width, s.guidance == 1, s.guidance_until, s.cache_interval]
         shape += [s.method.value] if is_guided(job) else []
+        shape += ["control"] if s.control else []
         return digest("batch", NUMERICS_VERSION, self.model_sha256, where, shape, installed_versions())
 
     def motion_key(self, job: Job, reference_sha256: str) -> str:
@@ -520,6 +534,8 @@ class Generator:
         if is_guided(jobs[0]):
             make, own = self._open_teacher(pipe).generate, {}  # of whole passes and clips alone (`Model.check`)
             computing = self._busy() if self._busy else computing  # it calls the network itself
+        elif settings.control:
+            own["control"] = self._open_control(pipe, jobs[0])
         with computing:
             clips = make(
                 [job.prompt for job in jobs],
@@ -539,6 +555,25 @@ class Generator:
         kind = (*jobs[0].shape, len(jobs), shared)
         peak = self._peaks[kind] = max(self._peaks.get(kind, 0), self.device.memory()[1])
         return clips, timings, peak
+
+    def _open_control(self, pipe: MotionTransfer, job: Job) -> Control:
+        """The control network of a job, and its pictures in the clip's size."""
+        from emt.control import Control
+        from emt.video.pictures import read_picture
+
+        assert job.addons.control is not None
+        path, scale = job.addons.control
+        if self._control is None or self._control[0] != path or self._control[1] is not pipe:
+            self._control = None  # let go of one before another is opened
+            opening = module_of(self.model.network, "sparse_control")
+            opened = opening.open_control(path, pipe.unet.config, pipe.unet.dtype)
+            self._control = path, pipe, opened.to(self.device.torch_device)
+        s = job.settings
+        pictures = {
+            frame: read_picture(picture, (s.width, s.height), s.fit.value)
+            for frame, picture in job.addons.pictures.items()
+        }
+        return Control(self._control[2], pictures, scale)
 
     def _open_teacher(self, pipe: MotionTransfer) -> Teacher:
         """The teacher on the pipeline's network, which makes clips by motion guidance."""

@@ -69,7 +69,8 @@ class Job:
         s = self.settings
         own = s.frames, s.height, s.width, s.steps, s.guidance, s.scheduler, s.guidance_until, s.cache_interval
         # Clips of one batch are made with one set of weights.
-        return *own, s.method, s.lora, s.vae, s.embedding, s.clip_skip, self.addons, self.reading
+        files = s.lora, s.vae, s.embedding, s.control, s.control_image
+        return *own, s.method, *files, s.clip_skip, self.addons, self.reading
 
     @property
     def has_long_text(self) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from emt.errors import EmtError
-from emt.hub import split_scale, split_word
+from emt.hub import split_frame, split_scale, split_word
 from emt.presets import PRESETS
 from emt.remote import check_writable, is_url, normal, shown
 from emt_cli.batch.shards import Shard
@@ -289,6 +289,22 @@ class Settings:
             metavar="NAME=SOURCE",
         ),
     ] = ()
+    control: Annotated[
+        str | None,
+        _clip(
+            "SparseCtrl network that reads --control-image: AnimateDiff's v3_sd15_sparsectrl_rgb.ckpt (pictures) or "
+            "v3_sd15_sparsectrl_scribble.ckpt (drawings), a file or hf://owner/name/file; the default scale is 1.",
+            metavar="SOURCE[:SCALE]",
+        ),
+    ] = None
+    control_image: Annotated[
+        tuple[str, ...],
+        _clip(
+            "Picture that a frame of the clip is to show, by --control; frames count from 0, the default. May be "
+            "repeated.",
+            metavar="SOURCE[@FRAME]",
+        ),
+    ] = ()
     clip_skip: Annotated[
         int,
         _clip(
@@ -335,7 +351,14 @@ class Settings:
 
 #: Settings that records and identities have only where they are not the default: so clips made before there was a
 #: choice are those of the same jobs.
-UNLISTED = ("size", "audio", "lora", "vae", "embedding", "clip_skip", "prompt_syntax", "method")
+UNLISTED = (
+    "size",
+    "audio",
+    *("lora", "vae", "embedding", "control", "control_image"),
+    "clip_skip",
+    "prompt_syntax",
+    "method",
+)
 
 
 def _plain(value: Any) -> Any:
@@ -558,13 +581,14 @@ class TransferOptions:
             raise UsageError(problem, "Name folders to watch.")
         named = self.engine not in ("auto", "torch")
         fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
-        guided = given.get("method") is Method.GUIDANCE
+        guided, controlled = given.get("method") is Method.GUIDANCE, given.get("control") is not None
         for both, text in (
             (fp8 and low, "--precision fp8 and --memory low"),
             (fp8 and named, "--precision fp8 and --engine"),
             (low and named, "--memory low and --engine"),
             (guided and fp8, "--method guidance, which needs gradients, and --precision fp8"),
             (guided and named, "--method guidance, which needs gradients, and --engine"),
+            (controlled and named, "--control, which adds to the network's inside, and --engine"),
         ):
             if both:
                 raise UsageError(f"{text} exclude each other", "Give one of them.")
@@ -697,7 +721,7 @@ def parse_field(name: str, value: Any) -> Any:
         return None
     if kind is tuple:
         return tuple(dict.fromkeys(_source(name, text) for text in _texts(name, value)))
-    if name == "vae":
+    if name in ("vae", "control"):
         return _source(name, value)
     if issubclass(kind, Enum):
         try:
@@ -777,15 +801,18 @@ def _texts(name: str, value: Any) -> list[Any]:
 
 
 def _source(name: str, value: Any) -> str:
-    """The file of a `lora`, `vae` or `embedding`, with what goes with it: `/x.safetensors:0.8`, `style=/y.pt`.
+    """The file of a setting that names one, with what goes with it: `/x.safetensors:0.8`, `style=/y.pt`, `/a.png@0`.
 
     Paths become absolute; addresses and hub ids stay as they are.
     """
     if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > MAX_PROMPT:
         raise EmtError(f"{name} is {value!r:.100}", "Name a file, or hf://owner/name/file.")
-    if name == "lora":
-        source, scale = split_scale(value)
+    if name in ("lora", "control"):
+        source, scale = split_scale(value, name)
         return f"{_place(source)}:{scale!r}"
+    if name == "control_image":
+        source, frame = split_frame(value)
+        return f"{_place(source)}@{frame}"
     if name == "embedding":
         word, source = split_word(value)
         return f"{word}={_place(source)}"
@@ -793,16 +820,19 @@ def _source(name: str, value: Any) -> str:
 
 
 def without_secrets(name: str, value: Any) -> Any:
-    """A setting as records have it, which are for everybody: URLs of a `lora`, `vae` or `embedding` without secrets."""
-    if name not in ("lora", "vae", "embedding") or not value:
+    """A setting as records have it, which are for everybody: URLs of files over the model without secrets."""
+    if name not in ("lora", "vae", "embedding", "control", "control_image") or not value:
         return value
     if isinstance(value, tuple):
         return tuple(without_secrets(name, text) for text in value)
     if "://" not in value:
         return value
-    if name == "lora":
-        source, scale = split_scale(value)
+    if name in ("lora", "control"):
+        source, scale = split_scale(value, name)
         return f"{shown(source)}:{scale!r}"
+    if name == "control_image":
+        source, frame = split_frame(value)
+        return f"{shown(source)}@{frame}"
     word, equals, source = value.partition("=") if name == "embedding" else ("", "", value)
     return f"{word}{equals}{shown(source)}"
 

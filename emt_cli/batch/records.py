@@ -118,11 +118,13 @@ def _texts(value: Any) -> Any:
 
 
 def _addons(value: Any) -> Any:
-    """Files that were laid over a model: a LoRA with its scale, a VAE, an embedding with its word."""
+    """Files that were laid over a model: a LoRA with its scale, an embedding with its word, …."""
     details: dict[str, dict[str, Callable[[Any], Any]]] = {
         "lora": {"scale": _number},
         "vae": {},
         "embedding": {"word": _text},
+        "control": {"scale": _number},
+        "control_image": {"frame": _whole},
     }
     if not isinstance(value, list):
         return _MISSING
