@@ -108,6 +108,11 @@ def is_flow(scheduler: Any) -> bool:
     return scheduler.config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__ == _FLOW_EULER
 
 
+def flow_shift(scheduler: Any) -> float:
+    """Shift of a flow's noise levels towards noise."""
+    return float(scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)))
+
+
 def make_sampler(name: str, scheduler: Any, steps: int) -> Any:
     """Make a sampler with its timesteps, from noise to image, on the CPU; a new one for each clip, as it keeps state.
 
@@ -129,7 +134,7 @@ def make_sampler(name: str, scheduler: Any, steps: int) -> Any:
     if name not in allowed:
         what = "the flow of this model has no scheduler" if flow and name in SCHEDULERS else "there is no scheduler"
         raise EmtError(f"{what} {name!r}", f"Allowed: {', '.join(allowed)}.")
-    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+    shift = flow_shift(scheduler)
     if not flow:
         sampler = allowed[name].from_config(scheduler.config, **scheduler_options(name, steps))
     elif allowed[name].name == _FLOW_EULER:

@@ -16,6 +16,7 @@ import torch
 from program import FRAMES, SIDE, Run, console, emt, environment, model
 from safetensors.torch import load_file
 
+from emt.backbone import PUBLISHED
 from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.model_folder import find_model
@@ -314,7 +315,7 @@ def test_weights_are_averaged_by_the_formula(pairs, tmp_path):
 
     trainer.train(on_step=follow)
     assert decays == [0.0, 2 / 11, 0.25, 0.25, 0.25]
-    average = load_file(tmp_path / "adapter.safetensors")[published(name)]
+    average = load_file(tmp_path / "adapter.safetensors")[published(PUBLISHED, name)]
     torch.testing.assert_close(average, expected)
     assert not torch.equal(average, weight)
 
@@ -455,7 +456,7 @@ def test_k1_a_model_that_denoises_with_more_than_the_adapter_trains_through_it_a
     trained = {name for name, _ in pipe.unet.adapter_parameters()}
     state = pipe.unet.state_dict()
     backbone = {name: tensor for name, tensor in state.items() if name not in trained}
-    adapter = {published(name): state[name] for name in trained}
+    adapter = {published(PUBLISHED, name): state[name] for name in trained}
     layers = [n for n in backbone if n.startswith("up_blocks") and ".attentions." in n and ".to_q." in n]
     pipe.unet.load_published(backbone, adapter | {name: backbone[name] * 2 for name in layers})
     pipe.save_pretrained(tmp_path / "wide")

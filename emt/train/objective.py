@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emt.backbone import Backbone
+from emt.sampling import flow_shift, is_flow
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -124,14 +125,16 @@ class FlowObjective:
 
     Args:
         device: to draw timesteps on.
+        shift: of timesteps towards noise, where none is given.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu", shift: float = 1.0) -> None:
+        self.device, self.shift = torch.device(device), shift
 
-    def sample_timesteps(self, n: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+    def sample_timesteps(self, n: int, generator: torch.Generator, shift: float | None = None) -> Tensor:
         """(n,) float32 timesteps, one drawn from each of n equal parts of [0, 1], as `Objective.sample_timesteps`."""
-        return 1000 * shift_timesteps(stratified(n, generator, self.device), shift)
+        drawn = stratified(n, generator, self.device)
+        return 1000 * shift_timesteps(drawn, self.shift if shift is None else shift)
 
     def signal_variance(self, timestep: Tensor) -> Tensor:
         """Share of the signal's variance that is left at timesteps (batch,): (1 − σ)²."""
@@ -164,6 +167,13 @@ class FlowObjective:
         if not isinstance(timestep, Tensor):
             return timestep / 1000
         return timestep.float().view(-1, *[1] * (like.ndim - 1)) / 1000
+
+
+def objective_of(scheduler: Any, device: torch.device | str = "cpu") -> Objective | FlowObjective:
+    """The objective of a model by its scheduler; of a flow, timesteps are shifted as the sampler's are."""
+    if is_flow(scheduler):
+        return FlowObjective(device, flow_shift(scheduler))
+    return Objective.from_scheduler(scheduler, device)
 
 
 def adapter_loss(

@@ -28,14 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from emt.backbone import Backbone
+from emt.backbone import PUBLISHED, Backbone, module_of
 from emt.checkpoints import check_keys
 from emt.contact_sheet import contact_sheet
 from emt.errors import EmtError, first_line
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.storage import apply_umask, new_folder, partial_file, remove_partials, sync
 from emt.train.data import PairDataset, Sample, TrainingPair, find_pairs, seeded, write_text
-from emt.train.objective import Objective, adapter_loss
+from emt.train.latents import LatentCache
+from emt.train.objective import FlowObjective, Objective, adapter_loss, objective_of
 from emt.train.run_folder import CHECKPOINTS, check_run, find_checkpoints
 
 MAX_SKIPPED = 20
@@ -93,7 +94,7 @@ class _Loss(nn.Module):
     def __init__(
         self,
         unet: Backbone,
-        objective: Objective,
+        objective: Objective | FlowObjective,
         reference_timestep: int,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
@@ -106,9 +107,9 @@ class _Loss(nn.Module):
             return adapter_loss(self.unet, self.objective, reference_timestep=self.reference_timestep, **batch)
 
 
-def published(name: str) -> str:
-    """The name of an adapter weight in EfficientMT's published files."""
-    return name.replace(".adapter.", ".")
+def published(network: str, name: str) -> str:
+    """The name of an adapter weight in EfficientMT's published files; of another network than theirs, its own."""
+    return name.replace(".adapter.", ".") if network == PUBLISHED else name
 
 
 class Trainer:
@@ -147,7 +148,8 @@ class Trainer:
         self.say: Callable[[str], None] = say if main else lambda text: None
         self.pipe: MotionTransferPipeline = load_pipeline(model, self.accelerator.device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
-            part.requires_grad_(False)
+            if part is not None:  # a large text encoder is opened apart
+                part.requires_grad_(False)
         config = self.pipe.config
         self.dataset = PairDataset(
             find_pairs(pairs, self.say, self.pipe.check_words),
@@ -158,7 +160,8 @@ class Trainer:
         self._bad: set[str] = set()
         self.first = self._first_pairs()
         unet = self.pipe.unet
-        if settings.precision == "bf16" and self.accelerator.device.type == "cuda":
+        streams = self.pipe.codec.streams
+        if settings.precision == "bf16" and self.accelerator.device.type == "cuda" and not streams:
             self.pipe.vae.half()  # three bits more than bfloat16 has
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -168,8 +171,11 @@ class Trainer:
             raise EmtError(f"{model} has no adapter to train", "Make a model folder with: emt import-weights --help")
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
-        self.objective = Objective.from_scheduler(self.pipe.scheduler, self.accelerator.device)
-        self._timesteps = Objective.from_scheduler(self.pipe.scheduler)
+        self.objective = objective_of(self.pipe.scheduler, self.accelerator.device)
+        self._timesteps = objective_of(self.pipe.scheduler)
+        #: Latents of an autoencoder of video are the same every time: they are computed once in a run.
+        self._latents = LatentCache(run / "latents", model / "vae") if streams else None
+        self._encode_captions()
         with torch.no_grad():
             self.empty_text = self.pipe.encode_prompts([""])
         self.loss = self.accelerator.prepare(_Loss(unet, self.objective, config.reference_timestep, self._autocast))
@@ -180,6 +186,20 @@ class Trainer:
             self._load(resume)
         self._cut_log()
         self.board = SummaryWriter(run / "tensorboard", purge_step=self.step + 1) if main else None
+
+    def _encode_captions(self) -> None:
+        """Encode all captions by a text encoder that is too large to stay open, by one process after another."""
+        if self.pipe.prompt_encoder is not None:
+            captions = {pair.caption for pair in self.dataset.pairs} | {""}
+            with self.accelerator.main_process_first():
+                self.pipe.prompt_encoder.encode(sorted(captions), self.accelerator.device)
+
+    def _encode(self, frames: np.ndarray, generator: torch.Generator) -> Tensor:
+        """Latents of a clip, (1, channels, latent frames, …)."""
+        if self._latents is None:
+            return self.pipe.encode_frames(frames, generator)
+        latents = self._latents.get(frames, lambda: self.pipe.encode_frames(frames, generator))
+        return latents.to(self.accelerator.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         bf16 = self.settings.precision == "bf16"
@@ -236,9 +256,8 @@ class Trainer:
         dropped = torch.rand(len(samples), generator=generator) < self.settings.drop_text
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
         timestep = self._timesteps.sample_timesteps(len(samples), generator)
-        encode = self.pipe.encode_frames
-        target = torch.cat([encode(sample.target, generator) for sample in samples])
-        reference = torch.cat([encode(sample.reference, generator) for sample in samples])
+        target = torch.cat([self._encode(sample.target, generator) for sample in samples])
+        reference = torch.cat([self._encode(sample.reference, generator) for sample in samples])
         noise, reference_noise = torch.randn(2, *target.shape, generator=generator).to(target)
         return {
             "reference": reference,
@@ -374,7 +393,10 @@ class Trainer:
             ) from error
 
     def _weights(self, values: Any) -> dict[str, Tensor]:
-        return {published(n): v.detach().cpu().contiguous() for n, v in zip(self.trained, values, strict=True)}
+        return {self._name(n): v.detach().cpu().contiguous() for n, v in zip(self.trained, values, strict=True)}
+
+    def _name(self, name: str) -> str:
+        return published(type(self.pipe.unet).__name__, name)
 
     def _load(self, folder: Path) -> None:
         try:
@@ -388,11 +410,11 @@ class Trainer:
                 raise TypeError("a count in its state.json is no whole number")
         except (*_DAMAGED, SafetensorError) as error:
             raise _unreadable(folder, error) from error
-        shapes = {published(name): p.shape for name, p in self.trained.items()}
+        shapes = {self._name(name): p.shape for name, p in self.trained.items()}
         for kind, targets in (("adapter", self.trained.values()), ("ema", self.ema.shadow_params)):
             check_keys(f"{kind} of {folder}", weights[kind], shapes)
             for name, target in zip(self.trained, targets):
-                target.data.copy_(weights[kind][published(name)])
+                target.data.copy_(weights[kind][self._name(name)])
         try:
             # The learning rate is the command line's; the optimizer's state holds that of the earlier run.
             moments["param_groups"] = self.optimizer.state_dict()["param_groups"]
@@ -447,10 +469,12 @@ class Trainer:
         """RUN/adapter.safetensors in published names, and RUN/model: the model with it, stored in its own type."""
         adapter = self._weights(self.ema.shadow_params)
         target = self.run / "adapter.safetensors"
+        kind = type(self.pipe.unet).__name__
+        metadata = None if kind == PUBLISHED else module_of(kind, "adapter_file").metadata(self.pipe.unet)
         try:
             remove_partials(self.run)  # of a run that was killed
             with partial_file(target) as partial:
-                save_file(adapter, partial)
+                save_file(adapter, partial, metadata)
                 apply_umask(partial)
                 sync(partial)
                 partial.replace(target)
@@ -461,7 +485,7 @@ class Trainer:
             unet = network.from_pretrained(self.model / "unet", dtype=_DTYPES.get(stored, torch.float32))
             with torch.no_grad():
                 for name, parameter in unet.adapter_parameters():
-                    parameter.copy_(adapter[published(name)])
+                    parameter.copy_(adapter[self._name(name)])
             with new_folder(self.run / "model") as partial:
                 shutil.copytree(self.model, partial, ignore=shutil.ignore_patterns(".*", "_*"), dirs_exist_ok=True)
                 shutil.rmtree(partial / "unet")

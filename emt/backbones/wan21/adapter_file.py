@@ -33,9 +33,13 @@ class AdapterWeights:
 def save_adapter(model: WanMotionTransferTransformer, path: str | Path) -> None:
     """Write what is trained of a transformer as a safetensors file."""
     state = {name: p.detach().contiguous() for name, p in model.adapter_parameters()}
-    options = {name: model.config[name] for name in _OPTIONS}
-    save_file(state, path, {"format": "pt", "emt_adapter": json.dumps(options)})
+    save_file(state, path, metadata(model))
     apply_umask(Path(path))
+
+
+def metadata(model: WanMotionTransferTransformer) -> dict[str, str]:
+    """Metadata of an adapter's safetensors file: arguments of the transformer that it goes with."""
+    return {"format": "pt", "emt_adapter": json.dumps({name: model.config[name] for name in _OPTIONS})}
 
 
 def read_adapter(given: str | Path) -> AdapterWeights:

@@ -141,6 +141,7 @@ def _merged(
 def _with_logsumexp(query: Tensor, key: Tensor, value: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Attention with a scale of 1/√channels, and the logarithm of each query's sum of weights, float32."""
     scale, ops = channels**-0.5, torch.ops.aten
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms leave them in float32
     if query.device.type == "cpu":
         return ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
     if query.dtype == torch.float32:

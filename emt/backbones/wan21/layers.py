@@ -22,6 +22,14 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm whose weight takes the input's dtype: under autocast that is another than its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, channels) → (…, channels)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Projections of multi-head attention; queries and keys are normed over all heads together."""
 
@@ -34,8 +42,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.norm_q = nn.RMSNorm(channels, eps=eps)
-        self.norm_k = nn.RMSNorm(channels, eps=eps)
+        self.norm_q = RMSNorm(channels, eps=eps)
+        self.norm_k = RMSNorm(channels, eps=eps)
         self.register_buffer("fused", None, persistent=False)
 
     def fuse(self) -> None:
