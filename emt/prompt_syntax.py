@@ -1,8 +1,9 @@
 """Syntax of prompts: weights, breaks and chunks as the web UI of Stable Diffusion reads them, and prompts over time.
 
 `(word)` weighs a word 1.1 times, `(word:1.3)` 1.3 times, `[word]` 1/1.1 times, within each other, and to the end where
-a bracket is not closed; after a backslash a bracket is itself. `BREAK` begins a new chunk, and so does what is longer
-than the text encoder reads, at the last comma if it is near. `0: a fox | 8: a wolf`, or the same as a JSON object, is a
+a bracket is not closed; after a backslash a bracket is itself. `BREAK` begins a new chunk (within brackets that weigh
+it is the word, with the weight's opposite), and so does what is longer than the text encoder reads, at the last comma
+if it is near. `0: a fox | 8: a wolf`, or the same as a JSON object, is a
 prompt for each key frame. Nothing here imports torch: plans read prompts too.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +22,10 @@ PLAIN, WEBUI = "plain", "webui"
 #: Tokens that the web UI moves to the next chunk, at most, so that it begins after a comma.
 COMMA_REACH = 20
 _STRONGER = 1.1
+_BREAKS = -1.0  # weight by which the web UI knows a BREAK
 _LARGEST = 1000.0  # weight, and its inverse the smallest but 0
 _TOKENS = re.compile(
-    r"\\(?P<escaped>[()\[\]\\])|(?P<open>[(\[])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<close>[)\]])"
+    r"\\(?P<escaped>[()\[\]\\]?)|(?P<open>[(\[])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<close>[)\]])"
     r"|(?P<text>[^\\()\[\]:]+|.)",
     re.DOTALL,
 )
@@ -51,18 +54,18 @@ def parse(prompt: str) -> list[Piece]:
     Raises:
         EmtError: a weight is no number that makes sense.
     """
-    found: list[tuple[str, bool]] = []
+    found: list[str] = []
     weights: list[float] = []
+    breaks: set[int] = set()  # of the parts, those that were written BREAK
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def weigh(bracket: str, factor: float) -> None:
         for i in range(opened[bracket].pop(), len(weights)):
             weights[i] *= factor
 
-    def add(text: str) -> None:
-        for i, part in enumerate(_BREAK.split(text)):
-            found.append((part, i > 0))
-            weights.append(1.0)
+    def add(text: str, weight: float = 1.0) -> None:
+        found.append(text)
+        weights.append(weight)
 
     for match in _TOKENS.finditer(prompt):
         kind, text = match.lastgroup, match[0]
@@ -73,14 +76,25 @@ def parse(prompt: str) -> list[Piece]:
         elif kind == "close" and opened["(" if text == ")" else "["]:
             weigh("(", _STRONGER) if text == ")" else weigh("[", 1 / _STRONGER)
         elif kind == "escaped":
-            found.append((match["escaped"], False))
-            weights.append(1.0)
+            add(match["escaped"])  # a backslash before anything else is nothing
         else:
-            add(text)
+            for i, part in enumerate(_BREAK.split(text)):
+                if i > 0:
+                    breaks.add(len(found))
+                    add("BREAK", _BREAKS)
+                add(part)
     for bracket, factor in (("(", _STRONGER), ("[", 1 / _STRONGER)):
         while opened[bracket]:
             weigh(bracket, factor)
-    return _joined([Piece(text, weight, breaks) for (text, breaks), weight in zip(found, weights)])
+    pieces, begins = [], False
+    for i, (text, weight) in enumerate(zip(found, weights)):
+        # The web UI weighs its marks as it does words; those that are changed mean nothing to it any more.
+        if i in breaks and weight == _BREAKS:
+            begins = True
+            continue
+        pieces.append(Piece(text, weight, begins))
+        begins = False
+    return _joined(pieces)
 
 
 def _weight(prompt: str, text: str) -> float:
@@ -104,6 +118,13 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
 def is_simple(prompt: str) -> bool:
     """Return whether a prompt has no syntax, so that it means the same by the letter."""
     return parse(prompt) == [Piece(prompt)]
+
+
+def has_weighted_break(prompt: str) -> bool:
+    """Return whether a BREAK within brackets is read as the word; False for a prompt that makes no sense."""
+    with suppress(EmtError):
+        return "BREAK" in prompt and any("BREAK" in p.text and p.weight < 0 for p in parse(prompt))
+    return False
 
 
 def words_of(prompt: str) -> str:

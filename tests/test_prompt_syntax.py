@@ -21,6 +21,7 @@ from emt.prompt_syntax import Piece, chunks_of, is_simple, parse, parse_schedule
 from emt.text_encoding import weighted
 from emt.video import read_clip
 from emt.windowed import text_of
+from emt_cli.batch.inputs import unread_syntax
 from emt_cli.commands.evaluate import _from_results
 
 LIMIT = 77
@@ -42,7 +43,7 @@ def pairs(prompt: str) -> list[tuple[str, float]]:
         ("an (important) word", [("an ", 1), ("important", 1.1), (" word", 1)]),
         ("(unbalanced", [("unbalanced", 1.1)]),
         ("unbalanced) [", [("unbalanced) ", 1)]),
-        (r"\(literal\] \\ \x", [(r"(literal] \ \x", 1)]),
+        (r"\(literal\] \\ \x", [(r"(literal] \ x", 1)]),
         ("(two)(at once)", [("twoat once", 1.1)]),
         ("a (b:1.3)", [("a ", 1), ("b", 1.3)]),
         ("a (b : 0.5 ) c", [("a ", 1), ("b ", 0.5), (" c", 1)]),
@@ -64,7 +65,9 @@ def pairs(prompt: str) -> list[tuple[str, float]]:
             ],
         ),
         ("one BREAK two", [("one", 1), ("BREAK two", 1)]),
-        ("(one BREAK two:1.2)", [("one", 1.2), ("BREAK two", 1.2)]),
+        ("(one BREAK two:1.2)", [("one", 1.2), ("BREAK", -1.2), ("two", 1.2)]),  # which it weighs, and knows no more
+        ("(one BREAK two:1)", [("one", 1), ("BREAK two", 1)]),
+        ("([one BREAK two])", [("one", 1), ("BREAK two", 1)]),
         ("BREAKFAST", [("BREAKFAST", 1)]),
     ],
 )
@@ -333,3 +336,10 @@ def test_runs_read_weights_and_key_frames_and_rerun_them(tmp_path):
     path.write_text(json.dumps(record))
     ended = emt("rerun", str(path), "--device", "cpu", folder=tmp_path, environment=environment(tmp_path))
     assert "identical with the original" in ended.err, ended.err
+
+
+def test_a_break_within_brackets_is_said_to_be_the_word():
+    assert list(unread_syntax("a (fox BREAK ice:1.2)", read=True)) == [("break", "BREAK in brackets")]
+    assert not list(unread_syntax("a (fox:1.2) BREAK ice", read=True))
+    assert not list(unread_syntax("a (fox BREAK ice:1)", read=True))
+    assert not list(unread_syntax("a (b:5000) BREAK", read=True)), "an error of its own, later"

@@ -23,7 +23,7 @@ from emt.backbone import PUBLISHED, module_of
 from emt.errors import EmtError
 from emt.hub import parse_hub, split_scale
 from emt.presets import PRESETS, SCHEDULER_DEFAULTS, preset_values
-from emt.prompt_syntax import WEBUI, words_of
+from emt.prompt_syntax import WEBUI, has_weighted_break, words_of
 from emt.remote import (
     Downloads,
     MissingError,
@@ -884,6 +884,8 @@ def unread_syntax(prompt: str, read: bool = False) -> Iterator[tuple[str, str]]:
     for kind, pattern in (_UNREAD if read else _SYNTAX).items():
         for match in pattern.finditer(prompt):
             yield kind, match[0]
+    if read and has_weighted_break(prompt):
+        yield "break", "BREAK in brackets"
 
 
 def syntax_warnings(job: Job) -> list[str]:
