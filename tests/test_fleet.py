@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from emt.errors import EmtError
 from emt_cli.batch import journal
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.inputs import expand
-from emt_cli.batch.jobs import Job, numerics
+from emt_cli.batch.jobs import Item, Job, numerics
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.options import Settings, TransferOptions, UsageError, parse_gpus
 from emt_cli.batch.outcomes import Outcomes
@@ -346,8 +346,15 @@ class Heard:
         return Counter(line["state"] for line in self.lines)
 
 
-def run(folder: Path, out: str, heard: Heard, seeds: str = "0-3", prompts: Sequence[str] = PROMPTS[1::2]) -> Summary:
-    """A run of two workers."""
+def run(
+    folder: Path,
+    out: str,
+    heard: Heard,
+    seeds: str = "0-3",
+    prompts: Sequence[str] = PROMPTS[1::2],
+    come: Callable[[list[Item]], Iterator[Item]] = iter,
+) -> Summary:
+    """A run of two workers; `come` says when which jobs do."""
     options = TransferOptions(
         references=[str(folder / "clips")],
         prompt=list(prompts),
@@ -363,7 +370,7 @@ def run(folder: Path, out: str, heard: Heard, seeds: str = "0-3", prompts: Seque
     log = Journal(options.out)
     try:
         executor = FleetExecutor(session, log, heard, how, fleet)
-        return executor.run(expand(options, session.model.defaults)[0])
+        return executor.run(come(expand(options, session.model.defaults)[0]))
     finally:
         log.close()
 
@@ -460,6 +467,36 @@ def test_an_interrupt_ends_in_order_and_the_next_run_does_the_rest(folder, in_tu
     again = Heard()
     assert run(folder, "stopped", again, "0-9").exit_code() == 0
     assert again.states() == Counter(skipped=len(first), done=60 - len(first))
+
+
+def test_workers_wait_for_what_comes_into_a_queue_and_end_when_told_to(folder, in_turn):
+    """As with --watch: a few jobs now, some more when those are done, and an interrupt while nobody has any."""
+
+    def come(items: list[Item]) -> Iterator[Item]:
+        for part in (items[:3], items[3:8]):
+            before = len(heard.lines)
+            yield from part
+            yield None
+            assert wait_for(lambda before=before, part=part: len(heard.lines) == before + len(part))
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            time.sleep(0.05)
+            yield None
+
+    def wait_for(condition: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return condition()
+
+    heard = Heard()
+    summary = run(folder, "queue", heard, "0-3", come=come)
+    assert summary.interrupted
+    assert heard.states() == Counter(done=8)
+    assert not any("finishing the running batches" in text for text in heard.said), "there are none"
+    again = Heard()
+    run(folder, "queue", again, "0-3", come=lambda items: iter(items[:8]))
+    assert again.states() == Counter(skipped=8)
 
 
 # ---- processes of Ray ----------------------------------------------------------------------------------------------

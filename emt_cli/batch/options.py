@@ -270,8 +270,8 @@ class Settings:
     lora: Annotated[
         tuple[str, ...],
         _clip(
-            "LoRA to lay over the model for these clips, also of motion: a file or hf://owner/name/file; the default "
-            "scale is 1. May be repeated.",
+            "LoRA to lay over the model for these clips, also of motion: a file, its URL, or hf://owner/name/file; the "
+            "default scale is 1. May be repeated.",
             metavar="SOURCE[:SCALE]",
         ),
     ] = ()

@@ -416,7 +416,7 @@ class FleetExecutor:
     def _stop(self) -> None:
         self.outcomes.stop()
         self.listener.hurry()
-        if self._handed:
+        if self._scheduler.held:
             self.listener.say("finishing the running batches; interrupt again to stop at once")
 
     def _abandon(self) -> None:
