@@ -25,6 +25,7 @@ from torch import Tensor
 
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError, first_line
+from emt.remote import MissingError, child, copy, put, shown
 from emt.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -85,15 +86,28 @@ class PromptEncoder:
         cache: folder for encodings; None keeps them for this process only.
         index: hashes of files: encodings of another text encoder or tokenizer are not taken.
         tokens: that the network reads.
+        shared: URL of a folder of encodings behind that of this machine, which other machines read and write; empty for
+            none. Where it fails, the run goes on without, after one warning.
     """
 
-    def __init__(self, model: Path, cache: Path | None, index: ContentIndex, tokens: int = TOKENS) -> None:
-        self.model, self.cache, self.index, self.tokens = model, cache, index, tokens
+    def __init__(
+        self, model: Path, cache: Path | None, index: ContentIndex, tokens: int = TOKENS, shared: str = ""
+    ) -> None:
+        self.model, self.cache, self.index, self.tokens, self.shared = model, cache, index, tokens, shared
         self._known: dict[str, Tensor] = {}
 
     @classmethod
-    def of_model(cls, model: str | Path, caches: Path | None = None, **download: Any) -> PromptEncoder:
-        """The encoder of a model folder or hub id, which keeps encodings below `caches`, by default the user's."""
+    def of_model(
+        cls, model: str | Path, caches: Path | None = None, shared: str = "", **download: Any
+    ) -> PromptEncoder:
+        """The encoder of a model folder or hub id, which keeps encodings below `caches`, by default the user's.
+
+        Args:
+            model: folder or hub id.
+            caches: folder of the caches.
+            shared: URL of a folder of caches that machines share.
+            download: options of `huggingface_hub.snapshot_download`.
+        """
         folder, caches = Path(model), caches or default_dir()
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -101,7 +115,7 @@ class PromptEncoder:
             folder = Path(
                 snapshot_download(str(model), allow_patterns=["*.json", "text_encoder/*", "tokenizer/*"], **download)
             )
-        return cls(folder, caches / "prompts", ContentIndex(caches))
+        return cls(folder, caches / "prompts", ContentIndex(caches), shared=child(shared, "prompts") if shared else "")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -146,6 +160,8 @@ class PromptEncoder:
         key = self._key(prompt)
         if key not in self._known and self.cache is not None:
             path = self.cache / f"{key}.safetensors"
+            if self.shared and not path.exists():
+                self._fetch(path)
             try:
                 self._known[key] = self._load(path, key)
             except FileNotFoundError:
@@ -202,9 +218,28 @@ class PromptEncoder:
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             write_atomically(self.cache / f"{key}.safetensors", save({"encoding": encoding.contiguous()}, {"key": key}))
+            if self.shared:
+                put(self.cache / f"{key}.safetensors", child(self.shared, f"{key}.safetensors"))
             self._drop_oldest(self.cache)
         except OSError as error:
             logger.warning("the encoding of a prompt is not kept in %s: %s", self.cache, error.strerror)
+        except EmtError as error:
+            self._go_without(error)
+
+    def _fetch(self, path: Path) -> None:
+        """Copy an encoding of the store to this machine, if it is there."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            copy(child(self.shared, path.name), path)
+        except MissingError:
+            pass
+        except (EmtError, OSError) as error:
+            self._go_without(error)
+
+    def _go_without(self, error: EmtError | OSError) -> None:
+        reason = error.problem if isinstance(error, EmtError) else error.strerror
+        logger.warning("encodings of prompts are not shared in %s: %s", shown(self.shared), reason)
+        self.shared = ""
 
     @staticmethod
     def _drop_oldest(cache: Path) -> None:

@@ -103,6 +103,22 @@ class TestCache:
         PromptEncoder(other, cache, index)(["  a   dog "])  # the same once cleaned
         assert len(names) == 3
 
+    def test_machines_share_encodings_through_a_store(self, model, index, monkeypatch, tmp_path, caplog):
+        names = opened(monkeypatch)
+        one, other, alone = (tmp_path / name for name in ("one", "other", "alone"))
+        expected = PromptEncoder(model, one, index, shared="memory://encodings/prompts")(["a cat", "a dog"])
+        assert torch.equal(
+            PromptEncoder(model, other, index, shared="memory://encodings/prompts")(["a dog"]), expected[1:]
+        )
+        assert len(names) == 1, "another machine opens no text encoder"
+        # A store that fails costs one warning and the time to encode.
+        assert torch.equal(PromptEncoder(model, alone, index, shared="nowhere://x")(["a cat", "a dog"]), expected)
+        assert len(names) == 2
+        assert [r.message for r in caplog.records if "not shared" in r.message] == [
+            "encodings of prompts are not shared in nowhere://x: nowhere:// of nowhere://x/"
+            + caplog.records[-1].message.rsplit("/", 1)[1]
+        ]
+
     @pytest.mark.parametrize("damage", [b"", b"no safetensors"])
     def test_a_damaged_entry_is_made_again(self, model, cache, index, damage):
         expected = PromptEncoder(model, cache, index)(["a cat"])

@@ -230,6 +230,7 @@ class Generator:
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.
         cache_dir: Folder of the caches, where encodings of prompts are kept, too; None for the user's.
+        shared: URL of a folder of caches that machines share; empty for none.
         say: Called with what was chosen and why.
         addons: Finds the files that jobs lay over the model; None makes one.
     """
@@ -245,6 +246,7 @@ class Generator:
         kernels: str = "auto",
         low_memory: bool = False,
         cache_dir: Path | None = None,
+        shared: str = "",
         say: Callable[[str], None] = lambda text: None,
         addons: AddonFinder | None = None,
     ) -> None:
@@ -253,7 +255,7 @@ class Generator:
         self._weights: Any = None  # the `WeightSwitch` of the pipeline
         #: Prompts that are known before the model is opened, for one whose text encoder is not open beside its network.
         self.prompts: Collection[str] = ()
-        self.cache_dir = cache_dir
+        self.cache_dir, self._shared = cache_dir, shared
         self.model = model
         self.model_sha256 = model_sha256
         self.low_memory = low_memory
@@ -365,7 +367,7 @@ class Generator:
         from emt.prompts import PromptEncoder
 
         silence_libraries()
-        encoder = PromptEncoder.of_model(self.model.folder, self.cache_dir)
+        encoder = PromptEncoder.of_model(self.model.folder, self.cache_dir, self._shared)
         prompts = dict.fromkeys(["", *self.prompts])
         try:
             count = encoder.encode(prompts, device.torch_device)

@@ -30,7 +30,8 @@ class SessionOptions:
         engine: The folder of an engine, auto or torch.
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.
-        cache_dir: Folder of the caches, or the URL of one for motion features alone; None for the user's.
+        cache_dir: Folder of the caches; or the URL of one for motion features and encodings of prompts; None for the
+            user's.
         cache_size: Most gigabytes of motion features in it.
         teacher: Make clips by motion guidance, without the adapter.
         download: Fetch a hub model that is not on this machine.
@@ -155,6 +156,7 @@ def open_session(
         kernels=options.kernels,
         low_memory=options.low_memory,
         cache_dir=options.cache_dir,
+        shared=shared,
         say=say,
         addons=addons,
     )
