@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -157,6 +158,28 @@ class TestGuidance:
             pipe.generate("a cat", motion, steps=2, scheduler="lcm", guidance=6.0)
         assert "guidance 6 with lcm burns colours" in caplog.text
 
+    @pytest.mark.parametrize("until", [0.0, 0.5])
+    def test_steps_without_guidance_are_those_of_each_prompt(self, pipe, motion, until):
+        given = {"steps": 2, "guidance_until": until, "negative_prompt": "ugly"}
+        both = pipe.generate(["a cat", "a dog in the snow"], motion, seed=[1, 2], **given)
+        alone = pipe.generate(["a cat"], motion, seed=[1], **given)
+        alone += pipe.generate(["a dog in the snow"], motion, seed=[2], **given)
+        for one, other in zip(both, alone, strict=True):
+            assert np.abs(one.astype(int) - other).max() <= 1
+        if not until:
+            [plain] = pipe.generate("a cat", motion, seed=1, steps=2, guidance=1)
+            assert np.abs(plain.astype(int) - both[0]).max() <= 1
+
+    @pytest.mark.parametrize("skip", [1, 2])
+    def test_text_comes_from_the_layer_of_clip_skip(self, folder, skip):
+        pipe = load_pipeline(folder)
+        pipe.clip_skip = skip
+        ids = pipe.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-skip]
+            wanted = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).final_layer_norm(hidden)
+            torch.testing.assert_close(pipe.encode_prompts(["a cat"]), wanted)
+
 
 class TestOverflowingVAE:
     """Some VAEs of Stable Diffusion 1.5 have activations that half precision does not hold."""
@@ -236,8 +259,36 @@ class TestMotion:
         with pytest.raises(EmtError, match=r"m\.safetensors is not a motion file"):
             Motion.load(path)
 
+    def test_a_file_of_other_tensors_than_its_layers_is_damaged(self, motion, tmp_path):
+        motion.save(tmp_path / "motion.safetensors")
+        tensors = load_file(tmp_path / "motion.safetensors")
+        with safe_open(tmp_path / "motion.safetensors", "pt") as file:
+            about = file.metadata()
+        layer = next(iter(tensors)).rpartition("/")[0]
+        less = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{layer}/")}
+        for harmed in (tensors | {"more": torch.zeros(1)}, less):
+            save_file(harmed, tmp_path / "motion.safetensors", metadata=about)
+            with pytest.raises(EmtError, match="is not a motion file"):
+                Motion.load(tmp_path / "motion.safetensors")
+
+    def test_features_are_trees_of_tensors(self, motion):
+        leaves = torch.utils._pytree.tree_leaves(motion.features)
+        assert leaves
+        assert all(isinstance(leaf, torch.Tensor) for leaf in leaves), "as torch.export takes them"
+
 
 class TestErrors:
+    @pytest.mark.parametrize(
+        "given", [{"guidance_until": -0.1}, {"guidance_until": 1.1}, {"motion_until": -0.1}, {"motion_until": 1.1}]
+    )
+    def test_shares_of_steps_are_from_0_to_1(self, pipe, motion, given):
+        with pytest.raises(ValueError, match="allowed are 0 to 1"):
+            pipe.generate("x", motion, **given)
+
+    def test_no_prompts(self, pipe, motion):
+        with pytest.raises(ValueError, match="prompt"):
+            pipe.generate([], motion)
+
     @pytest.mark.parametrize("shape", [(4, 24, 41, 3), (4, 20, 40, 3), (4, 24, 40, 4), (24, 40, 3)])
     def test_reference_frames_of_a_wrong_shape(self, pipe, shape):
         with pytest.raises(ValueError, match="reference frames have shape"):
