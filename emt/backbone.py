@@ -56,6 +56,7 @@ class Facts:
         windows: clips of more than `max_frames` frames are made window by window (`emt.windows`), as the features of
             references are (n, latent frames, …), or (n,) where they are of no frame.
         motion_guidance: its attention over time can guide a clip without an adapter (`emt.train.teacher`).
+        guided_blocks: blocks whose attention is compared then; none for those that the guidance names.
     """
 
     max_frames: int
@@ -68,6 +69,7 @@ class Facts:
     first_frames: int = 1
     windows: bool = False
     motion_guidance: bool = False
+    guided_blocks: tuple[int, ...] = ()
 
     def makes_frames(self, frames: int) -> bool:
         """Return whether clips may have so many frames."""
@@ -361,5 +363,5 @@ class TeachingBackbone(Backbone, Protocol):
         ...
 
     def attention_maps(self, features: MotionFeatures, blocks: tuple[int, ...]) -> list[Tensor]:
-        """Attention over time in some blocks, from features: (batch, pixels, heads, frames, frames) each."""
+        """Attention over time in some blocks, from features: (batch, …, places) each, of which rows sum to 1."""
         ...

@@ -13,6 +13,7 @@ from program import console
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from emt.backbones.wan21.facts import facts
+from emt.backbones.wan21.layers import rotate
 from emt.backbones.wan21.random_model import random_model
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer, with_strength
 from emt.backends.codec import VideoCodec
@@ -24,6 +25,7 @@ from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.prompts import PromptEncoder
 from emt.sampling import add_noise, make_sampler
 from emt.train.objective import FlowObjective
+from emt.train.teacher import Guidance, Teacher
 from emt.video import write_clip
 from emt_cli.batch.estimates import memory, seconds
 from emt_cli.batch.options import Settings
@@ -95,6 +97,37 @@ class TestLongClips:
     def test_other_numbers_of_frames_are_refused(self, short):
         with pytest.raises(ValueError, match=r"a clip has 22 frames, allowed are 5, 9, …"):
             short.extract_motion(clip(frames=22))
+
+
+class TestTeacher:
+    """Motion guidance on the backbone alone, by attention to the next frame."""
+
+    def test_rows_are_attention_of_a_frame_to_the_next_one(self, pipe, motion):
+        (maps,) = Teacher(pipe).maps(motion.features)
+        block, hidden = pipe.unet.blocks[1], motion.features.layers["blocks.1"][0]
+        frames, height, width = hidden.shape[1:4]
+        assert maps.shape == (1, frames - 1, height * width, height * width)
+        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
+        tokens, rotation = hidden.flatten(1, 3), pipe.unet._rotation(hidden.shape[1:4], hidden.device)
+        attn = block.attn1
+        query, key = (rotate(attn.split(x), rotation) for x in (attn.query(tokens), attn.key(tokens)))
+        logits = (query @ key.mT / query.shape[-1] ** 0.5).unflatten(2, (frames, -1)).unflatten(4, (frames, -1))
+        expected = torch.stack([logits[:, :, f, :, f + 1].softmax(-1).mean(1) for f in range(frames - 1)], 1)
+        torch.testing.assert_close(maps, expected)
+
+    def test_without_weight_it_is_the_plain_sampler(self, pipe, motion):
+        (made,) = Teacher(pipe, Guidance(weight=0)).generate("a cat", motion, steps=2)
+        assert far(made, pipe.generate("a cat", steps=2, scheduler="ddim")[0]) < 0.05
+
+    def test_guidance_brings_the_attention_nearer_to_the_reference(self, pipe, motion):
+        energies = []
+        for weight in (0, 1e5):
+            teacher = Teacher(pipe, Guidance(weight=weight))
+            latents = teacher.sample(["a cat"], [motion], seeds=[0], steps=4, scheduler="unipc")
+            empty = pipe.encode_prompts([""])
+            _, features = pipe.unet.denoise_with_features(latents, torch.tensor(50.0), empty)
+            energies.append(teacher.energy(features, teacher.read([motion])).item())
+        assert energies[1] < 0.9 * energies[0]
 
 
 class TestOpened:

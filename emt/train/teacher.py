@@ -14,13 +14,16 @@ network. While a clip is denoised from z_t, its own maps are held to these entri
 
 The second line is classifier-free guidance with the gradient of an energy that is to fall, the first that energy. The
 gradient passes through the conditional prediction alone. λ is 2000, in the first 60% of the steps, and rises and falls
-linearly over 1/30 of all steps at both ends, as in the authors' configuration: 180 of 300 steps, 10 at each end. Three
+linearly over 1/30 of all steps at both ends, as in the authors' configuration: 180 of 300 steps, 10 at each end. Four
 things are ours:
 
 - g is a mean over the entries, so that its gradient at one latent value is in inverse proportion to their number.
   λ is meant for 16 frames of 64×64 latents, and scaled with the number of values for other sizes.
 - A network that predicts v = √ᾱ·ε − √(1−ᾱ)·z₀ has the same change of ε made as v̂ = v + λ·√((1−ᾱ)/ᾱ)·∇g. A schedule
   without signal at its last timestep would make that infinite: √ᾱ is taken as `SMALLEST_SIGNAL` at least.
+- On Wan's network, a flow, A is the attention of each frame's tokens to those of the next frame, as in DiTFlow
+  (Pondaven et al. 2025, arXiv 2412.07776), in the block in its middle; and the same change of ε is v̂ = v + λ·σ/(1−σ)·∇g
+  of the velocity v = ε − z₀, 1 − σ at least `SMALLEST_SIGNAL`. λ was not tried on Wan's own weights.
 - Guidance by text is the usual form above, of which the authors' scale s is one less.
 """
 
@@ -30,6 +33,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +47,7 @@ from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.tracks import Tracklets, track
 from emt.features import Motion, MotionFeatures, TextFeatures
 from emt.pipeline import MotionTransfer
-from emt.sampling import check_finite, noise_generator
+from emt.sampling import check_finite, is_flow, noise_generator
 
 PUBLISHED_VALUES = 16 * 4 * 64 * 64
 """Latent values of the clips for which `Guidance.weight` is published."""
@@ -79,8 +83,7 @@ class Guidance:
 class SparseMaps:
     """The kept entries of a reference's temporal attention maps.
 
-    `layers` has for each temporal attention the entries and their places in the row, both
-    (references, pixels, heads, frames, kept).
+    `layers` has for each attention over time the entries and their places in the row, both (references, …, kept).
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -103,9 +106,10 @@ class Teacher:
             problem = f"a {type(pipe.unet).__name__} has no attention over time alone, which a teacher compares"
             raise EmtError(problem, "Use a model of Stable Diffusion 1.5 with motion modules.")
         self.unet: TeachingBackbone = pipe.unet
-        if not any(int(path.split(".")[1]) in guidance.blocks for path in self.unet.reference_layers()):
+        self.blocks = pipe.unet.facts.guided_blocks or guidance.blocks
+        if not any(int(path.split(".")[1]) in self.blocks for path in self.unet.reference_layers()):
             raise EmtError(
-                f"this model reads no motion in up block {', '.join(map(str, guidance.blocks))}",
+                f"this model reads no motion in up block {', '.join(map(str, self.blocks))}",
                 "Use one whose adapter covers it: fusion_blocks in unet/config.json lists the blocks.",
             )
         self.unet.requires_grad_(False)
@@ -113,8 +117,8 @@ class Teacher:
         self.unet.enable_gradient_checkpointing()
 
     def maps(self, features: MotionFeatures) -> list[Tensor]:
-        """The attention maps that are compared, each (batch, pixels, heads, frames, frames)."""
-        return self.unet.attention_maps(features, self.guidance.blocks)
+        """The attention maps that are compared, each (batch, …, places), of which rows sum to 1."""
+        return self.unet.attention_maps(features, self.blocks)
 
     @torch.no_grad()
     def read(self, motions: Sequence[Motion]) -> SparseMaps:
@@ -190,13 +194,14 @@ class Teacher:
         steps = len(sampler.timesteps)
         generators = [noise_generator(seed) for seed in seeds]
         noise = pipe.initial_noise(generators, frames, height, width).to(pipe._execution_device)
-        latents = noise * sampler.init_noise_sigma
+        latents = noise * getattr(sampler, "init_noise_sigma", 1.0)
+        scales = hasattr(sampler, "scale_model_input")  # Euler's method for flows has nothing to scale
         options = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
         weight = self.guidance.weight * latents[0].numel() / PUBLISHED_VALUES
         for i, timestep in enumerate(sampler.timesteps):
             strength = self.guidance.strength(i, steps)
             text = s if i < math.ceil(guidance_until * steps) else 1
-            scaled = sampler.scale_model_input(latents, timestep)
+            scaled = sampler.scale_model_input(latents, timestep) if scales else latents
             if strength and weight:
                 with torch.enable_grad():
                     leaf = scaled.detach().requires_grad_(True)
@@ -209,11 +214,7 @@ class Teacher:
                 if text != 1:
                     without = self.unet(scaled.to(self.unet.dtype), timestep, away, adapted=False).float()
                     prediction = without + text * (prediction - without)
-                signal = sampler.alphas_cumprod[int(timestep)].to(latents)
-                change = (1 - signal).sqrt() * gradient
-                if sampler.config.prediction_type == "v_prediction":
-                    change = change / signal.sqrt().clamp(min=SMALLEST_SIGNAL)
-                prediction = prediction + change
+                prediction = prediction + _change(sampler, timestep) * gradient
             elif text != 1:
                 sample = torch.cat([scaled, scaled]).to(self.unet.dtype)
                 without, given = self.unet(sample, timestep, both, adapted=False).float().chunk(2)
@@ -264,6 +265,17 @@ class Teacher:
         """RGB frames (frames, height, width, 3) of what `sample` made, one array a clip."""
         with torch.no_grad():
             return self.pipe.decode_clips(list(latents))
+
+
+def _change(sampler: Any, timestep: Tensor) -> float:
+    """Change of a prediction for a gradient of the energy; the module's text says why."""
+    if is_flow(sampler):
+        noise = float(timestep) / 1000
+        return noise / max(1 - noise, SMALLEST_SIGNAL)
+    signal = float(sampler.alphas_cumprod[int(timestep)])
+    if sampler.config.prediction_type != "v_prediction":
+        return math.sqrt(1 - signal)
+    return math.sqrt(1 - signal) / max(math.sqrt(signal), SMALLEST_SIGNAL)
 
 
 # ----------------------------------------------------------------------------------------------------------- the filter

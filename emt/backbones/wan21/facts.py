@@ -31,7 +31,10 @@ def facts(config: Mapping[str, Any]) -> Facts:
     down = counts(config, "patch_size", [1, 2, 2])[1]
     frames = counts(config, "frames_per_latent", [4])[0]
     blocks = config.get("reference_blocks")
-    references = len(default_reference_blocks(layers) if blocks is None else blocks)
+    blocks = list(default_reference_blocks(layers) if blocks is None else blocks)
+    references = len(blocks)
+    # Motion guidance reads best in the middle of the network (DiTFlow: block 15 of 30, 20 of 42).
+    middle = min(blocks, key=lambda block: abs(block - layers // 2)) if blocks else None
     positions = down * down * frames  # of a token
     # Two samples' residual stream, its norm and projections, and the feed-forward layer; a reference's keys, values and
     # features.
@@ -46,4 +49,6 @@ def facts(config: Mapping[str, Any]) -> Facts:
         attention_flop=4 * channels * layers / positions**2,
         first_frames=counts(config, "first_frames", [1])[0],
         windows=True,
+        motion_guidance=middle is not None,
+        guided_blocks=() if middle is None else (middle,),
     )

@@ -68,6 +68,16 @@ class Block(nn.Module):
             strength=strength,
         )
 
+    def attention_to_next(self, hidden: Tensor, rotation: Rotation, frames: int) -> Tensor:
+        """`WanMotionTransferTransformer.attention_maps` of this block, from hidden states (n, tokens, channels)."""
+        attn = self.attn1
+        query, key = (
+            rotate(attn.split(x), rotation).unflatten(2, (frames, -1)) for x in (attn.query(hidden), attn.key(hidden))
+        )
+        scale = query.shape[-1] ** -0.5
+        pairs = zip(query.unbind(2)[:-1], key.unbind(2)[1:], strict=True)  # a frame at a time, for the memory's sake
+        return torch.stack([(scale * (q @ k.mT)).float().softmax(-1).mean(1) for q, k in pairs], dim=1)
+
     def self_attention(
         self, h: Tensor, rotation: Rotation, reference: PreparedReference | None, frames: int, neighbours: int | None
     ) -> Tensor:
@@ -202,6 +212,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         text: Tensor | TextFeatures,
         motion: MotionFeatures | PreparedMotion | None = None,
         *,
+        adapted: bool = True,
         execution: Execution = PLAIN,
     ) -> Tensor:
         """Predict the velocity of a noisy clip, noise − clip, moved by a reference.
@@ -212,6 +223,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             text: the prompts' encoding, (batch, tokens, width), or `encode_text` of it.
             motion: the motion of n references, n a divisor of batch: sample i follows reference i mod n, so that the
                 two halves of guidance share one. None is the backbone alone, as if there were no adapter.
+            adapted: False is the backbone alone, too.
             execution: how it is computed.
 
         Returns:
@@ -220,7 +232,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for a wrong shape, which it names.
         """
-        return self._run(sample, timestep, text, motion, execution)[0]
+        return self._run(sample, timestep, text, motion if adapted else None, execution)[0]
 
     @apply_forward_hook
     def encode_reference(
@@ -248,6 +260,13 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             ValueError: for a wrong shape, which it names.
         """
         return self._run(latents, timestep, text, None, execution, blocks=max(self._fused(), default=-1) + 1)[1]
+
+    @apply_forward_hook
+    def denoise_with_features(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor | TextFeatures
+    ) -> tuple[Tensor, MotionFeatures]:
+        """The prediction of the backbone alone, and the motion that was read on the way, for `emt.train.teacher`."""
+        return self._run(sample, timestep, text, None, PLAIN)
 
     @apply_forward_hook
     def denoise_with_hidden_states(
@@ -280,6 +299,34 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"text has shape {tuple(text.shape)}, expected (batch, tokens, {width})")
         embedded = self.condition_embedder.text_embedder(text)
         return TextFeatures({block.path: block.encode_text(embedded) for block in self.blocks})
+
+    @apply_forward_hook
+    def encode_text_without_adapter(self, text: Tensor) -> TextFeatures:
+        """`encode_text`: the adapter has no part in it."""
+        return self.encode_text(text)
+
+    @apply_forward_hook
+    def attention_maps(self, features: MotionFeatures, blocks: Sequence[int]) -> list[Tensor]:
+        """Attention of each frame's tokens to those of the next frame alone, which shows where things go.
+
+        DiTFlow (Pondaven et al. 2025, arXiv 2412.07776) takes motion from it. Queries and keys are those of
+        self-attention.
+
+        Args:
+            features: of clips.
+            blocks: whose attentions are wanted; of those that take the reference.
+
+        Returns:
+            Of each block (batch, frames − 1, tokens of a frame, tokens of a frame), float32, the mean over heads; rows
+            sum to 1.
+        """
+        maps = []
+        for i in sorted(set(blocks) & set(self._fused())):
+            hidden = features.layers[self.blocks[i].path][0]
+            grid = hidden.shape[1:4]
+            rotation = self._rotation(grid, hidden.device)
+            maps.append(self.blocks[i].attention_to_next(hidden.flatten(1, 3), rotation, grid[0]))
+        return maps
 
     def prepare(self, features: MotionFeatures) -> PreparedMotion:
         """Compute what does not change from step to step.
