@@ -25,8 +25,8 @@ PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN")
 
 @pytest.fixture(scope="module")
 def nodes() -> Any:
-    """The folder as ComfyUI imports it: by its file, under a name of its own, wherever it is."""
-    name = "motion_nodes"
+    """The folder as ComfyUI's loader imports it: by its file, under its path without dots, wherever it is."""
+    name = str(FOLDER).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, FOLDER / "__init__.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
