@@ -288,7 +288,8 @@ def make_in_relay(
     for start in scheme.starts(0):
         part = slice(start, start + size)
         own = Motion(window_of([motion], part), size, motion.height, motion.width, motion.seed)
-        network = pipe._network([prompt], [""], [own.to(pipe.device)], True, True, o.steps, 1, size, None)
+        shape = size, own.height, own.width
+        network = pipe._network([prompt], [""], [own.to(pipe.device)], True, True, o.steps, 1, shape, None)
         shared, made = before + size - start if known else 0, list[torch.Tensor]()
         weight = torch.ones(shared, 1, 1)
         if scheme.soft:

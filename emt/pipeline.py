@@ -299,7 +299,7 @@ class MotionTransfer:
         cache_interval: int,
         shape: tuple[int, int, int],
         windows: Windows | None,
-        controls: Sequence[Control],
+        controls: Sequence[Control] = (),
     ) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
         """The network with prompts and motions, as `run_sampler` takes it.
 
