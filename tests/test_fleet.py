@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -33,11 +35,12 @@ from emt_cli.batch.outcomes import Outcomes
 from emt_cli.batch.session import RunOptions, SessionOptions, open_session
 from emt_cli.batch.tasks import Reference, Task
 from emt_cli.batch.worker import Worker
-from emt_cli.executors import choice, gpus
+from emt_cli.executors import choice, fleet, gpus
 from emt_cli.executors.base import Summary
 from emt_cli.executors.fleet import Death, FleetExecutor, worker_name
+from emt_cli.executors.ray import _reach
 from emt_cli.executors.scheduler import AHEAD, MOST_DEATHS, Parcel, Scheduler
-from emt_cli.executors.worker import Order, RemoteWorker, Report, WorkerOptions
+from emt_cli.executors.worker import Order, RemoteWorker, Report, WorkerOptions, take_journal
 
 # ---- which worker gets which job -----------------------------------------------------------------------------------
 
@@ -178,6 +181,7 @@ def test_gpus_are_all_a_number_or_a_list():
         ({"workers": 2}, "--device cpu"),
         ({"ray": "auto", "gpus": "0,1"}, "--ray takes --gpus all or N"),
         ({"ray": "auto", "device": "mps"}, "--ray and --device mps"),
+        ({"ray": "ray://head:10001"}, "outside a cluster"),
         ({"gpus": "none"}, "--gpus is 'none'"),
     ],
 )
@@ -205,6 +209,19 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch):
         with pytest.raises(EmtError, match="needs Ray, which is not installed") as error:
             choice.choose_executor(TransferOptions(**options), SimpleNamespace())
         assert "emt-cli[ray]" in error.value.hint
+
+
+def test_where_no_cluster_is_that_is_known_at_once(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        _reach(f"127.0.0.1:{port}")
+    for address, ray_address in ((f"127.0.0.1:{port}", ""), ("auto", f"127.0.0.1:{port}")):
+        monkeypatch.setenv("RAY_ADDRESS", ray_address)
+        with pytest.raises(OSError, match=r"nothing answers at 127\.0\.0\.1"):
+            _reach(address)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    _reach("auto")  # Ray itself says that none was started here
 
 
 def test_one_device_needs_no_ray(monkeypatch):
@@ -353,6 +370,7 @@ def run(
     seeds: str = "0-3",
     prompts: Sequence[str] = PROMPTS[1::2],
     come: Callable[[list[Item]], Iterator[Item]] = iter,
+    workers: type[ThreadFleet] = ThreadFleet,
 ) -> Summary:
     """A run of two workers; `come` says when which jobs do."""
     options = TransferOptions(
@@ -366,10 +384,10 @@ def run(
     )
     session = open_session(SessionOptions.of(options), "cpu")
     how = RunOptions.of(options, numerics(options))
-    fleet = ThreadFleet(2, WorkerOptions(SessionOptions.of(options), "cpu", how, options.out, ""))
+    made = workers(2, WorkerOptions(SessionOptions.of(options), "cpu", how, options.out, ""))
     log = Journal(options.out)
     try:
-        executor = FleetExecutor(session, log, heard, how, fleet)
+        executor = FleetExecutor(session, log, heard, how, made)
         return executor.run(come(expand(options, session.model.defaults)[0]))
     finally:
         log.close()
@@ -454,6 +472,45 @@ def test_a_machine_on_which_every_worker_dies_ends_the_run(folder, monkeypatch):
     with pytest.raises(EmtError, match="has died 3 times in a row"):
         run(folder, "dead", heard, "0")
     assert not heard.lines, "the jobs are not blamed"
+
+
+def test_a_worker_for_which_there_is_never_room_does_not_keep_the_run(folder, monkeypatch):
+    class Crowded(ThreadFleet):
+        """A cluster that has room for the first worker alone, and for that one late."""
+
+        def start(self, number: int) -> None:
+            if number == 0:
+                threading.Timer(0.5, super().start, [number]).start()
+
+    monkeypatch.setattr(fleet, "_SILENCE", 0.1)
+    heard = Heard()
+    assert run(folder, "crowded", heard, "0", workers=Crowded).exit_code() == 0
+    assert heard.states() == Counter(done=6)
+    assert sum("no worker runs: jobs wait for one" in text for text in heard.said) == 1
+
+
+def test_a_lost_worker_whose_journal_stays_locked_is_given_up_and_its_jobs_are_done(folder, monkeypatch, in_turn):
+    monkeypatch.setattr("emt_cli.executors.worker._TRIES", 2)
+    deaths, held = iter([True]), []
+    die_at(monkeypatch, lambda job: job.seed == 1 and next(deaths, False))
+
+    class Cut(ThreadFleet):
+        """A node that cannot be reached any more, and whose worker holds its journal."""
+
+        def wait(self, seconds: float) -> list[tuple[int, Report | Death]]:
+            found = super().wait(seconds)
+            for number, news in found:
+                if isinstance(news, Death):
+                    held.append(take_journal(self.options.out, worker_name("", number)))
+            return found
+
+    heard = Heard()
+    try:
+        assert run(folder, "cut", heard, "0-1", workers=Cut).exit_code() == 0
+    finally:
+        held[0].close()
+    assert heard.states() == Counter(done=12)
+    assert sum("going on without worker-" in text for text in heard.said) == len(held) == 1
 
 
 def test_an_interrupt_ends_in_order_and_the_next_run_does_the_rest(folder, in_turn):
@@ -598,3 +655,49 @@ def test_a_job_that_kills_its_workers_fails_and_the_others_are_done(folder, tmp_
     assert error.startswith(f"{MOST_DEATHS} workers have died while they made this clip")
     lines = [json.loads(line) for line in (folder / "poisoned" / "journal.jsonl").read_bytes().splitlines()]
     assert sum(line.get("state") == "failed" for line in lines) == 2
+
+
+#: A cluster of a head without CPUs and two nodes with one each; `kill` ends the first node, with all that runs there.
+_CLUSTER = """
+import signal, sys
+import psutil
+from ray.cluster_utils import Cluster
+
+least = {"object_store_memory": 80 << 20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **least})
+nodes = [cluster.add_node(num_cpus=1, **least) for _ in range(2)]
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    raylet = psutil.Process(nodes[0].all_processes["raylet"][0].process.pid)
+    for process in [raylet, *raylet.children(recursive=True)]:
+        process.send_signal(signal.SIGKILL)
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_node_of_a_cluster_that_dies_costs_only_what_was_running(folder, tmp_path):
+    (folder / "model").symlink_to(program.model())
+    quiet = (
+        dict(os.environ) | program.environment(folder) | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    )
+    words = [sys.executable, "-c", _CLUSTER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=tmp_path, env=quiet, stdin=pipe, stdout=pipe, text=True) as cluster:
+        assert cluster.stdin
+        assert cluster.stdout
+        address = cluster.stdout.readline().strip()
+        # Relative paths count from here, not from where the cluster was started.
+        given = ["transfer", "clips", *PROMPTS, "--model", "model", "--seeds", "0-9", "--device", "cpu"]
+        given += ["--ray", address, "--json", "-o", "cluster"]
+        run = program.Run(*given, folder=folder, environment=quiet)
+        assert run.wait_for_lines(6, seconds=180), run.end().err
+        cluster.stdin.write("kill\n")
+        cluster.stdin.flush()
+        ended = run.end(seconds=240)
+        cluster.stdin.close()
+    assert ended.code == 0, ended.err
+    assert "has died" in ended.err
+    outputs = done(folder / "cluster")
+    assert len(outputs) == len(set(outputs)) == 60
+    assert {line["output"] for line in program.lines(ended)} == set(outputs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -18,7 +20,7 @@ from emt.video import write_clip
 from emt_cli.batch import journal, published
 from emt_cli.batch.jobs import Job, identify, output_name
 from emt_cli.batch.options import Format, Settings
-from emt_cli.batch.published import Published, PublishedJournal
+from emt_cli.batch.published import Published, PublishedJournal, open_journal
 from emt_cli.batch.records import dumps
 from emt_cli.batch.results import Place, find_place, sidecar
 
@@ -277,3 +279,15 @@ def test_a_shared_cache_that_fails_costs_one_message(store, tmp_path, monkeypatc
     assert failing.load("key", SHAPE) is not None, "this machine has it"
     assert len(said) == 1
     assert f"not shared in {CACHE}/motion" in said[0]
+
+
+def test_a_worker_on_another_machine_than_its_driver_has_a_journal_of_its_own(store, other_machine):
+    name = f"{Published(OUT).machine}-worker-0"
+    line = {"event": "job", "state": "failed", "error": "too dark"}
+    with closing(open_journal(OUT, name)) as log:
+        log.append({**line, "output": "first"})
+    other_machine()
+    with closing(open_journal(OUT, name)) as log:
+        log.append({**line, "output": "second"})
+    parts = [store.cat(path).decode() for path in store.glob("/bucket/out/journal-*worker-0.*.jsonl")]
+    assert sorted(json.loads(part)["output"] for part in parts) == ["first", "second"]

@@ -574,6 +574,9 @@ class TransferOptions:
             raise UsageError("--workers goes with --device cpu", "GPUs are chosen with --gpus all, N or a list.")
         if self.ray and self.device not in ("auto", "cuda", "cpu"):
             raise UsageError(f"--ray and --device {self.device} exclude each other", "Allowed are cuda and cpu.")
+        if self.ray.startswith("ray://"):
+            problem = f"--ray is {self.ray!r}, an address for clients outside a cluster"
+            raise UsageError(problem, "Run on one of its nodes, with --ray auto, or give the address of its head.")
         if self.ray and isinstance(gpus, list):
             raise UsageError("--ray takes --gpus all or N", "A cluster chooses which of its GPUs are used.")
         if self.watch and (self.pair or self.shard or "-" in (self.references or [])):
