@@ -23,12 +23,26 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed import run as distributed_run
 from transformers import AutoTokenizer
 
+from emt.backbones.sd15.sparse_control import open_control
 from emt.evaluate.judge import Judge, JudgeVocabulary
 from emt.pipeline import MotionTransferPipeline
 from emt.synthetic.renderer import words
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.video import write_clip
-from recipes import ablations, assemble, real_clips, render_latents, train_adapter, train_all, train_base, train_vae
+from recipes import (
+    ablations,
+    assemble,
+    control,
+    distil,
+    pans,
+    real_clips,
+    render_latents,
+    samplers,
+    train_adapter,
+    train_all,
+    train_base,
+    train_vae,
+)
 from recipes.evaluate_small import evaluate, read_motions
 from recipes.latents import SUBJECT_WEIGHT, Clips, cover, with_noise
 from recipes.networks import (
@@ -550,6 +564,71 @@ def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: p
         assert row["temporal_consistency"]["low"] <= row["temporal_consistency"]["value"]
     table = (out / "ablations.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:6]] == [f"| {name}" for name in names]
+
+
+def beside(out: Path, folder: Path) -> list[str]:
+    """Arguments of a recipe that goes on from the model and the latents of all stages, in a folder of its own."""
+    (folder / "latents.safetensors").symlink_to(out / "latents.safetensors")
+    common = ["--out", str(folder), "--model", str(out / "model"), "--tiny", "--device", "cpu"]
+    return [*common, "--batch", "2"]
+
+
+def test_a_lora_of_few_steps_is_distilled_and_its_file_changes_the_layers_that_it_trained(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = beside(out, tmp_path)
+    distil.main([*arguments, "--steps", "2", "--rank", "2", "--rate", "0.1"])
+    pipe = MotionTransferPipeline.from_pretrained(out / "model", dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.load_lora_weights(tmp_path / "lcm-lora.safetensors")
+    changed = {name for name, tensor in pipe.unet.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(".adapter." in name for name in changed)
+    assert any(".conv1." in name for name in changed)
+    assert not any(".scaler." in name for name in changed)
+    Judge(JudgeVocabulary.of_world()).save(tmp_path / "judge.safetensors")
+    rows = ["--rows", "ddim:2", "--distilled", "lcm:1", "euler:1:1", "--clips", "3", "--tracked", "1"]
+    lora = ["--lora", str(tmp_path / "lcm-lora.safetensors"), "--judge", str(tmp_path / "judge.safetensors")]
+    samplers.main([*arguments, *rows, *lora])
+    capsys.readouterr()
+    table = (tmp_path / "samplers.md").read_text().splitlines()
+    names = ["ddim, 2 steps", "lcm, 1 steps, LoRA", "euler, 1 steps, guidance 1, LoRA"]
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in names]
+
+
+def test_a_consistency_model_returns_a_clip_without_noise_as_it_is() -> None:
+    objective = Objective.from_scheduler(make_scheduler())
+    latents, noise = torch.randn(2, 2, 4, 2, 4, 4)
+    for step in (19, 499, 999):
+        timestep = torch.full((2,), step)
+        noisy = objective.add_noise(latents, noise, timestep)
+        found = distil.clip_and_noise(objective, objective.target(latents, noise, timestep), noisy, timestep)
+        torch.testing.assert_close(found[0], latents, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1], noise, rtol=1e-4, atol=1e-4)
+    start = torch.zeros(2, dtype=torch.long)
+    assert torch.equal(distil.consistent(objective, noise, latents, start), latents)
+
+
+def test_a_gain_is_how_far_the_result_goes() -> None:
+    true = torch.linspace(0, 1, 16) * torch.tensor([[40.0], [-20.0], [8.0], [1.0]])  # the last one rests
+    found = pans.agreement(true, 0.6 * true)
+    assert found["clips"] == 3
+    for name in ("gain", "low", "high", "median"):
+        assert found[name] == pytest.approx(0.6)
+    assert found["pearson"] == pytest.approx(1)
+    motions = pans.draw_pans(make_world(torch.device("cpu"), TINY), 6, torch.Generator().manual_seed(0))
+    assert len(motions) == 6
+    assert pans.panning(motions).all()
+
+
+def test_a_control_network_is_trained_and_opens(out: Path, tmp_path: Path) -> None:
+    control.train_control([*beside(out, tmp_path), "--steps", "2", "--rate", "0.1"])
+    unet = MotionTransferPipeline.from_pretrained(out / "model", dtype=torch.float32).unet
+    trained = open_control(tmp_path / "control.safetensors", unet.config)
+    assert trained.controlnet_mid_block.weight.any()
+    mask = control.draw_mask(400, 16, torch.Generator().manual_seed(0)).flatten(1)
+    assert mask.any(1).all()
+    assert 0.5 < mask[:, 0].mean() < 0.8
+    assert mask.sum(1).max() <= 4
 
 
 def test_a_model_is_trained_further(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
