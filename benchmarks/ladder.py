@@ -7,8 +7,8 @@ everything on, comes first: its step is then taken apart, operations and bytes o
 ceilings that this GPU reaches. Each rung prints a row: one guided step with reference and one without, the reference
 pass, encoding, decoding, the whole clip (where the rung changes them), peak memory, and how far its step is from the
 same step in float32 without TensorFloat-32. Times are medians (20th, 80th percentile) of device events after warming
-up. With --output everything is written after each rung, so that nothing measured is lost. The rungs in float8, and of
-torch.compile, stand beside the last one; `compile` and `compiled-kernels` take minutes each and run only when they are
+up. With --output everything is written after each rung, so that nothing measured is lost. The rungs of torch.compile
+stand beside the last one; `compile` and `compiled-kernels` take minutes each and run only when they are
 chosen.
 """
 
@@ -123,14 +123,6 @@ LADDER = (
     ),
     Rung("compiled-kernels", "torch.compile with kernels, in a CUDA graph", ("compile",), optional=True, aside=True),
     Rung("fast", "+ --preset fast: its clip (steps are those above)", ("fast",), whole=True, aside=True),
-    Rung("fp8-feed-forward", "+ feed-forward layers in float8", ("fp8-feed-forward",), aside=True),
-    Rung(
-        "fp8",
-        "+ feed-forward layers, query, key and value in float8: --precision fp8",
-        ("fp8",),
-        whole=True,
-        aside=True,
-    ),
 )
 
 
@@ -147,15 +139,12 @@ class Bench:
     def pipe(self, on: set[str]) -> MotionTransferPipeline:
         """The pipeline in a rung's type. Rungs change its layout: one with less on has a new one."""
         dtype = torch.float16 if "fp16" in on else torch.float32
-        fp8 = on & {"fp8", "fp8-feed-forward"}
-        if self._pipe is None or self._pipe.unet.dtype != dtype or self._changed - on or fp8 - self._changed:
+        if self._pipe is None or self._pipe.unet.dtype != dtype or self._changed - on:
             self._pipe = None
             gc.collect()
             torch.cuda.empty_cache()
             self._pipe = load_pipeline(self.folder, "cuda", dtype)
-            if fp8:
-                self._pipe.unet.use_fp8(attention="fp8" in on)
-        self._changed = on & {"channels-last", "fuse", "vae", "fp8", "fp8-feed-forward"}
+        self._changed = on & {"channels-last", "fuse", "vae"}
         return self._pipe
 
     def inputs(self, pipe: MotionTransferPipeline, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
@@ -568,8 +557,6 @@ def main() -> None:
         rest = [rung for rung in LADDER if rung.name in chosen and rung is not last]
         for rung in rest:
             climb(rung)
-        if "fp8" in bench.outputs:
-            disassemble(LADDER[-1], "parts_fp8")
 
 
 def switched_on(rung: Rung) -> set[str]:

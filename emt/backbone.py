@@ -204,7 +204,7 @@ PLAIN = Execution()
 class Backbone(Protocol):
     """A video network that takes the motion of references; a `torch.nn.Module` and a model of diffusers.
 
-    Optional are `denoise_deep` and `denoise_shallow` (`ReusingBackbone`), `use_fp8`, and what a teacher needs
+    Optional are `denoise_deep` and `denoise_shallow` (`ReusingBackbone`), and what a teacher needs
     (`TeachingBackbone`).
     """
 

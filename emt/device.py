@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _MOST_INTERVALS = 256  # of a clock, before those that are over are summed
 
 
+#: Precisions of the network, and torch's names of their dtypes.
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
 @dataclass(frozen=True)
 class Device:
     """An opened device.
@@ -25,7 +29,7 @@ class Device:
     Attributes:
         torch_device: For torch: `cuda:0`, `mps` or `cpu`.
         name: What it is, as recorded in results: a GPU's name, or `cpu`.
-        precision: fp32, fp16, bf16 or fp8.
+        precision: fp32, fp16 or bf16.
         kernels: triton or reference (`emt_kernels.selection`).
         why: Why these kernels.
     """
@@ -46,7 +50,8 @@ class Device:
             kernels: auto, triton or reference; chosen for the whole process.
 
         Raises:
-            EmtError: this machine has no such device, or Triton's kernels or fp8 are requested and do not run on it.
+            EmtError: this machine has no such device, there is no such precision, or Triton's kernels are requested and
+                do not run on the device.
         """
         import torch
 
@@ -67,8 +72,8 @@ class Device:
             place, name = "cpu", "cpu"
         if precision == "auto":
             precision = "fp32" if place == "cpu" else "fp16"
-        if precision == "fp8":
-            check_fp8(place)
+        if precision not in PRECISIONS:
+            raise EmtError(f"there is no precision {precision}", f"Allowed are auto, {', '.join(PRECISIONS)}.")
         return cls(place, name, precision, *_choose_kernels(place, kernels))
 
     @property
@@ -78,11 +83,10 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision as torch names it; with fp8, that of all but the widest matmuls."""
+        """The precision as torch names it."""
         import torch
 
-        half = torch.float16
-        return {"fp32": torch.float32, "fp16": half, "bf16": torch.bfloat16, "fp8": half}[self.precision]
+        return getattr(torch, PRECISIONS[self.precision])
 
     def start_measuring(self) -> None:
         """Peak memory is counted from here on."""
@@ -254,21 +258,6 @@ class BusyClock:
             for interval in [i for i in self._intervals if i[1].query()]:
                 self._intervals.remove(interval)
                 self._seconds += interval[0].elapsed_time(interval[1]) / 1e3
-
-
-def check_fp8(device: torch.device | str) -> None:
-    """Raise EmtError unless the device supports fp8 matmuls."""
-    import torch
-
-    device = torch.device(device)
-    problem = "fp8 needs an NVIDIA GPU"
-    if device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 9):
-            return
-        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        problem = f"fp8 needs a GPU of compute capability 8.9 or newer, {name} has {found}"
-    raise EmtError(f"{problem} (the device is {device})", "Allowed here are --precision auto, fp32, fp16 and bf16.")
 
 
 def _choose_kernels(torch_device: str, requested: str) -> tuple[str, str]:

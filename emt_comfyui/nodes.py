@@ -60,12 +60,11 @@ class LoadModel:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Inputs by name."""
-        precisions = [name for name in _names(Precision) if name != "fp8"]
         return {
             "required": {
                 "model": ("STRING", {"default": demo.NAME, "tooltip": "Model folder, hub id, or demo."}),
                 "device": ("STRING", {"default": "auto", "tooltip": "auto, cuda, cuda:N, mps or cpu."}),
-                "precision": (precisions, {"default": "auto", "tooltip": "auto: fp16 on a GPU, fp32 on a CPU."}),
+                "precision": (_names(Precision), {"default": "auto", "tooltip": "auto: fp16 on a GPU, fp32 on a CPU."}),
             }
         }
 

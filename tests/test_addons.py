@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -19,11 +18,10 @@ from emt.backbones.sd15.switching import WeightSwitch
 from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt.hub import split_scale
-from emt.model_folder import DEFAULTS, find_model
+from emt.model_folder import DEFAULTS
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.video import read_clip
-from emt_cli.batch.addons import NONE, AddonFinder
-from emt_cli.batch.generator import Generator
+from emt_cli.batch.addons import AddonFinder
 from emt_cli.batch.inputs import expand
 from emt_cli.batch.jobs import Job, identify, output_name
 from emt_cli.batch.options import Settings, TransferOptions, parse_field
@@ -323,22 +321,6 @@ def test_a_file_that_is_not_there_or_does_not_fit_is_one_line(run):
     assert [line["error"] for line in lines(ended)] == [f"{run}/vae.safetensors is a VAE, not a LoRA"]
     ended = transfer(run, "a.mp4", "--prompt", "x", "--clip-skip", 2, "-o", "bad", "--json")
     assert [line["error"] for line in lines(ended)] == ["clip_skip is 2"]
-
-
-def test_quantized_weights_are_made_anew_for_other_files(pipe, tmp_path, monkeypatch):
-    """As with `--precision fp8`, which computes them once from the sums."""
-    write_lora(tmp_path / "a.safetensors", pipe, 1)
-    found = find_model(str(model()), download=False)
-    index = ContentIndex(tmp_path / "cache")
-    generator = Generator(found, found.sha256(index), "cpu", "auto")
-    with_lora = AddonFinder(index).find(Settings(lora=(f"{tmp_path}/a.safetensors:1.0",)))
-    expected = [weights(generator.load(addons)) for addons in (NONE, with_lora)]
-    monkeypatch.setattr(Generator, "_is_quantized", True)
-    opened = [generator.load(addons) for addons in (NONE, with_lora, with_lora, NONE)]
-    assert [other is not one for one, other in itertools.pairwise(opened)] == [True, False, True]
-    assert not differing(weights(opened[0]), expected[0])
-    assert not differing(weights(opened[1]), expected[1])
-    assert differing(*expected)
 
 
 def test_a_file_behind_a_url_is_fetched_and_on_the_word_of_a_plan_it_is_not(tmp_path, monkeypatch):

@@ -50,10 +50,11 @@ def test_bad_usage(tmp_path, arguments, reported):
     assert reported in " ".join(done.stderr.split())
 
 
-def test_precision_that_the_device_lacks_is_an_error(tmp_path):
-    done = emt("bench", "--device", "cpu", "--precision", "fp8", folder=tmp_path, environment=environment(tmp_path))
-    assert done.code == 1
-    assert done.err.startswith("error: fp8 needs")
+@pytest.mark.parametrize("command", [("bench",), ("transfer", "a.mp4", "--prompt", "x")])
+def test_a_precision_that_there_is_not_is_named_with_those_that_there_are(tmp_path, command):
+    done = emt(*command, "--precision", "fp8", folder=tmp_path, environment=environment(tmp_path))
+    assert done.code == 2
+    assert "'fp8' is not one of 'auto', 'fp32', 'fp16', 'bf16'" in " ".join(done.err.replace("│", " ").split())
 
 
 def test_a_cold_start_is_timed_from_the_start_of_its_process(tmp_path):

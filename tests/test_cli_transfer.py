@@ -555,6 +555,9 @@ def test_k6_rerun_takes_no_word_of_a_record(batched, tmp_path):
         assert "--reference" in ended.err
     for changes in ({"batch": {"size": 10**6, "index": 0, "shared_reference": True}}, {"settings": {"frames": 1e9}}):
         assert again(**changes).code == 1
+    ended = again(precision="fp8")
+    assert ended.code == 1
+    assert "was made with precision fp8, which is none of auto, fp32, fp16, bf16" in ended.err
     strange.write_text("[" * 100_000)
     assert rerun(tmp_path, strange).code == 1
     assert rerun(tmp_path, results[0], "--device", "gpu").code == 2

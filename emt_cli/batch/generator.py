@@ -207,10 +207,7 @@ def open_pipeline(
         if low_memory:
             full.save_memory(device.torch_device)
             return full
-        pipe = pipe.to(device.torch_device)
-        if device.precision == "fp8":
-            pipe.unet.use_fp8()
-        return pipe
+        return pipe.to(device.torch_device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -225,7 +222,7 @@ class Generator:
         model: The model; it is loaded when it is first needed.
         model_sha256: Hash of its content.
         device: auto, cuda, cuda:N, mps or cpu.
-        precision: auto, fp32, fp16, bf16 or fp8.
+        precision: auto, fp32, fp16 or bf16.
         engines: Chooses what executes the network; None for PyTorch.
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.
@@ -318,25 +315,16 @@ class Generator:
         Raises:
             EmtError: there is no such device, the model cannot be opened on it, or a file does not fit it.
         """
-        if (
-            addons is not None
-            and self._pipe is not None
-            and addons.weights != self._laid.weights
-            and self._is_quantized
-        ):
-            self._pipe = self._weights = None  # float8 weights were computed from what they were; they are made anew
-            self._backends.clear()
         if self._pipe is None:
             device = self.device  # first: it takes its turn at importing
             if self._engines:
                 self._engines.check_match(device)
             encoder = self._encode_prompts(device) if self.model.encodes_prompts_apart else None
-            over = addons if addons is not None and self._is_quantized else NONE
             libraries = threading.Thread(target=_quietly, args=(device.load_libraries,), daemon=True)
             libraries.start()
             try:
                 self._pipe = open_pipeline(
-                    self.model, device, low_memory=self.low_memory, prepare=lambda pipe: self._lay(pipe, over)
+                    self.model, device, low_memory=self.low_memory, prepare=lambda pipe: self._lay(pipe, NONE)
                 )
             finally:
                 libraries.join()
@@ -345,10 +333,6 @@ class Generator:
         if addons is not None and addons != self._laid:
             self._lay(self._pipe, addons)
         return self._pipe
-
-    @property
-    def _is_quantized(self) -> bool:
-        return self.device.precision == "fp8"
 
     def _lay(self, pipe: MotionTransfer, addons: Addons) -> None:
         """Have these add-ons over the model, and no others."""
@@ -386,11 +370,8 @@ class Generator:
             EmtError: it cannot.
         """
         self.model.check(job.prompt, job.settings.as_dict())
-        if is_guided(job):
-            ran = "--precision fp8" if self._requested[1] == "fp8" else ""
-            ran = "--engine" if self._engines and self._engines.named else ran
-            if ran:
-                raise EmtError(f"method guidance needs gradients, which {ran} has not", f"Leave {ran} out.")
+        if is_guided(job) and self._engines and self._engines.named:
+            raise EmtError("method guidance needs gradients, which --engine has not", "Leave --engine out.")
         if job.settings.control and self._engines and self._engines.named:
             problem = "a control network adds to the inside of the network, which engines do not take"
             raise EmtError(problem, "Leave --engine out.")

@@ -144,7 +144,6 @@ class Precision(str, Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
-    FP8 = "fp8"
 
 
 class Kernels(str, Enum):
@@ -483,8 +482,7 @@ class TransferOptions:
     precision: Annotated[
         Precision,
         Field(
-            "Dtype of the network. auto: fp16 on a GPU, fp32 on a CPU. fp8: fp16 with the widest matmuls in float8, an "
-            "approximation, on GPUs of compute capability 8.9 or newer and without an engine.",
+            "Dtype of the network. auto: fp16 on a GPU, fp32 on a CPU.",
             _RUN,
         ),
     ] = Precision.AUTO
@@ -583,13 +581,10 @@ class TransferOptions:
             problem = "--watch goes neither with --pair nor with --shard nor with - for standard input"
             raise UsageError(problem, "Name folders to watch.")
         named = self.engine not in ("auto", "torch")
-        fp8, low = self.precision is Precision.FP8, self.memory is Memory.LOW
+        low = self.memory is Memory.LOW
         guided, controlled = given.get("method") is Method.GUIDANCE, given.get("control") is not None
         for both, text in (
-            (fp8 and low, "--precision fp8 and --memory low"),
-            (fp8 and named, "--precision fp8 and --engine"),
             (low and named, "--memory low and --engine"),
-            (guided and fp8, "--method guidance, which needs gradients, and --precision fp8"),
             (guided and named, "--method guidance, which needs gradients, and --engine"),
             (controlled and named, "--control, which adds to the network's inside, and --engine"),
         ):

@@ -26,7 +26,7 @@ class SessionOptions:
 
     Attributes:
         model: Folder or hub id; None for the small model.
-        precision: auto, fp32, fp16, bf16 or fp8.
+        precision: auto, fp32, fp16 or bf16.
         engine: The folder of an engine, auto or torch.
         kernels: auto, triton or reference.
         low_memory: Spare the GPU's memory, at the expense of time.

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,9 +77,7 @@ def bench(
     device: Annotated[
         str, typer.Option(help="Device to time: auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE")
     ] = "auto",
-    precision: Annotated[
-        Precision, typer.Option(help="Precision, as in emt transfer; plain PyTorch is timed in fp16 beside fp8.")
-    ] = Precision.AUTO,
+    precision: Annotated[Precision, typer.Option(help="Precision, as in emt transfer.")] = Precision.AUTO,
     cold: Annotated[
         bool,
         typer.Option(
@@ -102,8 +100,6 @@ def bench(
         given = {name: parse_field(name, value) for name, value in _given(size, frames, steps).items()}
         if engine and not model:
             raise EmtError("--engine needs --model", "Name the model that it was built of.")
-        if engine and precision is Precision.FP8:
-            raise EmtError("--precision fp8 and --engine exclude each other", "Give one of them.")
     place = Device.open(device, precision.value)
     rows = []
     with _found(model, place) as found, _status(json) as say:
@@ -247,8 +243,7 @@ def _rows(
     from emt_cli.batch.generator import open_pipeline
     from emt_kernels.selection import select
 
-    fp8 = device.precision == "fp8"
-    pipe = open_pipeline(model, replace(device, precision="fp16") if fp8 else device)
+    pipe = open_pipeline(model, device)
     if device.is_gpu:
         select("reference")
     say("timing plain PyTorch")
@@ -264,8 +259,6 @@ def _rows(
     yield row
     if device.is_gpu:
         select("triton" if device.kernels == "triton" else "reference")
-    if fp8:
-        pipe.unet.use_fp8()
     say("timing what emt transfer uses")
     pipe.backend = TorchBackend(pipe)
     yield _measure("torch", pipe, device, settings, truth)[0]

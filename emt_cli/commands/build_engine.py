@@ -108,8 +108,6 @@ def build_engine(
         clips = parse_batch(batch)
         sizes = tuple(Size.parse(text) for text in size.split(",")) if size else ()
         check_device(device)
-        if precision is Precision.FP8:
-            raise EmtError("--precision is fp8, which runs without engines", "Allowed are auto, fp32, fp16 and bf16.")
     except EmtError as error:
         raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
     found = find_model(model, download=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emt.errors import EmtError
 from emt.remote import check_on_disk
 from emt_cli.batch.options import (
     Precision,
@@ -155,8 +154,6 @@ def make_pairs(
             parse_seeds(seeds)
             parse_batch_size(batch_size)
             Shard.parse(shard)
-            if precision is Precision.FP8:
-                raise EmtError("--precision is fp8, which has no gradients", "Allowed are auto, fp32, fp16 and bf16.")
         from emt.train.teacher import Filter, Guidance
 
         given = {"steps": steps, "guidance": guidance}

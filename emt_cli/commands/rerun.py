@@ -173,6 +173,10 @@ class _Made:
         from emt_cli.batch.teaching import read_guidance
 
         record = _find_record(result)
+        precision, known = record.get("precision"), [name.value for name in Precision]
+        if isinstance(precision, str) and precision not in known:
+            problem = f"the clip of {result} was made with precision {precision}, which is none of {', '.join(known)}"
+            raise EmtError(problem, "Make a new one: emt transfer with its reference, prompt and seed.")
         try:
             settings = Settings(**{name: parse_field(name, value) for name, value in record["settings"].items()})
             prompt, seed = parse_field("prompt", record["prompt"]), parse_field("seed", record["seed"])

@@ -15,7 +15,6 @@ from emt_kernels.geglu import geglu
 from emt_kernels.geglu_linear import fuses, geglu_linear
 from emt_kernels.group_norm_silu import group_norm_silu
 from emt_kernels.layer_norm import layer_norm
-from emt_kernels.quantize import Quantized, layer_norm_quantized
 
 #: Tokens that a feed-forward layer takes at once at inference.
 FEED_FORWARD_TOKENS = 32_768
@@ -76,15 +75,14 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm of each token, optionally with the position encoding added."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, positions: Tensor | None = None, shift: Tensor | None = None, exact: bool = False
-    ) -> Tensor | Quantized:
+        self, x: Tensor, positions: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         """Norm of ``x + shift``, plus positions.
 
         Args:
             x: (…, tokens, channels); (batch, frames, tokens, channels) with `positions`.
             positions: (frames, channels).
             shift: (channels,).
-            exact: where norms quantize, have the result in full as well.
         """
         return layer_norm(x, self.weight, self.bias, self.eps, positions, None, False, shift)[2]
 
@@ -93,16 +91,6 @@ class LayerNorm(nn.LayerNorm):
         _, plain, positioned = layer_norm(x, self.weight, self.bias, self.eps, positions, None, True, shift)
         assert plain is not None
         return plain, positioned
-
-
-class QuantizingLayerNorm(LayerNorm):
-    """A layer norm before matmuls in float8 (`emt.backbones.sd15.fp8`), which quantizes what it passes on."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, positions: Tensor | None = None, shift: Tensor | None = None, exact: bool = False
-    ) -> Quantized:
-        """As `LayerNorm.forward`."""
-        return layer_norm_quantized(x, self.weight, self.bias, self.eps, positions, None, exact, shift)[1]
 
 
 class PointwiseConv(nn.Conv2d):
@@ -133,10 +121,10 @@ class FusedQKV(nn.Module):
 class QKV(nn.Module):
     """Query, key and value projections without biases; keys and values of `context_channels`.
 
-    `to_qkv`, if it is not None, computes the three at inference: `FusedQKV`, or a layer in float8.
+    `to_qkv`, if it is not None, computes the three at inference.
     """
 
-    to_qkv: nn.Module | None
+    to_qkv: FusedQKV | None
 
     def __init__(self, channels: int, context_channels: int | None = None) -> None:
         super().__init__()
@@ -149,12 +137,10 @@ class QKV(nn.Module):
     def fuse(self) -> None:
         """Compute the three in one matmul at inference; the weights become parts of one tensor, not copies of it.
 
-        What is in float8, and the query of a cross-attention, stay as they are.
+        The query of a cross-attention stays as it is.
         """
         layers = (self.to_q, self.to_k, self.to_v)
-        if not isinstance(self.to_q, nn.Linear) or self.to_q.in_features != self.to_k.in_features:
-            return
-        if self.to_qkv is not None and not isinstance(self.to_qkv, FusedQKV):
+        if self.to_q.in_features != self.to_k.in_features:
             return
         if self.to_qkv is not None and self.to_qkv.weight.data_ptr() == self.to_q.weight.data_ptr():
             return
@@ -162,9 +148,9 @@ class QKV(nn.Module):
         for layer, part in zip(layers, self.to_qkv.weight.chunk(3), strict=True):
             layer.weight.data = part
 
-    def project(self, x: Tensor | Quantized) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value of the same (…, channels)."""
-        if self.to_qkv is None or (isinstance(self.to_qkv, FusedQKV) and torch.is_grad_enabled()):
+        if self.to_qkv is None or torch.is_grad_enabled():
             return self.to_q(x), self.to_k(x), self.to_v(x)
         return self.to_qkv(x).chunk(3, dim=-1)
 
@@ -191,7 +177,7 @@ class FeedForward(nn.Module):
         # Published names count the dropout between the two: `net.0.proj` and `net.2`.
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
-    def forward(self, x: Tensor | Quantized) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(…, channels) → (…, channels).
 
         Inference takes tokens in parts: at the highest resolution the wide tensor in between is the largest of the
@@ -199,9 +185,8 @@ class FeedForward(nn.Module):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled code takes any number of tokens
             return self.net[2](self.net[0](x))
-        shape = x.values.shape if isinstance(x, Quantized) else x.shape
         parts = [self.net[2](self.net[0](part)) for part in rows_of(x, FEED_FORWARD_TOKENS)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
 
 
 class OwnLayers(nn.Module):
@@ -225,17 +210,6 @@ class OwnLayers(nn.Module):
         return module
 
 
-def slots(block: nn.Module, own: OwnLayers | None, path: str) -> list[tuple[nn.Module, str]]:
-    """Parent and name of a layer of a block, and of the one that denoising has in its place."""
-    head, _, name = path.rpartition(".")
-    found = [(block.get_submodule(head), name)]
-    if own is not None and own.find(path) is not None:
-        parent = own.find(head) if head else own
-        assert parent is not None
-        found.append((parent, name))
-    return found
-
-
-def rows_of(x: Tensor | Quantized, count: int) -> tuple[Tensor, ...] | list[Quantized]:
+def rows_of(x: Tensor, count: int) -> tuple[Tensor, ...]:
     """Tokens (…, channels) as (rows, channels), at most `count` at a time."""
-    return x.split(count) if isinstance(x, Quantized) else x.reshape(-1, x.shape[-1]).split(count)
+    return x.reshape(-1, x.shape[-1]).split(count)

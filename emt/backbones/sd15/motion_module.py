@@ -8,25 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emt.backbones.sd15.fp8 import Choice, quantize_feed_forward, quantize_self_attention
 from emt.backbones.sd15.layers import (
     QKV,
     FeedForward,
     GroupNorm,
     LayerNorm,
-    OwnLayers,
     images_of,
     sinusoidal_positions,
-    slots,
     tokens_of,
 )
-from emt_kernels.quantize import Quantized
 from emt_kernels.scale_map import gelu_of_sum, is_fused, scale_map
 from emt_kernels.temporal_attention import temporal_attention
 
@@ -160,7 +155,7 @@ class TemporalAttention(QKV):
             self.to_k(feature), self.to_v(feature), self.to_k(positions), self.to_v(positions), scaler
         )
 
-    def attend(self, x: Tensor | Quantized, reference: PreparedReference | None, scale: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, reference: PreparedReference | None, scale: Tensor | None) -> Tensor:
         """Attention before `to_out`: (batch, frames, tokens, channels) with positions → the same.
 
         `scale` is (batch, frames, tokens).
@@ -171,7 +166,7 @@ class TemporalAttention(QKV):
         given = reference.key, reference.value, reference.position_key, reference.position_value
         return temporal_attention(q, k, v, self.heads, *given, scale)
 
-    def forward(self, x: Tensor | Quantized, reference: PreparedReference | None, scale: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, reference: PreparedReference | None, scale: Tensor | None) -> Tensor:
         """(batch, frames, tokens, channels) with positions → the same."""
         return self.to_out[0](self.attend(x, reference, scale))
 
@@ -217,12 +212,12 @@ class TemporalTransformerBlock(nn.Module):
                 feature, h = norm.with_and_without(x, positions)
                 features.append(feature)
             else:
-                h = norm(x, positions, exact=reference is not None)
+                h = norm(x, positions)
             x = x + attention(h, *self.scaled(h, reference, i))
         return x + self.ff(self.ff_norm(x))
 
     def scaled(
-        self, h: Tensor | Quantized, reference: Reference | None, i: int, weight: Tensor | None = None
+        self, h: Tensor, reference: Reference | None, i: int, weight: Tensor | None = None
     ) -> tuple[PreparedReference | None, Tensor | None]:
         """The reference that attention `i` sees and the scale of its tokens, for a norm with positions.
 
@@ -230,22 +225,7 @@ class TemporalTransformerBlock(nn.Module):
         """
         if reference is None:
             return None, None
-        read = h.exact if isinstance(h, Quantized) else h
-        return reference[i], self.scaler(read, reference[i].scaler, weight)
-
-    def use_fp8(self, choice: Choice, attention: bool, own: OwnLayers | None) -> None:
-        """Compute the matmuls that `choice` selects in float8, also those of layers that denoising has of its own."""
-        for i, layer in enumerate(self.attention_blocks if attention else ()):
-            # The scaler reads the norm, too. The backbone's own projections read references, once for each.
-            projections: Any = [layer if layer.adapter is None else layer.adapter]
-            found = own and own.find(f"attention_blocks.{i}")
-            if layer.adapter is None and found:
-                projections.append(found)
-            if all(isinstance(qkv, QKV) for qkv in projections):
-                exact = self.scaler is not None
-                quantize_self_attention(slots(self, own, f"norms.{i}"), projections, choice, exact)
-        norm, first, last = (slots(self, own, path) for path in ("ff_norm", "ff.net.0.proj", "ff.net.2"))
-        quantize_feed_forward(norm, self.ff, first, last, choice)
+        return reference[i], self.scaler(h, reference[i].scaler, weight)
 
 
 class TemporalTransformer(nn.Module):

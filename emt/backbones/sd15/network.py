@@ -23,14 +23,6 @@ from torch import Tensor, nn
 
 from emt.backbone import PLAIN, Execution, Facts
 from emt.backbones.sd15.facts import facts
-from emt.backbones.sd15.fp8 import (
-    Choice,
-    Fp8Linear,
-    is_faster,
-    quantize_feed_forward,
-    quantize_linear,
-    quantize_self_attention,
-)
 from emt.backbones.sd15.layers import (
     QKV,
     FeedForward,
@@ -42,16 +34,14 @@ from emt.backbones.sd15.layers import (
     repeated,
     sinusoidal_positions,
     sinusoids,
-    slots,
     tokens_of,
 )
-from emt.backbones.sd15.motion_module import MotionModule, Reference, TemporalAttention, TemporalTransformerBlock
+from emt.backbones.sd15.motion_module import MotionModule, Reference, TemporalAttention
 from emt.backbones.sd15.passes import materialized, pass_of
 from emt.checkpoints import check_keys
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt.parts import Network, configured, offloaded
-from emt_kernels.quantize import Quantized
 
 
 class TimeEmbedding(nn.Module):
@@ -97,7 +87,7 @@ class SpatialAttention(QKV):
         self.heads = heads
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def attend(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None, copies: int = 1) -> Tensor:
+    def attend(self, x: Tensor, text: tuple[Tensor, Tensor] | None = None, copies: int = 1) -> Tensor:
         """Attention before `to_out`: (batch·frames, tokens, channels) → the same, `copies` times as many frames.
 
         `text` are the keys and values of prompts, (batch, text tokens, channels), or of each frame, (batch·frames, …),
@@ -113,7 +103,7 @@ class SpatialAttention(QKV):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    def forward(self, x: Tensor | Quantized, text: tuple[Tensor, Tensor] | None = None, copies: int = 1) -> Tensor:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | None = None, copies: int = 1) -> Tensor:
         """(batch·frames, tokens, channels) → the same, `copies` times as many frames."""
         return self.to_out[0](self.attend(x, text, copies))
 
@@ -135,17 +125,6 @@ class SpatialTransformerBlock(nn.Module):
         x = x + self.attn1(self.norm1(x))
         x = repeated(x, copies) + self.attn2(self.norm2(x), text, copies)
         return x + self.ff(self.norm3(x))
-
-    def use_fp8(self, choice: Choice, attention: bool, own: OwnLayers | None) -> None:
-        """Compute the matmuls that `choice` selects in float8, also those of layers that denoising has of its own."""
-        if attention:
-            found = own and own.find("attn1")
-            projections: Any = [self.attn1, found] if found else [self.attn1]
-            if all(isinstance(qkv, QKV) for qkv in projections):
-                quantize_self_attention(slots(self, own, "norm1"), projections, choice)
-            quantize_linear(slots(self, own, "norm2"), slots(self, own, "attn2.to_q"), choice)
-        norm, first, last = (slots(self, own, path) for path in ("norm3", "ff.net.0.proj", "ff.net.2"))
-        quantize_feed_forward(norm, self.ff, first, last, choice)
 
 
 class SpatialTransformer(nn.Module):
@@ -717,28 +696,6 @@ class MotionTransferNetwork(Network):
             qkv.fuse()
         if any(qkv.to_qkv is not fused for qkv, fused in zip(projections, before, strict=True)):
             self._assemble_denoiser()
-
-    @torch.no_grad()
-    def use_fp8(self, *, attention: bool = True, choice: Choice = is_faster) -> int:
-        """Compute the widest linear layers in float8; the network cannot be trained afterwards, nor saved.
-
-        Its weights have to be on their device, in their dtype, and complete (adapters merged): in float16 or bfloat16
-        on a GPU (`emt.device.check_fp8`); in any dtype on a CPU, where float8 is emulated, slowly. Calls that were
-        compiled before do not know of it. Doing it again changes nothing.
-
-        Args:
-            attention: query, key and value, besides the feed-forward layers.
-            choice: selects matmuls, by channels out, channels in, and whether the input is needed in full, too.
-
-        Returns:
-            How many matmuls are in float8.
-        """
-        for path, module in list(self.named_modules()):
-            if isinstance(module, SpatialTransformerBlock | TemporalTransformerBlock):
-                own = self.denoising and self.denoising.find(path)
-                module.use_fp8(choice, attention, own)
-        self._assemble_denoiser()
-        return sum(isinstance(module, Fp8Linear) for module in self.modules())
 
     def attention_maps(self, features: MotionFeatures, blocks: Sequence[int]) -> list[Tensor]:
         """The backbone's attention over time, from the features of a reference pass.

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emt.backbone import Constants, Execution
-from emt.backbones.sd15.layers import FeedForward, GroupNorm, LayerNorm, repeated, rows_of, tokens_of
+from emt.backbones.sd15.layers import FeedForward, GroupNorm, repeated, rows_of, tokens_of
 from emt.backbones.sd15.motion_module import MotionModule, Reference
 from emt_kernels.add_matmul import add_matmul_
-from emt_kernels.quantize import Quantized
 from emt_kernels.upsample_conv import is_fused, upsample_conv
 
 
@@ -271,12 +270,12 @@ class FusedPass(Pass):
             positions = attention.positions[:frames]
             if features is not None:
                 if features_alone and i == len(block.norms) - 1:
-                    features.append(LayerNorm.forward(norm, h, None, bias))
+                    features.append(norm(h, None, bias))
                     return x
                 feature, normed = norm.with_and_without(h, positions, bias)
                 features.append(feature)
             else:
-                normed = norm(h, positions, bias, exact=reference is not None)
+                normed = norm(h, positions, bias)
             attended = attention.attend(normed, *block.scaled(normed, reference, i, weight))
             bias = self.add_linear(h, bias, attention.to_out[0], attended)
         bias = self._add_feed_forward(h, bias, block.ff, block.ff_norm(h, shift=bias))
@@ -334,9 +333,7 @@ class FusedPass(Pass):
             total.materialize()
         return total
 
-    def _add_feed_forward(
-        self, x: Tensor, bias: Tensor | None, layer: FeedForward, h: Tensor | Quantized
-    ) -> Tensor | None:
+    def _add_feed_forward(self, x: Tensor, bias: Tensor | None, layer: FeedForward, h: Tensor) -> Tensor | None:
         """Add a feed-forward layer's output for `h` to `x`, in place, but for a bias; return the sum of biases."""
         first, _, last = layer.net
         total, count = x.view(-1, x.shape[-1]), self.feed_forward_tokens
@@ -345,11 +342,8 @@ class FusedPass(Pass):
         else:
             parts = list(zip(total.split(count), rows_of(h, count), strict=True))
         for rows, part in parts:
-            if isinstance(last, nn.Linear):
-                add_matmul_(rows, last.weight, first(part))
-            else:  # in float8
-                rows += last(first(part))
-        return self._sum(bias, last.bias) if isinstance(last, nn.Linear) else bias
+            add_matmul_(rows, last.weight, first(part))
+        return self._sum(bias, last.bias)
 
     def _add_to_images(self, x: Images, layer: nn.Linear | nn.Conv2d, tokens: Tensor, bias: Tensor | None) -> Images:
         """Add the output of a linear layer or 1×1 convolution for ``tokens + bias`` to images, in place.
