@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from emt_cli.batch.batch_sizes import BatchSizes
+from emt_cli.batch.phases import Pace
 
 GIB = 1 << 30
 JOB, OTHER = (SimpleNamespace(shape=(16, side, side)) for side in (512, 128))
@@ -56,6 +57,21 @@ def test_the_rest_of_a_list_teaches_nothing():
     assert run(sizes, lambda n: 1 / n, 2) == [1, 2]
     sizes.learn(JOB, 1, 2 * GIB, 2 * GIB, Gpu(), 9.0)
     assert run(sizes, lambda n: 1 / n, 2) == [4, 8]
+
+
+@pytest.mark.parametrize("steps", [2, 4, 25])
+def test_a_pace_is_that_of_steps_and_not_of_what_is_prepared_among_them(steps):
+    """Libraries choose kernels in the first step; a graph is captured in the third."""
+    clock = 0.0
+    pace = Pace(lambda: clock)
+    for done in range(1, steps + 1):
+        clock += 0.1 if done > 1 else 7.0
+        if done == 3:
+            with pace.preparing():
+                clock += 2.0
+        if pace.is_due(done, steps):
+            pace.step(done, steps)
+    assert pace.seconds == pytest.approx(0.1)
 
 
 def test_a_single_step_has_no_pace_and_memory_decides():

@@ -66,7 +66,7 @@ class BatchSizes:
             grown: Bytes that it took beyond those resident.
             resident: Bytes that were in use before.
             device: On which it was.
-            pace: Seconds a step and clip, without what is prepared in the first step; None if there was only one.
+            pace: Seconds a step and clip, without what is prepared once; None if there was only one step.
             key: As in `limit`.
         """
         shape = job.shape

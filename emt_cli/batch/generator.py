@@ -26,6 +26,7 @@ from emt_cli.batch.addons import NONE, AddonFinder, Addons
 from emt_cli.batch.estimates import size_that_fits
 from emt_cli.batch.jobs import NUMERICS_VERSION, Job, digest
 from emt_cli.batch.options import Audio, Method
+from emt_cli.batch.phases import Pace
 from emt_cli.text import printable, size
 from emt_engines.choice import TORCH, Engine, EngineChoice
 
@@ -264,8 +265,9 @@ class Generator:
         #: Makes a context manager of a phase of a run (`emt_cli.batch.phases`), in which nobody else is told of it.
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self._busy: BusyClock | None = None
-        #: Seconds a step and clip of the last batch, without its first step; None if it had only one.
+        #: Seconds a step and clip of the last batch, in its second half; None if it had only one step.
         self.pace: float | None = None
+        self._pace = Pace()  # of the batch that is being made
         self._device: Device | None = None
         self._pipe: MotionTransfer | None = None
         self._teacher: Teacher | None = None
@@ -423,7 +425,7 @@ class Generator:
 
         @contextmanager
         def prepare(what: str) -> Iterator[None]:
-            with self.phase(what), busy.paused():
+            with self.phase(what), busy.paused(), self._pace.preparing():
                 yield
 
         backend.phase = prepare  # type: ignore[attr-defined]
@@ -491,22 +493,20 @@ class Generator:
         pipe, settings = self.load(jobs[0].addons), jobs[0].settings
         self._switch(pipe, self.engine(jobs[0]))
         self.device.start_measuring()
-        self.pace = None
+        pace = self._pace = Pace()
         begun = stepped = time.monotonic()
         wait_for_last = self.device.mark()
-        prepared: float | None = None  # when the first step was over
 
         def stepped_to(done: int, steps: int) -> None:
-            nonlocal stepped, wait_for_last, prepared
+            nonlocal stepped, wait_for_last
             # One step ahead of the device is enough to keep it busy; further ahead, progress would be too early.
             wait_for_last()
             wait_for_last = self.device.mark()
-            if done in (1, steps):
+            if done == 1 or pace.is_due(done, steps):
                 self.device.synchronize()
                 stepped = time.monotonic()
-                prepared = prepared or stepped
-                if done > 1:
-                    self.pace = (stepped - prepared) / (done - 1) / len(jobs)
+            if pace.is_due(done, steps):
+                pace.step(done, steps)
             on_step(done, steps)
 
         shared = all(motion is motions[0] for motion in motions)
@@ -533,6 +533,7 @@ class Generator:
                 **own,
             )
         ended = time.monotonic()
+        self.pace = pace.seconds and pace.seconds / len(jobs)
         timings = {"steps": (stepped - begun) / len(jobs), "vae": (ended - stepped) / len(jobs)}
         # A graph that is replayed works in memory that is counted only when it is recorded.
         kind = (*jobs[0].shape, len(jobs), shared)

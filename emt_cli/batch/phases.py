@@ -45,6 +45,43 @@ class Phases:
         return sum(self.seconds.get(phase, 0.0) for phase in phases)
 
 
+class Pace:
+    """Seconds a step in the second half of a batch's steps, when most is prepared.
+
+    What is still prepared there, such as a graph, is left out: it is done once for all batches of a size.
+
+    Args:
+        now: Clock in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._prepared = 0.0  # seconds, since the half
+        self._half: tuple[int, float] | None = None
+        self.seconds: float | None = None
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Context manager: the time in here does not count."""
+        begun = self._now()
+        try:
+            yield
+        finally:
+            self._prepared += self._now() - begun
+
+    def is_due(self, done: int, steps: int) -> bool:
+        """Return whether `step` is to be called after so many steps, with the device having done all of them."""
+        return done in (max(1, steps // 2), steps)
+
+    def step(self, done: int, steps: int) -> None:
+        """So many steps are done."""
+        if self._half is None:
+            self._half, self._prepared = (done, self._now()), 0.0
+        elif done == steps:
+            half, since = self._half
+            self.seconds = (self._now() - since - self._prepared) / (steps - half)
+
+
 def process_age() -> float:
     """Seconds since the system started this process, imports included; where that is not known, since this import."""
     try:
