@@ -233,7 +233,7 @@ class TorchBackend(PipelineBackend):
     ) -> Tensor:
         """`Backend.denoise_controlled`; not captured."""
         self._compile_for_step(sample, timestep, text, motion)
-        self._prepare_weights(sample.device)
+        self._begin_clip(text, sample.device)
         frames = sample.shape[2]
         with self._execution_context(sample.device) as execution:
             if not self.low_memory:
@@ -299,10 +299,7 @@ class TorchBackend(PipelineBackend):
         sample = inputs[0]
         if not self._captures(sample.device):
             return compute()
-        if self._text is None or self._text() is not text:  # a new clip: has anybody moved the weights?
-            self._prepare_weights(sample.device)
-            self._refresh_constants(sample.device)
-            self._text = weakref.ref(text)
+        self._begin_clip(text, sample.device)
         shapes = shapes_of(text), motion and shapes_of(motion)
         key = (*((x.shape, x.dtype) for x in inputs), keep, text.guided, *shapes)
         call = self._calls.get(key)
@@ -427,6 +424,13 @@ class TorchBackend(PipelineBackend):
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here, self._execution_context(device) as execution:
             return self._recorder_on(device).record(lambda: compute(execution))
+
+    def _begin_clip(self, text: TextFeatures, device: torch.device) -> None:
+        """Find out whether anybody has moved or written weights, if the prompts are others than before."""
+        if self._text is None or self._text() is not text:
+            self._prepare_weights(device)
+            self._refresh_constants(device)
+            self._text = weakref.ref(text)
 
     def _refresh_constants(self, device: torch.device) -> None:
         """Compute anew what is kept of weights, which may have been written in place; captured from the second on."""
