@@ -74,14 +74,7 @@ class LocalRay:
         self._gpus = list(gpus)
         self._folder: Path | None = None
         self._children: list[int] = []
-        # Ray lets libraries use as many threads as an actor has CPUs.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._cores = max(1, cores // workers)
-
-    @property
-    def resources(self) -> dict[str, Any]:
-        """Resources of a worker."""
-        return {"num_cpus": self._cores, **({"num_gpus": 1} if self._gpus else {})}
+        self.resources: dict[str, Any] = {"num_cpus": 1, **({"num_gpus": 1} if self._gpus else {})}
 
     def open(self) -> None:
         """Start it.
@@ -96,12 +89,15 @@ class LocalRay:
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Libraries use as many threads as an actor has CPUs, else; but Ray starts a process for each CPU that it has.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.size)))
         import ray  # not before: it reads its settings when it is imported
 
         try:
             ray.init(
                 address="local",
-                num_cpus=self._cores * self.size,
+                num_cpus=self.size,
                 num_gpus=len(self._gpus),
                 include_dashboard=False,
                 log_to_driver=False,
