@@ -16,8 +16,8 @@ from emt.features import MotionFeatures, PreparedMotion, TextFeatures, layer_ten
 
 T = TypeVar("T")
 
-#: Calls of a shape before one that keeps the device busy is captured: more than a clip has at 25 steps.
-CALLS_BEFORE_CAPTURE = 40
+#: Calls of a shape before one that keeps the device busy is captured: those of a clip of 25 steps.
+CALLS_BEFORE_CAPTURE = 25
 #: Share of a call's time that a device which is kept busy goes on computing after the host's last launch.
 _KEPT_BUSY = 0.3
 
