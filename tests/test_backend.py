@@ -537,6 +537,7 @@ class TestCudaGraphs:
         pipe = load_pipeline(folder, "cuda", torch.float16)
         eager = TorchBackend(pipe, graphs=False)
         backend = pipe.backend
+        backend.capture_at_once = True
         motions = [pipe.extract_motion(clip(seed)) for seed in (0, 1)]
         generator = torch.Generator("cuda").manual_seed(0)
         with torch.no_grad():
@@ -563,6 +564,7 @@ class TestCudaGraphs:
 
     def test_out_of_memory_while_recording_is_reported_as_such(self, folder):
         pipe = load_pipeline(folder, "cuda", torch.float16)
+        pipe.backend.capture_at_once = True
         motion, large = pipe.extract_motion(clip()), pipe.extract_motion(clip(0, 128, 128))
         torch.cuda.empty_cache()
         used, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
