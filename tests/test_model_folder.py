@@ -13,7 +13,7 @@ from program import model
 
 from emt.cache import ContentIndex
 from emt.errors import EmtError
-from emt.model_folder import Model, find_model
+from emt.model_folder import DEFAULTS, Model, find_model
 from emt.pipeline import load_pipeline
 from emt.prompt_syntax import reading_of
 from emt_cli.batch.estimates import memory
@@ -193,3 +193,21 @@ def test_k8_a_prompt_is_read_once_for_all_of_its_jobs(monkeypatch):
     assert set(plain) == {()} == {by_the_letter}
     assert set(weighted) == {("webui", 1, False)}
     assert read == [("a fox", ""), ("a (fox:1.3)", ""), ("a (fox:1.3)", "")]
+
+
+def test_a_folder_that_says_nothing_has_the_published_settings():
+    published = {"frames": 16, "height": 512, "width": 512, "steps": 25, "guidance": 6.0, "scheduler": "ddim"}
+    assert published == DEFAULTS
+
+
+def test_weights_of_which_all_shards_are_there_are_not_missing(folder):
+    (folder / f"{UNET}.index.json").write_text(json.dumps({"weight_map": {"a": Path(UNET).name}}))
+    open_model(folder)
+
+
+def test_both_prompts_are_checked():
+    demo, plain = find_model(None, download=False), Settings().as_dict()
+    demo.check("a red fox in the snow", plain)
+    for prompt, negative in (("a xyzzy", ""), ("a red fox in the snow", "a xyzzy")):
+        with pytest.raises(EmtError, match="xyzzy"):
+            demo.check(prompt, plain | {"negative_prompt": negative})

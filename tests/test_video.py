@@ -32,6 +32,7 @@ from emt.video import (
     read_metadata,
     write_clip,
 )
+from emt.video.clip import fitted, half_gap
 from emt.video.ffmpeg import Ffmpeg
 from emt.video.stream import Video
 
@@ -774,3 +775,22 @@ def test_hundreds_of_frames_are_read_in_order(tmp_path: Path) -> None:
     Video.open(path).counted().read(np.arange(600), out, "crop")
     assert np.abs(out.mean((1, 2, 3)) - levels[:600]).max() < 3
     assert count_frames(path, start=1.0, stride=3) == 199
+
+
+@pytest.mark.parametrize(
+    ("picture", "fit", "box", "size"),
+    [
+        ((200, 100), "crop", (50, 0, 150, 100), (50, 50)),
+        ((100, 200), "crop", (0, 50, 100, 150), (50, 50)),
+        ((200, 100), "pad", (0, 0, 200, 100), (50, 25)),
+        ((100, 200), "pad", (0, 0, 100, 200), (25, 50)),
+        ((200, 100), "stretch", (0, 0, 200, 100), (50, 50)),
+    ],
+)
+def test_the_part_of_a_picture_that_a_fit_takes(picture, fit, box, size):
+    assert fitted(*picture, (50, 50), fit) == (box, size)
+
+
+def test_half_of_the_shortest_gap():
+    assert half_gap(np.array([0.0, 0.5, 0.7])) == pytest.approx(0.1)
+    assert half_gap(np.array([3.0])) == 1e-3

@@ -13,6 +13,7 @@ from clips import EXACT, assert_near, encode, ffmpeg
 
 from emt.errors import EmtError
 from emt.video import read_clip, write_clip
+from emt.video.colours import Colours
 
 RED, GREEN, WHITE = (220, 20, 20), (20, 220, 20), (255, 255, 255)
 LUMA = {"bt709": (0.2126, 0.0722), "smpte170m": (0.299, 0.114), "bt2020nc": (0.2627, 0.0593)}
@@ -353,3 +354,15 @@ def test_k2_written_clips_have_all_three_colour_tags(tmp_path: Path, name: str) 
     write_clip(tmp_path / name, np.full((4, 64, 64, 3), 128, np.uint8), 24)
     # ffmpeg writes one name if matrix, primaries and transfer have the same.
     assert re.search(r"yuv420p\(tv, bt709[,)]", stream_line(tmp_path / name))
+
+
+def test_only_what_zimg_converts_keeps_its_range_while_it_is_scaled():
+    pq = Colours(matrix="bt2020nc", transfer="smpte2084", range="tv")
+    assert pq.while_scaling() == ":in_range=limited:out_range=limited"
+    assert (
+        Colours(matrix="bt2020nc", transfer="smpte2084", range="pc").while_scaling() == ":in_range=full:out_range=full"
+    )
+    assert Colours(transfer="smpte2084", rgb=True).while_scaling() == ""
+    assert Colours(matrix="bt709", transfer="bt709").while_scaling() == ""
+    assert any("npl=203" in part for part in pq.after_scaling(alpha=False))
+    assert any("peak=4.926108" in part for part in pq.after_scaling(alpha=False)), "1000 cd/m² to a white of 203"
