@@ -28,8 +28,8 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,10 @@ from emt.contact_sheet import contact_sheet
 from emt.evaluate.consistency import temporal_consistency
 from emt.evaluate.judge import Judge, read_prompt
 from emt.evaluate.motion import motion_fidelity
-from emt.features import Motion
 from emt.pipeline import MotionTransferPipeline, load_pipeline
-from emt.sampling import noise_generator, run_sampler
 from emt.synthetic.renderer import World
 from emt.video import count_frames, is_clip, read_clip, write_clip
-from emt.windowed import window_of
-from emt.windows import Windows
+from emt.windows import Reading, Windows
 
 FPS, SWING = 8, 21  # frames a second, and of a swing: as fast as the motions of training's 16 frames
 AROUND = 4  # frames before and after a moment that its fidelity is of
@@ -62,28 +59,27 @@ class Scheme(Windows):
         frames: of the clip.
         size: of a window.
         overlap: share of each window that is in the next one, too.
-        shifts: windows are elsewhere in each step.
+        layouts: ways to lay windows, one after the other; 0 for another one in each step.
+        middles: features of a frame are those of the window in whose middle it is, whatever window it is denoised in;
+            they are so where there is another layout in each step.
         flat: all frames of a window count alike.
         repeated: windows begin with the same noise, its frames shuffled (FreeNoise, Qiu et al. 2023, arXiv 2310.15169).
         dilated: first steps in which a window has every n-th frame, and so shows more of the motion.
         both: in those, there are windows of neighbouring frames, too.
         reach: n, if the clip is long enough.
         reading: share of each window of the reference that is in the next one, too; None for that of the clip.
-        relay: a window is made after the one before it, whose latents it has where they overlap, in every step.
-        soft: the latents that it has there give way to its own in the second half of the overlap.
         offset: frames by which windows begin later.
     """
 
     overlap: float = 0.25
-    shifts: bool = True
+    layouts: int = 2
+    middles: bool = False
     flat: bool = False
     repeated: bool = False
     dilated: int = 0
     both: bool = False
     reach: int = 4
     reading: float | None = None
-    relay: bool = False
-    soft: bool = False
     offset: int = 0
 
     @property
@@ -93,8 +89,11 @@ class Scheme(Windows):
 
     def starts(self, shift: int) -> list[int]:
         """Beginnings of the windows of a step."""
-        last, place = self.frames - self.size, super().starts(shift if self.shifts else 0)
-        first = (next((start for start in place if start), 0) + self.offset) % self.stride
+        if self.layouts:
+            first = (shift % self.layouts * self.stride // self.layouts + self.offset) % self.stride
+        else:
+            first = (int(self.stride * int(f"{shift:08b}"[::-1], 2) / 256) + self.offset) % self.stride
+        last = self.frames - self.size
         return sorted({0, *range(first, last, self.stride), last})
 
     def laid(self, shift: int) -> list[slice]:
@@ -114,43 +113,42 @@ class Scheme(Windows):
         """Weights of a window's frames."""
         return [1] * self.size if self.flat else super().weights()
 
-    def readings(self) -> Iterator[tuple[int, slice]]:
-        """Windows in which the reference is read."""
-        if self.reading is None:
-            return super().readings()
-        return replace(self, overlap=self.reading, reading=None).readings()
+    def readings(self) -> list[Reading]:
+        """Readings of the reference."""
+        if self.layouts and not self.middles:
+            starts = sorted({start for shift in range(self.layouts) for start in self.starts(shift)})
+            return [Reading(start, slice(start, start + self.size), i * self.size) for i, start in enumerate(starts)]
+        starts = replace(self, overlap=self.overlap if self.reading is None else self.reading).starts(0)
+        ends = [0, *((a + b + self.size) // 2 for a, b in itertools.pairwise(starts)), self.frames]
+        return [Reading(start, slice(a, b), a) for start, (a, b) in zip(starts, itertools.pairwise(ends))]
+
+    def features_of(self, part: slice) -> slice:
+        """Place in the features where a window's are."""
+        return super().features_of(part) if self.layouts and not self.middles else part
 
     @property
     def seams(self) -> list[int]:
         """Frames that are the first of another window than the one before them, in the first step."""
-        if not self.relay:
-            return [taken.start for _, taken in Windows.readings(self)][1:]
-        places = itertools.pairwise(self.starts(0))
-        return [a + self.size - (a + self.size - b) // 4 * self.soft for a, b in places]
+        return [(a + b + self.size) // 2 for a, b in itertools.pairwise(self.starts(0))]
 
 
 #: By their names; `quarter` is `emt.windows.Windows`.
 SCHEMES: dict[str, dict[str, Any]] = {
     "quarter": {},
-    "quarter-fixed": {"shifts": False},
+    "quarter-fixed": {"layouts": 1},
+    "half": {"overlap": 0.5},
+    "half-fixed": {"overlap": 0.5, "layouts": 1},
     "quarter-flat": {"flat": True},
     "quarter-repeated": {"repeated": True},
-    "quarter-read-half": {"reading": 0.5},
-    "quarter-read-dense": {"reading": 0.875},
-    "half": {"overlap": 0.5},
-    "half-fixed": {"overlap": 0.5, "shifts": False},
-    "half-flat": {"overlap": 0.5, "flat": True},
-    "half-repeated": {"overlap": 0.5, "repeated": True},
     "three-quarters": {"overlap": 0.75},
-    "dilated-1": {"dilated": 1},
-    "dilated-2": {"dilated": 2},
-    "dilated-1-both": {"dilated": 1, "both": True},
-    "dilated-2-both": {"dilated": 2, "both": True},
-    "dilated-4-both": {"dilated": 4, "both": True},
-    "relay-quarter": {"relay": True},
-    "relay-half": {"overlap": 0.5, "relay": True},
-    "relay-soft": {"overlap": 0.5, "relay": True, "soft": True},
-    "apart": {"overlap": 0.0, "shifts": False},
+    "middles": {"layouts": 0},
+    "middles-fixed": {"layouts": 1, "middles": True},
+    "middles-half": {"layouts": 0, "overlap": 0.5},
+    "middles-read-dense": {"layouts": 0, "reading": 0.875},
+    "dilated-1": {"layouts": 0, "dilated": 1},
+    "dilated-2-both": {"layouts": 0, "dilated": 2, "both": True},
+    "dilated-4-both": {"layouts": 0, "dilated": 4, "both": True},
+    "apart": {"overlap": 0.0, "layouts": 1},
     "alone": {},
 }
 
@@ -244,64 +242,25 @@ def make(pipe: MotionTransferPipeline, o: argparse.Namespace, reference: np.ndar
     return pipe.generate(prompt, motion, steps=o.steps, scheduler="dpm++", guidance_until=0.5, seed=o.seed)[0]
 
 
-def make_in_windows(
-    pipe: MotionTransferPipeline, o: argparse.Namespace, reference: np.ndarray, prompt: str, scheme: Scheme
-) -> np.ndarray:
-    """A clip of a reference by a scheme."""
-    if scheme.relay:
-        return make_in_relay(pipe, o, reference, prompt, scheme)
+@contextmanager
+def laid_by(pipe: MotionTransferPipeline, scheme: Scheme) -> Iterator[None]:
+    """Context manager: windows are those of a scheme."""
     pipe.windows_over = lambda frames, window=None: scheme  # type: ignore[method-assign]
     if scheme.repeated:
         repeat_noise(pipe, scheme.size, scheme.stride)
     try:
-        return make(pipe, o, reference, prompt)
+        yield
     finally:
         for changed in ("windows_over", "initial_noise"):
             pipe.__dict__.pop(changed, None)
 
 
-def _replay(
-    known: list[torch.Tensor],
-    made: list[torch.Tensor],
-    weight: torch.Tensor,
-    step: int,
-    timestep: torch.Tensor,
-    latents: torch.Tensor,
-) -> torch.Tensor:
-    """Latents after a step, with those of the window before in the place of their first frames."""
-    if shared := len(weight):
-        latents[:, :, :shared] = latents[:, :, :shared].lerp(known[step][:, :, -shared:], weight)
-    made.append(latents.clone())
-    return latents
-
-
-@torch.no_grad()
-def make_in_relay(
+def make_in_windows(
     pipe: MotionTransferPipeline, o: argparse.Namespace, reference: np.ndarray, prompt: str, scheme: Scheme
 ) -> np.ndarray:
-    """A clip of a reference, one window after the other."""
-    motion, size = pipe.extract_motion(reference), scheme.size
-    generator = noise_generator(o.seed)
-    noise = pipe.initial_noise([generator], *pipe.shape_of([motion])).to(pipe.device)
-    whole = torch.zeros_like(noise)
-    before, known = 0, list[torch.Tensor]()
-    for start in scheme.starts(0):
-        part = slice(start, start + size)
-        own = Motion(window_of([motion], part), size, motion.height, motion.width, motion.seed)
-        shape = size, own.height, own.width
-        network = pipe._network([prompt], [""], [own.to(pipe.device)], True, True, o.steps, 1, shape, None)
-        shared, made = before + size - start if known else 0, list[torch.Tensor]()
-        weight = torch.ones(shared, 1, 1)
-        if scheme.soft:
-            weight[shared // 2 :, 0, 0] = torch.linspace(1, 0, shared - shared // 2 + 2)[1:-1]
-        replay = partial(_replay, known, made, weight.to(pipe.device))
-        sampler = pipe.make_sampler("dpm++", o.steps)
-        guided = -(-o.steps // 2)
-        found = run_sampler(
-            network, sampler, noise[:, :, part], pipe.config.guidance, guided_steps=guided, after_step=replay
-        )
-        whole[:, :, part], known, before = found, made, start
-    return pipe.decode_clips(list(whole), scheme)[0]
+    """A clip of a reference by a scheme."""
+    with laid_by(pipe, scheme):
+        return make(pipe, o, reference, prompt)
 
 
 def measure(o: argparse.Namespace, pipe: MotionTransferPipeline, judge: Judge, pool: ProcessPoolExecutor) -> None:

@@ -14,7 +14,7 @@ from emt.windows import Windows
 
 
 def read_in_windows(windows: Windows, latents: Tensor, read: Callable[[Tensor], MotionFeatures]) -> MotionFeatures:
-    """Features of all frames of a reference, in the computer's memory or on its disk.
+    """Features of all windows of a reference, in the computer's memory or on its disk: (1, `windows.read`, …).
 
     Args:
         windows: over its frames.
@@ -22,14 +22,16 @@ def read_in_windows(windows: Windows, latents: Tensor, read: Callable[[Tensor], 
         read: reads a window of them; the features that it returns are (1, frames, …), or (1,) if of no frame.
     """
     layers: dict[str, tuple[Tensor, ...]] = {}
-    for start, taken in windows.readings():
+    for reading in windows.readings():
+        start, taken, place = reading.start, reading.taken, reading.place
         found = read(latents[:, :, start : start + windows.size].contiguous())
         if not layers:
-            layers = _room_for(found, windows.frames)
+            layers = _room_for(found, windows.read)
         for path, parts in found.layers.items():
             for all_of_it, part in zip(layers[path], parts, strict=True):
                 if part.ndim > 1:
-                    all_of_it[:, taken] = part[:, taken.start - start : taken.stop - start]
+                    own = part[:, taken.start - start : taken.stop - start]
+                all_of_it[:, place : place + own.shape[1]] = own
     return MotionFeatures(layers)
 
 
@@ -51,7 +53,12 @@ def _over_frames(features: MotionFeatures) -> list[Tensor]:
 
 
 def window_of(motions: Sequence[Motion], part: slice) -> MotionFeatures:
-    """Features of a window of several motions, for a batch; a motion that serves all of it is not repeated."""
+    """Features of a window of several motions, for a batch; a motion that serves all of it is not repeated.
+
+    Args:
+        motions: of the clips.
+        part: place of the window in their features (`Windows.features_of`).
+    """
     parts = {}
     for motion in motions:
         if id(motion) not in parts:
@@ -59,7 +66,7 @@ def window_of(motions: Sequence[Motion], part: slice) -> MotionFeatures:
                 path: tuple(feature[:, part].contiguous() if feature.ndim > 1 else feature for feature in layer)
                 for path, layer in motion.features.layers.items()
             }
-            count = len(range(*part.indices(motion.frames)))
+            count = len(range(*part.indices(part.stop)))
             parts[id(motion)] = Motion(MotionFeatures(layers), count, motion.height, motion.width, motion.seed)
     return joined([parts[id(motion)] for motion in motions])
 
@@ -92,9 +99,16 @@ class WindowedDenoiser:
         motions: of the references of a batch, with the clips' number of frames; or none.
         interval: steps of which one computes what lies below the highest resolution. The windows of the others are the
             same as its own; the deep features wait in the computer's memory or on its disk.
+
+    Raises:
+        ValueError: a reference was read in other windows.
     """
 
     def __init__(self, windows: Windows, backend: Backend, motions: Sequence[Motion], interval: int) -> None:
+        read = {part.shape[1] for motion in motions for layer in motion.features.layers.values() for part in layer}
+        if read - {windows.read}:
+            problem = f"the reference was read in windows of another size than {windows.size} frames"
+            raise ValueError(f"{problem}: give extract_motion and generate the same one")
         self._windows, self._backend, self._motions, self._interval = windows, backend, motions, interval
         self._weights = torch.tensor(windows.weights(), dtype=torch.float32)
         self._shift = -1
@@ -119,7 +133,7 @@ class WindowedDenoiser:
         for i, part in enumerate(self._windows.laid(self._shift)):
             motion = None
             if moved and self._motions:
-                motion = self._backend.prepare_motion(window_of(self._motions, part))
+                motion = self._backend.prepare_motion(window_of(self._motions, self._windows.features_of(part)))
             own = sample[:, :, part].contiguous()
             prediction = self._denoise(own, timestep, text_of(text, sample, part), motion, i, fresh)
             weights = self._weights.to(sample.device)[:, None, None]

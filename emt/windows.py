@@ -3,20 +3,38 @@
 In every step of the sampler the network sees the clip window by window, each with the reference's features of the same
 frames, and its predictions are blended where windows overlap, as MultiDiffusion does in space (Bar-Tal et al. 2023,
 arXiv 2302.08113) and Gen-L-Video in time (Wang et al. 2023, arXiv 2305.18264). The latents, and so the noise, are of
-the whole clip. From step to step windows shift, so that a frame at the edge of a window in one is inside in the others.
-The reference is read once, in windows of its own. Time is proportional to the length; on the device there is one window
-at a time, besides the latents. docs/long-clips.md has the figures by which this was chosen.
+the whole clip. From step to step windows shift, in two layouts by turns, so that a frame at the edge of a window in one
+is inside in the other. The reference is read once, in the windows of both, and a window is denoised with the features
+that were read in it: those of a frame depend on what else is in its window. Time is proportional to the length; on the
+device there is one window at a time, besides the latents. docs/long-clips.md has the figures by which this was chosen.
 
 Here is where windows are; `emt.windowed` denoises in them. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from emt.backbone import Facts
+
+LAYOUTS = 2
+"""Ways in which windows are laid, one step in this way and the next in that."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One window in which a reference is read.
+
+    Attributes:
+        start: its first frame.
+        taken: frames of the clip of which features are taken from it.
+        place: where they are in the features of all windows.
+    """
+
+    start: int
+    taken: slice
+    place: int
 
 
 @dataclass(frozen=True)
@@ -40,11 +58,10 @@ class Windows:
         """Beginnings of the windows of a step; the first is 0, and neighbours overlap by at least a quarter.
 
         Args:
-            shift: number of the step; steps with consecutive numbers have windows far from each other's.
+            shift: number of the step.
         """
         last = self.frames - self.size
-        first = int(self.stride * _van_der_corput(shift))
-        inner = range(first, last, self.stride)
+        inner = range(shift % LAYOUTS * self.stride // LAYOUTS, last, self.stride)
         return sorted({0, *inner, last})
 
     def laid(self, shift: int) -> list[slice]:
@@ -55,17 +72,24 @@ class Windows:
         """
         return [slice(start, start + self.size) for start in self.starts(shift)]
 
-    def readings(self) -> Iterator[tuple[int, slice]]:
-        """Beginnings of the windows in which a reference is read, and the frames that are taken from each.
+    @property
+    def read(self) -> int:
+        """Frames of features of the reference: those of all its windows, side by side."""
+        return sum(reading.taken.stop - reading.taken.start for reading in self.readings())
 
-        A frame is taken from the window in whose middle it is.
+    def readings(self) -> list[Reading]:
+        """Readings of the reference: one of each window of each step, as a window is followed best as it was read."""
+        starts = sorted({start for shift in range(LAYOUTS) for start in self.starts(shift)})
+        return [Reading(start, slice(start, start + self.size), i * self.size) for i, start in enumerate(starts)]
+
+    def features_of(self, part: slice) -> slice:
+        """Place in the features of a reference where a window's are.
+
+        Args:
+            part: frames of one of `laid`.
         """
-        starts = self.starts(0)
-        ends = [(a + b + self.size) // 2 for a, b in itertools.pairwise(starts)] + [self.frames]
-        done = 0
-        for start, end in zip(starts, ends):
-            yield start, slice(done, end)
-            done = end
+        place = next(reading.place for reading in self.readings() if reading.start == part.start)
+        return slice(place, place + self.size)
 
     def chunks(self) -> Iterator[tuple[int, slice]]:
         """Beginnings of windows side by side, and the frames that are new in each: only the last may overlap."""
@@ -80,15 +104,6 @@ class Windows:
     def most(self) -> int:
         """Most windows of a step."""
         return len(range(0, self.frames - self.size, self.stride)) + 2
-
-
-def _van_der_corput(number: int) -> float:
-    """The binary digits of a number behind the point, in reverse: 0, 1/2, 1/4, 3/4, 1/8, …"""
-    found, place = 0.0, 0.5
-    while number:
-        found += place * (number & 1)
-        number, place = number >> 1, place / 2
-    return found
 
 
 def windows_over(facts: Facts, frames: int, size: int) -> Windows | None:

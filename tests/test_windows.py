@@ -21,7 +21,7 @@ from emt.errors import EmtError
 from emt.features import Motion, MotionFeatures, TextFeatures
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
-from emt.windowed import WindowedDenoiser, read_in_windows
+from emt.windowed import WindowedDenoiser, read_in_windows, window_of
 from emt.windows import Windows, windows_over
 from emt_cli.batch import estimates
 from emt_cli.batch.options import Settings
@@ -97,13 +97,23 @@ def test_no_frame_is_always_at_the_edge_of_its_windows(windows):
 
 
 @given(LAYOUTS)
-def test_each_frame_is_read_and_decoded_once(windows):
-    for parts in (windows.readings(), windows.chunks()):
-        taken = []
-        for start, frames in parts:
-            assert 0 <= start <= frames.start < frames.stop <= start + windows.size <= windows.frames
-            taken += range(frames.start, frames.stop)
-        assert taken == list(range(windows.frames))
+def test_each_frame_is_decoded_once(windows):
+    taken = []
+    for start, frames in windows.chunks():
+        assert 0 <= start <= frames.start < frames.stop <= start + windows.size <= windows.frames
+        taken += range(frames.start, frames.stop)
+    assert taken == list(range(windows.frames))
+
+
+@given(LAYOUTS, st.integers(0, 50))
+def test_every_window_of_every_step_has_been_read(windows, shift):
+    readings = windows.readings()
+    assert [reading.place for reading in readings] == list(range(0, windows.read, windows.size))
+    for part in windows.laid(shift):
+        place = windows.features_of(part)
+        (reading,) = (reading for reading in readings if reading.place == place.start)
+        assert (reading.start, reading.taken) == (part.start, part)
+        assert place.stop - place.start == windows.size
 
 
 @given(LAYOUTS)
@@ -172,20 +182,26 @@ def test_constant_predictions_stay_constant_where_they_are_blended(windows, valu
 
 
 @given(LAYOUTS)
-@settings(max_examples=30)
-def test_a_frame_is_read_in_the_window_in_whose_middle_it_is(windows):
-    latents = torch.arange(windows.frames).float()[None, None, :, None, None]
+@settings(max_examples=20)
+def test_a_window_is_denoised_with_features_that_were_read_in_it(windows):
+    """A frame's features depend on what else is in its window: those of another one lead to another motion."""
+    latents = torch.arange(float(windows.frames)).view(1, 1, -1, 1, 1)
 
-    def read(part):
-        place = torch.arange(windows.size).float()
-        edge = torch.minimum(place, windows.size - 1 - place)[None]
-        return MotionFeatures({"layer": (part[:, 0, :, 0], edge)})
+    def read(part: torch.Tensor) -> MotionFeatures:
+        numbers = part[:, 0, :, 0]
+        return MotionFeatures({"layer": (numbers, numbers[:, :1].expand_as(numbers))})
 
-    numbers, edge = read_in_windows(windows, latents, read).layers["layer"]
-    assert numbers.flatten().tolist() == list(range(windows.frames))
-    ends = min(windows.frames, windows.size // 2)
-    margin = (windows.size - windows.stride - 1) // 2
-    assert (edge[0, ends : windows.frames - ends] >= margin).all()
+    motion = Motion(read_in_windows(windows, latents, read), windows.frames, 8, 8, 0)
+    for shift in range(2):
+        for part in windows.laid(shift):
+            numbers, first = window_of([motion], windows.features_of(part)).layers["layer"]
+            assert numbers.flatten().tolist() == list(range(part.start, part.stop))
+            assert set(first.flatten().tolist()) == {part.start}
+
+
+def test_features_of_other_windows_are_not_taken(pipe, motion):
+    with pytest.raises(ValueError, match=r"read in windows of another size"):
+        pipe.generate("a cat", motion, steps=1, window=3)
 
 
 # ---- the pipeline --------------------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ def test_time_is_linear_and_the_network_never_sees_more_than_a_window(pipe, monk
         pipe.generate("a cat", long, steps=2 * interval, cache_interval=interval)
         monkeypatch.undo()
         assert backend.frames == {SIZE}
-        assert backend.calls["encode_reference"] == len(list(Windows(frames, SIZE).readings())), "read once"
+        assert backend.calls["encode_reference"] == len(Windows(frames, SIZE).readings()), "read once"
         windows = [Windows(frames, SIZE).starts(step // interval) for step in range(2 * interval)]
         calls = sum(backend.calls[name] for name in ("denoise", "denoise_deep", "denoise_shallow"))
         assert calls == sum(map(len, windows)) == backend.calls["prepare_motion"]

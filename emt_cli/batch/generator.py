@@ -452,7 +452,7 @@ class Generator:
         where: list[Any] = [device.name, device.precision, device.kernels, *([engine.manifest.id] if engine else [])]
         where += [laid] if (laid := job.addons.of_motion()) else []
         if (window := self.frames_at_once(job)) < job.settings.frames:
-            where.append(f"windows of {window}")
+            where.append(f"features of all windows of {window}")
         return digest("motion", NUMERICS_VERSION, reference_sha256, job.sampling, self.model_sha256, *where)
 
     def prepare(self, job: Job) -> None:
