@@ -113,6 +113,7 @@ def test_a_jobs_identity_changes_with_everything_that_changes_its_frames():
         "negative_prompt": "x", "fit": "pad", "start": 1.0, "duration": 2.0, "stride": 2, "fps": 3.0, "format": "gif",
         "best_of": 3, "guidance_until": 0.5, "cache_interval": 2, "audio": "copy",
         "lora": ("/x:1.0",), "vae": "/x", "embedding": ("x=/x",), "clip_skip": 2, "method": "guidance",
+        "control": "/x:1.0", "control_image": ("/x.png@0",),
     }  # fmt: skip
     # These are what they set, and how a prompt is read matters where it has syntax (tests/test_prompt_syntax.py).
     assert set(changes) | {"preset", "size", "prompt_syntax"} == set(SETTING_NAMES)
@@ -178,7 +179,7 @@ def test_any_json_value_is_refused_or_taken_as_it_is(name, value):
         return
     assert name != "x"
     taken = parsed.value if isinstance(parsed, Enum) else parsed
-    if name in ("lora", "vae", "embedding"):  # which make paths absolute
+    if name in ("lora", "vae", "embedding", "control", "control_image"):  # which make paths absolute
         value = taken
         taken = parse_field(name, list(taken) if isinstance(taken, tuple) else taken)
     assert taken == value or (isinstance(value, str) and float(value) == taken)
