@@ -526,7 +526,7 @@ def test_an_interrupt_ends_in_order_and_the_next_run_does_the_rest(folder, in_tu
     assert again.states() == Counter(skipped=len(first), done=60 - len(first))
 
 
-def test_workers_wait_for_what_comes_into_a_queue_and_end_when_told_to(folder, in_turn):
+def test_workers_wait_for_what_comes_into_a_queue_and_end_on_request(folder, in_turn):
     """As with --watch: a few jobs now, some more when those are done, and an interrupt while nobody has any."""
 
     def come(items: list[Item]) -> Iterator[Item]:
