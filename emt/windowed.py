@@ -31,7 +31,7 @@ def read_in_windows(windows: Windows, latents: Tensor, read: Callable[[Tensor], 
             for all_of_it, part in zip(layers[path], parts, strict=True):
                 if part.ndim > 1:
                     own = part[:, taken.start - start : taken.stop - start]
-                all_of_it[:, place : place + own.shape[1]] = own
+                    all_of_it[:, place : place + own.shape[1]] = own
     return MotionFeatures(layers)
 
 
@@ -105,7 +105,7 @@ class WindowedDenoiser:
     """
 
     def __init__(self, windows: Windows, backend: Backend, motions: Sequence[Motion], interval: int) -> None:
-        read = {part.shape[1] for motion in motions for layer in motion.features.layers.values() for part in layer}
+        read = {part.shape[1] for motion in motions for part in _over_frames(motion.features)}
         if read - {windows.read}:
             problem = f"the reference was read in windows of another size than {windows.size} frames"
             raise ValueError(f"{problem}: give extract_motion and generate the same one")
