@@ -6,14 +6,14 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from emt.errors import EmtError
 from emt_cli.batch.journal import Journal
-from emt_cli.batch.phases import process_age
+from emt_cli.batch.phases import Phases, process_age
 from emt_cli.batch.results import sidecar
 
 
@@ -166,6 +166,33 @@ class Outcomes:
                     self._unmade[line["output"]] = known
                 for other in self._duplicates.pop(line["output"], []):
                     self._tell(_like(other, line))
+
+    def end(
+        self, phases: Phases, seconds: float, facts: Mapping[str, Any], *, interrupted: bool, filters: bool
+    ) -> None:
+        """Write the line with which the journal ends a run, and hand it to the listener if somebody still takes it.
+
+        Args:
+            phases: Of the run; what they leave of its seconds is its start.
+            seconds: Since the process was started.
+            facts: What else there is to say, such as of the device.
+            interrupted: A signal ended the run.
+            filters: Clips can be dropped.
+        """
+        line: dict[str, Any] = {
+            "event": "run",
+            **{state: self.counts[state] for state in ("done", "skipped", "failed")},
+        }
+        line |= {"dropped": self.counts["dropped"]} if filters else {}
+        known = {phase: round(spent, 3) for phase, spent in phases.seconds.items()}
+        line |= {"seconds": round(seconds, 3), "interrupted": interrupted}
+        line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
+        line |= {"first_clip": round(self.first_clip, 3)} if self.first_clip is not None else {}
+        line |= facts
+        with suppress(OSError):  # a full disk, which each job has reported
+            self.journal.append(line)
+        if not self.listener.gone:
+            self.listener.ended(line)
 
     def _tell(self, line: dict[str, Any]) -> None:
         self.counts[line["state"]] += 1

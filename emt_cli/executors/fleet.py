@@ -18,7 +18,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -171,7 +170,7 @@ class FleetExecutor:
                 if self._deaths:
                     remove_leftovers(self.journal.out)
             summary.interrupted = interrupts.came
-            self._end(summary)
+            self._end(interrupts.came)
         return summary
 
     def _do(self, items: Iterable[Item]) -> None:
@@ -394,24 +393,13 @@ class FleetExecutor:
                     problem = "the worker that made this clip has lost it"
                     self.outcomes.failed(parcel.task.line, EmtError(problem, "Run again."))
 
-    def _end(self, summary: Summary) -> None:
-        counts = summary.counts
-        line: dict[str, Any] = {"event": "run", **{state: counts[state] for state in ("done", "skipped", "failed")}}
-        line |= {"dropped": counts["dropped"]} if self._filters else {}
-        seconds = process_age()
-        known = {phase: round(spent, 3) for phase, spent in self.phases.seconds.items()}
-        line |= {"seconds": round(seconds, 3), "interrupted": summary.interrupted}
-        line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
-        if self.outcomes.first_clip is not None:
-            line |= {"first_clip": round(self.outcomes.first_clip, 3)}
+    def _end(self, interrupted: bool) -> None:
+        seconds, facts = process_age(), dict[str, Any]()
         busy = [slot.facts["device_busy_seconds"] for slot in self._slots if "device_busy_seconds" in slot.facts]
         if busy:  # of a worker that has died nobody knows
-            line |= {"device_busy": round(min(1.0, sum(busy) / (len(self._slots) * seconds)), 4)}
-        line |= {"workers": {slot.writer: _facts(slot) for slot in self._slots}}
-        with suppress(OSError):  # a full disk, which each job has reported
-            self.journal.append(line)
-        if not self.listener.gone:
-            self.listener.ended(line)
+            facts |= {"device_busy": round(min(1.0, sum(busy) / (len(self._slots) * seconds)), 4)}
+        facts |= {"workers": {slot.writer: _facts(slot) for slot in self._slots}}
+        self.outcomes.end(self.phases, seconds, facts, interrupted=interrupted, filters=self._filters)
 
     def _stop(self) -> None:
         self.outcomes.stop()

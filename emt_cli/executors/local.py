@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from emt_cli.batch.jobs import Item
@@ -54,26 +53,15 @@ class LocalExecutor:
                 with worker.phases("finishing"):
                     finisher.join()
             summary.interrupted = interrupts.came
-            self._end(summary)
+            self._end(interrupts.came)
         return summary
 
-    def _end(self, summary: Summary) -> None:
-        counts, worker = summary.counts, self.pieces.worker
-        line: dict[str, Any] = {"event": "run", **{state: counts[state] for state in ("done", "skipped", "failed")}}
-        line |= {"dropped": counts["dropped"]} if self.filters else {}
-        seconds = process_age()
-        known = {phase: round(spent, 3) for phase, spent in worker.phases.seconds.items()}
-        line |= {"seconds": round(seconds, 3), "interrupted": summary.interrupted}
-        line |= {"phases": {"starting": round(max(0.0, seconds - sum(known.values())), 3), **known}}
-        if self.pieces.outcomes.first_clip is not None:
-            line |= {"first_clip": round(self.pieces.outcomes.first_clip, 3)}
+    def _end(self, interrupted: bool) -> None:
+        worker, seconds, facts = self.pieces.worker, process_age(), dict[str, Any]()
         if worker.device_wait is not None:
-            line |= {"device": self.generator.device.name, "device_wait": round(worker.device_wait, 4)}
-            line |= {"device_busy": round(min(1.0, self.generator.busy_seconds / seconds), 4)}
-        with suppress(OSError):  # a full disk, which each job has reported
-            self.journal.append(line)
-        if not self.listener.gone:
-            self.listener.ended(line)
+            facts |= {"device": self.generator.device.name, "device_wait": round(worker.device_wait, 4)}
+            facts |= {"device_busy": round(min(1.0, self.generator.busy_seconds / seconds), 4)}
+        self.pieces.outcomes.end(worker.phases, seconds, facts, interrupted=interrupted, filters=self.filters)
 
     def _stop(self) -> None:
         self.pieces.outcomes.stop()
