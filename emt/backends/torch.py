@@ -142,7 +142,7 @@ class TorchBackend(PipelineBackend):
         self._refresh_constants(latents.device)
         call = self._calls.get(key)
         if call is None:
-            made = self._calls_of(key, latents.device, at_least=1, often=None)
+            made = self._calls_of(key, latents.device, of_reference=True)
             if not made.is_capture_due:
                 return made.make(self._recorder_on(latents.device), lambda: self._read_reference(key, *inputs))
             try:
@@ -322,12 +322,12 @@ class TorchBackend(PipelineBackend):
         call = self._calls[key] = self._capture(lambda: self._capture_denoising(inputs, text, motion, keep))
         return call
 
-    def _calls_of(self, key: tuple[Any, ...], device: torch.device, **options: Any) -> Calls:
-        """The calls of a shape that have not been captured."""
-        before = max(self._recorder_on(device).calls_before, options.pop("at_least", 0))
-        if self.capture_at_once and "often" not in options:
-            before = 0
-        return self._made.setdefault(key, Calls(before, **options))
+    def _calls_of(self, key: tuple[Any, ...], device: torch.device, *, of_reference: bool = False) -> Calls:
+        """The calls of a shape that have not been captured; one of a reference is never captured at once."""
+        before = self._recorder_on(device).calls_before
+        if of_reference:
+            return self._made.setdefault(key, Calls(max(before, 1), often=None))
+        return self._made.setdefault(key, Calls(0 if self.capture_at_once else before))
 
     def _recorder_on(self, device: torch.device) -> Recorder:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
