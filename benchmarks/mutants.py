@@ -338,7 +338,7 @@ class Coverage:
 
 
 def measure(folder: Path, name: str, file: str, tree: Path) -> dict[str, Any]:
-    """What is known of a file of tests: seconds of each, and the lines of each file of the code that it executes.
+    """Seconds of each test of a file, and the lines of each file of the code that it executes.
 
     Args:
         folder: Where it is kept.

@@ -245,7 +245,7 @@ class TestFusedRecordedCalls:
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
     def test_weights_that_change(self, folder, fused, motions):
-        """What is kept of them is computed anew for the next clip, and for the next reference."""
+        """Constants of weights are computed anew for the next clip, and for the next reference."""
         fused.generate("a cat", motions[0], steps=1)
         for seed in (0, 1):
             fused.extract_motion(clip(seed))
