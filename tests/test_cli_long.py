@@ -11,9 +11,9 @@ from program import FRAMES, SIDE, clip, emt, environment, lines, model, transfer
 
 from emt.video import probe, read_clip
 from emt_cli.batch.inputs import expand
+from emt_cli.batch.inputs.shapes import Shapes
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.options import TransferOptions
-from emt_cli.batch.shapes import Shapes
 
 LONG, FPS = 36, 8.0  # frames, more than the 32 that the network takes, and frames a second
 

@@ -17,8 +17,7 @@ from program import lines, transfer
 from emt.errors import EmtError
 from emt.storage import check_readable
 from emt.video import write_clip
-from emt_cli.batch import inputs
-from emt_cli.batch.inputs import PromptWarnings, expand
+from emt_cli.batch.inputs import PromptWarnings, expand, prompt_files
 from emt_cli.batch.jobs import Job, Rejected
 from emt_cli.batch.options import Settings, TransferOptions, UsageError
 
@@ -225,7 +224,7 @@ def test_prompts_come_through_a_pipe(here):
 
 
 def test_a_file_without_an_end_is_refused(here, monkeypatch):
-    monkeypatch.setattr(inputs, "_MAX_PROMPTS", 1 << 20)
+    monkeypatch.setattr(prompt_files, "_MAX_PROMPTS", 1 << 20)
     with pytest.raises(UsageError, match="larger than 1 MiB"):
         listed(here, prompts=[Path("/dev/zero")])
 
@@ -252,7 +251,7 @@ def streamed(monkeypatch, content: bytes, *references: object, **options: object
     return found
 
 
-@pytest.mark.parametrize("length", [inputs.MAX_LINE + 1, 3 * inputs.MAX_LINE])
+@pytest.mark.parametrize("length", [prompt_files.MAX_LINE + 1, 3 * prompt_files.MAX_LINE])
 @pytest.mark.parametrize("end", [b"\n", b""])
 def test_k3_a_line_that_is_too_long_fails_alone(here, monkeypatch, length, end):
     long = b'{"prompt": "' + b"x" * (length - 12)

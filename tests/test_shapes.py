@@ -13,9 +13,9 @@ from emt.errors import EmtError
 from emt.model_folder import find_model
 from emt.video import write_clip
 from emt_cli.batch.inputs import expand
+from emt_cli.batch.inputs.shapes import ASPECTS, Shapes, size_of
 from emt_cli.batch.jobs import Job, Rejected, identify
 from emt_cli.batch.options import TransferOptions, UsageError, parse_field
-from emt_cli.batch.shapes import ASPECTS, Shapes, size_of
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 from program import clip, journal, start, transfer
 
 from emt_cli.batch.inputs import expand
+from emt_cli.batch.inputs.watching import SETTLED, Watcher
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.options import TransferOptions, UsageError
-from emt_cli.batch.watching import SETTLED, Watcher
 
 
 class Queue:

@@ -20,11 +20,11 @@ from emt_cli.batch import estimates, journal
 from emt_cli.batch.addons import AddonFinder
 from emt_cli.batch.best_of import check_measuring, check_tracking
 from emt_cli.batch.inputs import PromptWarnings, expand
+from emt_cli.batch.inputs.shapes import Shapes
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
 from emt_cli.batch.options import Precision, TransferOptions
 from emt_cli.batch.published import Published
 from emt_cli.batch.results import find_place
-from emt_cli.batch.shapes import Shapes
 from emt_cli.messages import say
 from emt_cli.text import message, size
 from emt_engines.choice import engine_id

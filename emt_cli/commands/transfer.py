@@ -40,12 +40,12 @@ def transfer(options: TransferOptions) -> None:
     from emt_cli.batch.best_of import check_measuring, check_tracking
     from emt_cli.batch.generator import start_ahead
     from emt_cli.batch.inputs import PromptWarnings, expand, settings_of
+    from emt_cli.batch.inputs.seeds import FILE_NAME as SEEDS
+    from emt_cli.batch.inputs.shapes import Shapes
     from emt_cli.batch.jobs import Job, numerics
     from emt_cli.batch.journal import Journal
     from emt_cli.batch.published import Published, PublishedJournal
-    from emt_cli.batch.seeds import FILE_NAME as SEEDS
     from emt_cli.batch.session import RunOptions, SessionOptions, open_session
-    from emt_cli.batch.shapes import Shapes
     from emt_cli.commands.plan import show
     from emt_cli.executors.choice import choose_executor
     from emt_cli.executors.local import LocalExecutor

@@ -1,0 +1,236 @@
+"""Files of prompts and jobs, and jobs on standard input, read line by line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import select
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emt.errors import EmtError
+from emt.remote import copy_of, fetch, is_url, normal, shown, to_path
+from emt_cli.batch.jobs import Rejected
+from emt_cli.batch.options import (
+    JOB_FIELDS,
+    UsageError,
+    check_together,
+    field_name,
+    parse_field,
+    unknown_field,
+    usage_errors,
+)
+
+MAX_LINE = 1 << 20  # characters of one line of a job file
+_MAX_PROMPTS = 1 << 28  # bytes of a prompts file; /dev/zero has no end
+_LINES, _JOB_LINES, _CELLS = ("", ".txt", ".text"), (".jsonl", ".ndjson"), (".csv",)
+_PROMPT_FILES = "A prompts file is .txt (a prompt a line), .csv or .jsonl (a job a line)."
+#: The first bytes of a text file say how it is written; PowerShell writes UTF-16.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Some fields of a job; the others come from the command line."""
+
+    fields: Mapping[str, Any]
+    origin: str = ""
+
+
+def check_line(fields: Any, origin: str = "") -> Line | Rejected:
+    """A line of a job file whose fields are checked and converted, or the reason why it is none."""
+    try:
+        if not isinstance(fields, dict):
+            raise EmtError("the line is not a JSON object", f"A job has the fields {', '.join(JOB_FIELDS)}.")
+        named = [(field_name(name), value) for name, value in fields.items()]
+        if len(dict(named)) < len(named):
+            raise EmtError("a field is given twice, by two of its names", "Give it once.")
+        line = Line({name: parse_field(name, value) for name, value in named}, origin)
+        check_together(line.fields)
+        return line
+    except EmtError as error:
+        known = fields if isinstance(fields, dict) else {}
+        return Rejected(error, origin, str(known.get("reference", "")), str(known.get("prompt", "")))
+
+
+def read_file(given: Path) -> list[Line | Rejected]:
+    """The lines of a prompts file, or of a pipe.
+
+    Args:
+        given: Its path or URL.
+
+    Raises:
+        UsageError: it cannot be read, is of another kind or has no prompts.
+    """
+    path = copy_of(str(given)) if is_url(given) else to_path(given)
+    kind, named = path.suffix.lower(), f"--prompts {shown(normal(given)) if is_url(given) else str(path)!r}"
+    if kind not in (*_LINES, *_JOB_LINES, *_CELLS) and os.path.lexists(path):
+        raise UsageError(f"{named} is a {kind} file, which is not read", _PROMPT_FILES)
+    if is_url(given):
+        with usage_errors():
+            fetch(normal(given))
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise UsageError(f"{named}: {(error.strerror or str(error)).lower()}") from None
+    except EmtError as error:
+        raise UsageError(f"{named} {error.problem}", error.hint) from None
+    rows: list[Line | Rejected]
+    if kind in _JOB_LINES:
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_parse_line(line, f"{path.name} line {number}") for number, line in lines if line.strip()]
+    elif kind in _CELLS:
+        rows = _read_csv(path, text)
+    else:
+        if _is_json(text):
+            raise UsageError(f"{named} holds JSON, not a prompt a line", _PROMPT_FILES)
+        rows = read_lines(path.name, text)
+    if not rows:
+        raise UsageError(f"{named} has no prompts", _PROMPT_FILES)
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """The text of a file or a pipe, its lines ended by `\\n`; bytes that are not UTF-8 become surrogates.
+
+    Raises:
+        OSError: it cannot be read.
+        EmtError: it is no text, or has no end.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_MAX_PROMPTS + 1)
+    if len(data) > _MAX_PROMPTS:
+        raise EmtError(f"is larger than {_MAX_PROMPTS >> 20} MiB", "Split it.")
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
+    start = data[:4096]
+    try:
+        if encoding == "utf-8" and start.count(0) > len(start) / 8:
+            raise ValueError
+        text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
+    except ValueError:
+        raise EmtError("is no text in UTF-8", "Save it as text in UTF-8.") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_json(text: str) -> bool:
+    """Return whether a text is a JSON object or list, or its first line is an object."""
+    text = text.strip()
+    if text[:1] not in ("{", "["):
+        return False
+    for part in (text, text.split("\n", 1)[0]):
+        try:
+            value = json.loads(part)
+        except RecursionError:
+            return True
+        except ValueError:
+            continue
+        return isinstance(value, dict) or part is text
+    return False
+
+
+def read_lines(name: str, text: str) -> list[Line | Rejected]:
+    """The prompts of a text, one a line; `#` begins a comment."""
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    return [check_line({"prompt": line}, f"{name} line {n}") for n, line in lines if line and not line.startswith("#")]
+
+
+def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Line | Rejected] = []
+    try:
+        names = [field_name(name) for name in reader.fieldnames or []]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise UsageError(f"--prompts {path.name}: the column {twice[0]} is there twice", "Keep one of them.")
+        unknown = [name for name in reader.fieldnames or [] if field_name(name) not in JOB_FIELDS]
+        if unknown or not reader.fieldnames:
+            allowed = f"the first line names the columns, of {', '.join(JOB_FIELDS)}"
+            hint = unknown_field(unknown[0]).hint if unknown else ""
+            raise UsageError(f"--prompts {path.name}: unknown columns {unknown}; {allowed}", hint)
+        for cells in reader:
+            origin = f"{path.name} line {reader.line_num}"
+            if None in cells:
+                rows.append(Rejected(EmtError("the line has more cells than columns", "Quote commas."), origin))
+            else:
+                rows.append(check_line({name: cell for name, cell in cells.items() if cell}, origin))
+    except csv.Error as error:
+        rows.append(Rejected(EmtError(f"not CSV from here on: {error}"), f"{path.name} line {reader.line_num}"))
+    return rows
+
+
+def _parse_line(line: str, origin: str) -> Line | Rejected:
+    try:
+        return check_line(json.loads(line, object_pairs_hook=_once), origin)
+    except (ValueError, RecursionError) as error:
+        return Rejected(EmtError("the line is not JSON", f"{error}. A job is one line, as `jq -c` writes it."), origin)
+    except EmtError as error:
+        return Rejected(error, origin)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; which of two values holds is nobody's guess."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise EmtError(f"the field {twice!r:.100} is given twice", "Give it once.")
+    return fields
+
+
+def read_stream() -> Iterator[Line | Rejected | None]:
+    """Lines of standard input as they arrive, and None whenever the next one is yet to come.
+
+    Raises:
+        UsageError: standard input is closed.
+    """
+    if sys.stdin is None:
+        raise UsageError("- reads jobs from standard input, which is closed")
+    descriptor = sys.stdin.fileno()
+    pending, number, ended, skipping = b"", 0, False, False
+    decoder: codecs.IncrementalDecoder | None = None  # of what is not UTF-8, by its first bytes
+    begins = True
+    while not ended or pending:
+        line, newline, rest = pending.partition(b"\n")
+        if len(line) > MAX_LINE and not skipping:
+            skipping = True
+            yield Rejected(EmtError("the line is too long", f"At most {MAX_LINE:,} bytes."), f"line {number + 1}")
+        if not newline and not ended:
+            if not _has_more(descriptor):
+                yield None
+            try:
+                chunk = os.read(descriptor, 1 << 16)
+            except OSError as error:
+                yield Rejected(EmtError(f"standard input cannot be read: {error.strerror}"), f"line {number + 1}")
+                return
+            ended = not chunk
+            if begins:
+                encoding = next((name for mark, name in _MARKS.items() if chunk.startswith(mark)), "utf-8")
+                decoder = None if encoding.startswith("utf-8") else codecs.getincrementaldecoder(encoding)("replace")
+            begins = False
+            chunk = decoder.decode(chunk, ended).encode() if decoder else chunk
+            pending = chunk if skipping else pending + chunk
+            continue
+        pending, number = rest, number + 1
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip() and not skipping:
+            yield _parse_line(line.decode(errors="surrogateescape"), f"line {number}")
+        skipping = False
+
+
+def _has_more(descriptor: int) -> bool:
+    """Return whether reading does not wait; where that cannot be seen, as on pipes of Windows, it may."""
+    try:
+        return bool(select.select([descriptor], [], [], 0)[0])
+    except OSError:
+        return False

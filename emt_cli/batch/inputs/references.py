@@ -1,0 +1,238 @@
+"""References: the clips that paths, folders, globs and URLs name, in natural order."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from emt.errors import EmtError
+from emt.remote import Downloads, MissingError, child, copy_of, files, is_url, matching, normal, shown, stat, to_path
+from emt_cli.batch.jobs import Rejected
+from emt_cli.batch.options import UsageError
+
+_NAMED = 8  # notes about folders that are given in full
+
+
+class ReferencePaths:
+    """Paths of references as jobs name them; those behind URLs are fetched when they are needed.
+
+    Args:
+        downloads: Fetches them.
+
+    Attributes:
+        sources: URLs by the paths of their copies, which may be yet to come.
+    """
+
+    def __init__(self, downloads: Downloads) -> None:
+        self.downloads = downloads
+        self.sources: dict[Path, str] = {}
+        self._paths: dict[str, Path] = {}
+
+    def path(self, reference: str) -> Path:
+        """The absolute path of a reference, or of the copy of one behind a URL; one object for equal ones."""
+        if reference not in self._paths:
+            here = copy_of(reference) if is_url(reference) else to_path(with_slashes(reference))
+            path = Path(os.path.abspath(here))
+            self._paths[reference] = path
+            if is_url(reference):
+                self.sources[path] = normal(reference)
+        return self._paths[reference]
+
+    def named(self, path: Path) -> str:
+        """A reference as the user named it."""
+        return shown(self.sources[path]) if path in self.sources else str(path)
+
+    def fetch(self, path: Path) -> Path:
+        """A reference on disk, fetched if it is behind a URL.
+
+        Raises:
+            EmtError: it cannot be fetched.
+        """
+        if path in self.sources:
+            self.downloads.fetch(self.sources[path])
+        return path
+
+
+class Finder:
+    """Finds the clips that arguments name.
+
+    Args:
+        recursive: Search folders of folders.
+        out: Folder of the results, which are no references unless named.
+        say: Called with a line for each folder of which something is not read, the first few.
+        locate: The path of a reference.
+    """
+
+    def __init__(
+        self, recursive: bool, out: Path, say: Callable[[str], None], locate: Callable[[str], Path] = Path
+    ) -> None:
+        self.recursive, self._say, self._locate = recursive, say, locate
+        self._out = normal(out) if is_url(out) else os.path.abspath(out)
+        self._stems: dict[Path, set[str]] = {}  # names of clips without their suffixes, by folder
+        self._said = 0
+
+    def find(self, arguments: Iterable[str]) -> list[Path | Rejected]:
+        """Absolute paths of the clips, each once, in the order of the arguments and in natural order of names."""
+        found: list[Path | Rejected] = []
+        for argument in arguments:
+            if argument == "-":
+                continue
+            try:
+                if is_url(argument):
+                    found.extend(self._locate(url) for url in self._in_store(normal(argument)))
+                else:
+                    found.extend(Path(os.path.abspath(path)) for path in self._named(str(to_path(argument))))
+            except EmtError as error:
+                found.append(Rejected(error, "", shown(normal(argument)) if is_url(argument) else argument))
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                found.append(Rejected(EmtError(f"cannot read it: {reason}"), "", argument))
+        return list(dict.fromkeys(found))
+
+    def clips(self, folders: Iterable[str]) -> list[Path]:
+        """Absolute paths of the clips in folders, in natural order; those of a folder that cannot be read are none."""
+        found: list[Path] = []
+        for folder in folders:
+            with suppress(OSError, EmtError):
+                found.extend(Path(os.path.abspath(path)) for path in self._inside(Path(folder)))
+        return found
+
+    def _named(self, argument: str) -> list[Path]:
+        from emt.video import is_clip
+
+        path = Path(argument)
+        if not os.path.lexists(argument):
+            matches = sorted((Path(match) for match in glob.glob(argument, recursive=True)), key=_by_name)
+            clips = [match for match in matches if is_clip(match)] or matches
+            if not clips:
+                raise EmtError("no such file", "Name a clip, a folder of clips or a glob that matches some.")
+            return clips
+        if path.is_dir() and not is_clip(path):
+            clips = self._inside(path)
+            if not clips:
+                hint = "Name another one" + ("." if self.recursive else ", or search its folders with --recursive.")
+                raise EmtError("no clips in this folder", hint)
+            return clips
+        if path.is_dir():
+            self._look_for_unread(path)
+        if path.suffix == ".txt" and path.stem in self._clips_of(path.parent):
+            return []  # the prompts of the clip beside it, as a shell's `clips/*` names them too
+        return [path]
+
+    def _in_store(self, url: str) -> list[str]:
+        """URLs of the clips that a URL names: a file, a folder of clips, or a glob."""
+        from emt.video import VIDEO_SUFFIXES
+
+        if url.startswith(("http://", "https://")):
+            return [url]
+        try:
+            is_folder = stat(url).is_folder
+        except MissingError:
+            matches = matching(url) if re.search(r"[*?\[]", url) else []
+            if not matches:
+                raise
+            matches = sorted(matches, key=lambda match: _by_name(Path(match)))
+            return [match for match in matches if Path(match).suffix.lower() in VIDEO_SUFFIXES] or matches
+        if not is_folder:
+            return [url]
+        names = [name for name in files(url, recursive=self.recursive) if not re.search(r"(^|/)\.", name)]
+        names = [name for name in names if not child(url, name).startswith(f"{self._out}/")]
+        clips = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+        if not clips:
+            deeper = "" if self.recursive else "Search its folders with --recursive. "
+            raise EmtError("no clips in this folder", f"{deeper}A folder of frames is read from disk alone.")
+        left = {Path(name).stem for name in clips}
+        unread = [name for name in names if name not in clips and Path(name).stem not in left]
+        if unread:
+            more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+            self._note(f"not read in {shown(url)}: {unread[0]}{more}")
+        return [child(url, name) for name in sorted(clips, key=lambda name: _by_name(Path(name)))]
+
+    def _inside(self, folder: Path) -> list[Path]:
+        """The clips in a folder, with --recursive in its folders too."""
+        from emt.video import is_clip, natural_key
+        from emt.video.names import count
+
+        self._look_for_unread(folder)
+        clips, passed = [], 0
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: natural_key(entry.name))
+        for entry in listed:
+            path = Path(entry.path)
+            if entry.name.startswith(".") or os.path.abspath(path) == self._out:
+                continue
+            if is_clip(path):
+                clips.append(path)
+            elif entry.is_dir(follow_symlinks=False):
+                if not self.recursive:
+                    passed += 1
+                    continue
+                try:
+                    clips.extend(self._inside(path))
+                except OSError as error:
+                    self._note(f"ignored the folder {path}: {error.strerror}")
+        if passed and clips:
+            self._note(f"not searched: {count(passed, 'folder')} in {folder} (--recursive does)")
+        return clips
+
+    def _look_for_unread(self, folder: Path) -> None:
+        from emt.video import describe_unread
+
+        with suppress(EmtError):  # said where the folder is read
+            if unread := describe_unread(folder):
+                self._note(unread)
+
+    def _note(self, text: str) -> None:
+        self._said += 1
+        if self._said <= _NAMED:
+            self._say(f"note: {text}")
+        elif self._said == _NAMED + 1:
+            self._say("note: … and so in other folders")
+
+    def _clips_of(self, folder: Path) -> set[str]:
+        from emt.video import is_clip
+
+        if folder not in self._stems:
+            with os.scandir(folder) as entries:
+                clips = (Path(entry.path) for entry in entries if not entry.name.endswith(".txt"))
+                self._stems[folder] = {path.stem for path in clips if is_clip(path)}
+        return self._stems[folder]
+
+
+def _by_name(path: Path) -> list[Any]:
+    """Natural order of paths, folder by folder: `clip2` before `clip10`."""
+    from emt.video import natural_key
+
+    return [natural_key(part) for part in path.parts]
+
+
+def check_order(arguments: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say so where a shell has put clips in another order than their numbers'."""
+    if len(arguments) > 2 and arguments == sorted(arguments):
+        natural = sorted(arguments, key=lambda argument: _by_name(Path(argument)))
+        if natural != arguments:
+            names = ", ".join(Path(argument).name for argument in arguments[:3])
+            say(f"note: --pair takes references in the order given: {names}, …; put a glob in quotes for natural order")
+
+
+def check_folders(arguments: Sequence[str]) -> list[str]:
+    """Folders to watch.
+
+    Raises:
+        UsageError: one of the arguments is none.
+    """
+    for argument in arguments:
+        if is_url(argument) or not Path(argument).is_dir():
+            raise UsageError(f"--watch {argument}: not a folder on this machine", "Name a folder that is there.")
+    return list(arguments)
+
+
+def with_slashes(reference: str) -> str:
+    """A path of a job file as this system writes it: one that Windows wrote has backslashes."""
+    slashed = reference.replace("\\", "/")
+    return slashed if not os.path.lexists(reference) and os.path.lexists(slashed) else reference
