@@ -34,7 +34,7 @@ import imageio_ffmpeg
 import numpy as np
 from hostile import VALUES, damages, flipped, forged, huge_png, tensor_files
 from PIL import Image
-from preloaded import Ended, emt
+from preloaded import Ended, emt, emt_from_the_shell
 from safetensors.torch import save
 
 from emt.errors import EmtError
@@ -108,8 +108,11 @@ class Test:
         self.runs += 1
         out = self.work / f"out{self.runs}"
         environment = {"XDG_CACHE_HOME": str(self.work / "cache"), "OMP_NUM_THREADS": "1"}
-        options = ["transfer", "--model", "model", "--device", "cpu", "--json", "-o", str(out)]
-        ended = emt(*options, *arguments, folder=self.work, environment=environment, stdin=stdin, seconds=SECONDS)
+        options = ["transfer", "--model", "model", "--device", "cpu", "--json", "-o", str(out), *arguments]
+        if "--device" in arguments:  # CUDA is not for processes that were forked from one with threads
+            ended = emt_from_the_shell(*options, folder=self.work, environment=environment, seconds=SECONDS)
+        else:
+            ended = emt(*options, folder=self.work, environment=environment, stdin=stdin, seconds=SECONDS)
         self.no_traceback(" ".join(arguments), ended)
         return ended, out
 

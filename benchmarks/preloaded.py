@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -120,6 +121,24 @@ def emt(
 ) -> Ended:
     """Run `emt` to its end."""
     return Run(*arguments, folder=folder, environment=environment, stdin=stdin).end(seconds)
+
+
+def emt_from_the_shell(
+    *arguments: str, folder: Path = Path(), environment: Mapping[str, str] | None = None, seconds: float = 120
+) -> Ended:
+    """Run `emt` to its end in a process that nothing is imported in, as what opens a GPU is run."""
+    command = [sys.executable, "-m", "emt_cli.app", *arguments]
+    ended = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | dict(environment or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="backslashreplace",
+        timeout=seconds,
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def _run(arguments: tuple[str, ...], folder: str, environment: dict[str, str], streams: tuple[str, ...]) -> None:

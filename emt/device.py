@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 _MOST_INTERVALS = 256  # of a clock, before those that are over are summed
+#: Held in CUDA's first calls: a driver that finds no GPU undoes its start, and another thread's call may be in it.
+_STARTING = threading.Lock()
 
 
 #: Precisions of the network, and torch's names of their dtypes.
@@ -55,11 +58,14 @@ class Device:
         """
         import torch
 
+        with _STARTING:
+            count = (
+                torch.cuda.device_count() if device.startswith(("auto", "cuda")) and torch.cuda.is_available() else 0
+            )
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            device = "cuda" if count else "mps" if torch.backends.mps.is_available() else "cpu"
         if device.startswith("cuda"):
             place = device if ":" in device else "cuda:0"
-            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if int(place.split(":")[1]) >= count:
                 found = f"PyTorch finds {count} CUDA device{'' if count == 1 else 's'}"
                 raise EmtError(f"there is no device {device}: {found}", "Use --device cpu, or run `emt doctor`.")
@@ -182,11 +188,12 @@ def start_gpu(driver: Any, device: str) -> bool:
     """
     gpu, context = ctypes.c_int(), ctypes.c_void_p()
     number = int(device.partition(":")[2] or 0)
-    return (
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGet(ctypes.byref(gpu), number) == 0
-        and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu) == 0
-    )
+    with _STARTING:
+        return (
+            driver.cuInit(0) == 0
+            and driver.cuDeviceGet(ctypes.byref(gpu), number) == 0
+            and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu) == 0
+        )
 
 
 class BusyClock:

@@ -8,6 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backends.measured import MeasuredBackend
 from emt.backends.torch import TorchBackend
 from emt.backends.upload import upload
-from emt.device import BusyClock, start_gpu
+from emt.device import BusyClock, Device, start_gpu
 from emt.errors import EmtError
 from emt.pipeline import MotionTransfer, load_pipeline, open_model
 from emt.solvers import DDIM, DPMSolver, Solver
@@ -91,6 +94,38 @@ def test_a_gpu_is_started_by_its_driver_alone(monkeypatch):
     with generator.start_ahead("cuda:0"):
         pass
     assert calls == ["init", "gpu 0", "context"]
+
+
+def test_the_driver_is_started_by_one_thread_at_a_time(monkeypatch):
+    """A driver that finds no GPU undoes its start, which a call of another thread does not survive."""
+    inside, most, together = [], [], threading.Barrier(3)
+
+    def enter(result):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return result
+
+    class Driver:
+        def cuInit(self, flags):
+            return enter(100)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: enter(False))
+
+    def open_device():
+        together.wait()
+        with pytest.raises(EmtError, match="PyTorch finds 0 CUDA devices"):
+            Device.open("cuda:99", "auto")
+
+    def start():
+        together.wait()
+        assert not start_gpu(Driver(), "cuda:99")
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(work) for work in (start, start, open_device)]:
+            done.result()
+    assert most == [1, 1, 1]
 
 
 def test_weights_are_uploaded_in_pieces_and_shared_ones_once(folder, monkeypatch):
