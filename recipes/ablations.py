@@ -70,7 +70,8 @@ motion fidelity by tracklets (`emt.evaluate.motion`; unrelated motions score abo
 reference included, median of {repeats}, on {device}. Displacement and camera: Pearson with the exact truth
 (`emt.evaluate.truth`). Up block 1 is the finer of the small model's two levels."""
 
-_REPEATS = 5
+REPEATS = 5
+"""Clips that a row's time is the median of."""
 
 
 def trained_steps(path: Path) -> int:
@@ -104,7 +105,7 @@ def train_variants(names: Sequence[str], o: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------- measures
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """A worker has one core, and leaves a terminal's Ctrl-C to the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     opencv().setNumThreads(1)
@@ -116,7 +117,7 @@ def _measure(reference: Tracklets, frames: np.ndarray) -> tuple[float, float]:
     return tracklet_fidelity(reference, track(frames)), temporal_consistency(frames)
 
 
-def _frames(clips: Tensor) -> list[np.ndarray]:
+def frames_of(clips: Tensor) -> list[np.ndarray]:
     """Clips as `emt.evaluate` takes them."""
     return [clip.permute(0, 2, 3, 1).contiguous().numpy() for clip in clips]
 
@@ -129,15 +130,16 @@ class Variant:
     steps: int
     pipeline: MotionTransferPipeline
     reference: bool = True
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler
     seconds: list[float] = dataclasses.field(default_factory=list)
     truth: Truth = dataclasses.field(default_factory=dict)
     alignment: list[float | None] = dataclasses.field(default_factory=list)
     tracked: list[Future[tuple[float, float]]] = dataclasses.field(default_factory=list)
 
-    def time_a_clip(self, cases: Cases, **how: Any) -> None:
+    def time_a_clip(self, cases: Cases, repeats: int = REPEATS, **how: Any) -> None:
         """Make single clips, each with its reference, after one to warm up."""
-        reference = _frames(cases.references[:1])[0]
-        for repeat in range(_REPEATS + 1):
+        reference, how = frames_of(cases.references[:1])[0], how | self.options
+        for repeat in range(repeats + 1):
             begun = time.perf_counter()
             motion = self.pipeline.extract_motion(reference) if self.reference else None
             self.pipeline.generate(cases.captions[0], motion, **how)
@@ -148,8 +150,9 @@ class Variant:
         self, cases: Cases, judge: Judge, tracklets: Sequence[Future[Tracklets]], pool: Executor, batch: int, **how: Any
     ) -> None:
         """Play the cases, and hand the clips to the judge and to the workers."""
+        how |= self.options
         clips = play(self.pipeline, cases.references if self.reference else None, cases.captions, 0, batch, **how)
-        pairs = zip(tracklets, _frames(clips), strict=True)
+        pairs = zip(tracklets, frames_of(clips), strict=True)
         self.tracked = [pool.submit(_measure, reference.result(), frames) for reference, frames in pairs]
         self.truth = evaluate_truth(judge, clips, cases.motions, cases.requested, cases.worn)
         self.alignment = prompt_alignments(judge, clips, cases.captions)
@@ -200,8 +203,8 @@ def evaluate(rows: Sequence[Variant], judge: Judge, cases: Cases, o: argparse.Na
         row.time_a_clip(cases, **how)
     # Workers are started afresh: a fork of a process that has used CUDA cannot go on.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(o.workers, context, initializer=_start_worker) as pool:
-        tracklets = [pool.submit(track, frames) for frames in _frames(cases.references)]
+    with ProcessPoolExecutor(o.workers, context, initializer=start_worker) as pool:
+        tracklets = [pool.submit(track, frames) for frames in frames_of(cases.references)]
         for row in rows:
             row.make_clips(cases, judge, tracklets, pool, o.clips_at_once, **how)
             print(f"[{row.name}] {row.seconds[0]:.2f} s a clip, made and judged", flush=True)
@@ -260,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = evaluate(load_rows(names, o), judge, cases, o)
     table = format_table(rows)
     device = torch.cuda.get_device_name(o.device) if o.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
-    notes = NOTES.format(clips=o.clips, repeats=_REPEATS, device=device)
+    notes = NOTES.format(clips=o.clips, repeats=REPEATS, device=device)
     print(table)
     (o.out / "ablations.md").write_text(f"{table}\n\n{notes}\n")
     numbers = {

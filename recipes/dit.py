@@ -110,11 +110,13 @@ def packed(batch: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
     return batch | changed
 
 
-def as_single_frames(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every latent frame of packed clips as a clip of its own: (n·frames, channels, 1, height, width)."""
-    frames = batch["latents"].shape[2]
-    single = {name: batch[name].transpose(1, 2).flatten(0, 1).unsqueeze(2) for name in ("latents", "subject")}
-    return single | {"tokens": batch["tokens"].repeat_interleave(frames, 0)}
+def one_frame_of_each(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Any latent frame of each packed clip, as a clip of its own: (n, channels, 1, height, width)."""
+    latents = batch["latents"]
+    rows = torch.arange(len(latents), device=latents.device)
+    which = torch.randint(latents.shape[2], (len(latents),), generator=generator, device=latents.device)
+    single = {name: batch[name][rows, :, which].unsqueeze(2) for name in ("latents", "subject")}
+    return single | {"tokens": batch["tokens"]}
 
 
 def as_images(hidden: Tensor) -> Tensor:

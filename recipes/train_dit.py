@@ -28,10 +28,10 @@ from recipes.dit import (
     TINY,
     SharedParts,
     adapter_loss,
-    as_single_frames,
     backbone_loss,
     make_reader,
     make_transformer,
+    one_frame_of_each,
     packed,
 )
 from recipes.latents import Clips, tokenize, with_noise
@@ -47,15 +47,16 @@ class Defaults(NamedTuple):
     batch: int
     shift: float  # of timesteps towards noise
     rate: float
+    hold: float  # share of the stage before the learning rate falls
     reading: float = 0.0  # weight of telling how everything moves
     references: float = 0.0  # share of clips that are as references are read
     before: str | None = None  # the stage that it goes on from
 
 
 DEFAULTS = {
-    "frames": Defaults(2.0, 256, shift=1.5, rate=1e-3),
-    "video": Defaults(13.0, 192, shift=2.0, rate=1e-3, reading=2.0, references=0.4, before="frames"),
-    "adapter": Defaults(6.0, 128, shift=3.0, rate=1e-3, reading=0.5, before="video"),
+    "frames": Defaults(1.4, 1024, shift=1.5, rate=1e-3, hold=0.9),
+    "video": Defaults(7.4, 128, shift=2.0, rate=1e-3, hold=0.5, reading=2.0, references=0.4, before="frames"),
+    "adapter": Defaults(3.4, 128, shift=3.0, rate=1e-3, hold=0.4, reading=0.5, before="video"),
 }
 
 SEEN = 0.7
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--start-from", type=Path, help="result of a stage to go on from, in place of the one before")
     parser.add_argument("--rate", type=float, help="learning rate")
-    parser.add_argument("--hold", type=float, default=0.4, help="share of the stage before the learning rate falls")
+    parser.add_argument("--hold", type=float, help="share of the stage before the learning rate falls")
     parser.add_argument("--reading", type=float, help="video and adapter: weight of telling how everything moves")
     parser.add_argument("--references", type=float, help="video: share of clips that are as references are read")
     parser.add_argument("--save-minutes", type=float, default=2.0, help="how often to keep what there is so far")
@@ -130,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_noise(packed(batch, sizes.pack), objective, stage.generator, stage.dtype, o.shift)
 
     def draw_frames() -> dict[str, Tensor]:
-        batch = as_single_frames(packed(clips.draw(o.batch, stage.generator, drop=0.1, realistic=0.12), sizes.pack))
+        batch = packed(clips.draw(o.batch, stage.generator, drop=0.1, realistic=0.12), sizes.pack)
+        batch = one_frame_of_each(batch, stage.generator)
         return with_noise(batch, objective, stage.generator, stage.dtype, o.shift)
 
     reading = torch.tensor(o.reading, device=stage.device)

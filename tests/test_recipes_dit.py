@@ -19,16 +19,16 @@ from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.backends.codec import ImageCodec, pack, unpack
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.train.objective import FlowObjective
-from recipes import train_dit, train_dit_all
+from recipes import ablations_dit, train_dit, train_dit_all
 from recipes.dit import (
     SMALL,
     TINY,
     SharedParts,
     adapter_loss,
-    as_single_frames,
     backbone_loss,
     make_reader,
     make_transformer,
+    one_frame_of_each,
     packed,
 )
 from recipes.optimizer import GraphTrainer
@@ -88,10 +88,16 @@ class TestLatents:
         weighted = unpack(batch["latents"] * batch["subject"], 2)
         assert torch.equal(weighted, latents * subject)
         assert torch.equal(batch["displacement"], displacement[:, [1, 3]])
-        single = as_single_frames(batch | {"tokens": torch.arange(2)[:, None]})
-        assert single["latents"].shape == (4, 6, 1, 2, 2)
-        assert torch.equal(single["latents"][1, :, 0], batch["latents"][0, :, 1])
-        assert single["tokens"][:, 0].tolist() == [0, 0, 1, 1]
+
+    def test_of_each_clip_one_latent_frame_is_drawn_with_its_caption(self):
+        latents = torch.arange(64.0).view(64, 1, 1, 1, 1) + torch.tensor([0.0, 0.25, 0.5]).view(1, 1, 3, 1, 1)
+        tokens = torch.arange(64)[:, None]
+        batch = {"latents": latents, "subject": 2 * latents, "tokens": tokens, "displacement": latents}
+        single = one_frame_of_each(batch, torch.Generator().manual_seed(0))
+        assert single["latents"].shape == (64, 1, 1, 1, 1)
+        assert torch.equal(single["subject"], 2 * single["latents"])
+        assert torch.equal(single["latents"].flatten().floor().long(), single["tokens"].flatten())
+        assert set((single["latents"] % 1).flatten().tolist()) == {0.0, 0.25, 0.5}
 
 
 class TestStages:
@@ -164,6 +170,40 @@ class TestStages:
             scalers = [file.get_tensor(name) for name in file.keys() if "scaler.out" in name]  # noqa: SIM118
         if "--no-scaler" in options:
             assert all((tensor == 0).all() for tensor in scalers)
+
+
+class TestAblations:
+    def test_options_and_trained_variants_are_rows_of_one_table(self, out):
+        names = ["full", "backbone", "until-0.6", "early-only", "same-frame-only", "level-400", "trained-late"]
+        options = ["--tiny", "--eager", "--device", "cpu", "--steps", "2", "--batch", "4", "--clips", "3"]
+        further = ["--sampler-steps", "5", "--repeats", "1", "--workers", "1", "--names", *names]
+        ablations_dit.main(["--out", str(out), *options, *further])
+        rows = json.loads((out / "ablations.json").read_text())
+        assert [row["steps"] for row in rows.values()] == [3, 0, 3, 3, 3, 3, 2]
+        assert all(row["seconds"]["value"] > 0 for row in rows.values())
+        with safe_open(str(out / "trained-late.safetensors"), "pt") as file:
+            assert json.loads(file.metadata()["options"])["reference_blocks"] == [2]
+        table = (out / "ablations.md").read_text()
+        assert "late blocks (2), trained so | 2 |" in table
+
+    def test_an_option_changes_what_it_says(self, out):
+        blocks = TINY.blocks
+        options = ablations_dit.options_of(blocks)
+        opened = {
+            name: ablations_dit.with_option(out / "model", options[name], torch.device("cpu"), torch.float32)
+            for name in ("full", "early-only", "one-neighbour-only", "level-200")
+        }
+        assert opened["full"].unet.reference_layers() == ["blocks.1", "blocks.2"]
+        assert opened["early-only"].unet.reference_layers() == ["blocks.1"]
+        assert opened["one-neighbour-only"].unet.config.reference_neighbours == 1
+        assert opened["level-200"].config.reference_timestep == 200
+
+    def test_thirds_leave_no_block_out(self):
+        assert ablations_dit.thirds(SMALL.blocks) == {"early": [1, 2], "middle": [3, 4, 5], "late": [6, 7]}
+
+    def test_unknown_rows_are_refused(self, out):
+        with pytest.raises(SystemExit, match=r"no rows are \['sideways'\]"):
+            ablations_dit.main(["--out", str(out), "--names", "sideways"])
 
 
 class TestLosses:
