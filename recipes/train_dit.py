@@ -55,7 +55,7 @@ class Defaults(NamedTuple):
 
 DEFAULTS = {
     "frames": Defaults(1.4, 1024, shift=1.5, rate=1e-3, hold=0.9),
-    "video": Defaults(7.4, 128, shift=2.0, rate=1e-3, hold=0.5, reading=2.0, references=0.4, before="frames"),
+    "video": Defaults(7.4, 144, shift=2.0, rate=1e-3, hold=0.5, reading=2.0, references=0.33, before="frames"),
     "adapter": Defaults(3.4, 128, shift=3.0, rate=1e-3, hold=0.4, reading=0.5, before="video"),
 }
 

@@ -174,17 +174,17 @@ class TestStages:
 
 class TestAblations:
     def test_options_and_trained_variants_are_rows_of_one_table(self, out):
-        names = ["full", "backbone", "until-0.6", "early-only", "same-frame-only", "level-400", "trained-late"]
+        names = ["full", "backbone", "until-0.6", "early-only", "same-frame-only", "level-400", "trained-middle"]
         options = ["--tiny", "--eager", "--device", "cpu", "--steps", "2", "--batch", "4", "--clips", "3"]
         further = ["--sampler-steps", "5", "--repeats", "1", "--workers", "1", "--names", *names]
         ablations_dit.main(["--out", str(out), *options, *further])
         rows = json.loads((out / "ablations.json").read_text())
         assert [row["steps"] for row in rows.values()] == [3, 0, 3, 3, 3, 3, 2]
         assert all(row["seconds"]["value"] > 0 for row in rows.values())
-        with safe_open(str(out / "trained-late.safetensors"), "pt") as file:
+        with safe_open(str(out / "trained-middle.safetensors"), "pt") as file:
             assert json.loads(file.metadata()["options"])["reference_blocks"] == [2]
         table = (out / "ablations.md").read_text()
-        assert "late blocks (2), trained so | 2 |" in table
+        assert "middle blocks (2), trained so | 2 |" in table
 
     def test_an_option_changes_what_it_says(self, out):
         blocks = TINY.blocks
