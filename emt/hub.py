@@ -6,6 +6,7 @@ What is fetched stays in huggingface_hub's cache, from which it is read where th
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def split_scale(value: str, option: str = "lora") -> tuple[str, float]:
         EmtError: if the scale is no finite number.
     """
     path, colon, scale = value.rpartition(":")
-    if not colon or re.search(r"[/\\]", scale) or Path(value).exists():
+    if not colon or re.search(r"[/\\]", scale) or os.path.exists(value):
         return value, 1.0
     try:
         number = float(scale)
@@ -59,7 +60,7 @@ def split_frame(value: str) -> tuple[str, int]:
         EmtError: if the frame is no whole number from 0.
     """
     path, at, frame = value.rpartition("@")
-    if not at or re.search(r"[/\\]", frame) or Path(value).exists():
+    if not at or re.search(r"[/\\]", frame) or os.path.exists(value):
         return value, 0
     if not (frame.isascii() and frame.isdecimal() and len(frame) < 8):
         hint = "Write --control-image FILE or --control-image FILE@15; frames count from 0."

@@ -176,6 +176,7 @@ def test_clip_skip_is_diffusers_own_less_one(pipe):
         ("hf://owner/name@main/x.safetensors:0.7", ("hf://owner/name@main/x.safetensors", 0.7)),
         ("https://host:8080/x.safetensors", ("https://host:8080/x.safetensors", 1.0)),
         ("https://host:8080/x.safetensors:2", ("https://host:8080/x.safetensors", 2.0)),
+        pytest.param("x" * 300 + ":0.8", ("x" * 300, 0.8), id="a name longer than file systems take"),
     ],
 )
 def test_a_colon_before_a_number_begins_a_scale(text, expected):

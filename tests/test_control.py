@@ -218,6 +218,7 @@ def test_pictures_have_a_frame_and_the_clips_size(pipe, network):
         (r"C:\\x\\a.png@3", (r"C:\\x\\a.png", 3)),
         ("me@home/a.png", ("me@home/a.png", 0)),
         ("hf://o/n@main/a.png@2", ("hf://o/n@main/a.png", 2)),
+        pytest.param("x" * 300 + "@2", ("x" * 300, 2), id="a name longer than file systems take"),
     ],
 )
 def test_an_at_before_a_number_begins_a_frame(text, expected):

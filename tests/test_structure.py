@@ -54,6 +54,7 @@ emt_cli.config
 emt_cli.executors | emt_cli.report | emt_cli.terminal
 emt_cli.commands
 emt_cli.app
+emt_cli.__main__
 emt_comfyui
 recipes
 """
@@ -284,8 +285,9 @@ def test_bad_usage_is_exit_code_2(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_version():
-    done = subprocess.run([EMT, "--version"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("program", [[EMT], [sys.executable, "-m", "emt_cli"]])
+def test_version(program):
+    done = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["emt", "0.1.0"]
 
 
