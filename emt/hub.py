@@ -162,7 +162,7 @@ def locate(
     place = parse_hub(given)
     if place is None:
         path = Path(given)
-        if path.exists() or path.is_symlink():
+        if not _is_missing(path):
             check_readable(path)
             return path
         if folder is None or path.suffix in CHECKPOINT_SUFFIXES or not _ID.fullmatch(str(given)):
@@ -181,6 +181,17 @@ def locate(
             f"the {kind} {where} cannot be fetched from the hub: {_reason(error)}",
             hint or f"Check the name and the network, or give what `hf download {place.repo}` fetched elsewhere.",
         ) from error
+
+
+def _is_missing(path: Path) -> bool:
+    """Return whether there is nothing of the name; False for what cannot be looked at, such as a name too long."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def _fetch(place: HubPath, kind: str, choose: Choose | None, on_fetch: OnFetch | None, download: bool) -> Path:

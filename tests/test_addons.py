@@ -229,6 +229,8 @@ def test_content_and_scale_are_the_identity_and_paths_are_not(tmp_path):
         identity(embedding=[f"s={a}", f"s={c}"])
     with pytest.raises(EmtError, match=r"nowhere.safetensors does not exist"):
         identity(lora=["nowhere.safetensors"])
+    with pytest.raises(EmtError, match=r"cannot read x+: File name too long"):
+        identity(vae="x" * 300)
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
