@@ -524,8 +524,11 @@ def load_pipeline(
     with _opening(model):
         from emt.pipeline import MotionTransferPipeline
 
-        pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype)
-    return pipe.to(device)
+        pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype).to(device)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        if part is not None:
+            align(part)
+    return pipe
 
 
 def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> MotionTransfer | None:
