@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,37 @@ def test_a_plan_finds_what_will_fail(tmp_path):
     ):
         assert word in reported[str(n)]["error"]
     assert (total["open"], total["problem"]) == (1, 7)
+
+
+def test_a_plan_words_a_broken_clip_and_a_clip_of_one_frame_as_people_do(tmp_path):
+    """One sentence each, ended once, with what to do about it, on a terminal and in JSON alike."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    clip(tmp_path / "one.mp4", frames=1)
+    options = ["broken.mp4", "one.mp4", "--prompt", "x"]
+    [broken, one, total], code = plan(tmp_path, *options)
+    assert (code, total["problem"]) == (1, 2)
+    assert re.fullmatch(r"\S*broken\.mp4 cannot be read as a video: [^.\n]*[^.\s]\.?", broken["error"])
+    assert "ffmpeg -i INPUT" in broken["hint"]
+    assert one["error"] == "one.mp4 has 1 frame, but 4 are needed"
+    assert one["hint"] == "Name a longer clip, or use fewer --frames."
+    planned = emt(
+        *("plan", *options, "--model", str(model()), "--device", "cpu"),
+        folder=tmp_path,
+        environment=environment(tmp_path) | {"COLUMNS": "3000"},
+    )
+    for job in (broken, one):
+        assert f"{job['error'].rstrip('.')}. {job['hint']}" in planned.out
+    assert ".." not in planned.out
+    assert "\\n" not in planned.out
+
+
+@pytest.mark.parametrize("seeds", [2**63, f"0-{10**20}"])
+def test_a_seed_out_of_range_names_the_range(tmp_path, seeds):
+    clip(tmp_path / "a.mp4")
+    command = ["plan", "a.mp4", "--prompt", "x", "--model", str(model()), "--seeds", str(seeds)]
+    ended = emt(*command, folder=tmp_path, environment=environment(tmp_path))
+    assert ended.code == 2
+    assert f"from 0 to {2**63 - 1}" in ended.err
 
 
 def test_k3_a_plan_names_what_failed_the_last_time(tmp_path):

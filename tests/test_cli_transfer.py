@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program import EMT, FRAMES, SIDE, clip, console, emt, environment, journal, lines, model, start, transfer
+from program import EMT, FRAMES, SIDE, Run, clip, console, emt, environment, journal, lines, model, start, transfer
 
 from emt.video import read_clip, read_metadata, write_clip
 from emt_cli.batch.journal import Journal
@@ -225,6 +225,27 @@ def test_a_job_named_twice_is_done_once(tmp_path):
     ended = transfer(tmp_path, "a.mp4", "copy/a.mp4", "--prompt", "x", "--prompt", "x", "--json")
     assert states(ended) == {"done": 1, "skipped": 3}
     assert len(journal(tmp_path / "out")) == 1
+
+
+def test_the_duplicate_of_a_failed_job_has_failed_too(tmp_path):
+    """Whether the first one is still to be tried when the second arrives, or has failed long since."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    ended = transfer(tmp_path, "broken.mp4", "--prompt", "x", "--prompt", "x", "--json")
+    assert ended.code == 1
+    first, second = lines(ended)
+    assert first["state"] == second["state"] == "failed"
+    assert first["error"] == second["error"]
+    os.mkfifo(tmp_path / "jobs")
+    run = start(tmp_path, "-", "--json", stdin=tmp_path / "jobs")
+    with open(tmp_path / "jobs", "w") as jobs:
+        for count in (1, 2):
+            jobs.write(json.dumps({"reference": "broken.mp4", "prompt": "x"}) + "\n")
+            jobs.flush()
+            assert run.wait_for_lines(count)
+    ended = run.end()
+    assert states(ended) == {"failed": 2}
+    assert ended.code == 1
+    assert "2 failed" in ended.err
 
 
 def test_batches_make_the_same_clips(tmp_path):
@@ -476,6 +497,33 @@ def test_rerun_makes_the_very_same_frames(batched, which):
     assert np.array_equal(made, again)
     assert f"again{which} is identical with the original" in ended.err
     assert rerun(folder, source, "-o", folder / f"again{which}").code == 1, "it does not overwrite unless requested"
+
+
+def test_rerun_is_not_silent_while_it_works(batched, tmp_path):
+    """Each thing that may take a while has its line, in order; one that takes a second has it without --verbose."""
+    folder, results = batched
+    ended = rerun(folder, results[0], "-o", tmp_path / "again", "--verbose")
+    said = [line for line in ended.err.splitlines() if line.endswith(" …")]
+    assert said == [
+        "looking for the clip …",
+        "looking for the model and the reference …",
+        "importing PyTorch …",
+        "reading the reference …",
+        "loading the model …",
+        "denoising …",
+        "writing …",
+        "comparing …",
+    ]
+    run = Run("rerun", str(results[0]), "-o", str(tmp_path / "slowly"), folder=folder, environment=environment(folder))
+    run.wait_for_start()
+    while run.process.is_alive() and not (run.streams / "err").read_text():
+        time.sleep(0.05)
+        run.send(signal.SIGSTOP)  # a machine that is as slow as that
+        time.sleep(1.1)
+        run.send(signal.SIGCONT)
+    ended = run.end()
+    assert ended.code == 0, ended.err
+    assert ended.err.splitlines()[0].endswith(" …"), ended.err
 
 
 def test_rerun_says_if_the_reference_has_moved_or_changed(batched, tmp_path):
