@@ -60,6 +60,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/ladder.py
+	$(BIN)/python benchmarks/side_by_side.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build *.egg-info
