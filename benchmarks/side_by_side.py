@@ -37,14 +37,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "error: this benchmark times a CUDA GPU and finds none\n")
     chosen = options.ways.split(",")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {FRAMES} frames of {options.size}×{options.size}")
+    size = options.size
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {FRAMES} frames of {size}×{size}")
     ways: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         if "emt" in chosen:
             model = options.model or random_model(Path(folder) / "model", size="sd15", dtype=torch.float16)
-            ways |= emt_steps(model, options.size)
+            ways |= emt_steps(model, size)
         if {"diffusers", "compiled"} & set(chosen):
-            ways |= diffusers_steps(options.size, eager="diffusers" in chosen, compiled="compiled" in chosen)
+            ways |= diffusers_steps(size, eager="diffusers" in chosen, compiled="compiled" in chosen)
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):
             for name, step in ways.items():
@@ -79,7 +80,8 @@ def diffusers_steps(size: int, *, eager: bool, compiled: bool) -> dict[str, Call
     from diffusers import UNetMotionModel
 
     with torch.device("cuda"):
-        network = UNetMotionModel(cross_attention_dim=768, motion_max_seq_length=32, use_motion_mid_block=False).to(torch.float16).eval()
+        network = UNetMotionModel(cross_attention_dim=768, motion_max_seq_length=32, use_motion_mid_block=False)
+    network = network.to(torch.float16).eval()
     sample = torch.randn(2, 4, FRAMES, size // 8, size // 8, device="cuda", dtype=torch.float16)
     text = torch.randn(2 * FRAMES, 77, 768, device="cuda", dtype=torch.float16)
     timestep = torch.tensor(601, device="cuda")
