@@ -11,10 +11,7 @@ caption, so that the pictures say what is seen.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,27 +23,16 @@ from torch import Tensor
 
 from emt.backbones.sd15.sparse_control import SparseControl, open_control
 from emt.control import Control
-from emt.evaluate import judge as judges
 from emt.evaluate.truth import MEASURES, Truth, evaluate_truth
 from emt.features import MotionFeatures
-from emt.pipeline import MotionTransferPipeline, load_pipeline
-from emt.train.objective import Objective
+from emt.pipeline import MotionTransferPipeline
 from recipes.distributed import leave, rank, wait_for_ranks
 from recipes.evaluate_small import Cases, read_motions
-from recipes.latents import Clips, tokenize, with_noise
-from recipes.networks import (
-    REFERENCE_TIMESTEP,
-    SMALL,
-    TINY,
-    add_adapter,
-    make_base,
-    make_scheduler,
-    make_world,
-    network_weights,
-)
+from recipes.latents import Clips, with_noise
+from recipes.networks import REFERENCE_TIMESTEP, make_world
+from recipes.opening import Frozen, Measured, measuring_parser
 from recipes.optimizer import GraphTrainer
 from recipes.stage import Stage, kernel_attention, save_on_signals, stage_parser, train
-from recipes.text import make_tokenizer
 
 
 def draw_mask(n: int, frames: int, generator: torch.Generator) -> Tensor:
@@ -69,18 +55,12 @@ def train_control(arguments: Sequence[str] | None = None) -> None:
     stage = Stage("control", options)
 
     clips = Clips.load(stage.out, stage.device)
-    base, encoder = make_base(stage.sizes, options.model)
-    unet = add_adapter(base, stage.sizes)
-    unet.load_state_dict(network_weights(options.model))
+    model = Frozen.open(stage, options.model)
+    unet, encoder, empty, objective = model.unet, model.encoder, model.empty, model.objective
     control = SparseControl.of_network(unet.config)
     control.start_from(unet)
-    for module in (unet.requires_grad_(False), control):
-        module.to(stage.device, stage.dtype, memory_format=torch.channels_last)
+    control.to(stage.device, stage.dtype, memory_format=torch.channels_last)
     control.conv_in.weight.requires_grad_(False)  # it reads zeros
-    encoder.requires_grad_(False).to(stage.device, stage.dtype).eval()
-    with torch.no_grad():
-        empty = encoder(tokenize(make_tokenizer(), [""]).long().to(stage.device))[0].clone()
-    objective = Objective.from_scheduler(make_scheduler(), stage.device)
 
     def loss(
         tokens: Tensor,
@@ -174,39 +154,28 @@ def format_trials(rows: Sequence[tuple[str, Truth, float]]) -> str:
 
 def try_control(arguments: Sequence[str] | None = None) -> None:
     """Measure what the control network does on held-out truth; writes OUT/NAME.md and .json."""
-    parser = argparse.ArgumentParser(description=try_control.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder with control.safetensors")
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--judge", type=Path, default=judges.SHIPPED)
-    parser.add_argument("--clips", type=int, default=192)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--trials", nargs="+", default=list(TRIALS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--name", default="trial", help="of the results")
-    parser.add_argument("--tiny", action="store_true", help="the model is one of the recipes' --tiny")
+    parser = measuring_parser(try_control.__doc__, "trial")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the control network")
+    parser.add_argument("--steps", type=int, help="the model's default if not given")
+    parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS))
     o = parser.parse_args(arguments)
-    started = time.monotonic()
-    device = torch.device(o.device)
-    pipeline = load_pipeline(o.model, device, torch.float16 if device.type == "cuda" else torch.float32)
+    opened = Measured.open(o)
+    pipeline, device = opened.pipeline, opened.device
     network = open_control(o.out / "control.safetensors", pipeline.unet.config, pipeline.unet.dtype).to(device)
-    judge = judges.Judge.load(o.judge, device)
-    world = make_world(device, TINY if o.tiny else SMALL)
-    cases = Cases.draw(world, o.clips, 0)
-    generator = torch.Generator(device).manual_seed(5)
+    world = make_world(device, opened.sizes)
+    cases = Cases.draw(world, o.clips, o.seed)
+    generator = torch.Generator(device).manual_seed(5 + o.seed)
     elsewhere = world.motions(o.clips, generator, held_out=True, two_subjects=0.0, camera=0.5)
     others = world.render(elsewhere, cases.requested, generator=generator).cpu()
-    rows = []
+    rows: list[tuple[str, Truth, float]] = []
     for trial in o.trials:
         clips, pictures = play(pipeline, network, cases, others, trial, o.scale, o.batch, steps=o.steps)
-        truth = evaluate_truth(judge, clips, cases.motions, cases.requested, cases.worn)
+        truth = evaluate_truth(opened.judge, clips, cases.motions, cases.requested, cases.worn)
         rows.append((trial, truth, likeness(clips, pictures)))
-        print(f"{time.monotonic() - started:.0f} s: {trial}", flush=True)
-        (o.out / f"{o.name}.md").write_text(format_trials(rows) + "\n")
-    print(format_trials(rows))
-    numbers = {t: {"decibels": d, **{k: v.as_dict() for k, v in truth.items()}} for t, truth, d in rows}
-    (o.out / f"{o.name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        opened.say(trial)
+        numbers = {t: {"decibels": d, **{k: v.as_dict() for k, v in found.items()}} for t, found, d in rows}
+        opened.write(format_trials(rows), numbers)
+    print(format_trials(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.features import MotionFeatures
 from emt.train.objective import Objective, stratified
 from recipes.distributed import leave, rank, wait_for_ranks
-from recipes.latents import Clips, tokenize
-from recipes.networks import REFERENCE_TIMESTEP, SMALL, TINY, add_adapter, make_base, make_scheduler, network_weights
+from recipes.latents import Clips
+from recipes.networks import REFERENCE_TIMESTEP
+from recipes.opening import Frozen
 from recipes.optimizer import GraphTrainer
 from recipes.stage import Stage, kernel_attention, save_on_signals, stage_parser, train
-from recipes.text import make_tokenizer
 
 STEPS = 50
 """Steps of the trajectory; `LCMScheduler.original_inference_steps`."""
@@ -187,16 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stage = Stage("distil", options)
 
     clips = Clips.load(stage.out, stage.device)
-    sizes = TINY if options.tiny else SMALL
-    base, encoder = make_base(sizes, options.model)
-    unet: MotionTransferUNet = add_adapter(base, sizes)
-    unet.load_state_dict(network_weights(options.model))
-    unet.requires_grad_(False).to(stage.device, stage.dtype, memory_format=torch.channels_last)
-    encoder.requires_grad_(False).to(stage.device, stage.dtype).eval()
-    with torch.no_grad():
-        empty = encoder(tokenize(make_tokenizer(), [""]).long().to(stage.device))[0].clone()
-    objective = Objective.from_scheduler(make_scheduler(), stage.device)
-    student = LoraNetwork(unet, options.rank, stage.generator)
+    model = Frozen.open(stage, options.model)
+    encoder, empty, objective = model.encoder, model.empty, model.objective
+    student = LoraNetwork(model.unet, options.rank, stage.generator)
 
     def loss(tokens: Tensor, **batch: Tensor) -> Tensor:
         with torch.no_grad():

@@ -10,25 +10,19 @@ what they find in renders that play the motion exactly.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from emt.evaluate import judge as judges
 from emt.evaluate.truth import camera_curves
-from emt.pipeline import load_pipeline
 from emt.synthetic.motions import CAMERA_FAMILIES, HELD_OUT_CAMERA_FAMILIES, Motions
 from emt.synthetic.renderer import World
 from recipes.evaluate_small import play
-from recipes.networks import SMALL, TINY
+from recipes.opening import Measured, measuring_parser
 
 FOOTAGE_SEED = 1
 """Seed of textures that no training draws: training's is 0."""
@@ -88,28 +82,35 @@ def agreement(true: Tensor, found: Tensor, seed: int = 0) -> dict[str, float]:
     }
 
 
+def format_gains(numbers: dict[str, dict[str, float]]) -> str:
+    """The table as Markdown."""
+    lines = ["| pans | clips | gain | median of clips | Pearson |", "|---|---|---|---|---|"]
+    for name, row in numbers.items():
+        if "gain" not in row:
+            lines.append(f"| {name} | {row['clips']} | – | – | – |")
+            continue
+        gain = f"{row['gain']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        lines.append(f"| {name} | {row['clips']} | {gain} | {row['median']:.3f} | {row['pearson']:.3f} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure gains of pans; writes OUT/NAME.json."""
-    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--judge", type=Path, default=judges.SHIPPED)
-    parser.add_argument("--clips", type=int, default=192)
-    parser.add_argument("--batch", type=int, default=96)
+    """Measure gains of pans; writes OUT/NAME.md and .json, after each kind of reference."""
+    parser = measuring_parser(main.__doc__, "pans")
     parser.add_argument("--steps", type=int, help="the model's default if not given")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--name", default="pans", help="of the result")
-    parser.add_argument("--tiny", action="store_true", help="the model is one of the recipes' --tiny")
     o = parser.parse_args(arguments)
-    started = time.monotonic()
-    o.out.mkdir(parents=True, exist_ok=True)
-    device, sizes = torch.device(o.device), TINY if o.tiny else SMALL
-    pipeline = load_pipeline(o.model, device, torch.float16 if device.type == "cuda" else torch.float32)
-    judge = judges.Judge.load(o.judge, device)
+    opened = Measured.open(o)
+    judge, sizes = opened.judge, opened.sizes
     world = World(
-        device, sizes.side, sizes.frames, seed=FOOTAGE_SEED, variants=1, textures=sizes.textures, free_views=False
+        opened.device,
+        sizes.side,
+        sizes.frames,
+        seed=FOOTAGE_SEED,
+        variants=1,
+        textures=sizes.textures,
+        free_views=False,
     )
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(opened.device).manual_seed(o.seed)
     motions = draw_pans(world, o.clips, generator)
     requested = world.appearances(motions, generator, held_out=False)
     captions = world.captions(requested, motions)
@@ -125,17 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for index, name in enumerate(("pan x", "pan y")):
                 true = motions.camera[:, :, index].cpu()
                 numbers[f"{kind}, {name}, {how}"] = agreement(true, curves[:, :, index])
+        opened.write(format_gains(numbers), numbers)
+        opened.say(kind)
 
     for kind, realism in (("footage", 1.0), ("rendered", 0.0)):
         worn = world.appearances(motions, generator, held_out=False)
         references = world.render(motions, worn, realism=realism, generator=generator).cpu()
-        clips = play(pipeline, references, captions, 0, o.batch, steps=o.steps)
-        measure(kind, clips)
+        measure(kind, play(opened.pipeline, references, captions, o.seed, o.batch, steps=o.steps))
     measure("floor", world.render(motions, requested, generator=generator).cpu())
-    for name, row in numbers.items():
-        print(name, " ".join(f"{key} {value:.3f}" for key, value in row.items()))
-    (o.out / f"{o.name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"{time.monotonic() - started:.0f} s", flush=True)
+    print(format_gains(numbers), flush=True)
 
 
 if __name__ == "__main__":

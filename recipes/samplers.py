@@ -9,8 +9,6 @@ held-out clips from the same noise. Motion fidelity is that of `emt evaluate`, b
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -19,17 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from emt.evaluate import judge as judges
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.statistics import mean
 from emt.evaluate.tracks import Tracklets, track
 from emt.evaluate.truth import Truth, evaluate_truth
-from emt.pipeline import load_pipeline
 from recipes.evaluate_small import Cases, play
-from recipes.networks import SMALL, TINY, make_world
+from recipes.networks import make_world
+from recipes.opening import Measured, measuring_parser
 
 ROWS = (
     "ddim:25",
@@ -89,27 +85,15 @@ def frames_of(clip: Tensor) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure a model with several samplers; writes OUT/NAME.md and .json, after each row."""
-    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--judge", type=Path, default=judges.SHIPPED)
+    parser = measuring_parser(main.__doc__, "samplers")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), help="NAME:STEPS or NAME:STEPS:GUIDANCE")
     parser.add_argument("--lora", type=Path, help="distilled weights of the rows that follow")
     parser.add_argument("--distilled", nargs="*", default=list(DISTILLED), help="rows with the LoRA")
-    parser.add_argument("--clips", type=int, default=192)
     parser.add_argument("--tracked", type=int, default=32, help="clips whose points are tracked")
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--name", default="samplers", help="of the results")
-    parser.add_argument("--tiny", action="store_true", help="the model is one of the recipes' --tiny")
     o = parser.parse_args(arguments)
-    started = time.monotonic()
-    o.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(o.device)
-    pipeline = load_pipeline(o.model, device, torch.float16 if device.type == "cuda" else torch.float32)
-    judge = judges.Judge.load(o.judge, device)
-    cases = Cases.draw(make_world(device, TINY if o.tiny else SMALL), o.clips, o.seed)
+    opened = Measured.open(o)
+    pipeline = opened.pipeline
+    cases = Cases.draw(make_world(opened.device, opened.sizes), o.clips, o.seed)
     rows = [SamplerRow.parse(text) for text in o.rows]
     rows += [SamplerRow.parse(text, distilled=True) for text in o.distilled] if o.lora else []
     done: list[tuple[SamplerRow, Truth, list[Future[float]], float]] = []
@@ -118,6 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def fidelity(reference: Future[Tracklets], clip: Any) -> float:
             return tracklet_fidelity(reference.result(), track(clip))
+
+        def write(made: Sequence[tuple[SamplerRow, Truth, list[Future[float]], float]]) -> str:
+            shown = [(row, truth, mean([f.result() for f in found]), seconds) for row, truth, found, seconds in made]
+            numbers = {}
+            for row, truth, followed, seconds in shown:
+                measures = {name: estimate.as_dict() for name, estimate in truth.items()}
+                numbers[str(row)] = {"fidelity": followed.as_dict(), "seconds": seconds, **measures}
+            table = format_rows(shown)
+            opened.write(table, numbers)
+            return table
 
         for row in rows:
             if row.distilled and not pipeline.get_active_adapters():
@@ -130,22 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             begun = time.monotonic()
             clips = play(pipeline, cases.references, cases.captions, o.seed, o.batch, **how)
             seconds = (time.monotonic() - begun) / o.clips
-            truth = evaluate_truth(judge, clips, cases.motions, cases.requested, cases.worn)
+            truth = evaluate_truth(opened.judge, clips, cases.motions, cases.requested, cases.worn)
             tracked = [pool.submit(fidelity, *pair) for pair in zip(references, map(frames_of, clips))]
             done.append((row, truth, tracked, seconds))
-            print(f"{time.monotonic() - started:.0f} s: {row}", flush=True)
-            shown = [(r, t, mean([f.result() for f in fs]), s) for r, t, fs, s in done if r is not row]
-            (o.out / f"{o.name}.md").write_text(format_rows(shown) + "\n")
-        shown = [(r, t, mean([f.result() for f in fs]), s) for r, t, fs, s in done]
-    table = format_rows(shown)
-    print(table)
-    (o.out / f"{o.name}.md").write_text(table + "\n")
-    numbers = {
-        str(row): {"fidelity": fidelity.as_dict(), "seconds": seconds, **{k: v.as_dict() for k, v in truth.items()}}
-        for row, truth, fidelity, seconds in shown
-    }
-    (o.out / f"{o.name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"{time.monotonic() - started:.0f} s", flush=True)
+            opened.say(str(row))
+            write([entry for entry in done if entry[0] is not row])
+        table = write(done)
+    print(table, flush=True)
 
 
 if __name__ == "__main__":

@@ -568,7 +568,8 @@ def test_ablations_train_what_is_missing_and_make_the_table(out: Path, capsys: p
 
 def beside(out: Path, folder: Path) -> list[str]:
     """Arguments of a recipe that goes on from the model and the latents of all stages, in a folder of its own."""
-    (folder / "latents.safetensors").symlink_to(out / "latents.safetensors")
+    if not (folder / "latents.safetensors").exists():
+        (folder / "latents.safetensors").symlink_to(out / "latents.safetensors")
     common = ["--out", str(folder), "--model", str(out / "model"), "--tiny", "--device", "cpu"]
     return [*common, "--batch", "2"]
 
@@ -620,7 +621,17 @@ def test_a_gain_is_how_far_the_result_goes() -> None:
     assert pans.panning(motions).all()
 
 
-def test_a_control_network_is_trained_and_opens(out: Path, tmp_path: Path) -> None:
+def test_gains_of_a_model_are_measured_beside_those_of_true_renders(out: Path, tmp_path: Path) -> None:
+    Judge(JudgeVocabulary.of_world()).save(tmp_path / "judge.safetensors")
+    pans.main([*beside(out, tmp_path), "--judge", str(tmp_path / "judge.safetensors"), "--clips", "2", "--steps", "1"])
+    rows = json.loads((tmp_path / "pans.json").read_text())
+    assert {name.split(", ")[0] for name in rows} == {"footage", "rendered", "floor"}
+    assert all(0 <= row["clips"] <= 2 for row in rows.values())
+    table = (tmp_path / "pans.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in rows]
+
+
+def test_a_control_network_is_trained_opens_and_is_tried(out: Path, tmp_path: Path) -> None:
     control.train_control([*beside(out, tmp_path), "--steps", "2", "--rate", "0.1"])
     unet = MotionTransferPipeline.from_pretrained(out / "model", dtype=torch.float32).unet
     trained = open_control(tmp_path / "control.safetensors", unet.config)
@@ -629,6 +640,12 @@ def test_a_control_network_is_trained_and_opens(out: Path, tmp_path: Path) -> No
     assert mask.any(1).all()
     assert 0.5 < mask[:, 0].mean() < 0.8
     assert mask.sum(1).max() <= 4
+    Judge(JudgeVocabulary.of_world()).save(tmp_path / "judge.safetensors")
+    trial = ["--judge", str(tmp_path / "judge.safetensors"), "--clips", "2", "--steps", "1", "--scale", "0"]
+    control.try_control([*beside(out, tmp_path), *trial, "--trials", "as it is", "pictures"])
+    without, with_pictures = json.loads((tmp_path / "trial.json").read_text()).values()
+    assert without == with_pictures  # at a scale of nothing
+    assert len((tmp_path / "trial.md").read_text().splitlines()) == 4
 
 
 def test_a_model_is_trained_further(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
