@@ -132,6 +132,16 @@ def test_nothing_to_do_is_bad_usage(tmp_path):
         listed(tmp_path, prompts=[tmp_path / "p.csv"])
 
 
+@pytest.mark.parametrize("name", ["jobs.jsonl", "list.CSV", "prompts.txt"])
+def test_prompts_in_a_references_place_are_told_where_they_go(tmp_path, name):
+    (tmp_path / name).write_text("a fox\n")
+    [rejected] = listed(tmp_path / name, prompt=["x"])
+    assert rejected.error.hint == f"Give it with --prompts {tmp_path / name}."
+    companion = clip(tmp_path / "prompts.mp4")
+    beside = [job for job in listed(companion, tmp_path / name) if isinstance(job, Job)]
+    assert [job.prompt for job in beside] == (["a fox"] if name == "prompts.txt" else [])
+
+
 def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     for path in (tmp_path / "pipe.mp4", Path("/dev/zero"), tmp_path / "missing.mp4", tmp_path / ("x" * 300)):
@@ -368,7 +378,8 @@ def test_a_text_beside_a_clip_is_its_prompts_whatever_else_has_that_name(tmp_pat
     here = clip(tmp_path / "a.b.mp4")
     for name in ("a.b.txt", "a.txt"):
         (tmp_path / name).write_text("x")
-    assert [j.reference for j in listed(*sorted(tmp_path.iterdir()), prompt=["x"])] == [here, tmp_path / "a.txt"]
+    rejected, job = listed(*sorted(tmp_path.iterdir()), prompt=["x"])
+    assert (rejected.reference, job.reference) == (str(tmp_path / "a.txt"), here)
 
 
 def seconds(work) -> float:

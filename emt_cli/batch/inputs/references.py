@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from emt.errors import EmtError
 from emt.remote import Downloads, MissingError, child, copy_of, files, is_url, matching, normal, shown, stat, to_path
+from emt_cli.batch.inputs.prompt_files import SUFFIXES
 from emt_cli.batch.jobs import Rejected
 from emt_cli.batch.options import UsageError
 
@@ -122,6 +124,8 @@ class Finder:
             self._look_for_unread(path)
         if path.suffix == ".txt" and path.stem in self._clips_of(path.parent):
             return []  # the prompts of the clip beside it, as a shell's `clips/*` names them too
+        if path.suffix.lower() in SUFFIXES:
+            raise EmtError("a file of prompts or jobs, not a clip", f"Give it with --prompts {shlex.quote(argument)}.")
         return [path]
 
     def _in_store(self, url: str) -> list[str]:
