@@ -1,4 +1,4 @@
-"""How recipes open a model that is there: to train something beside it, or to measure it."""
+"""Opening of a model that is there, by recipes that train something beside it or measure it."""
 
 from __future__ import annotations
 

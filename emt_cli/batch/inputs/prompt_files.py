@@ -31,7 +31,7 @@ MAX_LINE = 1 << 20  # characters of one line of a job file
 _MAX_PROMPTS = 1 << 28  # bytes of a prompts file; /dev/zero has no end
 _LINES, _JOB_LINES, _CELLS = ("", ".txt", ".text"), (".jsonl", ".ndjson"), (".csv",)
 SUFFIXES = frozenset((*_LINES, *_JOB_LINES, *_CELLS)) - {""}
-"""What names of prompts files end with; those without an ending may be anything."""
+"""Endings of the names of prompts files; those without an ending may be anything."""
 _PROMPT_FILES = "A prompts file is .txt (a prompt a line), .csv or .jsonl (a job a line)."
 #: The first bytes of a text file say how it is written; PowerShell writes UTF-16.
 _MARKS = {
