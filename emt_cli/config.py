@@ -83,7 +83,11 @@ class Option:
         elif issubclass(self.kind, Enum):
             values = [str(member.value) for member in self.kind]
             near = nearest(value, values) if isinstance(value, str) else ""
-            allowed, fits = ", ".join(values) + (f" (did you mean {near}?)" if near else ""), value in values
+            allowed = ", ".join(values) + (f" (did you mean {near}?)" if near else "")
+            try:
+                value, fits = self.kind(value).value, True
+            except ValueError:
+                fits = False
         elif self.kind in (int, float):
             low, high = (f" {text} {limit:g}" if limit is not None else "" for text, limit in self._limits())
             allowed = ("a whole number" if self.kind is int else "a number") + low + high

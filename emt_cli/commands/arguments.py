@@ -7,6 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -90,6 +91,9 @@ def _parameter(name: str, kind: Any, declared: Field, default: Any) -> inspect.P
     else:
         known |= {"min": declared.min, "max": declared.max}
     known |= {"rich_help_panel": declared.panel or None, "metavar": declared.metavar or None}
+    for choice in get_args(kind):
+        if "_missing_" in vars(choice):  # the parser's own list of choices would refuse the spellings that it takes
+            known |= {"parser": _reader(choice), "metavar": f"<{'|'.join(member.value for member in choice)}>"}
     if declared.positional:
         info = typer.Argument(**known)
     else:
@@ -97,6 +101,19 @@ def _parameter(name: str, kind: Any, declared: Field, default: Any) -> inspect.P
         names = [f"--{name.replace('_', '-')}", *declared.also, *([declared.short] if declared.short else [])]
         info = typer.Option(*names, **known)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)
+
+
+def _reader(choice: type[Enum]) -> Callable[[str], str]:
+    """A parser of the values of a choice, in any spelling that it takes."""
+
+    def read(text: str) -> str:
+        try:
+            return str(choice(text).value)
+        except ValueError:
+            allowed = ", ".join(repr(str(member.value)) for member in choice)
+            raise typer.BadParameter(f"{text!r} is not one of {allowed}") from None
+
+    return read
 
 
 def completed(
