@@ -179,6 +179,15 @@ def moments(count: int) -> list[int]:
     return list(range(2 * AROUND, count - 2 * AROUND + 1, 2))
 
 
+def at_seams(seams: list[list[int]], places: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Index of each moment that is at a seam of one of two layouts and inside a window of the other, and of both."""
+    for i, place in enumerate(places):
+        away = [min((abs(place - seam) for seam in layout), default=place) for layout in seams]
+        for seam, inside in ((0, 1), (1, 0)):
+            if away[seam] <= 1 and away[inside] >= min(INSIDE, AROUND):
+                yield i, seam, inside
+
+
 def at_moments(reference: np.ndarray, clip: np.ndarray, places: list[int]) -> dict[str, list[float]]:
     """Fidelity and consistency of a clip around moments of it."""
     parts = [slice(place - AROUND, place + AROUND) for place in places]
@@ -273,21 +282,22 @@ def measure(o: argparse.Namespace, pipe: MotionTransferPipeline, judge: Judge, p
             if (chosen, count, name, o.steps, o.seed) in there or count <= size:
                 continue
             begun = time.monotonic()
-            places, line = moments(count), {"scheme": chosen, "frames": count, "clip": name}
-            scheme = Scheme(count, size, **SCHEMES[chosen])
+            scheme, line = Scheme(count, size, **SCHEMES[chosen]), {"scheme": chosen, "frames": count, "clip": name}
+            schemes = [scheme, replace(scheme, offset=scheme.stride // 2)]
+            places, seams = moments(count), [each.seams for each in schemes]
             if chosen == "alone":
                 starts = [window_around(place, count, size) for place in places]
                 clips = [make(pipe, o, reference[start : start + size], prompt) for start in starts]
                 futures: dict[str, Future[Any]] = {"moments": pool.submit(alone, reference, clips, places, size)}
             else:
-                schemes = [scheme, replace(scheme, offset=scheme.stride // 2)]
+                places = [places[i] for i, _, _ in at_seams(seams, places)]
                 clips = [make_in_windows(pipe, o, reference, prompt, each) for each in schemes]
                 futures = {
                     "moments": pool.submit(at_moments, reference, clips[0], places),
                     "others": pool.submit(at_moments, reference, clips[1], places),
                     "whole": pool.submit(motion_fidelity, reference, clips[0]),
                 }
-                line |= {"seams": [each.seams for each in schemes], **looks(judge, clips[0], prompt)}
+                line |= {"seams": seams, **looks(judge, clips[0], prompt)}
                 show(o, name, chosen, prompt, reference, clips[0])
             seconds = round(time.monotonic() - begun, 1)
             line |= {"places": places, "steps": o.steps, "seed": o.seed, "prompt": prompt, "time": seconds}
@@ -353,14 +363,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _pairs(row: dict[str, Any], single: dict[str, Any] | None) -> Iterator[dict[str, list[float]]]:
     """Measures of a moment at a seam, inside a window, and of a clip of its own, where there is one."""
     made = (row["moments"], row["others"])
-    for i, place in enumerate(row["places"]):
-        away = [min(abs(place - seam) for seam in seams) for seams in row["seams"]]
-        for seam, inside in ((0, 1), (1, 0)):
-            if away[seam] <= 1 and away[inside] >= min(INSIDE, AROUND):
-                found = {name: [made[seam][name][i], made[inside][name][i]] for name in MEASURES}
-                if single:
-                    found = {name: [*values, single["moments"][name][i]] for name, values in found.items()}
-                yield found
+    for i, seam, inside in at_seams(row["seams"], row["places"]):
+        found = {name: [made[seam][name][i], made[inside][name][i]] for name in MEASURES}
+        if single:
+            own = single["places"].index(row["places"][i])
+            found = {name: [*values, single["moments"][name][own]] for name, values in found.items()}
+        yield found
 
 
 def _ratio(pairs: list[tuple[float, float]]) -> str:
