@@ -11,9 +11,11 @@ expression with eleven changes counts as often as one with two.
 
 The work is done on a copy. For each file of the code pytest collects its tests once; for each mutant a process is
 forked from there, in which the changed functions get the mutant's bytecode, and which runs the tests that execute the
-changed statement, up to the first failure. Which tests these are is measured beforehand, with coverage.py, and only
-again where a file has changed. A test that fails without the mutant, too, is left out. `--minutes` ends a piece of
-work; the next call goes on from there. `--processes` works on several files at once, each process on its own copy.
+changed statement (of a constant, the statements that name it), the quickest first, `--seconds` of them, up to the first
+failure. Which tests these are is measured beforehand, with coverage.py, and only again where a file has changed. A test
+that fails without the mutant, too, is left out. `--survivors` with more seconds runs slower tests, too. `--minutes`
+ends a piece of work; the next call goes on from there. `--processes` works on several files at once, each process on
+its own copy.
 """
 
 from __future__ import annotations
@@ -47,7 +49,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _MAP = Path(__file__).with_suffix(".json")
-_LONGEST = 8.0  # seconds of processor time of the tests of one mutant
 
 #: Operators whose changes no test can see, as a rule: `is` and `==` of enumerations and None.
 _ALIKE = ("_Is_Eq", "_IsNot_NotEq", "_Eq_Is", "_NotEq_IsNot")
@@ -60,6 +61,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--folder", type=Path, required=True, help="the copy, and results")
     arguments.add_argument("--sample", type=int, default=30, help="mutants a file")
     arguments.add_argument("--seed", type=int, default=0, help="of the sample")
+    arguments.add_argument("--seconds", type=float, default=8, help="of processor time of a mutant's tests")
     arguments.add_argument("--minutes", type=float, default=float("inf"))
     arguments.add_argument("--processes", type=int, default=1)
     arguments.add_argument("--survivors", action="store_true", help="run those again that survived")
@@ -75,7 +77,7 @@ def main(command_line: list[str] | None = None) -> None:
         print_table(samples, results, settings["equivalent"])
         return
     preload(files)
-    work = functools.partial(run_file, folder, given.sample, given.seed, end, given.survivors)
+    work = functools.partial(run_file, folder, given.sample, given.seed, given.seconds, end, given.survivors)
     if given.processes == 1:
         for file in files:
             work(file, copy_tree(folder / "tree"))
@@ -90,7 +92,9 @@ def main(command_line: list[str] | None = None) -> None:
             pass
 
 
-def run_file(folder: Path, count: int, seed: int, end: float, survivors: bool, file: str, tree: Path) -> None:
+def run_file(
+    folder: Path, count: int, seed: int, seconds: float, end: float, survivors: bool, file: str, tree: Path
+) -> None:
     """Run the mutants of a file's sample that have not been run, or those that survived, too."""
     settings, results = json.loads(_MAP.read_text()), Results(folder / "results.jsonl")
     mutants = kept_sample(folder, file, count, seed)
@@ -98,7 +102,7 @@ def run_file(folder: Path, count: int, seed: int, end: float, survivors: bool, f
     if not waiting or time.monotonic() > end:
         return
     tests = settings["tests"][file]
-    coverage = Coverage(folder, tree, file, tests)
+    coverage = Coverage(folder, tree, file, tests, seconds)
     path = tree / file
     source = path.read_text()
     inside = [m for m in waiting if changed_functions(path, source, mutated(source, m)) is not None]
@@ -282,44 +286,71 @@ class Results:
 class Coverage:
     """Tests of a file of code: seconds of each, and those that execute a line.
 
+    Args:
+        folder: Where it is kept.
+        tree: The copy.
+        file: Of the code.
+        tests: Files of tests.
+        longest: Most seconds of processor time of the tests of one mutant.
+
     Raises:
         SystemExit: none of the tests passes on the code as it is.
     """
 
-    def __init__(self, folder: Path, tree: Path, file: str, tests: list[str]) -> None:
+    def __init__(self, folder: Path, tree: Path, file: str, tests: list[str], longest: float) -> None:
         self.seconds: dict[str, float] = {}
-        self._lines: dict[int, set[str]] = {}
-        source = (tree / file).read_bytes()
-        self._tree = ast.parse(source)
+        self._file, self._longest = file, longest
+        self._lines: dict[str, dict[int, set[str]]] = {}
         for name in tests:
             measured = measure(folder, name, file, tree)
-            for test, seconds in measured["seconds"].items():
-                self.seconds[test] = seconds
-            for line, indices in measured["lines"].get(file, {}).items():
-                tested = {measured["tests"][index] for index in indices}
-                self._lines.setdefault(int(line), set()).update(tested & self.seconds.keys())
+            self.seconds |= measured["seconds"]
+            for path, lines in measured["lines"].items():
+                executed = self._lines.setdefault(path, {})
+                for line, indices in lines.items():
+                    executed.setdefault(int(line), set()).update(measured["tests"][index] for index in indices)
         if not self.seconds:
             sys.exit(f"no test of {file} passes")
+        self._trees = {path: ast.parse((tree / path).read_bytes()) for path in {file, *self._lines}}
 
     def tests(self, line: int) -> list[str]:
         """The tests that execute the statement at a line, file by file, the quickest first, up to a sum of seconds."""
         spent, chosen = 0.0, []
-        tests = set().union(*(self._lines.get(n, ()) for n in self._statement(line)))
+        tests = self._naming(line) or self._executing(self._file, self._statement(line))
         for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
             spent += self.seconds[test]
-            if chosen and spent > _LONGEST:
+            if chosen and spent > self._longest:
                 break
             chosen.append(test)
         files = {test: test.partition("::")[0] for test in chosen}
         sums = {file: sum(self.seconds[t] for t in chosen if files[t] == file) for file in files.values()}
         return sorted(chosen, key=lambda test: (sums[files[test]], files[test], self.seconds[test]))
 
+    def _executing(self, file: str, lines: Iterable[int]) -> set[str]:
+        executed = self._lines.get(file, {})
+        return self.seconds.keys() & set().union(*(executed.get(line, ()) for line in lines))
+
+    def _naming(self, line: int) -> set[str]:
+        """The tests that execute, in any of the files that are measured, a name that the module assigns at a line."""
+        names: set[str] = set()
+        for node in self._trees[self._file].body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.lineno <= line <= (node.end_lineno or line):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        tests: set[str] = set()
+        for file, tree in self._trees.items() if names else ():
+            for node in ast.walk(tree):
+                named = getattr(node, "id", getattr(node, "attr", None))
+                if named in names and isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    tests |= self._executing(file, range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        return tests
+
     def _statement(self, line: int) -> Iterable[int]:
         """Lines of the statement at a line; of what is executed at import, those of all that comes of it.
 
         That is the function whose default or decorator it is, or all functions of the file.
         """
-        functions = [n for n in ast.walk(self._tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        tree = self._trees[self._file]
+        functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
         bodies = [range(f.body[0].lineno, (f.end_lineno or 0) + 1) for f in functions]
         heads = [range(min([f.lineno, *(d.lineno for d in f.decorator_list)]), f.body[0].lineno) for f in functions]
         headed = [body for head, body in zip(heads, bodies) if line in head]
@@ -328,7 +359,7 @@ class Coverage:
         if not any(line in body for body in bodies):
             return itertools.chain(*bodies)
         statement = range(line, line + 1)
-        for node in ast.walk(self._tree):
+        for node in ast.walk(tree):
             if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 body = getattr(node, "body", None)
                 lines = range(node.lineno, body[0].lineno if body else (node.end_lineno or line) + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import resource
 import shlex
@@ -298,3 +299,13 @@ def test_docstrings_begin_with_a_verb_or_a_noun():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 assert not questions.match(ast.get_docstring(node) or ""), f"{path}:{getattr(node, 'lineno', 1)}"
+
+
+def test_the_files_of_the_mutation_run_are_there():
+    settings = json.loads((ROOT / "benchmarks" / "mutants.json").read_text(encoding="utf-8"))
+    named = {
+        *settings["tests"],
+        *settings["equivalent"],
+        *(test for tests in settings["tests"].values() for test in tests),
+    }
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
