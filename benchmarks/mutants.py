@@ -183,7 +183,7 @@ def sample(path: Path, file: str, count: int, seed: int) -> list[Mutant]:
         changed = None
         with contextlib.suppress(AttributeError):  # the operator of handlers knows no dotted names
             changed = mutate_code(source, get_operator(name)(), occurrence)
-        if changed is None or _meaning(changed) == original:
+        if changed is None or _meaning(changed) in ("", original):
             continue
         old, new = source.split("\n"), changed.split("\n")
         different = [n for n, (a, b) in enumerate(itertools.zip_longest(old, new)) if a != b]
@@ -196,7 +196,10 @@ def sample(path: Path, file: str, count: int, seed: int) -> list[Mutant]:
 
 
 def _meaning(source: str) -> str:
-    """The syntax tree without what does nothing at runtime: annotations, and imports for type checkers."""
+    """The syntax tree without what does nothing at runtime, annotations and imports for type checkers; or nothing.
+
+    Nothing is what is no Python any more, such as a `*` of parameters that was taken for a multiplication.
+    """
 
     class Strip(ast.NodeTransformer):
         def visit_arg(self, node: ast.arg) -> ast.arg:
@@ -217,7 +220,7 @@ def _meaning(source: str) -> str:
     try:
         return ast.dump(Strip().visit(ast.parse(source)))
     except SyntaxError:
-        return ast.dump(ast.parse(""))
+        return ""
 
 
 def copy_tree(tree: Path) -> Path:

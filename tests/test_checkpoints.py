@@ -789,6 +789,15 @@ def test_distilled_weights_set_the_sampling_of_their_model(files: Files, tmp_pat
     assert find_model(str(random_model(tmp_path / "r")), download=False).defaults["scheduler"] == "ddim"
 
 
+def test_only_names_of_what_can_be_distilled_set_the_sampling(files: Files, tmp_path: Path) -> None:
+    """Not those of a VAE or an adapter, which are trained for themselves."""
+    vae, adapter = tmp_path / "AnimateLCM_vae.safetensors", tmp_path / "animatediff_lightning_4step.safetensors"
+    save_file(files.base.vae, vae)
+    save_file(files.adapter, adapter)
+    folder = files.run(tmp_path / "m", vae=vae, adapter=adapter).folder
+    assert find_model(str(folder), download=False).defaults["scheduler"] == "ddim"
+
+
 @torch.no_grad()
 def test_a_models_own_sampling_is_what_a_call_without_options_does(tmp_path: Path) -> None:
     pipe = load_pipeline(random_model(tmp_path / "m", frames=2, height=16, width=16, steps=3, sampler="lcm"))

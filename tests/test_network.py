@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emt.backbone import PLAIN, Constants, Execution
-from emt.backbones.sd15.layers import sinusoidal_positions
+from emt.backbones.sd15.layers import FeedForward, sinusoidal_positions
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
@@ -359,6 +359,41 @@ class TestReadableModule:
         # norm(√eps·x) = √eps·(x − mean) / √(eps·variance + eps), and norm(x) = (x − mean) / √(variance + eps).
         expected = large.reshape(len(x), groups, -1) * ratio
         torch.testing.assert_close(small.reshape(len(x), groups, -1), expected, rtol=1e-5, atol=1e-7)
+
+    @torch.no_grad()
+    def test_attention_maps_are_softmaxed_products_of_queries_and_keys(self):
+        """Of the up blocks that are asked for, at each pixel and head, frames with their positions to each other."""
+        unet, heads, frames, height, width = tiny_unet(), 2, 3, 8, 16
+        sample, text = inputs(2, frames, height, width)
+        features = unet.encode_reference(sample, 400, text)
+        maps = unet.attention_maps(features, [1])
+        modules = [module for path, module in unet.fusion_modules().items() if path.startswith("up_blocks.1.")]
+        layers = [
+            (attention, feature)
+            for module in modules
+            for attention, feature in zip(module.block.attention_blocks, features.layers[module.path], strict=True)
+        ]
+        assert len(maps) == len(layers) == 4
+        for found, (attention, feature) in zip(maps, layers, strict=True):
+            assert found.shape == (2, height * width, heads, frames, frames)
+            for clip, y, x, head in ((0, 0, 0, 0), (1, 2, 9, 1)):
+                at_pixel = feature[clip, :, y, x] + attention.positions[:frames]  # (frames, channels)
+                query, key = (layer(at_pixel).chunk(heads, -1)[head] for layer in (attention.to_q, attention.to_k))
+                expected = (query @ key.T / query.shape[1] ** 0.5).softmax(1)
+                torch.testing.assert_close(found[clip, y * width + x, head], expected)
+        assert unet.attention_maps(features, []) == []
+
+    def test_inference_feeds_forward_a_part_of_the_tokens_at_a_time(self, monkeypatch):
+        """The wide tensor in between is the largest of the network; gradients need all of it at once anyway."""
+        layer, x, seen = FeedForward(8), torch.randn(2, 3, 5, 8), []
+        layer.net[0].register_forward_hook(lambda module, given, out: seen.append(out.shape))
+        whole = layer(x)
+        assert seen == [(2, 3, 5, 32)]
+        monkeypatch.setattr("emt.backbones.sd15.layers.FEED_FORWARD_TOKENS", 12)
+        with torch.no_grad():
+            in_parts = layer(x)
+        assert seen[1:] == [(12, 32), (12, 32), (6, 32)]
+        torch.testing.assert_close(in_parts, whole)
 
     def test_adapter_parameters_are_the_published_trained_ones(self, unet):
         trained = {name.replace(".adapter.", ".") for name, _ in unet.adapter_parameters()}
