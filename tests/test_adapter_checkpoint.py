@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from weight_files import Files, State, assert_same_weights
 
+from emt.backbones.sd15.adapter_checkpoint import _kinds
 from emt.backbones.sd15.switching import merge_loras
 from emt.errors import EmtError
 
@@ -86,3 +87,16 @@ def test_a_key_that_names_no_weight_is_named(files: Files, tmp_path: Path) -> No
     save_file(files.adapter | {"up_blocks.0.nothing.weight": torch.zeros(3)}, tmp_path / "a.safetensors")
     with pytest.raises(EmtError, match=r"unexpected: up_blocks\.0\.nothing\.weight"):
         files.run(tmp_path / "m", adapter=tmp_path / "a.safetensors")
+
+
+def test_an_adapter_is_a_file(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(EmtError, match=r"the adapter .* is a folder"):
+        files.run(tmp_path / "m", adapter=tmp_path)
+
+
+def test_the_card_lists_eight_kinds_of_layers_and_counts_the_others() -> None:
+    """`N` stands for the numbers in their paths, so that a network's hundred layers are a few kinds."""
+    kinds = [f"up_blocks.N.{letter}" for letter in "abcdefghij"]
+    paths = [kind.replace("N", number) for kind in kinds for number in ("0", "13")]
+    assert _kinds(paths[:16]) == ", ".join(f"`{kind}` (2)" for kind in kinds[:8])
+    assert _kinds(paths) == ", ".join([*(f"`{kind}` (2)" for kind in kinds[:8]), "and 2 kinds more"])

@@ -483,6 +483,18 @@ def test_a_text_encoder_of_another_width_is_refused(files: Files, tmp_path: Path
         files.run(tmp_path / "m", base=base)
 
 
+def test_a_vae_of_other_latents_is_refused(files: Files, tmp_path: Path) -> None:
+    """Those of newer models have 16 channels; Stable Diffusion 1.5's have 4, and configurations need not say so."""
+    base = diffusers_folder(tmp_path / "sd", files.base)
+    config = base / "vae" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"latent_channels": 16}))
+    with pytest.raises(EmtError, match=r"VAE of .* has 16 latent channels, the UNet has 4"):
+        files.run(tmp_path / "m", base=base)
+    config.write_text(json.dumps({name: value for name, value in values.items() if name != "latent_channels"}))
+    files.run(tmp_path / "m", base=base)
+
+
 def test_keys_of_a_lora_that_do_not_fit_are_named(files: Files, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     a, b, c = kohya(SPATIAL), kohya(OUT), kohya(CONV)
@@ -660,6 +672,19 @@ def test_a_truncated_or_altered_file_is_an_error_and_never_a_crash(
 
 
 # ---------------------------------------------------------------------------------------------------- the output folder
+
+
+@pytest.mark.parametrize("total", [6, 11])
+def test_progress_counts_every_step_to_the_last(total: int, files: Files, tmp_path: Path) -> None:
+    """A step for each source, numbered from 0 without a gap, of as many as were announced with the first."""
+    reported: list[tuple[str, int, int]] = []
+    sources: dict[str, Any] = {"adapter": None}
+    if total > 6:
+        write_lora(tmp_path / "a.safetensors", LORAS["kohya"], all_weights(files))
+        sources = {"dreambooth": files.sd, "vae": files.sd, "loras": [(tmp_path / "a.safetensors", 1.0)] * 2}
+    files.run(tmp_path / "m", on_progress=lambda *step: reported.append(step), **sources)
+    assert [(done, of) for _, done, of in reported] == [(done, total) for done in range(total + 1)]
+    assert reported[-1][0] == "Done"
 
 
 def test_an_existing_folder_is_kept_without_overwrite(files: Files, tmp_path: Path) -> None:
