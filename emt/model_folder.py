@@ -223,7 +223,8 @@ class Model:
             hint = "Leave it out; a LoRA is merged by emt import-weights --lora."
             raise EmtError(f"{' and '.join(given)}: not with {self.name}, which is no Stable Diffusion 1.5", hint)
         if (skip := settings.get("clip_skip", 1)) > self.text_layers:
-            raise EmtError(f"clip_skip is {skip}", f"The text encoder of {self.name} has {self.text_layers} layers.")
+            layers = "1 layer" if self.text_layers == 1 else f"{self.text_layers} layers"
+            raise EmtError(f"clip_skip is {skip}", f"The text encoder of {self.name} has {layers}.")
         read = self.reads_syntax and settings.get("prompt_syntax", WEBUI) == WEBUI
         for text in (prompt, settings["negative_prompt"]):
             if read and (keys := parse_schedule(text)):
@@ -269,7 +270,7 @@ class Model:
         if not self.facts.takes_frames(frames) and self.facts.makes_frames(frames):
             problem = f"frames is {frames} with a control network, which takes no windows of a long clip"
             raise EmtError(problem, f"Use {self.facts.allowed_frames()} frames.")
-        if (interval := settings.get("cache_interval", 1)) > 1:
+        if (interval := settings["cache_interval"]) > 1:
             problem = f"cache_interval is {interval} with a control network, which adds to all layers in each step"
             raise EmtError(problem, "Use --cache-interval 1.")
 
@@ -284,7 +285,7 @@ class Model:
         elif not self.facts.takes_frames(settings["frames"]) and self.facts.makes_frames(settings["frames"]):
             problem = f"frames is {settings['frames']} with method guidance, which takes no windows of a long clip"
             raise EmtError(problem, f"Use {self.facts.allowed_frames()} frames, or --method adapter.")
-        elif settings.get("cache_interval", 1) > 1:
+        elif settings["cache_interval"] > 1:
             problem = (
                 f"cache_interval is {settings['cache_interval']} with method guidance, which computes all in each step"
             )

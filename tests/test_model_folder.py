@@ -17,7 +17,7 @@ from emt.model_folder import DEFAULTS, Model, find_model
 from emt.pipeline import load_pipeline
 from emt.prompt_syntax import reading_of
 from emt_cli.batch.estimates import memory
-from emt_cli.batch.options import Settings
+from emt_cli.batch.options import Method, PromptSyntax, Scheduler, Settings
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -211,3 +211,124 @@ def test_both_prompts_are_checked():
     for prompt, negative in (("a xyzzy", ""), ("a red fox in the snow", "a xyzzy")):
         with pytest.raises(EmtError, match="xyzzy"):
             demo.check(prompt, plain | {"negative_prompt": negative})
+
+
+CONTROL = {"control": "net.safetensors", "control_image": ("first.png", "last.png@3")}
+KEY_FRAMES = "0: a fox | 3: a wolf"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        ("a fox", {}),
+        ("a fox", {"frames": 40}),  # in windows
+        ("a fox", {"height": 24, "width": 40}),
+        ("a fox", {"scheduler": Scheduler.LCM, "steps": 50}),
+        ("a fox", {"cache_interval": 2}),
+        ("a fox", {"method": Method.GUIDANCE}),
+        ("a fox", CONTROL),
+        (KEY_FRAMES, {}),
+        ("0: a fox | 9: a wolf", {"prompt_syntax": PromptSyntax.PLAIN}),  # by the letter
+        ("a fox", {"lora": ("style.safetensors",)}),
+    ],
+)
+def test_what_a_model_can_make(prompt, settings):
+    find_model(str(model()), download=False).check(prompt, Settings(**{"frames": 4} | settings).as_dict())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "problem", "hint"),
+    [
+        ("a fox", {"height": 20}, "height is 20", "multiples of 8: --height 16"),
+        ("a fox", {"width": 12, "height": 3}, "height is 3", "multiples of 8: --height 8"),
+        ("a fox", {"width": 30}, "width is 30", "multiples of 8: --width 32"),
+        ("a fox", {"clip_skip": 2}, "clip_skip is 2", "has 1 layer."),
+        ("a fox", {"scheduler": Scheduler.LCM, "steps": 51}, "steps is 51", "at most 50"),
+        ("a fox", {"scheduler": Scheduler.TCD, "steps": 51}, "steps is 51", "at most 50"),
+        ("0: a fox | 4: a wolf", {}, "the prompt has frame 4", "frames 0 to 3"),
+        (KEY_FRAMES, {"method": Method.GUIDANCE}, "method guidance takes one prompt", "--method adapter"),
+        ("a fox", {"method": Method.GUIDANCE, "frames": 40}, "frames is 40 with method guidance", "to 32 frames"),
+        ("a fox", {"method": Method.GUIDANCE, "cache_interval": 2}, "cache_interval is 2 with method", "interval 1"),
+        ("a fox", {"control": "net.safetensors"}, "--control is given without --control-image", "give both"),
+        ("a fox", {"control_image": ("a.png",)}, "--control-image is given without --control", "give both"),
+        ("a fox", CONTROL | {"control_image": ("a.png@4",)}, "a control image is of frame 4", "frames 0 to 3"),
+        ("a fox", CONTROL | {"control_image": ("a.png", "b.png")}, "two control images are of frame 0", "@15"),
+        ("a fox", CONTROL | {"method": Method.GUIDANCE}, "method guidance takes no control network", "adapter"),
+        ("a fox", CONTROL | {"frames": 40}, "frames is 40 with a control network", "to 32 frames"),
+        ("a fox", CONTROL | {"cache_interval": 2}, "cache_interval is 2 with a control network", "interval 1"),
+    ],
+)
+def test_what_a_model_cannot_make_is_said_with_what_it_can(prompt, settings, problem, hint):
+    found = find_model(str(model()), download=False)
+    with pytest.raises(EmtError) as caught:
+        found.check(prompt, Settings(**{"frames": 4} | settings).as_dict())
+    assert problem in caught.value.problem
+    assert hint in caught.value.hint
+
+
+def test_a_model_without_a_trained_adapter_is_guided(folder):
+    """Unless it is told otherwise, which it refuses."""
+    listed = json.loads((folder / "model_index.json").read_bytes())
+    assert "method" not in open_model(folder).defaults
+    assert open_model(folder).has_adapter
+    (folder / "model_index.json").write_text(json.dumps(listed | {"adapter": "none"}))
+    found = open_model(folder)
+    assert found.defaults["method"] == "guidance"
+    found.check("a fox", Settings(frames=4, method=Method.GUIDANCE).as_dict())
+    with pytest.raises(EmtError, match="has no trained adapter"):
+        found.check("a fox", Settings(frames=4).as_dict())
+
+
+def test_a_long_clip_is_made_in_windows_of_the_models_own_length():
+    found = find_model(str(model()), download=False)
+    assert [found.frames_at_once(frames) for frames in (2, 32, 33, 500)] == [2, 32, 4, 4]
+
+
+def test_facts_of_a_models_prompts_are_those_of_its_text_encoder(folder):
+    """Tokens that are read at once, of which the first and the last are no words, and layers that can be skipped."""
+    found = open_model(folder)
+    config = json.loads((folder / "text_encoder" / "config.json").read_bytes())
+    assert found.text_layers == config["num_hidden_layers"]
+    assert found._chunk_size == config["max_position_embeddings"] - 2
+    assert not found.encodes_prompts_apart
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps({name: config[name] for name in config if name != "num_hidden_layers"}))
+    assert open_model(folder).text_layers == 1
+    listed = json.loads((folder / "model_index.json").read_bytes())
+    listed["text_encoder"] = ["transformers", "UMT5EncoderModel"]
+    (folder / "model_index.json").write_text(json.dumps(listed))
+    assert open_model(folder).encodes_prompts_apart
+
+
+def test_what_a_part_lacks_is_listed(folder):
+    shutil.rmtree(folder / "vae")
+    shutil.rmtree(folder / "tokenizer")
+    (folder / UNET).rename(folder / "elsewhere.safetensors")
+    with pytest.raises(EmtError) as caught:
+        open_model(folder)
+    lacking = caught.value.problem.partition("lacks ")[2].partition(" (in")[0]
+    assert set(lacking.split(", ")) == {"unet/*.safetensors", "vae/*.safetensors", "tokenizer/"}
+    (folder / "model_index.json").write_text("{}")
+    with pytest.raises(EmtError, match="lacks a unet"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("name", ["./demo", "nowhere", "a/b/c", "no/such/model"])
+def test_a_model_that_is_not_there_is_named(name, tmp_path, monkeypatch):
+    """`demo` is the small model wherever one is; a folder of that name is `./demo`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(EmtError, match=name):
+        find_model(name, download=False)
+    assert find_model("demo", download=False).folder == find_model(None, download=False).folder
+
+
+def test_parameters_are_counted_by_part(folder):
+    """From the headers of the files, as many as are in them."""
+    from safetensors.torch import load_file
+
+    found = open_model(folder).parameters
+    for part in ("unet", "vae", "text_encoder"):
+        (path,) = (folder / part).glob("*.safetensors")
+        assert found[part] == sum(tensor.numel() for tensor in load_file(path).values())
+    assert found["tokenizer"] == 0
