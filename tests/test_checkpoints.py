@@ -38,7 +38,7 @@ from emt.backbones.sd15.few_steps import find_few_steps
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.stable_diffusion import StableDiffusion, apply_dreambooth, read_base, read_vae
-from emt.checkpoints import read_checkpoint, read_config
+from emt.checkpoints import check_keys, check_sizes, peft_scale, read_checkpoint, read_config, shorten, without_memory
 from emt.features import Motion, MotionFeatures
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
@@ -755,6 +755,122 @@ def test_k4_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(EmtError, match="is neither a file nor a folder"):
         read_motion_module(tmp_path / "pipe.safetensors")
+
+
+def test_a_message_has_four_keys_of_all_kinds_and_counts_the_others() -> None:
+    assert shorten([["a"]]) == "\n  a"
+    assert shorten([["a1", "a2", "a3"], [], ["c1"]]) == "\n  a1\n  a2\n  a3\n  c1"
+    many = [[f"{kind}{number}" for number in range(1, 6)] for kind in "abc"]
+    assert shorten(many) == "\n  a1\n  a2\n  b1\n  c1\n  … and 11 more"
+    assert shorten(many[:1]) == "\n  a1\n  a2\n  a3\n  a4\n  … and 1 more"
+
+
+def test_keys_that_differ_are_counted_and_named_by_kind() -> None:
+    wanted = {name: torch.Size([2]) for name in "abc"}
+    check_keys("UNet", {name: torch.zeros(2) for name in "abc"}, wanted)
+    with pytest.raises(EmtError, match="does not fit this network, 1 key differs") as caught:
+        check_keys("UNet", {name: torch.zeros(2) for name in "bc"}, wanted)
+    assert "missing: a (2,)" in caught.value.problem
+    given = {"a": torch.zeros(3), "b": torch.zeros(2, dtype=torch.int8), "d": torch.zeros(2)}
+    with pytest.raises(EmtError, match="4 keys differ") as caught:
+        check_keys("UNet", given, wanted)
+    for line in (
+        "missing: c (2,)",
+        "unexpected: d (2,)",
+        "wrong shape: a is (3,), expected (2,)",
+        "no floating point: b is torch.int8",
+    ):
+        assert f"\n  {line}" in caught.value.problem
+
+
+def test_a_prefix_too_many_is_named_with_its_dot() -> None:
+    wanted = {"conv.bias": torch.Size([1]), "conv.weight": torch.Size([1])}
+    for prefixes, guess in ((("net.", "net."), "names begin with `net.`, which"), (("net.", "ema."), None)):
+        given = {f"{prefix}{name}": torch.zeros(1) for prefix, name in zip(prefixes, wanted)}
+        with pytest.raises(EmtError) as caught:
+            check_keys("UNet", given, wanted)
+        assert (guess is None) == ("begin with" not in caught.value.problem)
+        assert (guess or "") in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"), [("num_hidden_layers", 128), ("layers_per_block", 128), ("sample_size", 1_000_000)]
+)
+def test_k5_sizes_that_no_network_has_are_refused_before_it_is_built(name: str, largest: int) -> None:
+    for value in (largest, -largest, [largest] * 1000, True, "auto", None, 0.5):
+        check_sizes({name: value}, "config.json")
+    for value in (largest + 1, -largest - 1, [1, largest + 1], [1] * 1001, float("inf"), float("nan")):
+        with pytest.raises(EmtError, match=r"config\.json does not describe a network"):
+            check_sizes({name: value}, "config.json")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says which files are mapped")
+@pytest.mark.parametrize("name", ["w.safetensors", "w.ckpt"])
+def test_k8_weights_are_mapped_from_disk_not_copied(name: str, tmp_path: Path) -> None:
+    path, state = tmp_path / name, {"w": torch.arange(100_000.0)}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    read = read_checkpoint(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert torch.equal(read.state["w"], state["w"])
+
+
+def test_names_with_and_without_a_wrappers_prefix_in_one_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({f"module._orig_mod.{name}": torch.zeros(1) for name in "ab"}, path)
+    assert set(read_checkpoint(path).state) == {"a", "b"}
+    save_file({f"{prefix}{name}": torch.zeros(1) for name in "abcd" for prefix in ("", "module.")}, path)
+    with pytest.raises(EmtError, match=r"with and without `module\.`: module\.a, module\.b, module\.c, …"):
+        read_checkpoint(path)
+
+
+def test_tensors_that_have_no_names_are_no_weights(tmp_path: Path) -> None:
+    torch.save({0: torch.zeros(1), "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(EmtError, match="holds what is no tensor: 0, epoch"):
+        read_checkpoint(tmp_path / "w.pt")
+    torch.save({0: torch.zeros(1), "w": torch.zeros(1), "epoch": 3}, tmp_path / "w.pt")
+    read = read_checkpoint(tmp_path / "w.pt")
+    assert (list(read.state), read.dropped) == (["w"], ["0", "epoch"])
+
+
+def test_the_scale_of_a_layer_is_that_of_the_last_pattern_of_its_name() -> None:
+    """A name, or the end of one, as an expression; other layers have `lora_alpha`, and without it a scale of 1."""
+    settings = {"lora_alpha": 2, "alpha_pattern": {"to_q": 8, r"attn2\.to_[qk]": 16}}
+    scales = {
+        name: peft_scale(settings, name, rank=4) for name in ("attn1.to_q", "attn2.to_q", "attn1.to_v", "not_to_q")
+    }
+    assert scales == {"attn1.to_q": 2.0, "attn2.to_q": 4.0, "attn1.to_v": 0.5, "not_to_q": 0.5}
+    assert peft_scale({}, "to_q", rank=4) == 1.0
+    assert peft_scale({"alpha": 2}, "to_q", rank=4) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"alpha_pattern": {"(a+)+(b+)+": 1}}, "is not read"),  # four repetitions
+        ({"alpha_pattern": {"a" * 301: 1}}, "is not read"),
+        ({"alpha_pattern": {"(a": 1}}, "is no regular expression"),
+        ({"alpha_pattern": {"a{99999999999}": 1}}, "is no regular expression"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is no object"),
+        ({"lora_alpha": True}, "alpha is True"),
+        ({"lora_alpha": "1"}, "alpha is '1'"),
+        ({"lora_alpha": float("nan")}, "alpha is nan"),
+    ],
+)
+def test_k5_settings_that_peft_does_not_write_are_named(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        peft_scale(settings, "to_q", rank=4)
+    peft_scale({"alpha_pattern": {"(a+)+b+": 1, "a" * 300: 1}}, "to_q", rank=4)
+
+
+def test_networks_are_built_without_memory_for_their_weights() -> None:
+    def build() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
+        layer = torch.nn.Linear(10**6, 10**6)
+        return layer, torch.nn.init.normal_(layer.weight, 0.0, 0.1), torch.arange(3)
+
+    layer, drawn, buffer = without_memory(build)
+    assert layer.weight.is_meta
+    assert drawn is layer.weight
+    assert buffer.tolist() == [0, 1, 2], "what is computed is computed"
 
 
 # ---------------------------------------------------------------------------------------------------- distilled weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -50,7 +51,7 @@ from emt_engines.attempts import repeat
 from emt_engines.build import build_engine, open_engine
 from emt_engines.choice import EngineChoice, engines_dir, list_engines
 from emt_engines.compiler_hooks import Phases, declared_size_arrays, loses_declarations, remembered_writes
-from emt_engines.fingerprint import Host, Weights, code_sha256, weights_of
+from emt_engines.fingerprint import Host, Weights, _instructions, _tensor_digests, code_sha256, weights_of
 from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once
 from emt_engines.manifest import FILE, FORMAT, Manifest, Part, Request, Size, TensorSpec
 from emt_engines.parts import feature_tensors, features_of, function, text_tensors
@@ -351,28 +352,93 @@ def test_hashes_of_weights_tell_network_adapter_and_vae_apart(model, tmp_path):
     assert weights_of(other) == after, "the order of a configuration says nothing"
 
 
+def test_every_byte_of_a_tensor_is_in_one_of_the_two_hashes(tmp_path):
+    """Of the backbone, or of what only denoising reads; the order in the file, and its metadata, are in none."""
+    names = ("a", "b.adapter.to_q.weight", "c.scaler.bias", "d", "denoising.e", "z")
+    state = {name: torch.arange(3) + 10 * n for n, name in enumerate(names)}
+    adapter = {name: len(name) > 1 for name in names}
+    path = tmp_path / "w.safetensors"
+    save_file(state, path, metadata={"format": "pt"})
+    before, content = _tensor_digests(path), path.read_bytes()
+    data = content[8 + struct.unpack("<Q", content[:8])[0] :]
+    for name, tensor in state.items():
+        for place in (0, tensor.nbytes - 1):
+            at = len(content) - len(data) + data.index(tensor.numpy().tobytes()) + place
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            changed = [one != other for one, other in zip(before, _tensor_digests(path), strict=True)]
+            assert changed == [not adapter[name], adapter[name]], name
+    header = {
+        name: {"dtype": "I64", "shape": [3], "data_offsets": [24 * n, 24 * n + 24]}
+        for n, name in enumerate(reversed(names))
+    }
+    written = json.dumps(header).encode()
+    tensors = b"".join(state[name].numpy().tobytes() for name in reversed(names))
+    path.write_bytes(struct.pack("<Q", len(written)) + written + tensors)
+    assert _tensor_digests(path) == before
+
+
 def test_the_host_is_described_by_what_the_processor_says_of_itself():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     found = Host.here("cpu").instructions
     assert set(found) <= set(flags)
     assert {"avx2", "avx512f"} & set(flags) <= set(found)
-    assert ("cuda" in Host.here("cpu").versions) == bool(torch.version.cuda)
+    versions = Host.here("cpu").versions
+    assert ("cuda" in versions) == bool(torch.version.cuda)
+    for library in ("diffusers", "onnx", "onnxruntime"):
+        assert versions[library] == importlib.metadata.version(library)
 
 
-@pytest.mark.parametrize("harm", ["deep configuration", "deep header", "header longer than its file", "no tensor"])
+@pytest.mark.parametrize("said", [None, "processor : 0\n"], ids=["no /proc, as on macOS", "no such line"])
+def test_a_processor_that_says_nothing_of_itself_has_no_instructions_of_its_own(said, monkeypatch):
+    def read_text(path, **options):
+        if said is None:
+            raise FileNotFoundError(path)
+        return said
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert _instructions.__wrapped__() == ()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "deep configuration",
+        "configuration is a list",
+        "no configuration",
+        "deep header",
+        "header is a number",
+        "header is no JSON",
+        "header longer than its file",
+        "no header",
+        "no tensor",
+        "no place of a tensor",
+        "tensor beyond the end",
+    ],
+)
 def test_k5_weights_that_cannot_be_hashed_are_an_error_that_names_the_model(model, tmp_path, harm):
     other = tmp_path / "other"
     shutil.copytree(model, other)
     (weights,) = (other / "unet").glob("*.safetensors")
-    if harm == "deep configuration":
+    place = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    headers = {
+        "deep header": b"[" * 100_000,
+        "header is a number": b"7",
+        "header is no JSON": b"{",
+        "no tensor": b'{"a": []}',
+        "no place of a tensor": b'{"a": {"dtype": "F32", "shape": [1]}}',
+        "tensor beyond the end": place,
+    }
+    if harm in headers:
+        weights.write_bytes(struct.pack("<Q", len(headers[harm])) + headers[harm])
+    elif harm == "deep configuration":
         (other / "vae" / "config.json").write_text("[" * 100_000)
-    elif harm == "deep header":
-        weights.write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
-    elif harm == "header longer than its file":
-        weights.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+    elif harm == "configuration is a list":
+        (other / "vae" / "config.json").write_text("[]")
+    elif harm == "no configuration":
+        (other / "vae" / "config.json").unlink()
     else:
-        weights.write_bytes(struct.pack("<Q", 9) + b'{"a": []}')
+        weights.write_bytes(b"\0" if harm == "no header" else struct.pack("<Q", 1 << 62) + b"{}")
     with pytest.raises(EmtError, match=f"the weights of {other} cannot be read"):
         weights_of(other)
 
