@@ -32,9 +32,10 @@ from emt.video import (
     read_metadata,
     write_clip,
 )
-from emt.video.clip import fitted, half_gap
+from emt.video.clip import ClipInfo, fitted, half_gap
 from emt.video.ffmpeg import Ffmpeg
-from emt.video.stream import Video
+from emt.video.reading import _check_request
+from emt.video.stream import Video, _Listing, _presentation_times
 
 WRITTEN = {"prompt": 'a=b; #c\n\\ "é" 😀 {}\x00\t', "ключ = ;": "x" * 9000, "": ""}
 
@@ -794,3 +795,93 @@ def test_the_part_of_a_picture_that_a_fit_takes(picture, fit, box, size):
 def test_half_of_the_shortest_gap():
     assert half_gap(np.array([0.0, 0.5, 0.7])) == pytest.approx(0.1)
     assert half_gap(np.array([3.0])) == 1e-3
+
+
+# ------------------------------------------------------------------------------------------- what ffmpeg lists
+
+
+def listed(*rows: str) -> list[bytes]:
+    """Lines of ffmpeg's framecrc, in tenths of seconds: stream, decoding time, presentation time, length, …."""
+    return [b"#software: Lavf", b"#tb 0: 1/10", *(f"0, 0, {row}, 99, 0x1".encode() for row in rows)]
+
+
+def test_packets_are_listed_by_when_they_are_presented() -> None:
+    """Decoders need the frames that others are made of first; the last one listed need not be the last one shown."""
+    times, last, timed = _presentation_times(listed("0, 1", "7, 4", "3, 2"))
+    assert (times.tolist(), last, timed) == (pytest.approx([0, 0.3, 0.7]), pytest.approx(0.4), True)
+    cut = "0, 0, 9, 1, 99, 0x1, F=0x4"  # by an edit list: a base of other frames that is not shown itself
+    times, last, timed = _presentation_times([*listed("0, 1", "1, 2"), cut.encode()])
+    assert (times.tolist(), last, timed) == (pytest.approx([0, 0.1]), pytest.approx(0.2), True)
+
+
+@pytest.mark.parametrize(
+    "rows", [("0, 1", f"{-(1 << 63)}, 5"), ("0, 1", "0, 5"), ()], ids=["none", "the same", "no packet"]
+)
+def test_packets_without_times_of_their_own_have_to_be_decoded(rows: tuple[str, ...]) -> None:
+    _, last, timed = _presentation_times(listed(*rows))
+    assert (last, timed) == (pytest.approx(0.5 if rows else 0.0), False)
+
+
+def test_a_clips_rate_and_duration_follow_from_the_times_of_its_frames() -> None:
+    video = Video(ClipInfo(Path("a.mp4"), 8, 8, 0.0, 0, 0.0), np.array([]))
+    for times, last, fps, duration in (
+        ([1.0, 1.5, 2.0], 0.25, 2.0, 1.25),
+        ([1.0, 1.1, 2.0], 0.0, 2.0, 1.5),  # how long the last one shows is not known: as long as the others on average
+        ([3.0], 0.5, 2.0, 0.5),
+        ([3.0], 0.0, FOLDER_FPS, 1 / FOLDER_FPS),
+    ):
+        info = video._at(np.array(times), last).info
+        assert (info.frames, info.fps, info.duration) == (len(times), pytest.approx(fps), pytest.approx(duration))
+
+
+def heading(*lines: str) -> _Listing:
+    return _Listing(Path("a.mkv"), "0:V:0", np.array([]), 0.0, False, "\n".join([*lines, "Stream mapping:"]), "")
+
+
+def test_a_files_heading_gives_its_duration_and_streams() -> None:
+    found = heading(
+        "[info]   Duration: 01:02:03.50, start: 0.000000",
+        "[info]   Stream #0:0: Video: mjpeg, yuvj420p, 8x8 (attached pic)",
+        "[info]   Stream #0:1(eng): Audio: aac",
+        "[info]   Stream #0:2: Video: h264, yuv420p, 16x16",
+        "[info]   Stream #0:3: Video: vp9, yuv420p, 32x32 (default)",
+    )
+    assert found._given_seconds() == 3723.5
+    assert found.has_sound()
+    assert found.default_stream() == 3
+    assert found.described("0:3").startswith("vp9")
+    assert found.described("0:V:0").startswith("h264"), "a cover is no video"
+    silent = heading("  Stream #0:0: Video: h264, yuv420p (default)", "  Stream #0:1: Video: vp9 (default)")
+    assert silent.default_stream() is None, "it is the first one anyway"
+    assert not silent.has_sound()
+    assert silent._given_seconds() == 0
+    assert heading().described("0:V:0") == ""
+
+
+def test_a_clip_has_at_most_65536_frames_of_twice_8k() -> None:
+    _check_request(65_536, (8192, 8192), "crop", 0.0, None, None)
+    for frames, size in ((65_537, (8192, 8192)), (65_536, (8192, 8193)), (0, None), (1, (0, 8))):
+        with pytest.raises(EmtError, match=r"cannot be sampled|is not possible"):
+            _check_request(frames, size, "crop", 0.0, None, None)
+
+
+def test_24_images_are_a_second(tmp_path: Path) -> None:
+    for number in range(24):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{number}.png")
+    assert probe(tmp_path).duration == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("picture", "target", "fit", "box", "size"),
+    [
+        ((101, 50), (30, 20), "crop", (13.0, 0.0, 88.0, 50.0), (30, 20)),
+        ((50, 101), (30, 20), "crop", (0.0, 101 / 2 - 50 / 3, 50.0, 101 / 2 + 50 / 3), (30, 20)),
+        ((1000, 1), (20, 20), "pad", (0.0, 0.0, 1000.0, 1.0), (20, 1)),
+        ((1, 1000), (20, 20), "pad", (0.0, 0.0, 1.0, 1000.0), (1, 20)),
+    ],
+)
+def test_fits_of_odd_pictures(picture, target, fit, box, size) -> None:
+    """The crop is in the middle, to fractions of a pixel; a picture that is padded stays a pixel wide at least."""
+    found, scaled = fitted(*picture, target, fit)
+    assert found == pytest.approx(box)
+    assert scaled == size
