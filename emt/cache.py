@@ -236,7 +236,7 @@ class MotionCache:
         Raises:
             OSError: it could not be written (no entry is left).
         """
-        if not self.limit or motion.bytes > self.limit:
+        if motion.bytes > self.limit:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors, facts = self._paths(key)

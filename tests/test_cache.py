@@ -233,6 +233,29 @@ def test_the_least_recently_used_go_first(tmp_path):
     assert kept.size() <= kept.limit
 
 
+def test_a_motion_that_the_cache_cannot_hold_costs_no_other_its_place(tmp_path):
+    """Neither if its tensors are too large, nor if only its file is, which has a header."""
+    kept = MotionCache(tmp_path, 1e6)
+    kept.save("a", motion(1.0), 8)
+    fits, small = kept.size(), motion(1.0).bytes
+    assert small < fits
+    for limit in (small - 1, small, fits - 1):
+        MotionCache(tmp_path, limit).save("b", motion(2.0), 8)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.safetensors"]
+    MotionCache(tmp_path, fits).save("b", motion(2.0), 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.safetensors"]
+
+
+def test_as_many_motions_are_kept_as_fit(tmp_path):
+    kept = MotionCache(tmp_path, 1e6)
+    kept.save("a", motion(1.0), 8)
+    kept = MotionCache(tmp_path, 3 * kept.size())
+    for number, key in enumerate("bcde"):
+        os.utime(tmp_path / f"{chr(ord(key) - 1)}.json", (number, number))
+        kept.save(key, motion(1.0), 8)
+    assert [key for key in "abcde" if kept.load(key, SHAPE)] == ["c", "d", "e"]
+
+
 def test_what_was_said_of_a_reference_is_kept_with_its_motion(tmp_path):
     kept = MotionCache(tmp_path / "cache" / "motion", 1e6)
     kept.save("a", motion(1.0), 8, ["it is cut short"])

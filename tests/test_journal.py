@@ -193,6 +193,62 @@ def test_k5_fields_that_are_not_as_declared_are_left_out(tmp_path):
     assert journal.read(tmp_path) == [{**good, "future": [None]}], "a number that is not finite is null, or missing"
 
 
+LORA = {"kind": "lora", "sha256": "0", "file": "a.safetensors", "scale": 0.5}
+CONTROL = {"kind": "control_image", "sha256": "0", "file": "a.png", "frame": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "left_out"),
+    [
+        ("seed", [0, 7, 2**62, 2**63 - 1], [-1, 2**63, True, 1.0, "1", None, [1]]),
+        ("seconds", [0, -2, 0.5, -9e299], [True, "1", None, 1e300, 10**400, float("inf"), float("nan")]),
+        ("interrupted", [True, False], [0, 1, "true", None]),
+        ("prompt", ["", "a fox"], [None, 1, ["a fox"]]),
+        ("warnings", [[], ["a", "b"]], ["a", [1], ["a", None], {"a": "b"}, None]),
+        ("settings", [{}, {"a": None, "b": 1.5, "c": True, "d": "e", "f": ["g"]}], [[], 7, {"a": {}}, {"a": [1]}]),
+        ("versions", [{"torch": "2.11"}], [{"torch": 2.11}, "2.11"]),
+        ("addons", [[], [LORA, CONTROL]], [LORA, [{}], [LORA | {"scale": "1"}], [CONTROL | {"frame": -1}], [7]]),
+        ("addons", [[{"kind": "vae", "sha256": "0", "file": "a"}]], [[LORA | {"kind": "x"}], [LORA | {"file": None}]]),
+        (
+            "batch",
+            [{"size": 2, "index": 1, "shared_reference": True}],
+            [{"size": 2, "index": 2, "shared_reference": True}, {"size": 2, "index": 0}, {}, [], 2],
+        ),
+        ("of a later version", [None, 7, {"a": [1.5, "b"]}], []),
+    ],
+)
+def test_k5_a_field_is_kept_where_it_is_as_declared_and_left_out_where_not(name, kept, left_out):
+    for value in kept:
+        assert records.check({"id": "1", name: value}) == {"id": "1", name: value}
+    for value in left_out:
+        assert records.check({"id": "1", name: value}) == {"id": "1"}, value
+
+
+@pytest.mark.parametrize(
+    ("candidates", "kept"),
+    [
+        ([{"seed": 2, "motion_fidelity": 0.5}], True),
+        ([{"seed": 1, "error": "no memory"}, {"seed": 2, "motion_fidelity": 0.5}], True),
+        ([{"seed": 2, "error": "no memory"}], False),  # it made no clip
+        ([{"seed": 3, "motion_fidelity": 0.5}], False),  # not the seed of the clip
+        ([{"seed": 2}], False),
+        ([{"seed": "2", "motion_fidelity": 0.5}], False),
+        ([{"seed": 2, "motion_fidelity": 0.5}, 7], False),
+    ],
+)
+def test_k5_the_clip_that_was_chosen_is_one_of_those_to_choose_from(candidates, kept):
+    choice = {"first_seed": 1, "candidates": candidates}
+    assert ("best_of" in records.check({"id": "1", "seed": 2, "best_of": choice})) == kept
+    assert "best_of" not in records.check({"id": "1", "seed": 2, "best_of": choice | {"first_seed": -1}})
+
+
+@pytest.mark.parametrize("output", ["", "/a.mp4", "../a.mp4", "a/../b.mp4", "C:a.mp4", "a\\..\\b.mp4", 7, None])
+def test_k6_a_record_of_a_clip_outside_of_its_folder_is_none(output):
+    assert records.check({"id": "1", "output": output}) == {}
+    assert records.check({"id": "1", "output": "a/b.mp4"}) == {"id": "1", "output": "a/b.mp4"}
+    assert records.check([1]) == {}
+
+
 @pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"a": value}], ids=["lists", "objects"])
 def test_k5_values_are_kept_up_to_sixteen_levels(wrap):
     def nested(levels: int) -> object:
