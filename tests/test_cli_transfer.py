@@ -20,6 +20,7 @@ from program import EMT, FRAMES, SIDE, Run, clip, console, emt, environment, jou
 from emt.video import read_clip, read_metadata, write_clip
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.results import is_untouched
+from emt_cli.commands.rerun import compare
 
 
 def states(ended) -> dict[str, int]:
@@ -572,6 +573,14 @@ def test_k2_rerun_says_how_far_the_new_clip_is_from_the_original(batched, tmp_pa
     ended = rerun(folder, tmp_path / "made.json", "--overwrite")
     assert f"which has {FRAMES - 1} frames of {SIDE}x{SIDE}" in ended.err
     assert set(record["versions"]) == {"emt", "torch", "diffusers", "transformers", "imageio-ffmpeg"}
+
+
+def test_a_clip_made_again_in_another_format_is_said_to_be():
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    assert compare(frames, frames, (".png", "")) == "identical with the original"
+    assert "another format" not in compare(frames, frames + 1, (".mp4", ".mp4"))
+    said = compare(frames, frames + 1, (".mp4", ""))
+    assert said.startswith("not identical with the original: another format (.png for .mp4), in which 100.0% of")
 
 
 def test_k6_rerun_takes_no_word_of_a_record(batched, tmp_path):

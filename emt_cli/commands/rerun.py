@@ -291,7 +291,7 @@ def _make_again(
     versions = _other_versions(record)
     if original is not None:
         reporter.phase("comparing")
-        text = compare(original, _all_frames(output))
+        text = compare(original, _all_frames(output), (clip.suffix.lower(), output.suffix.lower()))
         versions = "" if text.startswith("identical") else versions
         reporter.say(f"{output} is {text}" if "compared" not in text else text)
     if versions:
@@ -335,12 +335,13 @@ def _all_frames(clip: Path) -> np.ndarray | EmtError:
         return error
 
 
-def compare(original: np.ndarray | EmtError, again: np.ndarray | EmtError) -> str:
+def compare(original: np.ndarray | EmtError, again: np.ndarray | EmtError, formats: tuple[str, str] = ("", "")) -> str:
     """Difference of two clips, in words.
 
     Args:
         original: uint8, (frames, height, width, 3), or why it cannot be read.
         again: The same of the new one.
+        formats: Suffixes of both; empty for a folder of PNG. Frames of one format differ from those of another.
     """
     import numpy as np
 
@@ -353,9 +354,11 @@ def compare(original: np.ndarray | EmtError, again: np.ndarray | EmtError) -> st
     apart = np.abs(original.astype(np.int16) - again)
     if not apart.any():
         return "identical with the original"
+    before, now = (suffix or ".png" for suffix in formats)
+    other = f"another format ({now} for {before}), in which " if before != now else ""
     return (
-        f"not identical with the original: {(apart > 0).mean():.1%} of the values differ, by {apart.mean():.3f} of 255 "
-        f"on average and {apart.max()} at most"
+        f"not identical with the original: {other}{(apart > 0).mean():.1%} of the values differ, by {apart.mean():.3f} "
+        f"of 255 on average and {apart.max()} at most"
     )
 
 
