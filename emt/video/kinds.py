@@ -138,7 +138,7 @@ def check_readable(path: Path) -> None:
             if suffix in IMAGE_SUFFIXES:
                 raise not_video(path, "it is one picture")
             named = f"has the suffix {path.suffix!r}, which is not read" if suffix else "has no suffix"
-            raise EmtError(f"{show(path)} {named}.", f"If it plays elsewhere, {CONVERT}\n{READABLE}")
+            raise EmtError(f"{show(path)} {named}.", f"{READABLE}\nIf it plays elsewhere, {CONVERT}")
         if not status.st_size:
             raise EmtError(f"{show(path)} is empty (0 bytes).", "Copy or download it again.")
         path.open("rb").close()
@@ -149,5 +149,5 @@ def check_readable(path: Path) -> None:
 def not_video(path: Path, reason: str) -> EmtError:
     """Error for a file that cannot be read as a video."""
     return EmtError(
-        f"{show(path)} cannot be read as a video: {reason}.", f"If it plays elsewhere, {CONVERT}\n{READABLE}"
+        f"{show(path)} cannot be read as a video: {reason}.", f"{READABLE}\nIf it plays elsewhere, {CONVERT}"
     )
