@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import resource
+import stat
 import threading
 import time
 from pathlib import Path
@@ -137,6 +138,16 @@ def test_threads_write_whole_lines(tmp_path):
     [thread.join() for thread in threads]
     log.close()
     assert len({line["id"] for line in journal.read(tmp_path)}) == 80
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0, 0o644), (0o077, 0o600)])
+def test_a_journal_is_written_by_its_owner_alone(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        Journal(tmp_path).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / journal.FILE_NAME).stat().st_mode) == mode
 
 
 def test_a_line_is_synced_before_append_returns(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emt.backbone import PLAIN, Constants, Execution
-from emt.backbones.sd15.layers import FeedForward, sinusoidal_positions
+from emt.backbones.sd15.layers import GEGLU, FeedForward, sinusoidal_positions
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
@@ -382,6 +382,23 @@ class TestReadableModule:
                 expected = (query @ key.T / query.shape[1] ** 0.5).softmax(1)
                 torch.testing.assert_close(found[clip, y * width + x, head], expected)
         assert unet.attention_maps(features, []) == []
+
+    @torch.no_grad()
+    def test_a_layer_in_the_place_of_a_feed_forward_layers_linear_one_computes(self, monkeypatch):
+        """Such as one with a low-rank branch: a kernel that reads the weight alone is not for it."""
+
+        class Doubled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
+        monkeypatch.setattr("emt.backbones.sd15.layers.fuses", lambda x, weight: True)
+        layer, x = GEGLU(8, 16), torch.randn(3, 8)
+        doubled = Doubled(8, 32)
+        doubled.load_state_dict(layer.proj.state_dict())
+        values, gates = layer.proj(x).chunk(2, -1)
+        torch.testing.assert_close(layer(x), values * nn.functional.gelu(gates))
+        layer.proj = doubled
+        torch.testing.assert_close(layer(x), 2 * values * nn.functional.gelu(2 * gates))
 
     def test_inference_feeds_forward_a_part_of_the_tokens_at_a_time(self, monkeypatch):
         """The wide tensor in between is the largest of the network; gradients need all of it at once anyway."""
