@@ -24,7 +24,7 @@ from emt_cli.batch.jobs import Job, identify, output_name, own_name
 from emt_cli.batch.journal import Journal, Known
 from emt_cli.batch.options import Settings
 from emt_cli.batch.outcomes import Outcomes
-from emt_cli.batch.results import find_place, read_record, sidecar, state_on_disk, write_result
+from emt_cli.batch.results import find_place, is_anothers, read_record, sidecar, state_on_disk, write_result
 from emt_cli.batch.session import RunOptions, SessionOptions, open_session
 from emt_cli.terminal import ProgressReporter
 from emt_cli.text import printable
@@ -399,6 +399,39 @@ def test_what_the_disk_says_of_a_job(result):
     assert state_on_disk(line, clip, job, "one") == "open", "replaced by someone else"
     clip.unlink()
     assert state_on_disk(line, clip, job, "one") == "open"
+
+
+def test_k3_a_finished_clip_of_another_job_is_known_by_the_journal_or_by_its_own_record(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), np.uint8)
+    whole, cut, plain, text = (tmp_path / f"{name}.mp4" for name in ("whole", "cut", "plain", "text"))
+    write_result(whole, frames, 8, {"id": "one", "settings": {"frames": 6}})
+    write_result(cut, frames, 8, {"id": "one", "settings": {"frames": 7}})
+    write_clip(plain, frames, 8)
+    text.write_text("no clip")
+    unlisted = {path: is_anothers(None, path, "two") for path in (whole, cut, plain, text, tmp_path / "none.mp4")}
+    assert [path for path, another in unlisted.items() if another] == [whole], "only that is a finished clip of a job"
+    assert not is_anothers(None, whole, "one"), "its own"
+    assert not is_anothers(None, Path("\0"), "two"), "no path at all"
+    status = plain.stat()
+    line = {"id": "one", "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    assert is_anothers(line, plain, "two"), "as the journal left it: its word is enough"
+    assert not is_anothers(line, plain, "one")
+    for field in ("bytes", "mtime_ns"):
+        for change in (-1, 1):
+            assert not is_anothers(line | {field: line[field] + change}, plain, "two"), "written since: what is it?"
+
+
+def test_a_clip_that_must_be_read_to_be_known_comes_with_its_status(result):
+    """So that the journal can have it as it was when it was read."""
+    job, clip, line = result
+    places = []
+    for known_line in (line | {"output": clip.name}, line | {"output": clip.name, "mtime_ns": 1}, None):
+        known = Known()
+        if known_line:
+            known.add({"event": "job", "state": "done"} | known_line)
+        places.append(find_place(clip.parent, known, job, clip.name, "one", False))
+    assert [place.state for place in places] == ["done", "done", "made"]
+    assert [place.looked for place in places] == [None, clip.stat(), clip.stat()]
 
 
 def test_a_clip_cut_short_afterwards_is_made_again(result):
