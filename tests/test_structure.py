@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import re
 import resource
 import shlex
@@ -261,11 +262,18 @@ def test_help_answers_at_once():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_without_torch(command):
-    done = subprocess.run([sys.executable, "-X", "importtime", EMT, command, "--help"], capture_output=True, text=True)
+    line = [sys.executable, "-X", "importtime", EMT, command, "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     assert command in done.stdout
     assert f"emt {command} " in done.stdout, "the usage and an example name the command"
     assert "| torch" not in done.stderr
+    assert "<bool>" not in done.stdout, "types of Python"
+    main = typer.main.get_command(app)
+    with main.make_context("emt", [command]) as root:
+        options = main.get_command(root, command).params
+    for word in " ".join(getattr(option, "help", None) or "" for option in options).replace("\\[", "[").split():
+        assert word in done.stdout, "neither cut off by 80 columns nor taken for markup"
 
 
 @pytest.mark.parametrize("command", EXAMPLES)

@@ -30,6 +30,10 @@ from emt_cli.config import FILE_NAME, OWN, Config, Option
 #: Other names of an option, by which users of other commands, or of other programs, know it.
 _ALSO = {"--out": ("--output",), "--output": ("--out",), "--model": ("-m",)}
 
+#: Names of values in `--help`, by their types; typer's own are Python's.
+_METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH"}
+EVERYWHERE = "Everywhere"  # heading of the options that every command has
+
 
 def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., None]:
     """Give a command one parameter for each option and setting; it is called with the `TransferOptions`.
@@ -137,6 +141,8 @@ def completed(
             info = copy.copy(info)
             info.default, info.param_decls = ..., _names(parameter)
             info.envvar, info.show_envvar = by_name[parameter.name].variables(name) or None, False
+            if info.metavar is None:
+                info.metavar = _metavar(by_name[parameter.name].kind)
             parameter = parameter.replace(annotation=Annotated[get_args(parameter.annotation)[0], info])
         parameters.append(parameter)
 
@@ -169,7 +175,7 @@ _COMMON = ("config", "quiet", "verbose", "log_file")
 
 def _common(load: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo]]:
     """Options that every command has."""
-    panel: dict[str, Any] = {"rich_help_panel": "Everywhere", "show_envvar": False}
+    panel: dict[str, Any] = {"rich_help_panel": EVERYWHERE, "show_envvar": False}
     config = typer.Option(
         "--config",
         help=f"Config file. Default: {FILE_NAME} here, over the one in your config folder (emt config show).",
@@ -180,8 +186,10 @@ def _common(load: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo]]:
         show_default=False,
         **panel,
     )
-    quiet = typer.Option("--quiet", "-q", help="Show warnings and errors alone.", envvar="EMT_QUIET", **panel)
-    verbose = typer.Option("--verbose", "-v", help="Show details too.", envvar="EMT_VERBOSE", **panel)
+    quiet = typer.Option(
+        "--quiet", "-q", help="Show warnings and errors alone.", envvar="EMT_QUIET", metavar="", **panel
+    )
+    verbose = typer.Option("--verbose", "-v", help="Show details too.", envvar="EMT_VERBOSE", metavar="", **panel)
     log = typer.Option(
         "--log-file",
         help="Keep all messages in this file, whatever is shown.",
@@ -201,6 +209,13 @@ def _common(load: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo]]:
 def configuration(context: typer.Context) -> tuple[Config, dict[str, Path]]:
     """The config files of a running command, and the file that sets each parameter that they set."""
     return context.meta.get(_META, (Config(), {}))
+
+
+def _metavar(kind: Any) -> str | None:
+    """Name of an option's value in `--help`: that of its type, or all values that there are."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "|".join(str(member.value) for member in kind)
+    return _METAVARS.get(kind)
 
 
 def options_of(command: Callable[..., Any]) -> list[Option]:

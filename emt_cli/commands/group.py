@@ -59,6 +59,15 @@ _MAY_BE_EMPTY = ("prompt", "negative_prompt")
 class Command(TyperCommand):
     """A command with flags that the command line can turn off, too, where a config file turns them on."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help`, listed among the options that every command has."""
+        from emt_cli.commands.arguments import EVERYWHERE
+
+        option: Any = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar, option.rich_help_panel = "", EVERYWHERE
+        return option
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; an empty one, as of a variable that is not set, would name the working folder."""
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
@@ -113,14 +122,22 @@ class LazyGroup(TyperGroup):
         # A terminal has its own width: only paragraphs are kept of the lines that a docstring has.
         text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
         single.command(
-            cmd_name, cls=Command, help=text, epilog=f"Example: {EXAMPLES[cmd_name]}", context_settings=_HELP
+            cmd_name, cls=Command, help=_literal(text), epilog=f"Example: {EXAMPLES[cmd_name]}", context_settings=_HELP
         )(completed(function, cmd_name, all_options))
-        return typer.main.get_command(single)
+        command = typer.main.get_command(single)
+        for parameter in command.params:
+            parameter.help = _literal(getattr(parameter, "help", None) or "")  # type: ignore[attr-defined]
+        return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The list of commands, without importing any."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _literal(text: str) -> str:
+    """Text for rich, which takes words in brackets for its markup."""
+    return text.replace("[", r"\[")
 
 
 def _function(command: str) -> Any:

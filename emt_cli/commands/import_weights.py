@@ -81,7 +81,7 @@ def import_weights(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="VAE to use instead of the base's or --dreambooth's, e.g. vae-ft-mse-840000-ema-pruned.safetensors.",
+            help="VAE to use instead of the base's or --dreambooth's, e.g. vae-ft-mse.",
             rich_help_panel=_FILES,
         ),
     ] = None,

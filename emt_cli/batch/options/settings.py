@@ -141,7 +141,13 @@ class Settings:
             also=("--guidance-scale",),
         ),
     ] = 6.0
-    scheduler: Annotated[Scheduler, _clip("Sampler. Default: the model's, ddim for most.")] = Scheduler.DDIM
+    scheduler: Annotated[
+        Scheduler,
+        _clip(
+            f"Sampler: {', '.join(member.value for member in Scheduler)}. Default: the model's, ddim for most.",
+            metavar="NAME",
+        ),
+    ] = Scheduler.DDIM
     preset: Annotated[
         str,
         _clip(
@@ -195,7 +201,7 @@ class Settings:
     vae: Annotated[
         str | None,
         _clip(
-            "VAE to use instead of the model's, such as vae-ft-mse-840000-ema-pruned.safetensors.",
+            "VAE to use instead of the model's, such as vae-ft-mse.",
             metavar="SOURCE",
         ),
     ] = None
@@ -209,8 +215,8 @@ class Settings:
     control: Annotated[
         str | None,
         _clip(
-            "SparseCtrl network that reads --control-image: AnimateDiff's v3_sd15_sparsectrl_rgb.ckpt (pictures) or "
-            "v3_sd15_sparsectrl_scribble.ckpt (drawings), a file or hf://owner/name/file; the default scale is 1.",
+            "SparseCtrl network that reads --control-image, AnimateDiff's rgb (pictures) or scribble (drawings): a "
+            "file, or hf://owner/name/file; the default scale is 1.",
             metavar="SOURCE[:SCALE]",
         ),
     ] = None
