@@ -160,6 +160,10 @@ class ProgressReporter:
             self._show(os.fsdecode(text))
         else:
             self._out.write(text + b"\n")
+        self._warn_of_failure()
+
+    def _warn_of_failure(self) -> None:
+        """Say once that standard output takes nothing more."""
         if self.failed and not self._warned:
             self._warned = True
             reason = self._out.error.strerror if self._out.error else ""
@@ -246,6 +250,7 @@ class ProgressReporter:
         self._closed.set()
         self._stop_bars()
         self._out.drain()
+        self._warn_of_failure()  # what was written last may be what failed
         self._err.drain(_LAST_MESSAGES)
 
     def abandon(self) -> None:

@@ -119,13 +119,16 @@ def test_k4_the_first_signal_ends_in_order_and_the_second_at_once_whatever_is_bl
     assert min(took[1:]) < 1, "the second signal ends it at once"
 
 
-def test_k4_a_full_standard_output_loses_no_clip(tmp_path):
+@pytest.mark.parametrize("clips", [1, 3])
+def test_k4_a_full_standard_output_loses_no_clip_and_is_said(tmp_path, clips):
+    """Also where the last result is the one that cannot be written."""
     clip(tmp_path / "a.mp4")
-    ended = start(tmp_path, "a.mp4", "--prompt", "x", "--seeds", "0-2", stdout=Path("/dev/full")).end()
+    seeds = f"0-{clips - 1}"
+    ended = start(tmp_path, "a.mp4", "--prompt", "x", "--seeds", seeds, stdout=Path("/dev/full")).end()
     assert ended.code == 1
     assert ended.err.count("cannot write to standard output: No space left on device") == 1
-    assert "3 done" in ended.err
-    assert len(list((tmp_path / "out").glob("*/*.mp4"))) == 3
+    assert f"{clips} done" in ended.err
+    assert len(list((tmp_path / "out").glob("*/*.mp4"))) == clips
 
 
 # ---- a stream -----------------------------------------------------------------------------------------------------
