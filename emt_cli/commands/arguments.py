@@ -32,7 +32,7 @@ _ALSO = {"--out": ("--output",), "--output": ("--out",), "--model": ("-m",)}
 
 #: Names of values in `--help`, by their types; typer's own are Python's.
 _METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH"}
-EVERYWHERE = "Everywhere"  # heading of the options that every command has
+COMMON_PANEL = "Common options"  # heading of those that every command has
 
 
 def takes_options(command: Callable[[TransferOptions], None]) -> Callable[..., None]:
@@ -175,7 +175,7 @@ _COMMON = ("config", "quiet", "verbose", "log_file")
 
 def _common(load: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo]]:
     """Options that every command has."""
-    panel: dict[str, Any] = {"rich_help_panel": EVERYWHERE, "show_envvar": False}
+    panel: dict[str, Any] = {"rich_help_panel": COMMON_PANEL, "show_envvar": False}
     config = typer.Option(
         "--config",
         help=f"Config file. Default: {FILE_NAME} here, over the one in your config folder (emt config show).",

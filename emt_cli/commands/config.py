@@ -16,7 +16,7 @@ from emt_cli.commands.group import all_options, command_group, default_of
 from emt_cli.config import Config, Option, user_file
 from emt_cli.text import nearest, printable
 
-config = command_group("Show options that hold where the command line leaves them out, and where they come from.")
+config = command_group("Show the options in effect where the command line leaves them out, and their sources.")
 
 
 @config.callback()
@@ -27,7 +27,8 @@ def _group() -> None: ...
 def show(
     context: typer.Context,
     command: Annotated[
-        list[str] | None, typer.Argument(help="Command, such as train or engines list. Default: transfer.")
+        list[str] | None,
+        typer.Argument(metavar="COMMAND", help="Command, such as train or engines list. Default: transfer."),
     ] = None,
 ) -> None:
     """Show the value of each option of a command, and its source: a variable, a config file, a preset, or the default.

@@ -54,7 +54,7 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON line a finding.")] = False,
 ) -> None:
-    """Look at GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.
+    """Check GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.
 
     Says what will work, what will not, and the command that mends it. Exit code 1 if clips cannot be made.
     """

@@ -26,7 +26,8 @@ _Cache = Annotated[
     typer.Option(help="Cache folder that holds the engines. Default: emt in the user's cache folder."),
 ]
 _Names = Annotated[
-    list[str] | None, typer.Argument(help="Engine folders, or names in the cache. Default: all.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="ENGINE", help="Engine folders, or names in the cache. Default: all.", show_default=False),
 ]
 
 
@@ -68,7 +69,7 @@ def list_engines(cache_dir: _Cache = None, json: _Json = False) -> None:
 
 @engines.command()
 def show(
-    engine: Annotated[str, typer.Argument(help="Engine folder, or its name in the cache.")],
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Engine folder, or its name in the cache.")],
     cache_dir: _Cache = None,
     json: _Json = False,
 ) -> None:

@@ -49,7 +49,7 @@ def evaluate(
     sources: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[SOURCE]...",
+            metavar="SOURCE",
             help="Output folders of `emt transfer`, or their URLs, or .jsonl or .csv files with the fields reference, "
             "result and (optional) prompt; their paths are relative to the file.",
             show_default=False,

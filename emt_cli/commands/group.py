@@ -29,9 +29,9 @@ COMMANDS = {
     "build-engine": "Compile a model ahead of time for this GPU and chosen shapes.",
     "engines": "List, show, verify and prune the engines in the cache.",
     "bench": "Time the parts of a clip on this machine.",
-    "rerun": "Make a result again from the settings it carries.",
-    "doctor": "Look at GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.",
-    "config": "Show options that hold where the command line leaves them out, and where they come from.",
+    "rerun": "Reproduce a result from the settings embedded in it.",
+    "doctor": "Check GPU, driver, PyTorch, Triton, TensorRT, compiler, ffmpeg, model, disk and cache.",
+    "config": "Show the options in effect where the command line leaves them out, and their sources.",
     "import-weights": "Make one model folder from Stable Diffusion 1.5, a motion module and the adapter.",
 }
 
@@ -61,11 +61,11 @@ class Command(TyperCommand):
 
     def get_help_option(self, ctx: Any) -> Any:
         """`--help`, listed among the options that every command has."""
-        from emt_cli.commands.arguments import EVERYWHERE
+        from emt_cli.commands.arguments import COMMON_PANEL
 
         option: Any = super().get_help_option(ctx)
         if option is not None:
-            option.metavar, option.rich_help_panel = "", EVERYWHERE
+            option.metavar, option.rich_help_panel = "", COMMON_PANEL
         return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ def report(
     outs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="OUT...",
+            metavar="OUT",
             help="An output folder of `emt transfer`, or its URL; or several, which are shown as one.",
             show_default=False,
         ),

@@ -42,7 +42,10 @@ _MOST_CLIPS = 64  # of a batch, as for --batch-size
 
 def rerun(
     result: Annotated[
-        Path, typer.Argument(help="A clip that emt made, or the .json beside it; or its URL.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CLIP", help="A clip that emt made, or the .json beside it; or its URL.", show_default=False
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -79,7 +82,7 @@ def rerun(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
 ) -> None:
-    """Make a result again from the settings it carries: on the same kind of device, the very same frames.
+    """Reproduce a result from the settings embedded in it: on the same kind of device, the very same frames.
 
     The reference and the model are checked against their hashes. A clip that was made in a batch is made in a
     batch of the same size, since the order of additions, and with it the last bits, depends on it. Where the original

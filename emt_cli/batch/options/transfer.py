@@ -54,6 +54,7 @@ class TransferOptions:
             "JSON Lines from standard input.",
             positional=True,
             show_default=False,
+            metavar="REFERENCE",
         ),
     ] = None
     prompt: Annotated[
