@@ -37,7 +37,9 @@ test-lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install -q uv pytest pytest-xdist hypothesis setuptools
 	$(LOWEST)/bin/pip install -q -c constraints.txt torch
+	# What torch has brought by now is taken as it is unless it is named.
 	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct \
+		--reinstall-package filelock --reinstall-package fsspec \
 		$$(grep '^torch==' constraints.txt) -e '.[evaluate,train,engines,ray]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile
 
