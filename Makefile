@@ -63,6 +63,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/ladder.py
 	$(BIN)/python benchmarks/side_by_side.py
+	$(BIN)/python benchmarks/wan21.py speed
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build *.egg-info

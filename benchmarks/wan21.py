@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try it on a CPU")
     o = parser.parse_args()
+    if not o.device.startswith("cuda") and not o.tiny:
+        raise SystemExit("networks of Wan's size are for a GPU; --tiny tries the benchmark on a CPU")
     name = torch.cuda.get_device_name() if o.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
     found = {}

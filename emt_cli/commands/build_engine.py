@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from emt.remote import check_on_disk
 from emt_cli.batch.options import Precision, check_device, parse_defaults
 from emt_cli.messages import console as stderr_console
 from emt_cli.messages import say
+
+if TYPE_CHECKING:
+    from emt.pipeline import MotionTransfer
 
 
 class EngineBackend(str, Enum):
@@ -111,19 +114,23 @@ def build_engine(
     except EmtError as error:
         raise typer.BadParameter(f"{error.problem}. {error.hint}") from None
     found = find_model(model, download=True)
-    check_network(found.name, found.network)
+    check_network(found.name, found.network, backend.value)
     defaults = parse_defaults(found.defaults)
     width, height = defaults["width"], defaults["height"]
     target = Device.open(device, precision.value)
 
-    from emt.backbone import module_of
+    from emt.backbone import SWITCHING, module_of
     from emt.hub import parse_lora
     from emt_engines.build import build_engine as build
     from emt_engines.build import check_target
 
-    find_lora = module_of(found.network, "lora").find_lora
-    merge_loras = module_of(found.network, "switching").merge_loras
-    loras = [(find_lora(path), scale) for path, scale in map(parse_lora, lora or [])]
+    loras: list[tuple[Path, float]] = []
+    if lora:
+        if found.network not in SWITCHING:
+            hint = "A LoRA is merged by emt import-weights --lora."
+            raise EmtError(f"--lora: not with {found.name}, which is no Stable Diffusion 1.5", hint)
+        find_lora = module_of(found.network, "lora").find_lora
+        loras = [(find_lora(path), scale) for path, scale in map(parse_lora, lora)]
     request = Request(
         backend=backend.value,
         precision=target.precision,
@@ -152,7 +159,11 @@ def build_engine(
             if not console.is_terminal:
                 say(what)
 
-        pipe = open_pipeline(found, target, prepare=lambda pipe: merge_loras(pipe, loras))
+        def prepare(pipe: MotionTransfer) -> None:
+            if loras:
+                module_of(found.network, "switching").merge_loras(pipe, loras)
+
+        pipe = open_pipeline(found, target, prepare=prepare)
         with insistent_interrupts():
             manifest = build(pipe, request, folder, progress)
     parity = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from emt.backbone import Execution
 from emt.backends.base import Networks
+from emt.backends.codec import ImageCodec, codec_of
 from emt.backends.cuda_graphs import Recorder
 from emt.backends.torch import TorchBackend
 from emt.backends.vae import VAE_PIXELS
@@ -41,7 +42,7 @@ from emt.storage import sha256_of
 from emt_engines.attempts import ATTEMPTS, failed, new_log, repeat, summary
 from emt_engines.compiler_hooks import Phases, declared_size_arrays, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
-from emt_engines.parts import Function, by_reference, features_of, function, times_of
+from emt_engines.parts import Function, by_reference, features_of, function, text_tokens, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
 from emt_kernels.precompile import processors
 
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 #: What an engine is made of, for each size.
 PARTS = ("denoise", "reference", "vae_encoder", "vae_decoder")
+#: Those of a model whose autoencoder is of video: PyTorch runs that, some frames at a time.
+_PARTS_OF_VIDEO = ("denoise", "reference")
 
 
 def _options(device: str) -> dict[str, Any]:
@@ -100,7 +103,8 @@ class InductorBuilder:
     ) -> list[Part]:
         """Compile every part for every size into `folder`; see `emt_engines.base.Builder`."""
         networks = _Configurations.of(pipe)
-        jobs = [_Job(networks, request, name, size, folder) for size in request.sizes for name in PARTS]
+        names = PARTS if isinstance(codec_of(pipe.vae, pipe.unet.latent_channels), ImageCodec) else _PARTS_OF_VIDEO
+        jobs = [_Job(networks, request, name, size, folder) for size in request.sizes for name in names]
         workers = _workers(pipe, len(jobs))
         if workers == 1:
             parts: list[Part] = []
@@ -136,23 +140,24 @@ class _Configurations:
     unet: dict[str, Any]
     vae: dict[str, Any]
     tokens: int
-    dtype: torch.dtype
+    dtypes: tuple[dict[str, torch.dtype], dict[str, torch.dtype]]  # of both networks' weights: some may stay in float32
 
     @classmethod
     def of(cls, pipe: MotionTransfer) -> _Configurations:
         """Those of a pipeline."""
         unet, vae = pipe.unet, pipe.vae
-        tokens = pipe.tokenizer.model_max_length
-        return cls(type(unet), type(vae), dict(unet.config), dict(vae.config), tokens, unet.dtype)
+        dtypes = tuple({name: x.dtype for name, x in part.state_dict().items()} for part in (unet, vae))
+        return cls(type(unet), type(vae), dict(unet.config), dict(vae.config), text_tokens(pipe), dtypes)
 
     def make(self, device: str) -> _Shell:
         """Make them."""
         with torch.device(device):
             unet = self.network.from_config(self.unet).eval()
             vae = self.autoencoder.from_config(self.vae).eval()
-        for part in (unet, vae):
-            nn.Module.to(part, self.dtype)  # diffusers' own would warn of nothing
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        for part, dtypes in zip((unet, vae), self.dtypes):
+            for name, tensor in part.state_dict(keep_vars=True).items():
+                tensor.data = tensor.data.to(dtypes[name])
+        factor = codec_of(vae, unet.latent_channels).pixels
         return _Shell(unet, vae, SimpleNamespace(model_max_length=self.tokens), factor, torch.device(device))
 
 
@@ -318,7 +323,8 @@ def _package(pipe: Networks, execution: Execution, job: _Job, phases: Phases) ->
     from torch._inductor import aoti_compile_and_package
 
     made = function(pipe, name, **shape, execution=execution)
-    ranges = {"frames": (request.frames, request.frames), "width": (width, width), "height": (height, height)}
+    frames = codec_of(pipe.vae, pipe.unet.latent_channels).latent_frames(request.frames)
+    ranges = {"frames": (frames, frames), "width": (width, width), "height": (height, height)}
     if made.varying:
         ranges["samples"] = (1, most)
     elif name.startswith("vae"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emt_engines.manifest import Manifest, Size
+from emt_engines.parts import text_tokens
 
 if TYPE_CHECKING:
     from emt.backends.base import Backend
@@ -40,7 +41,8 @@ def measure(engine: Backend, manifest: Manifest, pipe: MotionTransfer) -> dict[s
 
     names = {part.name for part in manifest.parts}
     for width, height in _sizes(manifest.sizes):
-        latent = (manifest.frames, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+        grid = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+        latent = (pipe.codec.latent_frames(manifest.frames), *grid)
         clip, timestep, text = draw.clips(1, *latent), torch.tensor(400.0, device=pipe.device), draw.text(1)
         features = pipe.unet.encode_reference(clip, timestep, text)
         if "reference" in names:
@@ -55,12 +57,12 @@ def measure(engine: Backend, manifest: Manifest, pipe: MotionTransfer) -> dict[s
             if "denoise" in names:
                 wanted = pipe.unet(sample, timestep, text_features, motion)
                 note("denoise", engine.denoise(sample, timestep, text_features, motion), wanted)
-        images = draw.images(manifest.frames, height, width)
         if "vae_encoder" in names:
+            images = draw.images(manifest.frames, height, width)
             for own, wanted in zip(engine.encode_images(images), _encode(pipe, images)):
                 note("vae_encoder", own, wanted)
         if "vae_decoder" in names:
-            latents = draw.clips(1, *latent)[0].transpose(0, 1) / pipe.vae.config.scaling_factor
+            latents = draw.latents(manifest.frames, *grid) / pipe.vae.config.scaling_factor
             note("vae_decoder", engine.decode_images(latents), _decode(pipe, latents))
     return worst
 
@@ -76,9 +78,13 @@ class _Draw:
         """(count, channels, frames, height, width)."""
         return self._normal(count, self.pipe.unet.latent_channels, frames, height, width)
 
+    def latents(self, count: int, height: int, width: int) -> Tensor:
+        """(count, channels, height, width), of the VAE."""
+        return self._normal(count, self.pipe.vae.config.latent_channels, height, width)
+
     def text(self, count: int) -> Tensor:
         """(count, tokens, width)."""
-        return self._normal(count, self.pipe.tokenizer.model_max_length, self.pipe.unet.text_width)
+        return self._normal(count, text_tokens(self.pipe), self.pipe.unet.text_width)
 
     def images(self, count: int, height: int, width: int) -> Tensor:
         """(count, 3, height, width) from -1 to 1."""

@@ -7,6 +7,8 @@
 | vae_encoder | images | mean, std |
 | vae_decoder | latents | images |
 
+The VAE's parts are of an autoencoder of images.
+
 An engine takes one reference at a time: its samples all follow that one, so that a clip needs one copy of its motion
 whatever the batch. Samples of several references are as many calls.
 """
@@ -22,8 +24,10 @@ from torch import Tensor, nn
 
 from emt.backbone import PLAIN, Execution
 from emt.backends.base import Networks
+from emt.backends.codec import codec_of
 from emt.errors import EmtError
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
+from emt.prompts import TOKENS
 from emt_engines.manifest import TensorSpec
 
 _PAIR = ("key", "value")
@@ -97,6 +101,12 @@ def by_reference(
         inputs |= {name: x if "/position_" in name else x[i : i + 1] for name, x in shared.items()}
         found.append(call(inputs))
     return torch.stack(found, dim=1).flatten(0, 1)
+
+
+def text_tokens(pipe: Networks) -> int:
+    """Tokens of a prompt's encoding, as the network gets it."""
+    apart = getattr(pipe, "prompt_encoder", None) is not None
+    return TOKENS if apart else int(pipe.tokenizer.model_max_length)
 
 
 class Denoise(nn.Module):
@@ -219,7 +229,7 @@ def function(
         name: Of the part, see `emt_engines.manifest.Part`.
         width: Pixels.
         height: Pixels.
-        frames: Of a clip.
+        frames: Of a clip, of which an autoencoder of video, or one whose frames are packed, makes fewer of latents.
         samples: Of the example, for `denoise`.
         images: Of the example, for the parts of the VAE.
         prepare: Prepares motion at run time, if not the network itself.
@@ -228,12 +238,13 @@ def function(
     unet, factor = pipe.unet, pipe.vae_scale_factor
     options: dict[str, Any] = {"device": pipe.device, "dtype": unet.dtype}
     grid = height // factor, width // factor
+    latent_frames = codec_of(pipe.vae, unet.latent_channels).latent_frames(frames)
 
     def clips(count: int) -> Tensor:
-        return torch.randn(count, unet.latent_channels, frames, *grid, **options)
+        return torch.randn(count, unet.latent_channels, latent_frames, *grid, **options)
 
     def text(count: int) -> Tensor:
-        return torch.randn(count, pipe.tokenizer.model_max_length, unet.text_width, **options)
+        return torch.randn(count, text_tokens(pipe), unet.text_width, **options)
 
     def times(count: int) -> Tensor:
         return torch.full((count,), 400.0, device=pipe.device)
@@ -246,7 +257,7 @@ def function(
         pixels = torch.randn(images, 3, height, width, **options)
         return Function(VaeEncoder(pipe.vae), {"images": pixels}, ("mean", "std"))
     if name == "vae_decoder":
-        latents = torch.randn(images, unet.latent_channels, *grid, **options)
+        latents = torch.randn(images, pipe.vae.config.latent_channels, *grid, **options)
         return Function(VaeDecoder(pipe.vae), {"latents": latents}, ("images",))
     prompts = unet.encode_text(text(samples))
     features = unet.encode_reference(clips(1), times(1), text(1), execution=execution)

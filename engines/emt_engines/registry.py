@@ -20,12 +20,14 @@ class Entry:
         runtime: Its `emt.backends.torch.Backend`, constructed as `Runtime(folder, manifest, pipe)`; raises
             `emt_engines.base.CannotRun` where this machine cannot run such engines.
         uses: Other modules whose code ends up in an engine.
+        any_network: It builds engines of any network, not of the published method's alone.
     """
 
     module: str
     builder: str
     runtime: str
     uses: tuple[str, ...] = ()
+    any_network: bool = False
 
 
 #: Engines of TensorRT begin as the file of the ONNX exporter, and may embed the plugin.
@@ -33,23 +35,25 @@ _TENSORRT = ("emt_engines.products", "emt_engines.onnx_export", "emt_engines.plu
 
 #: By the value of `--backend`.
 BACKENDS = {
-    "inductor": Entry("emt_engines.inductor", "InductorBuilder", "InductorBackend"),
+    "inductor": Entry("emt_engines.inductor", "InductorBuilder", "InductorBackend", any_network=True),
     "onnx": Entry("emt_engines.onnx_export", "OnnxBuilder", "OnnxBackend"),
     "tensorrt": Entry("emt_engines.tensorrt", "TensorRTBuilder", "TensorRTBackend", _TENSORRT),
     "tensorrt-rtx": Entry("emt_engines.tensorrt", "TensorRTRTXBuilder", "TensorRTRTXBackend", _TENSORRT),
 }
 
 
-def check_network(name: str, network: str) -> None:
-    """Raise EmtError unless engines are built of a network.
+def check_network(name: str, network: str, backend: str) -> None:
+    """Raise EmtError unless a backend builds engines of a network.
 
     Args:
         name: What the user calls the model.
         network: Of `emt.backbone.BACKBONES`.
+        backend: Of `BACKENDS`.
     """
-    if network != PUBLISHED:
+    if network != PUBLISHED and not find(backend).any_network:
+        able = ", ".join(known for known, entry in BACKENDS.items() if entry.any_network)
         raise EmtError(
-            f"no engines are built of the network of {name}, {network}", "PyTorch runs it: leave the engine out."
+            f"the backend {backend} builds no engines of the network of {name}, {network}", f"Use --backend {able}."
         )
 
 

@@ -89,7 +89,7 @@ class Block(nn.Module):
         query, key, value = rotate(attn.split(query), rotation), rotate(attn.split(key), rotation), attn.split(value)
         if reference is None:
             return attn.out(attention(query, key, value))
-        r = [_repeated(t, len(h)) for t in (reference.key, reference.value, reference.scaler, reference.strength)]
+        r = [_repeated(t, h.shape[0]) for t in (reference.key, reference.value, reference.scaler, reference.strength)]
         bias = self.adapter.scaler(h, r[2]) + r[3]
         return attn.out(attention_with_reference(query, key, value, r[0], r[1], bias, frames, neighbours))
 
@@ -452,8 +452,8 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
                 raise ValueError(f"text has batch {key.shape[0]}, sample has batch {sample.shape[0]} in shape {shape}")
 
     def _check_reference(self, reference: PreparedReference, sample: Tensor, grid: tuple[int, int, int]) -> None:
-        n, tokens = len(reference.key), reference.key.shape[2]
-        if len(sample) % n:
+        n, tokens = reference.key.shape[0], reference.key.shape[2]
+        if sample.shape[0] % n:
             raise ValueError(f"{n} motions do not divide the batch of sample, shape {tuple(sample.shape)}")
         if tokens != math.prod(grid):
             raise ValueError(
@@ -483,4 +483,5 @@ def with_strength(features: MotionFeatures, strength: float | Tensor) -> MotionF
 
 def _repeated(x: Tensor, batch: int) -> Tensor:
     """(n, …) → (batch, …), sample i from i mod n; not copied where n is 1."""
-    return x.expand(batch, *x.shape[1:]) if len(x) == 1 else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
+    n = x.shape[0]  # `len` would write the number of samples into an exported graph
+    return x.expand(batch, *x.shape[1:]) if n == 1 else x.repeat(batch // n, *[1] * (x.ndim - 1))
