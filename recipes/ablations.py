@@ -106,8 +106,9 @@ def train_variants(names: Sequence[str], o: argparse.Namespace) -> None:
 
 
 def start_worker() -> None:
-    """A worker has one core, and leaves a terminal's Ctrl-C to the process that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker has one core, and leaves signals that reach all of a job to the process that started it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     opencv().setNumThreads(1)
     torch.set_num_threads(1)
 

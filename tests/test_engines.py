@@ -942,14 +942,14 @@ def test_any_number_of_samples_and_references(network, pipe, references, samples
 
 
 def test_an_engine_of_a_diffusion_transformer_is_as_good_as_pytorch(tmp_path):
-    """By the command: Wan's network, whose autoencoder of video PyTorch runs; weights of other networks are its own."""
+    """Wan's network, whose autoencoder of video PyTorch runs; one engine serves all weights of its shapes."""
     shape = {"frames": 5, "height": SIDE, "width": SIDE, "steps": 2}
     folders = [
         wan_model(tmp_path / f"wan-{seed}", num_layers=1, reference_blocks=(0,), seed=seed, **shape) for seed in (0, 1)
     ]
     target = tmp_path / "engine"
-    done = console(tmp_path, "build-engine", "--model", folders[0], "--device", "cpu", "--batch", "1", "-o", target)
-    assert done.returncode == 0, done.stderr
+    request = request_for(folders[0], frames=5, batch=(1, 1))
+    build_engine(load_pipeline(folders[0]), request, target)
     own = Manifest.read(target)
     assert [part.name for part in own.parts] == ["denoise", "reference"]
     assert own.parity is not None

@@ -85,7 +85,7 @@ def _joined(
     wide = channels + -(-columns // _CHANNELS) * _CHANNELS
 
     more_query = _empty(query, wide)
-    more_query[..., 0] = 1
+    more_query[..., 0].fill_(1)  # assigned, it would be a constant of an exported graph, which no module has
     more_key = _empty(reference_key, wide)
     more_key[..., 0] = bias * channels**0.5
     if unseen is not None:
@@ -121,7 +121,7 @@ def _merged(
 
     wide = channels + _CHANNELS
     more_query, more_key = _empty(query, wide), _empty(reference_key, wide)
-    more_query[..., 0] = 1
+    more_query[..., 0].fill_(1)
     more_key[..., 0] = bias * channels**0.5
     q = torch.cat([query, more_query], dim=-1).unflatten(2, (frames, -1))
     k = torch.cat([reference_key, more_key], dim=-1).unflatten(2, (frames, -1))
