@@ -158,4 +158,5 @@ def _run(arguments: tuple[str, ...], folder: str, environment: dict[str, str], s
     from emt_cli.app import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has it ignored
     main()

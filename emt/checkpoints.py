@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,10 @@ T = TypeVar("T")
 
 # Entries of what training programs save that hold the tensors; the second of textual inversion.
 _STATES = ("state_dict", "string_to_param")
+# Entries beside the weights that hold tensors, too: averages of them, and the state of training.
+_BESIDE = re.compile(r"(^|_)(ema|averaged?|optim\w*|opt|sched\w*|lr|rng\w*)(_|$)", re.IGNORECASE)
+# What wrappers of training put into names: torch.compile, FSDP, checkpointed gradients, Lightning Fabric.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _MOST_LINES = 4  # of keys in a message, which is read in a terminal
 
@@ -99,29 +104,69 @@ def read_config(path: Path) -> tuple[dict[str, Any], Path]:
     return config, path
 
 
-def weights_name(names: Iterable[str]) -> str | None:
-    """The file of weights to read among a folder's of diffusers or transformers; safetensors, full precision first."""
+def weights_names(names: Iterable[str]) -> list[str]:
+    """The files of weights to read among a folder's of diffusers or transformers; safetensors, full precision first.
+
+    One file, or an index and the files that the weights are split over; none if there are no weights.
+    """
     present = set(names)
-    for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".ckpt"):
+    for variant, suffix in (("", "safetensors"), (".fp16", "safetensors"), ("", "bin"), (".fp16", "bin"), ("", "ckpt")):
         for stem in _WEIGHTS:
-            if f"{stem}{suffix}" in present:
-                return f"{stem}{suffix}"
-    return None
+            if f"{stem}{variant}.{suffix}" in present:
+                return [f"{stem}{variant}.{suffix}"]
+            if (index := f"{stem}.{suffix}.index{variant}.json") in present:
+                shard = re.compile(rf"{stem}-\d+-of-\d+{re.escape(variant)}\.{suffix}")
+                return [index, *sorted(name for name in present if shard.fullmatch(name))]
+    return []
 
 
-def weights_file(folder: Path) -> Path:
-    """The file of weights of a folder of diffusers or transformers.
+def weights_files(path: Path) -> list[Path]:
+    """A file of weights, or those of a folder of diffusers or transformers: one, or all that its index lists.
 
     Raises:
-        EmtError: if there is none.
+        EmtError: if there are none, or one is missing.
     """
-    name = weights_name(path.name for path in folder.glob("*") if path.is_file())
-    if name is None:
+    if not path.is_dir():
+        return [path]
+    names = weights_names(file.name for file in path.glob("*") if file.is_file())
+    if not names:
         raise EmtError(
-            f"{folder} has no weights: neither {' nor '.join(f'{stem}.safetensors' for stem in _WEIGHTS)} nor a .bin",
-            "Download the folder again; weights split over several files are not read.",
+            f"{path} has no weights: neither {' nor '.join(f'{stem}.safetensors' for stem in _WEIGHTS)} nor a .bin",
+            "Download the folder again.",
         )
-    return folder / name
+    if not names[0].endswith(".json"):
+        return [path / names[0]]
+    listed = read_config(path / names[0])[0].get("weight_map")
+    if not isinstance(listed, dict) or not all(_is_plain_name(name) for name in listed.values()):
+        raise EmtError(
+            f"{path / names[0]} is not an index of weights: its weight_map does not name files beside it",
+            "Download it again.",
+        )
+    files = [path / name for name in sorted(set(listed.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise EmtError(f"{path} lacks what {names[0]} lists:{shorten([missing])}", "Download the folder again.")
+    return files
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+
+
+def read_weights(path: Path) -> tuple[Checkpoint, list[Path]]:
+    """Read the weights of a file or folder, which may be split over several files; and those files.
+
+    Raises:
+        EmtError: if there are none, a file is damaged, or a weight is in two.
+    """
+    whole, files = Checkpoint({}, {}), weights_files(path)
+    for file in files:
+        part = read_checkpoint(file)
+        if twice := sorted(whole.state.keys() & part.state.keys()):
+            raise EmtError(f"{file} has weights that another file has:{shorten([twice])}", "Download it again.")
+        whole.state |= part.state
+        whole.metadata |= part.metadata
+        whole.dropped += part.dropped
+    return whole, files
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -187,8 +232,8 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the tensors of a .safetensors, .ckpt, .pt or .bin file, mapped from disk where the format allows.
 
-    Tensors under "state_dict", or under the one entry that holds any, are taken out of it, and the prefixes `module.`
-    and `_orig_mod.` of training wrappers off their names.
+    Tensors under "state_dict", or under the one entry that holds weights, are taken out of it, and what wrappers of
+    training put into names, such as `module.` and `_orig_mod.`, is taken out of them.
 
     Raises:
         EmtError: if the file is missing, damaged, unsafe, quantized, or holds no tensors.
@@ -203,6 +248,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 metadata = tensors.metadata() or {}
                 content: Any = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         elif head[:2] == b"PK" or head[:1] == b"\x80":
+            if head[:2] == b"PK" and (other := _other_archive(path)):
+                raise EmtError(f"{path} is {other}", "Give a file of safetensors or torch.save.")
             # Files of before PyTorch 1.6 are bare pickles, which cannot be mapped.
             with torch.serialization.safe_globals(_STAND_INS):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
@@ -225,13 +272,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise
     except Exception as error:  # damaged bytes fail in any way at all in the parsers of pickles and archives
         raise EmtError(f"{path} is truncated or damaged: {first_line(error)}", "Download it again.") from error
-    content, dropped = _tensors(path, _inner(content))
-    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): tensor for name, tensor in content.items()}
+    content, beside = _inner(content)
+    content, dropped = _tensors(path, content)
+    dropped = [*beside, *dropped]
+    state = {re.sub(r"^(?:module\.)+", "", _WRAPPERS.sub("", name)): tensor for name, tensor in content.items()}
     if len(state) < len(content):
         names = sorted(name for name in content if name not in state)
+        wrapper = _WRAPPERS.search(names[0])
         raise EmtError(
-            f"{path} has keys with and without `{names[0].split('.')[0]}.`: {', '.join(names[:3])}, …",
+            f"{path} has keys with and without `{wrapper[0] if wrapper else 'module.'}`: {', '.join(names[:3])}, …",
             "Give a file with one of them.",
+        )
+    odd = [name for name, x in state.items() if x.layout != torch.strided or x.is_meta or x.is_nested]
+    if odd:
+        raise EmtError(
+            f"{path} holds tensors that are sparse, nested or without values: {', '.join(odd[:3])}",
+            "Give a file that was saved with all of its weights in memory.",
         )
     scaled = [n for n in state if n == "scaled_fp8" or n.endswith((".scale_weight", ".weight_scale", ".comfy_quant"))]
     packed = [n for n in state if n.endswith((".absmax", ".quant_map", ".qweight"))]
@@ -298,29 +354,55 @@ def _matches(pattern: str, module: str) -> bool:
         raise ValueError(f"the pattern {pattern!r:.40} is no regular expression") from None
 
 
+_FORMATS = (
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file, such as Keras saves"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"\x93NUMPY", "an array of numpy"),
+)
+
+
 def _format(head: bytes) -> str:
     """A file's format in words, by its first bytes."""
-    if head.startswith(b"GGUF"):
-        return "a GGUF file, which is neither safetensors nor a PyTorch checkpoint"
+    for start, name in _FORMATS:
+        if head.startswith(start):
+            return f"{name}, which is neither safetensors nor a PyTorch checkpoint"
     return f"neither safetensors nor a PyTorch checkpoint: it begins {head[:24]!r}"
 
 
-def _inner(content: Any) -> Any:
-    """The dictionary of tensors within what a training program saved."""
+def _other_archive(path: Path) -> str:
+    """Zip archive that is none of torch.save, in words; empty for one of it."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in names):
+        return "a program of TorchScript, which holds code besides weights"
+    if any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in names):
+        return ""
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of arrays of numpy"
+    return f"a zip archive of {', '.join(names[:3])}{', …' if len(names) > 3 else ''}, not one of torch.save"
+
+
+def _inner(content: Any) -> tuple[Any, list[str]]:
+    """The dictionary of tensors within what a training program saved, and the names of what is beside it."""
+    beside: list[str] = []
     for _ in range(8):  # a pickle can hold itself
         if isinstance(content, _Parameters):
             content = content.tensors
         if not isinstance(content, dict):
             break
-        named = next((content[name] for name in _STATES if isinstance(content.get(name), (dict, _Parameters))), None)
-        if named is not None:
-            content = named
-            continue
-        within = [x for x in content.values() if isinstance(x, dict) and _any_tensor(x)]
-        if _any_tensor(content) or len(within) != 1:
+        chosen = [name for name in _STATES if isinstance(content.get(name), (dict, _Parameters))][:1]
+        if not chosen and not _any_tensor(content):
+            chosen = [name for name, x in content.items() if isinstance(x, dict) and _any_tensor(x)]
+            if len(chosen) > 1:
+                chosen = [name for name in chosen if not _BESIDE.search(str(name))]
+        if len(chosen) != 1:
             break
-        content = within[0]
-    return content
+        beside += [f"{name!s:.80}" for name in content if name != chosen[0]]
+        content = content[chosen[0]]
+    return content, beside
 
 
 def _any_tensor(content: Mapping[Any, Any]) -> bool:
@@ -334,6 +416,11 @@ def _tensors(path: Path, content: Any) -> tuple[State, list[str]]:
     state = {name: x for name, x in content.items() if isinstance(name, str) and isinstance(x, Tensor)}
     others = [f"{name!s:.80}" for name in content if name not in state]
     if not state:
+        sets = [f"{name!s:.80}" for name, x in content.items() if isinstance(x, dict) and _any_tensor(x)]
+        if sets:
+            raise EmtError(
+                f"{path} holds several sets of tensors: {', '.join(sets[:8])}", "Give a file that holds one of them."
+            )
         what = f"holds what is no tensor: {', '.join(others[:8])}" if others else "holds no tensors"
         raise EmtError(f"{path} {what}", "Give a file that holds the weights by name.")
     return state, others
@@ -478,7 +565,7 @@ def opened_files(folder: Path, variant: str | None = None) -> list[Path]:
     if list(folder.glob(f"*.safetensors.index{inner}.json")):
         return sorted(folder.glob(f"*-of-*{inner}.safetensors"))
     files = [folder / f"{stem}{inner}.safetensors" for stem in _WEIGHTS]
-    return [next((file for file in files if file.is_file()), None) or weights_file(folder)]
+    return [file] if (file := next((file for file in files if file.is_file()), None)) else weights_files(folder)
 
 
 def _bare(name: str) -> str:

@@ -151,7 +151,7 @@ def locate(
         given: as the user wrote it. A bare hub id is allowed where a folder is.
         kind: of the source, such as "motion module"; for messages.
         folder: chooses the files of a folder; None where a single file is meant. A repository that is no such folder
-            must hold a single file of weights.
+            must hold a single file of weights; so may a folder here, whose path is returned if it does not.
         hint: of messages, where another than the usual one helps.
         on_fetch: Called with the progress.
         download: Fetch what the hub's cache lacks.
@@ -164,7 +164,7 @@ def locate(
         path = Path(given)
         if not _is_missing(path):
             check_readable(path)
-            return path
+            return _only_file(path, folder) if path.is_dir() else path
         if folder is None or path.suffix in CHECKPOINT_SUFFIXES or not _ID.fullmatch(str(given)):
             allowed = "a file" if folder is None else "a folder, a hub id such as owner/name, or a file"
             raise EmtError(
@@ -249,20 +249,42 @@ def _cached(place: HubPath) -> list[str]:
 
 
 def _only_checkpoint(place: HubPath, names: Sequence[str]) -> str:
-    """The one file of weights of a folder; safetensors stands for another format of the same stem."""
+    """The one file of weights of a repository's folder."""
+    found = _checkpoints(names)
+    if len(found) != 1:
+        raise several_files(place, found, "Name another repository, or a file: hf://owner/name/file.")
+    return found[0]
+
+
+def _only_file(path: Path, choose: Choose | None) -> Path:
+    """The one file of weights of a folder here, if it is none of the folders that are meant; else the folder."""
+    names = [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
+    found = [] if choose and choose(sorted(names)) else _checkpoints(names)
+    return path / found[0] if len(found) == 1 else path
+
+
+def _checkpoints(names: Sequence[str]) -> list[str]:
+    """Files of weights in a folder; safetensors stands for another format of the same stem."""
     by_stem: dict[str, str] = {}
     for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
         stem, _, suffix = name.rpartition(".")
         if f".{suffix}" in CHECKPOINT_SUFFIXES and "/" not in name:
             by_stem[stem] = name
-    found = sorted(by_stem.values())
-    if len(found) != 1:
-        listed = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
-        raise EmtError(
-            f"{place} holds {len(found) or 'no'} files of weights" + (f": {listed}" if found else ""),
-            f"Name one: {place}/{found[0]}" if found else "Name another repository, or a file: hf://owner/name/file.",
-        )
-    return found[0]
+    return sorted(by_stem.values())
+
+
+def several_files(place: object, found: Sequence[str], hint: str) -> EmtError:
+    """The error of a folder that holds several files of weights, or none, where one is meant."""
+    listed = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
+    return EmtError(
+        f"{place} holds {len(found) or 'no'} files of weights" + (f": {listed}" if found else ""),
+        f"Name one: {place}/{found[0]}" if found else hint,
+    )
+
+
+def folder_instead(path: Path, hint: str) -> EmtError:
+    """The error of a folder here that is given where a file of weights is meant."""
+    return several_files(path, _checkpoints([file.name for file in path.glob("*") if file.is_file()]), hint)
 
 
 def _progress_bar(name: str, on_fetch: OnFetch | None) -> type[Any]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from weight_files import Files, State, assert_same_weights
 
-from emt.backbones.sd15.adapter_checkpoint import _kinds
+from emt.backbones.sd15.adapter_checkpoint import _kinds, read_adapter
 from emt.backbones.sd15.switching import merge_loras
 from emt.errors import EmtError
 
@@ -47,6 +47,26 @@ def test_k1_spatial_projections_denoise_and_the_card_says_so(files: Files, check
     reads, denoises = (unet._layers(adapted).get_submodule(TO_Q).weight for adapted in (False, True))
     assert torch.equal(reads, files.base.unet[f"{TO_Q}.weight"])
     assert torch.equal(denoises, files.base.unet[f"{TO_Q}.weight"] + 1)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["unet.", "module.denoising_unet.", "model.diffusion_model.", "_fsdp_wrapped_module."]
+)
+def test_k1_an_adapter_below_any_prefix(prefix: str, files: Files, tmp_path: Path) -> None:
+    """Averages of it, and other networks beside it, are left and listed."""
+    beside = {f"ema.{name}": tensor + 1 for name, tensor in files.adapter.items()}
+    if prefix != "_fsdp_wrapped_module.":
+        beside["vae.decoder.conv_in.bias"] = torch.ones(3)
+    save_file({f"{prefix}{name}": x for name, x in files.adapter.items()} | beside, tmp_path / "adapter.safetensors")
+    read = read_adapter(tmp_path / "adapter.safetensors")
+    assert_same_weights(read.state, files.adapter)
+    assert sorted(read.origin.dropped) == sorted(beside)
+
+
+def test_k1_what_is_beside_an_adapter_without_a_prefix_is_no_other_network(files: Files, tmp_path: Path) -> None:
+    save_file(files.adapter | {"vae.decoder.conv_in.bias": torch.ones(3)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(EmtError, match=r"unexpected: vae\.decoder\.conv_in\.bias"):
+        files.run(tmp_path / "m", adapter=tmp_path / "adapter.safetensors")
 
 
 def test_weights_that_are_the_bases_are_shared(files: Files, tmp_path: Path) -> None:

@@ -9,16 +9,18 @@ import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
 from weight_files import (
     TEXT_WIDTH,
+    VAE_SIZES,
     WIDTHS,
     Files,
     Payload,
@@ -220,6 +222,13 @@ def test_k6_what_could_run_code_stays_refused_beside_harmless_classes(zipped: bo
     assert not target.exists()
 
 
+def test_k1_a_unet_alone_by_diffusers_names(files: Files, tmp_path: Path) -> None:
+    save_file(files.other.unet, tmp_path / "unet.safetensors")
+    model = files.run(tmp_path / "m", dreambooth=tmp_path / "unet.safetensors")
+    assert_same_weights(model.weights, files.weights(unet=files.other.unet))
+    assert "UNet replace the base's; it has no VAE or text encoder" in model.card
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -227,11 +236,69 @@ def test_k6_what_could_run_code_stays_refused_beside_harmless_classes(zipped: bo
         {"state_dict": {"state_dict": {"a.b": torch.ones(2)}}},
         {"a.b": torch.ones(2), "epoch": 3, "note": "x", 7: None},
         {"module._orig_mod.a.b": torch.ones(2)},
+        {"_forward_module.module.a._fsdp_wrapped_module.b": torch.ones(2)},
+        {"a._orig_mod._checkpoint_wrapped_module.b": torch.ones(2)},
+        {"model": {"a.b": torch.ones(2)}, "model_ema": {"a.b": torch.zeros(2)}, "optimizer": {"m": torch.ones(2)}},
+        {"params": {"a.b": torch.ones(2)}, "params_ema": {"a.b": torch.zeros(2)}},
+        {"module": {"a.b": torch.ones(2)}, "lr_scheduler": {"last": torch.ones(2)}, "param_shapes": [{}]},
     ],
 )
 def test_k1_tensors_are_found_within_what_was_saved(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.ckpt")
-    assert read_checkpoint(tmp_path / "x.ckpt").state.keys() == {"a.b"}
+    checkpoint = read_checkpoint(tmp_path / "x.ckpt")
+    assert checkpoint.state.keys() == {"a.b"}
+    assert checkpoint.state["a.b"].tolist() == [1, 1]
+    beside = {str(name) for name in content} - {"a.b", "model", "params", "module", "state_dict"}
+    assert set(checkpoint.dropped) >= {name for name in beside if "module" not in name and "_mod" not in name}
+
+
+def test_k2_of_several_sets_of_tensors_none_is_guessed(tmp_path: Path) -> None:
+    torch.save({"unet": {"a": torch.ones(2)}, "text_encoder": {"a": torch.ones(2)}}, tmp_path / "x.ckpt")
+    with pytest.raises(EmtError, match="holds several sets of tensors: unet, text_encoder"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "nested"])
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+def test_k5_tensors_without_plain_values_are_refused(kind: str, tmp_path: Path) -> None:
+    tensors = {
+        "sparse": lambda: torch.ones(2, 2).to_sparse(),
+        "meta": lambda: torch.ones(2, 2, device="meta"),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }
+    torch.save({"a": torch.ones(2), "b.weight": tensors[kind]()}, tmp_path / "x.ckpt")
+    with pytest.raises(EmtError, match=r"sparse, nested or without values: b\.weight"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("TorchScript", "is a program of TorchScript"),
+        ("numpy", "is an archive of arrays of numpy"),
+        ("zip", "is a zip archive of model.safetensors, notes.txt, not one of torch.save"),
+        ("HDF5", "is an HDF5 file"),
+        ("gzip", "is a gzip archive"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_k7_a_file_of_another_format_is_named(kind: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    if kind == "TorchScript":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
+                archive.writestr(f"x/{name}", b"")
+    elif kind == "numpy":
+        with path.open("wb") as file:
+            np.savez(file, weight=np.ones(3))
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model.safetensors", b"")
+            archive.writestr("notes.txt", b"")
+    else:
+        path.write_bytes({"HDF5": b"\x89HDF\r\n\x1a\n", "gzip": b"\x1f\x8b\x08"}[kind] + bytes(100))
+    with pytest.raises(EmtError, match=message):
+        read_checkpoint(path)
 
 
 def test_k5_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
@@ -336,6 +403,18 @@ def write_motion(kind: str, files: Files, folder: Path) -> Path:
     elif kind == "a network of this program that denoises with layers of its own":
         own = {f"denoising.{k}": v + 1 for k, v in motion.items()}
         save_file(own | files.base.unet | motion | own_names(files.adapter), path)
+    elif kind == "names of wrappers inside":
+        save_file(
+            {k.replace(".transformer_blocks.0.", ".transformer_blocks.0._orig_mod."): motion[k] for k in motion}, path
+        )
+    elif kind == "a folder, split over several files":
+        path = folder / "adapter"
+        motion_adapter(motion, mid=False).save_pretrained(path, max_shard_size="200KB")
+        assert len(list(path.glob("*.safetensors"))) > 2
+    elif kind == "a folder with one checkpoint":
+        path = folder / "one"
+        path.mkdir()
+        torch.save(motion, path / "v3_sd15_mm.ckpt")
     return path
 
 
@@ -352,6 +431,9 @@ MOTION_KINDS = [
     "diffusers' network with motion",
     "a model folder of this program",
     "a network of this program that denoises with layers of its own",
+    "names of wrappers inside",
+    "a folder, split over several files",
+    "a folder with one checkpoint",
 ]
 
 
@@ -444,6 +526,25 @@ def test_k5_a_position_encoding_of_another_shape(
         read_motion_module(tmp_path / "mm.safetensors")
 
 
+def test_k2_of_two_motion_modules_in_one_file_none_is_guessed(files: Files, tmp_path: Path) -> None:
+    two = {f"{name}.{k}": v.clone() for name in ("student", "teacher") for k, v in files.motion.items()}
+    save_file(two, tmp_path / "mm.safetensors")
+    with pytest.raises(EmtError, match=r"holds a motion module 2 times: below student\., teacher\."):
+        read_motion_module(tmp_path / "mm.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../away.safetensors", "/etc/passwd", 7, None, "", "gone.safetensors"])
+def test_k6_an_index_of_weights_names_files_beside_it_alone(name: Any, files: Files, tmp_path: Path) -> None:
+    motion_adapter(files.motion, mid=False).save_pretrained(tmp_path / "mm", max_shard_size="1MB")
+    index = tmp_path / "mm" / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] |= {next(iter(content["weight_map"])): name}
+    index.write_text(json.dumps(content))
+    save_file(files.motion, tmp_path / "away.safetensors")
+    with pytest.raises(EmtError, match=r"index of weights|lacks what .* lists"):
+        read_motion_module(tmp_path / "mm")
+
+
 # ------------------------------------------------------------------------------------------------------------------ VAE
 
 
@@ -458,14 +559,34 @@ def write_vae(kind: str, files: Files, folder: Path) -> Path:
         save_file(vae, path)
     elif kind == "diffusers folder":
         return diffusers_folder(folder / "sd", files.other) / "vae"
+    elif kind == "a prefix, and a UNet and averages beside":
+        copies = {f"vae_ema.{k}": v + 1 for k, v in vae.items()}
+        save_file({f"model.vae.{k}": v for k, v in vae.items()} | copies | {"unet.conv_in.bias": torch.ones(3)}, path)
+    elif kind == "diffusers folder, split":
+        made = AutoencoderKL(**VAE_SIZES)
+        made.load_state_dict(vae)
+        made.save_pretrained(folder / "vae", max_shard_size="300KB")
+        assert len(list((folder / "vae").glob("*.safetensors"))) > 2
+        return folder / "vae"
     return path
 
 
-@pytest.mark.parametrize("kind", ["original", "a whole model's", "diffusers", "diffusers folder"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "original",
+        "a whole model's",
+        "diffusers",
+        "diffusers folder",
+        "a prefix, and a UNet and averages beside",
+        "diffusers folder, split",
+    ],
+)
 def test_a_vae_alone_replaces_the_others(kind: str, files: Files, tmp_path: Path) -> None:
     part, origin = read_vae(write_vae(kind, files, tmp_path))
     assert_same_weights(part.state, files.other.vae)
     assert (origin.dropped == ["loss.logvar", "model_ema.decay"]) == (kind == "original")
+    assert ("unet.conv_in.bias" in origin.dropped) == (kind == "a prefix, and a UNet and averages beside")
     if kind == "original":
         model = files.run(tmp_path / "m", vae=tmp_path / "vae.safetensors")
         stored = load_file(model.folder / "vae" / "diffusion_pytorch_model.safetensors")
@@ -476,6 +597,28 @@ def test_a_vae_alone_replaces_the_others(kind: str, files: Files, tmp_path: Path
 def test_a_vae_must_be_one(files: Files) -> None:
     with pytest.raises(EmtError, match="is a motion module, not a VAE"):
         read_vae(files.motion_ckpt)
+
+
+@pytest.mark.parametrize("kind", ["folder", "name", "metadata", "shifted", "normalised"])
+def test_k2_a_vae_of_other_latents_and_the_same_shapes_is_refused(kind: str, files: Files, tmp_path: Path) -> None:
+    changes = {
+        "folder": {"scaling_factor": 0.13025},
+        "shifted": {"shift_factor": 0.1159},
+        "normalised": {"latents_mean": [0.1] * 4, "latents_std": [1.0] * 4},
+    }
+    path = tmp_path / "vae"
+    if kind in changes:
+        AutoencoderKL(**VAE_SIZES | changes[kind]).save_pretrained(path)
+    elif kind == "name":
+        path = tmp_path / "sdxl_vae.safetensors"
+        save_file(files.other.vae, path)
+    else:
+        path = tmp_path / "vae.safetensors"
+        save_file(files.other.vae, path, {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"})
+    with pytest.raises(EmtError) as caught:
+        read_vae(path)
+    assert ("Stable Diffusion XL" in str(caught.value)) == (kind in ("folder", "name", "metadata"))
+    assert lines(caught) <= 8
 
 
 # ------------------------------------------------------------------------------------ what is opened is what was stored

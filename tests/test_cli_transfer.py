@@ -328,7 +328,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     assert 1 <= len(done) < 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_finishes_the_running_batch_and_the_next_run_the_rest(tmp_path, number):
     clip(tmp_path / "a.mp4")
     job = ["a.mp4", "--prompt", "x", "--seeds", "0-19", "--json"]

@@ -18,6 +18,7 @@ from emt.errors import EmtError
 from emt.storage import check_readable
 from emt.video import write_clip
 from emt_cli.batch.inputs import PromptWarnings, expand, prompt_files
+from emt_cli.batch.inputs.references import Finder
 from emt_cli.batch.jobs import Job, Rejected
 from emt_cli.batch.options import Settings, TransferOptions, UsageError
 
@@ -288,6 +289,32 @@ def test_k2_a_field_given_twice_is_refused(here, monkeypatch):
     assert rejected.error.problem == "the field 'prompt' is given twice"
     with pytest.raises(UsageError, match="column prompt is there twice"):
         prompts_of(here, "p.csv", b"prompt,prompt\na,b\n")
+
+
+def test_k2_marks_of_files_that_were_put_together_are_no_text(here):
+    assert prompts_of(here, "p.txt", "\ufeffa\r\n\ufeff b\n\ufeff# c\n".encode()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_k2_results_are_no_references_where_the_output_folder_is_theirs(tmp_path, own):
+    clip(tmp_path / "a.mp4")
+    (tmp_path / "a.mp4.json").write_text('{"title": "a.mp4", "photoTakenTime": {}}')  # as photo services write them
+    result = clip(tmp_path / "a_1234" / "prompt-0.mp4")
+    record = {"id": "1", "settings": {}} if own else {"note": "of somebody's"}
+    result.with_name(f"{result.name}.json").write_text(json.dumps(record))
+    said = []
+    found = Finder(True, tmp_path, said.append).find([str(tmp_path)])
+    assert [path.name for path in found] == (["a.mp4"] if own else ["a.mp4", "prompt-0.mp4"])
+    assert any("1 result of earlier runs" in line for line in said) == own
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_k1_tables_as_spreadsheets_write_them(here, delimiter):
+    table = delimiter.join(["seed", "prompt"]) + "\n" + delimiter.join(["1", '"a; b, c"']) + "\n"
+    assert prompts_of(here, "p.csv", table.encode()) == ["a; b, c"]
+    assert prompts_of(here, "one.csv", b"prompt\na; b\n") == ["a; b"], "a single column has no delimiter"
+    with pytest.raises(UsageError, match="between commas, semicolons or tabs"):
+        prompts_of(here, "odd.csv", b"prompt|seed\na|1\n")
 
 
 def test_standard_input_that_cannot_be_read_is_one_failure(here, monkeypatch):

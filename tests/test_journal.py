@@ -325,6 +325,40 @@ def test_k6_a_link_in_an_output_folder_does_not_lead_to_a_file_that_is_written(t
     (tmp_path / "out" / ".holder").symlink_to(mine)
     Journal(tmp_path / "out").close()
     assert mine.read_text() == "kept"
+    (tmp_path / "out" / "journal.jsonl").unlink()
+    (tmp_path / "out" / "journal.jsonl").symlink_to(mine)
+    with pytest.raises(EmtError, match=r"journal\.jsonl is a link"):
+        Journal(tmp_path / "out")
+    assert mine.read_text() == "kept"
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "moved"])
+def test_k3_a_line_for_a_folder_that_has_gone_is_an_error_and_not_lost(tmp_path, how):
+    out = tmp_path / "out"
+    with_folder = Journal(out)
+    with_folder.append({"event": "job", "state": "failed", "id": "one"})
+    if how == "moved":
+        out.rename(tmp_path / "away")
+        out.mkdir()
+    else:
+        (out / journal.FILE_NAME).unlink()
+    if how == "replaced":
+        (out / journal.FILE_NAME).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="was removed or replaced while a run wrote into it"):
+        with_folder.append({"event": "job", "state": "failed", "id": "two"})
+    with_folder.close()
+    if how == "moved":
+        assert [line["id"] for line in journal.read(tmp_path / "away")] == ["one"]
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("file", "it is a file"), ("link", "it is a link that leads nowhere")])
+def test_k7_what_is_no_folder_is_called_by_its_name(tmp_path, kind, reason):
+    if kind == "file":
+        (tmp_path / "out").write_text("x")
+    else:
+        (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(EmtError, match=reason):
+        Journal(tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

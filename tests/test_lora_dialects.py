@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from weight_files import CONV, OUT, POINTWISE, SPATIAL, TEXT, Files, State, kohya, ldm_unet
@@ -254,6 +256,89 @@ def test_loras_of_one_weight_add_up_in_any_order(files: Files, tmp_path: Path) -
     torch.testing.assert_close(*results)
 
 
+# ------------------------------------------------------------------------------------- every tensor of a file counts
+
+
+def test_k2_all_adapters_of_one_file_add_up(files: Files, tmp_path: Path) -> None:
+    rows, columns = weight(files, SPATIAL).shape
+    state, expected = {}, torch.zeros(rows, columns)
+    for number, adapter in enumerate(("default", "style")):
+        down, up = draw(4, columns, seed=number), draw(rows, 4, seed=number)
+        state[f"base_model.model.{SPATIAL}.lora_A.{adapter}.weight"] = down
+        state[f"base_model.model.{SPATIAL}.lora_B.{adapter}.weight"] = up
+        expected += up @ down
+    assert_only(gained(state, files, tmp_path), f"{SPATIAL}.weight", expected)
+
+
+def test_k2_a_low_rank_change_beside_that_of_the_bias(files: Files, tmp_path: Path) -> None:
+    rows, columns = weight(files, OUT).shape
+    name = f"diffusion_model.{OUT}"
+    state = {f"{name}.lora_down.weight": draw(4, columns), f"{name}.lora_up.weight": draw(rows, 4)}
+    gains = gained(state | {f"{name}.diff_b": draw(rows)}, files, tmp_path)
+    torch.testing.assert_close(gains.pop(f"{OUT}.bias"), draw(rows), rtol=1e-4, atol=1e-4)
+    assert_only(gains, f"{OUT}.weight", draw(rows, 4) @ draw(4, columns))
+
+
+N = 32  # width of the layer OUT, (N, N) with a bias
+PARTS: dict[str, State] = {
+    "LoRA": {"lora_down.weight": draw(4, N), "lora_up.weight": draw(N, 4)},
+    "another adapter": {"lora_A.other.weight": draw(2, N), "lora_B.other.weight": draw(N, 2)},
+    "half an adapter": {"lora_A.half.weight": draw(2, N)},
+    "the same halves by other names": {"lora_A.weight": draw(4, N), "lora_B.weight": draw(N, 4)},
+    "LoHa": {f"hada_w{i}_{half}": draw(*((N, 3), (3, N))[half == "b"]) for i in (1, 2) for half in "ab"},
+    "LoKr": {"lokr_w1": draw(4, 4), "lokr_w2": draw(8, 8)},
+    "factors of LoKr": {"lokr_w1_a": draw(4, 2), "lokr_w1_b": draw(2, 4), "lokr_w2": draw(8, 8)},
+    "difference": {"diff": draw(N, N)},
+    "of a norm": {"w_norm": draw(N, N)},
+    "bias": {"diff_b": draw(N)},
+    "bias of a norm": {"b_norm": draw(N)},
+    "DoRA": {"dora_scale": draw(N, 1).abs() + 1},
+    "PEFT's DoRA": {"lora_magnitude_vector": draw(N).abs() + 1},
+    "scalar": {"scalar": torch.tensor(0.5)},
+    "core": {"lora_mid.weight": draw(4, 4)},
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.sets(st.sampled_from(sorted(PARTS)), min_size=1, max_size=3))
+def test_k2_every_tensor_of_a_layer_changes_the_weights_or_the_file_is_refused(
+    parts: set[str], files: Files, tmp_path: Path
+) -> None:
+    assert weight(files, OUT).shape == (N, N)
+    state = {f"unet.{OUT}.{role}": tensor for part in sorted(parts) for role, tensor in PARTS[part].items()}
+    try:
+        before = gained(state, files, tmp_path)
+    except EmtError:
+        return
+    for key, tensor in state.items():
+        after = gained(state | {key: 1.5 * tensor}, files, tmp_path)
+        assert any(not torch.equal(before[name], after[name]) for name in before), key
+
+
+def test_k2_one_weight_by_two_names_is_refused(files: Files, tmp_path: Path) -> None:
+    state = halves(files)
+    state |= {key.replace(kohya(SPATIAL), f"unet.{SPATIAL}"): tensor + 1 for key, tensor in state.items()}
+    with pytest.raises(EmtError, match="one weight by two names"):
+        gained(state, files, tmp_path)
+
+
+@pytest.mark.parametrize("name", [f"unet._orig_mod.{SPATIAL}", f"model.unet.{SPATIAL}", f"lora_unet_{SPATIAL}"])
+def test_k1_names_of_wrappers_and_prefixes(name: str, files: Files, tmp_path: Path) -> None:
+    rows, columns = weight(files, SPATIAL).shape
+    state = {f"{name}.lora_A.weight": draw(4, columns), f"{name}.lora_B.weight": draw(rows, 4)}
+    assert_only(gained(state, files, tmp_path), f"{SPATIAL}.weight", draw(rows, 4) @ draw(4, columns))
+
+
+def test_k1_a_folder_with_one_file_of_weights(files: Files, tmp_path: Path) -> None:
+    save_file(halves(files), tmp_path / "pytorch_lora_weights.safetensors")
+    assert read(tmp_path, files)[1].startswith("scale 1; 1 layers of the UNet")
+    save_file(halves(files), tmp_path / "other.safetensors")
+    with pytest.raises(
+        EmtError, match=r"holds 2 files of weights: other\.safetensors, pytorch_lora_weights\.safetensors"
+    ):
+        read(tmp_path, files)
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -263,6 +348,12 @@ def test_loras_of_one_weight_add_up_in_any_order(files: Files, tmp_path: Path) -
         ("OFT", {"oft_blocks": (4, 8, 8)}),
         ("IA3", {"weight": (32,), "on_input": (1,)}),
         ("GLoRA", {"a1.weight": (4, 32), "a2.weight": (32, 4), "b1.weight": (4, 32), "b2.weight": (32, 4)}),
+        ("OFT", {"oft_R.default.weight": (4, 28)}),
+        ("OFT", {"boft_R": (1, 4, 8, 8), "boft_s": (32, 1)}),
+        ("IA3", {"ia3_l.default": (32, 1)}),
+        ("VeRA", {"vera_lambda_b": (32,), "vera_lambda_d": (4,)}),
+        ("AdaLoRA", {"lora_A": (4, 32), "lora_B": (32, 4), "lora_E": (4, 1)}),
+        ("embedding", {"lora_embedding_A": (4, 32), "lora_embedding_B": (32, 4)}),
     ],
 )
 def test_k1_relatives_that_are_no_sum_are_named(

@@ -19,7 +19,7 @@ import pytest
 from clips import EXACT, X265, assert_near, encode, ffmpeg, numbered, numbers, quadrants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from emt.errors import EmtError
 from emt.storage import remove_partials
@@ -395,6 +395,33 @@ def test_images_of_every_mode(tmp_path: Path) -> None:
     Image.new("1", (4, 4), 1).save(tmp_path / "4.png")
     Image.new("CMYK", (4, 4), (0, 0, 0, 127)).save(tmp_path / "5.jpg", quality=100)
     assert_near(read_clip(tmp_path, frames=6).frames.mean((1, 2, 3)), [128, 128, 255, 128, 255, 128])
+
+
+def with_swapped_primaries() -> bytes:
+    """An ICC profile in which red and green have changed places."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"----", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"----", b"gXYZ", 1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_k2_pictures_are_read_in_the_colours_of_their_profiles(tmp_path: Path, suffix: str, mode: str) -> None:
+    picture = Image.new("RGBA" if mode == "RGBA" else "RGB", (32, 24), (255, 0, 0))
+    if suffix == ".jpg":
+        picture = picture.convert("RGB")
+    elif mode == "P" and suffix == ".png":
+        picture = picture.convert("P", palette=Image.Palette.ADAPTIVE)
+    seen = {}
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, profile in {"srgb": srgb, "swapped": with_swapped_primaries(), "damaged": b"profile" * 30}.items():
+        (tmp_path / name).mkdir()
+        options = {"quality": 100, **({"lossless": True} if suffix == ".webp" else {})}
+        picture.save(tmp_path / name / f"0{suffix}", icc_profile=profile, **options)
+        seen[name] = read_clip(tmp_path / name, frames=1).frames[0, 3, 3].tolist()
+    red, green, blue = seen["swapped"]
+    assert green > 200
+    assert max(red, blue) < 130
+    assert seen["srgb"] == seen["damaged"] == ([254, 0, 0] if suffix == ".jpg" else [255, 0, 0])
 
 
 def test_folder_faults(tmp_path: Path) -> None:

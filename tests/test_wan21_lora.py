@@ -99,6 +99,21 @@ def test_scale_and_alpha(tmp_path_factory, weights, scale, alpha, dialect):
         )
 
 
+def test_k2_all_adapters_of_one_file_add_up(tmp_path, weights):
+    module, state, expected = "blocks.0.attn1.to_q", {}, weights["blocks.0.attn1.to_q.weight"].clone()
+    for seed, adapter in enumerate(("default", "style")):
+        down, up = halves(weights, seed)[module]
+        state |= {f"{module}.lora_A.{adapter}.weight": down, f"{module}.lora_B.{adapter}.weight": up}
+        expected += up @ down
+    save_file(state, tmp_path / "lora.safetensors")
+    merge = LoraMerge(shapes(weights))
+    merge.read(tmp_path / "lora.safetensors", 1.0)
+    torch.testing.assert_close(merge(f"{module}.weight", weights[f"{module}.weight"]), expected)
+    save_file(state | {f"{module}.lora_down.default.weight": down + 1}, tmp_path / "twice.safetensors")
+    with pytest.raises(EmtError, match="a half of one layer by two names"):
+        merge.read(tmp_path / "twice.safetensors", 1.0)
+
+
 def test_several_add_up_and_are_rounded_once(tmp_path, weights):
     merge = LoraMerge(shapes(weights))
     expected = {name: weight.bfloat16().float() for name, weight in weights.items()}

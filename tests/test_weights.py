@@ -535,7 +535,7 @@ def test_a_position_encoding_that_is_not_sinusoidal_is_refused(files: Files, tmp
         ("motion_module", "sd", "is Stable Diffusion 1.5 in the original layout, not a motion module"),
         ("adapter", "motion", "is a motion module, not an adapter"),
         ("base", "motion", "is a motion module, not Stable Diffusion 1.5"),
-        ("dreambooth", "unet", "is a UNet in diffusers layout, not Stable Diffusion 1.5"),
+        ("base", "unet", "is a UNet in diffusers layout, not Stable Diffusion 1.5"),
         ("base", "sd2", "is a Stable Diffusion of another version (2 or XL)"),
         ("base", "vae", "is a VAE, not Stable Diffusion"),
     ],

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from emt.errors import EmtError
 from emt.video.clip import FOLDER_FPS, MAX_PIXELS, ClipInfo, Fit, fitted
@@ -226,10 +228,14 @@ def place(image: Image.Image, frame: np.ndarray, fit: Fit) -> None:
     # In the stored orientation: only the small result is turned. Parts and bars are centred, so they turn along.
     target = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
     image.draft("RGB", (2 * max(width, height),) * 2)  # JPEG: decode at a fraction of the size
+    profile = image.info.get("icc_profile")
+    if image.mode in ("CMYK", "L"):
+        image = _in_srgb(image, profile)
     flat = _flat(image)
     box, size = fitted(*flat.size, target, fit)
     if size != flat.size or box != (0, 0, *flat.size):
         flat = flat.resize(size, Image.Resampling.BILINEAR, box)
+    flat = _in_srgb(flat, profile)
     if flat.mode == "RGBA":
         flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat).convert("RGB")
     if orientation in _UPRIGHT:
@@ -264,3 +270,24 @@ def _flat(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
+    """A picture in sRGB, from what its ICC profile says; as it is without one, or with one that is of no use."""
+    if not isinstance(profile, bytes) or (transform := _transform(profile, image.mode)) is None:
+        return image
+    return ImageCms.applyTransform(image, transform) or image
+
+
+@lru_cache(4)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What brings a picture to sRGB; None if it is there, or if the profile is damaged or of other pictures."""
+    target = "RGBA" if mode == "RGBA" else "RGB"
+    try:
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        made = ImageCms.ImageCmsTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), srgb, mode, target)
+        ramp = Image.merge("RGB", [Image.linear_gradient("L").rotate(turn) for turn in (0, 90, 180)]).convert(mode)
+        shown = np.asarray(made.apply(ramp).convert("RGB"), np.int16)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None
+    return None if np.abs(shown - np.asarray(ramp.convert("RGB"), np.int16)).max() <= 2 else made

@@ -67,10 +67,12 @@ LOCK_NAME = ".lock"
 #: End of the names of writers that are workers of a run, by their number.
 WORKER = re.compile(r"(?:^|-)worker-(\d+)$")
 _HOLDER_NAME = ".holder"  # of the file beside a lock with the process that has it; Windows lets nobody read the lock
-_APPENDING = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)  # Windows writes \r\n into text files
+# Windows writes \r\n into text files; a link in a folder of somebody else's may lead anywhere.
+_APPENDING = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _BLOCK = 1 << 16  # bytes
 _MOMENT = 0.5  # seconds for which another process may hold a lock that it only looks at
 _DYING = 5.0  # seconds that workers may live on after their run was killed
+_GONE = "the output folder was removed or replaced while a run wrote into it"
 _PART = re.compile(r"\.\d{5}(?=\.jsonl$)")  # in the name of a part of a journal (`emt_cli.batch.published`)
 
 
@@ -264,7 +266,12 @@ class Journal:
                 holder.write_text(str(os.getpid()), encoding="ascii")
             self._repair()
         except OSError as error:
-            raise EmtError(f"cannot write to {out}: {error.strerror}", "Name another folder with --out.") from None
+            reason = error.strerror
+            if error.errno == errno.ELOOP:
+                reason = f"{Path(error.filename).name} is a link"
+            elif isinstance(error, FileExistsError):
+                reason = "it is a file" if out.exists() else "it is a link that leads nowhere"
+            raise EmtError(f"cannot write to {out}: {reason}", "Name another folder with --out.") from None
         self.known = Known()
         self._reads = read
         for line in lines(out, Known.FIELDS) if read else ():
@@ -290,12 +297,15 @@ class Journal:
         """Add a line, on disk when this returns.
 
         Raises:
-            OSError: it could not be written; the journal is as it was.
+            OSError: it could not be written, or is no longer in its folder; the journal is as it was.
         """
         line = {**line, "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")}
         content = dumps(line) + b"\n"
         with self._guard:
-            size = os.fstat(self._file).st_size
+            status = os.fstat(self._file)
+            if not self._is_at_its_path(status):
+                raise FileNotFoundError(errno.ENOENT, _GONE, str(self.out))
+            size = status.st_size
             try:
                 written = os.write(self._file, content)
                 if written != len(content):
@@ -306,6 +316,13 @@ class Journal:
                 raise
             if self._reads:
                 self.known.add(line)
+
+    def _is_at_its_path(self, status: os.stat_result) -> bool:
+        """Return whether the open file is still the one of its name: what is written into another is lost."""
+        try:
+            return os.path.samestat(status, os.stat(file_of(self.out, self.writer)))
+        except FileNotFoundError:
+            return False
 
     def path_of(self, output: str) -> str:
         """Path of a clip, for who reads results."""

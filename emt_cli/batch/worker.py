@@ -312,7 +312,12 @@ class Worker:
     def _room_on_disk(self, tasks: list[Task]) -> bool:
         """Return whether the clips of a batch can be written; it would be a pity to find that out afterwards."""
         out = self.outcomes.out
-        free = shutil.disk_usage(out).free
+        try:
+            free = shutil.disk_usage(out).free
+        except FileNotFoundError:
+            raise EmtError(
+                f"{out} was removed or moved while the run wrote into it", "Give the command again."
+            ) from None
         if free >= _SPARE_BYTES + sum(clip_bytes(task.job.settings) for task in tasks):
             return True
         for task in tasks:

@@ -179,11 +179,13 @@ def _say(text: str) -> None:
 
 
 def _stop_on_signals() -> Callable[[], bool]:
-    """Make the first SIGINT or SIGTERM only be remembered; a second one ends the process at once.
+    """Make the first SIGINT, SIGTERM or SIGHUP only be remembered; a second one ends the process at once.
 
     Not under a launcher: it passes the terminal's signal on, which may come twice, and ends the process itself.
     """
     import signal
+
+    from emt_cli.executors.interrupts import heeded
 
     launched = "LOCAL_RANK" in os.environ
     came: list[int] = []
@@ -192,10 +194,11 @@ def _stop_on_signals() -> Callable[[], bool]:
         came.append(number)
         if not launched:
             _say("stopping after this step; once more to stop at once")
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in numbers:
                 signal.signal(each, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = heeded()
+    for number in numbers:
         signal.signal(number, handle)
     return lambda: bool(came)
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a run: the first ends it in order, the second at once."""
+"""SIGINT, SIGTERM and SIGHUP of a run: the first ends it in order, the second at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 INTERRUPTED = 130
-#: Those of them that the system has; Windows sends SIGBREAK for Ctrl-Break.
-_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+#: Those that the system has; Windows sends SIGBREAK for Ctrl-Break.
+NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _LAST_SECONDS = 0.5  # that the second one leaves to leave in order
+
+
+def heeded() -> list[int]:
+    """Signals that end a run: all but that of a terminal which has gone, where `nohup` has it ignored."""
+    gone = getattr(signal, "SIGHUP", None)
+    return [number for number in NUMBERS if number != gone or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Interrupts:
@@ -39,7 +46,7 @@ class Interrupts:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._previous: dict[int, Any] = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+        self._previous: dict[int, Any] = {number: signal.signal(number, self._handle) for number in heeded()}
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -58,7 +65,7 @@ class Interrupts:
         count = 0
         with self._reader:
             while numbers := self._reader.recv(64):
-                before, count = count, count + sum(number in _NUMBERS for number in numbers)
+                before, count = count, count + sum(number in self._previous for number in numbers)
                 if not before and count:
                     threading.Thread(target=self._first, daemon=True).start()
                 if count > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ LORA = "a LoRA"
 VAE = "a VAE"
 CONTROL = "a SparseCtrl network"
 EMBEDDING = "a textual inversion embedding"
+UNET = "a UNet in diffusers layout"
 
 _HINTS = {
     SINGLE_FILE: "Give a file with keys such as model.diffusion_model.…",
@@ -31,8 +33,8 @@ _HINTS = {
 
 # Names of LoRA layers and their relatives, in every dialect.
 LORA_NAMES = re.compile(
-    r"\.?lora_(A|B|down|up|mid)\b|[._]lora(_linear_layer)?\.(down|up)\.|\.hada_[wt]\d|\.lokr_[wt]\d|\.oft_(blocks|diag)"
-    r"|\.on_input$|^(lora|lycoris)_[a-z0-9_]+\.(diff(_b)?|[wb]_norm|[ab][12]\.weight)$|\.lora_magnitude_vector"
+    r"\.?lora_(A|B|E|down|up|mid|embedding_[AB])\b|[._]lora(_linear_layer)?\.(down|up)\.|\.hada_[wt]\d|\.lokr_[wt]\d"
+    r"|\.(oft|boft)_\w|\.ia3_l\b|(^|\.)vera_\w|\.on_input$|^(lora|lycoris)_[a-z0-9_]+\.(diff(_b)?|[wb]_norm|[ab][12]\.weight)$|\.lora_magnitude_vector"
 )
 SDXL, SD2 = "Stable Diffusion XL (SDXL)", "Stable Diffusion 2"
 
@@ -41,10 +43,12 @@ _WIDTHS = {2048: SDXL, 1024: SD2}
 
 _SIGNS = (
     (r"(^|\.)(conditioner\.embedders|add_embedding|label_emb)\.|lora_te2_|text_encoder_2\.", SDXL),
-    (r"transformer_blocks[._][1-9]\d*[._]", SDXL),
+    (r"[._]\d+[._]transformer_blocks[._][1-9]\d*[._]", SDXL),
     (r"^cond_stage_model\.model\.", SD2),
     (r"(^|[._])(double|single)_(transformer_)?blocks[._]", "Flux"),
     (r"(^|[._])joint_(transformer_)?blocks[._]", "Stable Diffusion 3"),
+    (r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]", "Wan"),
+    (r"^((base_model\.model|transformer|diffusion_model|model)\.)*transformer_blocks\.\d", "a diffusion transformer"),
 )
 
 
@@ -62,6 +66,28 @@ def read_kind(path: Path, *wanted: str) -> Checkpoint:
     if (kind := describe(checkpoint.state)) not in wanted:
         raise wrong_kind(path, kind, wanted[0])
     return checkpoint
+
+
+def one_prefix(path: Path, kind: str, prefixes: Counter[str]) -> str:
+    """What is before the names of a network's layers in a file; of several copies, the one that is no average.
+
+    Args:
+        path: of the file.
+        kind: of the network, of the constants of this module.
+        prefixes: how many layers each is before.
+
+    Raises:
+        EmtError: if it cannot be known which copy is meant.
+    """
+    # Layers that denoising has of its own in a network of this program are no copy.
+    copies = {p: n for p, n in prefixes.items() if not re.search(r"(^|[._])(ema|averaged?)([._]|$)|denoising\.$", p)}
+    most = max((copies or prefixes).values())
+    found = [prefix for prefix, count in (copies or prefixes).items() if count == most]
+    if len(found) > 1:
+        raise EmtError(
+            f"{path} holds {kind} {len(found)} times: below {', '.join(sorted(found))}", "Give a file with one of them."
+        )
+    return found[0]
 
 
 def wrong_kind(path: Path, kind: str, wanted: str) -> EmtError:
@@ -93,7 +119,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     if any_name(r"^(emb_params|string_to_param\.|clip_[lg])$|^<.+>$") or (len(state) == 1 and _is_vectors(state)):
         return EMBEDDING
     if any_name(r"^down_blocks\."):
-        return f"a UNet{of} in diffusers layout"
+        return UNET.replace("UNet", f"UNet{of}")
     if any_name(r"^(encoder|decoder|first_stage_model)\."):
         return VAE
     if any_name(r"(^|\.)text_model\.(encoder|embeddings)\."):
@@ -116,7 +142,7 @@ def other_version(state: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
     for pattern, version in _SIGNS:
         if any(re.search(pattern, name) for name in state):
             return version
-    text = re.compile(r"attn2[._]to_[kv](?!.*(up\b|lora_B|lora_up)).*\.weight$")
+    text = re.compile(r"attn2[._](processor[._])?to_[kv](?!.*(up\b|lora_B|lora_up)).*\.weight$")
     widths = {tensor.shape[1] for name, tensor in state.items() if tensor.ndim == 2 and text.search(name)}
     return next((version for width, version in _WIDTHS.items() if width in widths), None)
 

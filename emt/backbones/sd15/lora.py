@@ -17,26 +17,28 @@ from emt.backbones.sd15.lora_layers import LoraLayer
 from emt.backbones.sd15.motion_checkpoint import published_motion_name
 from emt.checkpoints import Checkpoint, Origin, State, differ, peft_scale, peft_settings, read_checkpoint, shorten
 from emt.errors import EmtError
-from emt.hub import OnFetch, locate
+from emt.hub import OnFetch, folder_instead, locate
 
 # A key's module and the role of its tensor: kohya, PEFT, diffusers, the attention processors of diffusers and
 # AnimateDiff, LyCORIS. PEFT puts an adapter's name, such as `default`, before or after.
 _KEYS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"(?P<module>.+?)\.lora_(?P<role>down|up|mid|A|B)(\.[\w-]+)?\.weight",
+        r"(?P<module>.+?)\.lora_(?P<role>down|up|mid|A|B)(\.(?P<adapter>[\w-]+))?\.weight",
         r"(?P<module>.+?)(\.lora(_linear_layer)?|_lora)\.(?P<role>down|up)\.weight",
         r"(?P<module>.+?)(_lora)?\.(?P<role>alpha)",
-        r"(?P<module>.+?)\.lora_(?P<role>magnitude)_vector(\.[\w-]+)?",
-        r"(?P<module>.+?)\.(?P<role>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)(\.[\w-]+)?",
+        r"(?P<module>.+?)\.lora_(?P<role>magnitude)_vector(\.(?P<adapter>[\w-]+?))?(\.weight)?",
+        r"(?P<module>.+?)\.(?P<role>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)(\.(?P<adapter>[\w-]+))?",
         r"(?P<module>.+?)\.(?P<role>scalar|dora_scale|diff|diff_b|w_norm|b_norm)",
     )
 )
 _ROLES = {"A": "down", "B": "up"}
 # Relatives of LoRA that are no sum of a weight and a change.
 _NOT_READ = {
-    "OFT": re.compile(r"\.oft_"),
-    "IA3": re.compile(r"\.on_input$"),
+    "OFT": re.compile(r"\.(b?oft)_"),
+    "IA3": re.compile(r"\.on_input$|\.ia3_"),
+    "VeRA": re.compile(r"(^|\.)vera_"),
+    "AdaLoRA": re.compile(r"\.lora_E\b"),
     "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
     "embedding": re.compile(r"\.lora_embedding_"),
 }
@@ -50,7 +52,7 @@ _FLAT_PREFIXES = {
     "lora_te1_": "text_encoder",
 }
 _PREFIXES = re.compile(
-    r"(base_model\.model\.|module\.|model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.|text_encoder\."
+    r"(base_model\.model\.|module\.|model\.|diffusion_model\.|unet\.|transformer\.|text_encoder\."
     r"|text_encoders\.clip_l\.|clip_l\.|text_model\.)*"
 )
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -94,12 +96,16 @@ class LoraMerge:
         problems: dict[str, list[str]] = {}
         found = _find_layers(checkpoint.state, problems)
         counts, kinds = dict.fromkeys(self.states, 0), Counter[str]()
-        for module, layer in found.items():
+        names: dict[tuple[str, str, str], str] = {}
+        for (module, adapter), layer in found.items():
             target = self._target(module)
             if target is None:
                 problems.setdefault("target", []).append(f"no such weight in the model: {module}")
                 continue
             part, name = target
+            if (other := names.setdefault((part, name, adapter), module)) != module:
+                problems.setdefault("twice", []).append(f"one weight by two names: {other}, {module}")
+                continue
             if problem := self._problem(layer, module, part, name):
                 problems.setdefault(problem.split(":")[0], []).append(problem)
                 continue
@@ -112,7 +118,7 @@ class LoraMerge:
             counts[part] += 1
             kinds[layer.kind] += 1
         if problems:
-            raise _misfit(path, checkpoint, problems, found)
+            raise _misfit(path, checkpoint, problems)
         note = f"scale {scale:g}; {counts['unet']} layers of the UNet, {counts['text_encoder']} of the text encoder"
         if kinds.keys() != {"LoRA"}:
             note += f"; {', '.join(sorted(kinds))}"
@@ -127,6 +133,8 @@ class LoraMerge:
                 shape = tuple(layer.tensors[there].shape)
                 return f"unexpected: {module}.{there} {shape} without {', '.join(missing)}"
             return f"missing: the {missing[0]} half of {module}"
+        if unread := layer.unread():
+            return f"unexpected: {module}.{unread[0]} beside {layer.family}"
         if layer.rank == 0:
             return f"rank 0: {module}"
         bias, weight = layer.bias_change(), state[f"{name}.weight"]
@@ -143,7 +151,7 @@ class LoraMerge:
         """The network and the layer that a module's name is of."""
         for prefix, part in _FLAT_PREFIXES.items():
             if module.startswith(prefix):
-                name = self._flat[part].get(module.removeprefix(prefix))
+                name = self._flat[part].get(module.removeprefix(prefix).replace(".", "_"))
                 return (part, name) if name else None
         module = module[_PREFIXES.match(module).end() :]  # type: ignore[union-attr]  # an empty match is one, too
         module = published_motion_name(module.replace(".processor.", "."))
@@ -196,7 +204,12 @@ def find_lora(lora: str | Path, on_fetch: OnFetch | None = None) -> Path:
         EmtError: if there is none.
     """
     path = locate(lora, "LoRA", _peft_files, on_fetch=on_fetch)
-    return next((f for f in sorted(path.glob("adapter_model.*"))), path / "adapter_model.*") if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    weights = _peft_files([file.name for file in path.glob("*") if file.is_file()])
+    if not weights:
+        raise folder_instead(path, "Give a LoRA's file, or the folder of one.")
+    return path / weights[0]
 
 
 def _peft_files(names: Sequence[str]) -> list[str]:
@@ -205,26 +218,31 @@ def _peft_files(names: Sequence[str]) -> list[str]:
     return [weights, *(n for n in names if n == "adapter_config.json")] if weights else []
 
 
-def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) -> dict[str, LoraLayer]:
-    """The layers of a file by their modules' names; adds lines on keys that are no part of one."""
-    found: dict[str, LoraLayer] = {}
+def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) -> dict[tuple[str, str], LoraLayer]:
+    """The layers of a file by their modules' and their adapters' names; adds lines on keys that are no part of one."""
+    found: dict[tuple[str, str], LoraLayer] = {}
     for key, tensor in state.items():
         match = next((match for pattern in _KEYS if (match := pattern.fullmatch(key))), None)
         if match is None:
             problems.setdefault("unexpected", []).append(f"unexpected: {key} {tuple(tensor.shape)}")
             continue
         role = _ROLES.get(match["role"], match["role"])
-        layer = found.setdefault(match["module"], LoraLayer())
+        layer = found.setdefault((match["module"], match.groupdict().get("adapter") or ""), LoraLayer())
         if role in ("alpha", "scalar") and tensor.numel() != 1:
             problems.setdefault("alpha", []).append(f"{key} holds {tensor.numel()} numbers instead of one")
         elif not (tensor.is_floating_point() or role == "alpha") or not torch.isfinite(tensor.float()).all():
             problems.setdefault("finite", []).append(f"{key} holds {tensor.dtype} numbers that are not finite reals")
+        elif role in layer.tensors or (role == "alpha" and layer.alpha is not None):
+            problems.setdefault("twice", []).append(f"the {role} of one layer by two names, one of them {key}")
         elif role == "alpha":
             layer.alpha = float(tensor)
         else:
             layer.tensors[role] = tensor
+    for (module, _), layer in found.items():
+        if layer.alpha is None and (module, "") in found:
+            layer.alpha = found[module, ""].alpha  # its name never has an adapter's
     # An alpha alone, of a layer that was pruned, changes nothing.
-    return {module: layer for module, layer in found.items() if layer.tensors}
+    return {name: layer for name, layer in found.items() if layer.tensors}
 
 
 def _factor(layer: LoraLayer, settings: Mapping[str, Any], part: str, module: str) -> float:
@@ -244,9 +262,7 @@ def _factor(layer: LoraLayer, settings: Mapping[str, Any], part: str, module: st
     return peft_scale(own, module, rank)
 
 
-def _misfit(
-    path: Path, checkpoint: Checkpoint, problems: Mapping[str, Sequence[str]], found: Mapping[str, LoraLayer]
-) -> EmtError:
+def _misfit(path: Path, checkpoint: Checkpoint, problems: Mapping[str, Sequence[str]]) -> EmtError:
     """The error of a LoRA that does not fit, in a few lines, with a guess at what it is."""
     count = sum(map(len, problems.values()))
     unread = next((name for name, keys in _NOT_READ.items() if any(keys.search(key) for key in checkpoint.state)), None)

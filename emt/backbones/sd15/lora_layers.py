@@ -7,6 +7,7 @@ arXiv 2309.14859, section 3 and appendix B); DoRA: Liu et al. 2024 (arXiv 2402.0
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +16,14 @@ from torch import Tensor
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _MAGNITUDES = ("dora_scale", "magnitude")
+_BIASES = ("diff_b", "b_norm")
+# Roles that a layer of a family may have; of a bias and magnitudes, any.
+_OF_FAMILY = {
+    "LoHa": re.compile(r"hada_[wt]\d(_[ab])?|scalar"),
+    "LoKr": re.compile(r"lokr_w1_[ab]|lokr_w[12]|lokr_w2_[ab]|lokr_t2|scalar"),
+    "LoRA": re.compile(r"down|up|mid|scalar"),
+    "difference": re.compile(r"diff|w_norm|scalar"),
+}
 
 
 @dataclass
@@ -30,7 +39,9 @@ class LoraLayer:
         for start, family in (("hada_", "LoHa"), ("lokr_", "LoKr")):
             if any(role.startswith(start) for role in self.tensors):
                 return family
-        return "difference" if self.tensors.keys() & {"diff", "w_norm", "diff_b", "b_norm"} else "LoRA"
+        if self.tensors.keys() & {"down", "up", "mid"}:
+            return "LoRA"
+        return "difference" if self.tensors.keys() & {"diff", "w_norm", *_BIASES} else "LoRA"
 
     @property
     def kind(self) -> str:
@@ -64,6 +75,16 @@ class LoraLayer:
         if self.family == "difference":
             return []
         return [role for role in ("down", "up") if role not in has]
+
+    def unread(self) -> list[str]:
+        """Roles that its family does not read, or reads another instead of."""
+        own = _OF_FAMILY[self.family]
+        odd = [role for role in self.tensors if not own.fullmatch(role) and role not in (*_MAGNITUDES, *_BIASES)]
+        if self.family == "difference" and not self.tensors.keys() & {"diff", "w_norm"}:
+            odd += [role for role in (*_MAGNITUDES, "scalar") if role in self.tensors]  # they are of the weight's
+        either = [("diff", "w_norm"), ("diff_b", "b_norm"), _MAGNITUDES]
+        either += [(f"lokr_w{i}", f"lokr_w{i}_{half}") for i in (1, 2) for half in "ab"]
+        return odd + [second for first, second in either if {first, second} <= self.tensors.keys()]
 
     def bias_change(self) -> Tensor | None:
         """Change of the bias; None for none."""

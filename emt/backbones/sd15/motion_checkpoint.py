@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from emt.backbones.sd15.checkpoint_kinds import ADAPTER, MOTION_MODULE, SINGLE_FILE, describe, wrong_kind
+from emt.backbones.sd15.checkpoint_kinds import ADAPTER, MOTION_MODULE, SINGLE_FILE, describe, one_prefix, wrong_kind
 from emt.backbones.sd15.network import without_positions
 from emt.backbones.sd15.stable_diffusion import GROUPS, HEADS, Component
-from emt.checkpoints import Origin, State, naming_file, read_checkpoint, read_config, weights_file, weights_name
+from emt.checkpoints import Origin, State, naming_file, read_config, read_weights, weights_names
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
 
@@ -54,9 +54,9 @@ def read_motion_module(given: str | Path, on_fetch: OnFetch | None = None) -> tu
     if path.is_dir() or _is_motion_config(folder / "config.json"):
         settings, config_file = read_config(folder / "config.json")
         files.append(config_file)
-    weights = weights_file(folder) if path.is_dir() else path
-    files.append(weights)
-    checkpoint = read_checkpoint(weights)
+    checkpoint, read = read_weights(folder if path.is_dir() else path)
+    files += read
+    weights = read[0] if len(read) == 1 else folder
     state, unread = _extract(checkpoint.state, weights)
     positions = []
     for name, tensor in state.items():
@@ -88,9 +88,9 @@ def read_motion_module(given: str | Path, on_fetch: OnFetch | None = None) -> tu
 def _folder_files(names: Sequence[str]) -> list[str]:
     """The files to read of a folder that holds a motion module, among all its names."""
     for sub in _SUBFOLDERS:
-        weights = weights_name(n[len(sub) :] for n in names if n.startswith(sub))
+        weights = weights_names(n[len(sub) :] for n in names if n.startswith(sub))
         if f"{sub}config.json" in names and weights:
-            return [f"{sub}config.json", f"{sub}{weights}"]
+            return [f"{sub}config.json", *(f"{sub}{name}" for name in weights)]
     return []
 
 
@@ -119,9 +119,7 @@ def _extract(state: State, path: Path) -> tuple[State, list[str]]:
         )
     if not matches or not (own or kind in (MOTION_MODULE, SINGLE_FILE)):
         raise wrong_kind(path, kind, MOTION_MODULE)
-    prefixes = Counter(match["prefix"] for match in matches.values())
-    # Averaged weights, and layers that denoising has of its own in a network of this program, are left.
-    prefix = min(prefixes, key=lambda prefix: ("ema" in prefix or "denoising." in prefix, -prefixes[prefix]))
+    prefix = one_prefix(path, MOTION_MODULE, Counter(match["prefix"] for match in matches.values()))
     taken = {
         name: published_motion_name(match["name"])
         for name, match in matches.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from emt.backbones.sd15.checkpoint_kinds import SDXL, SINGLE_FILE, VAE, read_kind, unet_guess
+from emt.backbones.sd15.checkpoint_kinds import (
+    SDXL,
+    SINGLE_FILE,
+    UNET,
+    VAE,
+    describe,
+    one_prefix,
+    read_kind,
+    unet_guess,
+    wrong_kind,
+)
 from emt.checkpoints import (
     Checkpoint,
     Origin,
@@ -19,9 +30,9 @@ from emt.checkpoints import (
     check_sizes,
     read_checkpoint,
     read_config,
+    read_weights,
     shorten,
-    weights_file,
-    weights_name,
+    weights_names,
 )
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate
@@ -34,6 +45,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 HEADS = 8
 GROUPS = 32
 VAE_SCALE = 0.18215
+_XL_VAE_SCALE = 0.13025
 # Settings of diffusers' `UNet2DConditionModel` that the network here has built in.
 _UNET_BUILT_IN: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
@@ -122,8 +134,8 @@ def folder_files(names: Sequence[str]) -> list[str]:
     chosen = [n for n in ("model_index.json", "scheduler/scheduler_config.json") if n in names]
     chosen += [n for n in names if n.startswith("tokenizer/") and _TOKENIZER_FILES.fullmatch(n[len("tokenizer/") :])]
     for part in ("unet", "vae", "text_encoder"):
-        weights = weights_name(n[len(part) + 1 :] for n in names if n.startswith(f"{part}/"))
-        chosen += [n for n in (f"{part}/config.json", f"{part}/{weights}") if n in names]
+        weights = weights_names(n[len(part) + 1 :] for n in names if n.startswith(f"{part}/"))
+        chosen += [n for n in (f"{part}/config.json", *(f"{part}/{name}" for name in weights)) if n in names]
     return chosen
 
 
@@ -167,11 +179,10 @@ def _read_diffusers_folder(folder: Path) -> StableDiffusion:
     for name in ("unet", "vae", "text_encoder"):
         config, config_file = read_config(folder / name / "config.json")
         check_sizes(config, str(config_file))
-        weights = weights_file(folder / name)
-        checkpoint = read_checkpoint(weights)
-        parts[name] = Component(config, checkpoint.state, str(weights))
+        checkpoint, read = read_weights(folder / name)
+        parts[name] = Component(config, checkpoint.state, str(read[0] if len(read) == 1 else folder / name))
         dropped += [f"{name}: {key}" for key in checkpoint.dropped]
-        files += [config_file, weights]
+        files += [config_file, *read]
     where = str(folder / "unet" / "config.json")
     try:
         parts["unet"].config = _unet_config(parts["unet"].config, where)
@@ -182,6 +193,7 @@ def _read_diffusers_folder(folder: Path) -> StableDiffusion:
         re.sub(r"(?<=\.attentions\.0\.)\w+", lambda m: _DEPRECATED_VAE_NAMES.get(m[0], m[0]), name): tensor
         for name, tensor in parts["vae"].state.items()
     }
+    _check_vae_config(parts["vae"].config, str(folder / "vae" / "config.json"))
     text, unread = text_weights(parts["text_encoder"].state)
     parts["text_encoder"].state = text
     dropped += [f"text_encoder: {key}" for key in unread]
@@ -260,6 +272,33 @@ def _read_ldm_file(path: Path) -> _SingleFile:
     return _SingleFile(parts, *_find_prediction_type(checkpoint), dropped)
 
 
+def _read_unet(path: Path) -> _SingleFile | None:
+    """The UNet of a file that holds it alone by diffusers' names; None for another file.
+
+    Raises:
+        EmtError: if the file cannot be read, or the UNet is of another version.
+    """
+    checkpoint = read_checkpoint(path)
+    if describe(checkpoint.state) != UNET:
+        return None
+    part = _read_part("UNet", checkpoint.state, lambda state: (_unet_sizes(state), state), path)
+    return _SingleFile({"UNet": part}, *_find_prediction_type(checkpoint), list(checkpoint.dropped))
+
+
+def _unet_sizes(state: State) -> dict[str, Any]:
+    """Arguments of `MotionTransferUNet` from the weights of a UNet by diffusers' names."""
+    levels = 1 + max(int(m[1]) for name in state if (m := re.match(r"down_blocks\.(\d+)\.", name)))
+    attended = [i for i in range(levels) if f"down_blocks.{i}.attentions.0.proj_in.weight" in state]
+    first = r"down_blocks\.0\.resnets\.\d+\.conv1\.weight"
+    return {
+        "block_out_channels": [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
+        "layers_per_block": sum(bool(re.fullmatch(first, name)) for name in state),
+        "cross_attention_dim": next(t.shape[1] for k, t in state.items() if k.endswith("attn2.to_k.weight")),
+        "attention_heads": HEADS,
+        "norm_num_groups": GROUPS,
+    } | ({} if attended == list(range(levels - 1)) else {"attention_levels": attended})
+
+
 def _read_part(
     name: str, group: State, convert: Callable[[State], tuple[dict[str, Any], State]], path: Path
 ) -> Component:
@@ -269,8 +308,9 @@ def _read_part(
         state = {name: tensor for name, tensor in converted.items() if tensor is not None}  # some for what is missing
     except (KeyError, IndexError, ValueError, AttributeError, StopIteration, TypeError, RuntimeError) as error:
         guess = unet_guess(group) if name == "UNet" else ""
+        reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) and error.args else first_line(error)
         raise EmtError(
-            f"the {name} in {path} does not have the layout of Stable Diffusion 1.5: {guess or first_line(error)}",
+            f"the {name} in {path} does not have the layout of Stable Diffusion 1.5: {guess or reason}",
             "Give Stable Diffusion 1.5 or a fine-tune of it; other versions do not fit the motion modules.",
         ) from error
     # The conversions pass over what they do not know. A layer that the network does not have makes another network;
@@ -394,6 +434,8 @@ def text_weights(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
 def apply_dreambooth(model: StableDiffusion, dreambooth: str | Path, on_fetch: OnFetch | None = None) -> Origin:
     """Replace the UNet and its prediction type, and the VAE and text encoder if the file has them, by one file's.
 
+    A file in the original layout, or a UNet alone by diffusers' names.
+
     Raises:
         EmtError: if the file is missing, damaged or of another kind.
     """
@@ -402,7 +444,7 @@ def apply_dreambooth(model: StableDiffusion, dreambooth: str | Path, on_fetch: O
         raise EmtError(
             f"the DreamBooth model {path} is a folder", "Give one .safetensors or .ckpt file, or the folder as --base."
         )
-    file = _read_ldm_file(path)
+    file = _read_unet(path) or _read_ldm_file(path)
     model.unet = file.parts["UNet"]
     model.vae = file.parts.get("VAE", model.vae)
     model.text_encoder = file.parts.get("text encoder", model.text_encoder)
@@ -424,15 +466,25 @@ def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Componen
         path = path / "vae" if (path / "vae").is_dir() else path
         config, config_file = read_config(path / "config.json")
         check_sizes(config, str(config_file))
-        files = [config_file, weights_file(path)]
-        state = read_checkpoint(files[1]).state
-        dropped: list[str] = []
+        checkpoint, read = read_weights(path)
+        state, files = checkpoint.state, [config_file, *read]
+        dropped = list(checkpoint.dropped)
     else:
-        state = read_kind(path, VAE, SINGLE_FILE).state
+        whole = _without_vae_prefix(path, read_checkpoint(path))
+        if (kind := describe(whole.state)) not in (VAE, SINGLE_FILE):
+            raise wrong_kind(path, kind, VAE)
+        # Stable Diffusion XL's VAE has the same layers, of the same shapes, and other latents.
+        named = f"{path.name} {whole.metadata.get('modelspec.architecture', '')}".lower()
+        if re.search(r"sdxl|sd_xl|xl[._-]?vae|stable-diffusion-xl", named):
+            raise EmtError(
+                f"{path} says that it is of {SDXL}, whose VAE has the same layers and other latents",
+                "Give a VAE of Stable Diffusion 1.5; if it is one, another file name.",
+            )
+        state = whole.state
         prefix, layers = _LDM_PARTS["VAE"]
-        named = {key if key.startswith(prefix) else f"{prefix}{key}": tensor for key, tensor in state.items()}
-        group = {key: tensor for key, tensor in named.items() if re.match(layers, key[len(prefix) :])}
-        dropped = [key for key in state if key not in group and f"{prefix}{key}" not in group]
+        names = {key: key if key.startswith(prefix) else f"{prefix}{key}" for key in state}
+        group = {own: state[key] for key, own in names.items() if re.match(layers, own[len(prefix) :])}
+        dropped = [*whole.dropped, *(key for key in state if names[key] not in group)]
         if not group:
             raise EmtError(f"{path} has no VAE", "Give a file with keys such as encoder.… or first_stage_model.…")
         if any(".down_blocks." in key for key in group):
@@ -445,15 +497,48 @@ def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Componen
         re.sub(r"(?<=\.attentions\.0\.)\w+", lambda m: _DEPRECATED_VAE_NAMES.get(m[0], m[0]), name): tensor
         for name, tensor in state.items()
     }
+    _check_vae_config(config, str(files[0]))
     part = Component(config, state, str(files[-1]))
     return part, Origin("VAE", str(vae), files, f"{len(state)} tensors, replaces the others'", dropped)
+
+
+def _without_vae_prefix(path: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """A file with the names of its VAE as they are in a file of a VAE alone; averages of it are left."""
+    end = "decoder.conv_in.weight"
+    prefixes = Counter(name.removesuffix(end) for name in checkpoint.state if name.endswith(end))
+    if not prefixes or (prefix := one_prefix(path, VAE, prefixes)) in ("", _LDM_PARTS["VAE"][0]):
+        return checkpoint
+    own = {name.removeprefix(prefix): x for name, x in checkpoint.state.items() if name.startswith(prefix)}
+    beside = [name for name in checkpoint.state if not name.startswith(prefix)]
+    return Checkpoint(own, checkpoint.metadata, [*checkpoint.dropped, *beside])
+
+
+def _check_vae_config(config: Mapping[str, Any], where: str) -> None:
+    """Raise an EmtError if latents of a VAE are others than a UNet of Stable Diffusion 1.5 works on."""
+    allowed: dict[str, tuple[Any, ...]] = {
+        "scaling_factor": (VAE_SCALE,),
+        "shift_factor": (None, 0, 0.0),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
+    wrong = [
+        f"{name} is {config[name]!r:.60}" for name in allowed if config.get(name, allowed[name][0]) not in allowed[name]
+    ]
+    if wrong:
+        xl = f": it looks like one of {SDXL}" if config.get("scaling_factor") == _XL_VAE_SCALE else ""
+        raise EmtError(
+            f"{where} does not describe a VAE of Stable Diffusion 1.5{xl}{shorten([wrong])}",
+            f"Give a VAE of Stable Diffusion 1.5, whose latents are scaled by {VAE_SCALE}.",
+        )
 
 
 def _vae_files(names: Sequence[str]) -> list[str]:
     """The files to read of a VAE's folder, or of a whole model's, among all its names."""
     inside = "vae/" if "vae/config.json" in names else ""
-    weights = weights_name(n[len(inside) :] for n in names if n.startswith(inside))
-    return [f"{inside}config.json", f"{inside}{weights}"] if f"{inside}config.json" in names and weights else []
+    weights = weights_names(n[len(inside) :] for n in names if n.startswith(inside))
+    if f"{inside}config.json" not in names or not weights:
+        return []
+    return [f"{inside}config.json", *(f"{inside}{name}" for name in weights)]
 
 
 def _diffusers_vae_config(state: State) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emt.backbones.sd15.checkpoint_kinds import EMBEDDING, LORA, SD2, SDXL, describe, wrong_kind
+from emt.backbones.sd15.checkpoint_kinds import EMBEDDING, SD2, SDXL, describe, wrong_kind
 from emt.checkpoints import read_checkpoint
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
@@ -39,7 +39,8 @@ def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None
     if "clip_g" in state:
         raise EmtError(f"the embedding {path} is of {SDXL}", "Give one of Stable Diffusion 1.5.")
     kind = describe(state)
-    if kind.startswith(LORA) or (kind != EMBEDDING and any(tensor.ndim > 2 for tensor in state.values())):
+    other = kind != EMBEDDING and not kind.startswith("of an unknown kind")
+    if other or any(tensor.ndim > 3 for tensor in state.values()):
         raise wrong_kind(path, kind, EMBEDDING)
     if len(state) != 1:
         raise EmtError(

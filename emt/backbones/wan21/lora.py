@@ -24,7 +24,7 @@ from emt.errors import EmtError
 from emt.hub import OnFetch, locate
 
 _KEY = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.\w+)?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
+    r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.(?P<adapter>\w+))?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
 )
 _PREFIXES = (
     "base_model.model.",
@@ -79,7 +79,7 @@ class LoraMerge:
         checkpoint = read_checkpoint(path)
         metadata, files = peft_settings(checkpoint, path)
 
-        layers: dict[str, _Layer] = {}
+        layers: dict[tuple[str, str], _Layer] = {}
         found: list[_Addition | str] = []
         for key, tensor in checkpoint.state.items():
             match = _KEY.fullmatch(key)
@@ -88,16 +88,24 @@ class LoraMerge:
             elif match["whole"]:
                 found.append(self._whole(match["module"], match["whole"], tensor, scale))
             else:
-                layer = layers.setdefault(match["module"], _Layer())
-                if match["alpha"] and tensor.numel() != 1:
+                layer = layers.setdefault((match["module"], match["adapter"] or ""), _Layer())
+                down = match["half"] in ("down", "A")
+                if match["half"] and (layer.down if down else layer.up) is not None:
+                    found.append(f"a half of one layer by two names, one of them {key}")
+                elif match["alpha"] and tensor.numel() != 1:
                     found.append(f"alpha of {tensor.numel()} numbers: {key}")
                 elif match["alpha"]:
                     layer.alpha = tensor.item()
-                elif match["half"] in ("down", "A"):
+                elif down:
                     layer.down = tensor
                 else:
                     layer.up = tensor
-        found += [self._low_rank(module, layer, metadata, scale) for module, layer in layers.items()]
+        for (module, _), layer in layers.items():
+            if layer.alpha is None and (module, "") in layers:
+                layer.alpha = layers[module, ""].alpha  # its name never has an adapter's
+        # An alpha alone, of a layer that was pruned, changes nothing.
+        layers = {name: layer for name, layer in layers.items() if layer.down is not None or layer.up is not None}
+        found += [self._low_rank(module, layer, metadata, scale) for (module, _), layer in layers.items()]
         problems = [problem for problem in found if isinstance(problem, str)]
         if problems:
             raise EmtError(
@@ -110,7 +118,7 @@ class LoraMerge:
             self._additions.setdefault(addition.name, []).append(addition)
         whole = len(additions) - len(layers)
         note = f"scale {scale:g}; {len(layers)} layers of low rank" + (f", {whole} whole differences" if whole else "")
-        return Origin("LoRA", str(lora), files, note)
+        return Origin("LoRA", str(lora), files, note, checkpoint.dropped)
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """A weight with all that was added to it, summed in float32; itself if that is nothing."""

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from emt.backbones.wan21.names import check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
-from emt.checkpoints import State, check_keys, read_checkpoint, read_config, shorten, weights_file
+from emt.checkpoints import State, check_keys, read_config, read_weights
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate, matching
 
@@ -100,8 +100,8 @@ def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> tuple[Base, 
         found, folder = Base(path, "original" if whole else "transformer", on_fetch), path
     else:
         found, folder = Base(path, "transformer", on_fetch), path
-    files = weights_files(folder)
-    state = renamed(read_state(files), _bare_transformer_name, str(folder))
+    checkpoint, files = read_weights(folder)
+    state = renamed(checkpoint.state, _bare_transformer_name, str(folder))
     check_is_text_to_video(state, str(folder))
     settings = _settings((folder if folder.is_dir() else folder.parent) / "config.json")
     return found, Component(state, transformer_config(state, settings, str(folder)), str(folder), files)
@@ -157,8 +157,8 @@ def read_text_encoder(base: Base, given: str | Path | None) -> Component:
         EmtError: if it is no UMT5.
     """
     path = base.part("text encoder", given)
-    files = weights_files(path)
-    state = renamed(read_state(files), umt5_name, str(path))
+    checkpoint, files = read_weights(path)
+    state = renamed(checkpoint.state, umt5_name, str(path))
     state.pop("spiece_model", None)  # the tokenizer's, which some single files carry
     first = "encoder.block.0.layer"
     try:
@@ -190,10 +190,9 @@ def read_vae(base: Base, given: str | Path | None, channels: int) -> Component:
         EmtError: if it is another one.
     """
     path = base.part("VAE", given)
-    files = weights_files(path)
-    state = read_state(files)
-    names = vae_names(state)
-    state = renamed(state, names.__getitem__, str(path))
+    checkpoint, files = read_weights(path)
+    names = vae_names(checkpoint.state)
+    state = renamed(checkpoint.state, names.__getitem__, str(path))
     config = {k: v for k, v in _settings(path / "config.json").items() if not k.startswith("_")}
     if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
         raise EmtError(f"{path} is not the VAE of Wan: it has no encoder.conv_in.weight", "Give Wan2.1_VAE.pth.")
@@ -230,39 +229,3 @@ def read_tokenizer(base: Base, given: str | Path | None, most: int) -> tuple[Pre
     if len(tokenizer) > most:
         raise EmtError(f"the tokenizer {folder} has {len(tokenizer)} tokens, the text encoder knows {most}", hint)
     return tokenizer, [p for p in sorted(folder.iterdir()) if any(p.match(pattern) for pattern in _TOKENIZER_FILES)]
-
-
-def weights_files(path: Path) -> list[Path]:
-    """A file of weights, or the files of a folder: all shards where there is an index of them.
-
-    Raises:
-        EmtError: if there are none, or a shard is missing.
-    """
-    if not path.is_dir():
-        return [path]
-    index = sorted(path.glob("*.safetensors.index.json"))
-    if not index:
-        return [weights_file(path)]
-    listed = read_config(index[0])[0].get("weight_map")
-    if not isinstance(listed, dict):
-        raise EmtError(f"{index[0]} is not an index of weights: it has no weight_map", "Download it again.")
-    files = [path / name for name in sorted(set(listed.values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise EmtError(f"{path} lacks what {index[0].name} lists:{shorten([missing])}", "Download the folder again.")
-    return files
-
-
-def read_state(files: list[Path]) -> State:
-    """The weights of files together, mapped from disk.
-
-    Raises:
-        EmtError: if a file is damaged, or a weight is in two.
-    """
-    state: State = {}
-    for file in files:
-        part = read_checkpoint(file).state
-        if twice := sorted(state.keys() & part.keys()):
-            raise EmtError(f"{file} has weights that another shard has:{shorten([twice])}", "Download it again.")
-        state |= part
-    return state

@@ -12,7 +12,15 @@ from typing import Any
 from emt.errors import EmtError
 from emt.remote import Downloads, MissingError
 from emt_cli.batch.inputs.layers import SettingLayers
-from emt_cli.batch.inputs.prompt_files import Line, check_line, read_file, read_lines, read_stream, read_text
+from emt_cli.batch.inputs.prompt_files import (
+    Line,
+    check_line,
+    check_stream,
+    read_file,
+    read_lines,
+    read_stream,
+    read_text,
+)
 from emt_cli.batch.inputs.references import Finder, ReferencePaths, check_folders, check_order
 from emt_cli.batch.inputs.seeds import draw_seeds
 from emt_cli.batch.inputs.shapes import Shapes
@@ -62,6 +70,8 @@ def expand(
     if not arguments and not complete and not rejected:
         raise UsageError("no references: name clips, folders or globs, or - for jobs on standard input")
     streamed = "-" in arguments
+    if streamed:
+        check_stream()
     base = _layers(options, defaults, shapes, say)
     watched = check_folders(arguments) if options.watch else []
     finder = Finder(options.recursive, options.out, say, base.references.path)

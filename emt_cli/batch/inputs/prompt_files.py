@@ -10,6 +10,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,14 @@ def _is_json(text: str) -> bool:
 
 def read_lines(name: str, text: str) -> list[Line | Rejected]:
     """The prompts of a text, one a line; `#` begins a comment."""
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    # A mark of UTF-8 is within a text, too, where files were put together.
+    lines = [(n, line.strip().lstrip("\ufeff").strip()) for n, line in enumerate(text.split("\n"), 1)]
     return [check_line({"prompt": line}, f"{name} line {n}") for n, line in lines if line and not line.startswith("#")]
 
 
 def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
     csv.field_size_limit(MAX_LINE)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(text))
     rows: list[Line | Rejected] = []
     try:
         names = [field_name(name) for name in reader.fieldnames or []]
@@ -158,9 +160,9 @@ def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
             raise UsageError(f"--prompts {path.name}: the column {twice[0]} is there twice", "Keep one of them.")
         unknown = [name for name in reader.fieldnames or [] if field_name(name) not in JOB_FIELDS]
         if unknown or not reader.fieldnames:
-            allowed = f"the first line names the columns, of {', '.join(JOB_FIELDS)}"
-            hint = unknown_field(unknown[0]).hint if unknown else ""
-            raise UsageError(f"--prompts {path.name}: unknown columns {unknown}; {allowed}", hint)
+            hint = unknown_field(unknown[0]).hint if unknown else f"They are of {', '.join(JOB_FIELDS)}."
+            problem = f"--prompts {path.name}: unknown columns {unknown}; the first line names the columns"
+            raise UsageError(f"{problem}, between commas, semicolons or tabs", hint)
         for cells in reader:
             origin = f"{path.name} line {reader.line_num}"
             if None in cells:
@@ -170,6 +172,19 @@ def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
     except csv.Error as error:
         rows.append(Rejected(EmtError(f"not CSV from here on: {error}"), f"{path.name} line {reader.line_num}"))
     return rows
+
+
+def _delimiter(text: str) -> str:
+    """What is between the cells of a table, by its first line; spreadsheets write semicolons in many languages."""
+    head = text.lstrip("\n").split("\n", 1)[0]
+
+    def fits(delimiter: str) -> bool:
+        with suppress(csv.Error):
+            names = next(csv.reader([head], delimiter=delimiter), [])
+            return len(names) > 1 and all(field_name(name) in JOB_FIELDS for name in names)
+        return False
+
+    return next((delimiter for delimiter in ",;\t" if fits(delimiter)), ",")
 
 
 def _parse_line(line: str, origin: str) -> Line | Rejected:
@@ -190,14 +205,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def read_stream() -> Iterator[Line | Rejected | None]:
-    """Lines of standard input as they arrive, and None whenever the next one is yet to come.
-
-    Raises:
-        UsageError: standard input is closed.
-    """
+def check_stream() -> None:
+    """Raise a UsageError if standard input is closed."""
     if sys.stdin is None:
         raise UsageError("- reads jobs from standard input, which is closed")
+
+
+def read_stream() -> Iterator[Line | Rejected | None]:
+    """Lines of standard input as they arrive, and None whenever the next one is yet to come."""
     descriptor = sys.stdin.fileno()
     pending, number, ended, skipping = b"", 0, False, False
     decoder: codecs.IncrementalDecoder | None = None  # of what is not UTF-8, by its first bytes

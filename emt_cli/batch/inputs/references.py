@@ -13,11 +13,15 @@ from typing import Any
 
 from emt.errors import EmtError
 from emt.remote import Downloads, MissingError, child, copy_of, files, is_url, matching, normal, shown, stat, to_path
+from emt.storage import open_file
 from emt_cli.batch.inputs.prompt_files import SUFFIXES
 from emt_cli.batch.jobs import Rejected
 from emt_cli.batch.options import UsageError
+from emt_cli.batch.records import parse
+from emt_cli.batch.results import sidecar
 
 _NAMED = 8  # notes about folders that are given in full
+_MOST = 1 << 20  # bytes of a record
 
 
 class ReferencePaths:
@@ -163,7 +167,7 @@ class Finder:
         from emt.video.names import count
 
         self._look_for_unread(folder)
-        clips, passed = [], 0
+        clips, passed, results = [], 0, 0
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: natural_key(entry.name))
         for entry in listed:
@@ -171,7 +175,10 @@ class Finder:
             if entry.name.startswith(".") or os.path.abspath(path) == self._out:
                 continue
             if is_clip(path):
-                clips.append(path)
+                if self._is_result(path):
+                    results += 1
+                else:
+                    clips.append(path)
             elif entry.is_dir(follow_symlinks=False):
                 if not self.recursive:
                     passed += 1
@@ -182,7 +189,19 @@ class Finder:
                     self._note(f"ignored the folder {path}: {error.strerror}")
         if passed and clips:
             self._note(f"not searched: {count(passed, 'folder')} in {folder} (--recursive does)")
+        if results:
+            self._note(f"left out: {count(results, 'result')} of earlier runs in {folder}")
         return clips
+
+    def _is_result(self, clip: Path) -> bool:
+        """Return whether a clip in the output folder, which may be one of references, was made by a run."""
+        if not os.path.abspath(clip).startswith(os.path.join(self._out, "")):
+            return False
+        try:
+            with open_file(sidecar(clip)) as file:
+                return {"id", "settings"} <= parse(file.read(_MOST)).keys()
+        except OSError:
+            return False
 
     def _look_for_unread(self, folder: Path) -> None:
         from emt.video import describe_unread
