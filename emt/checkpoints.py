@@ -492,7 +492,7 @@ class _WithoutMemory(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]  # for which PyTorch would import its compiler
+            return kwargs["tensor"]  # for which PyTorch would import its compiler
         if func is torch.empty:
             kwargs = {"device": "meta"} | {name: value for name, value in (kwargs or {}).items() if name != "device"}
         return func(*args, **(kwargs or {}))

@@ -118,5 +118,6 @@ def test_the_card_lists_eight_kinds_of_layers_and_counts_the_others() -> None:
     """`N` stands for the numbers in their paths, so that a network's hundred layers are a few kinds."""
     kinds = [f"up_blocks.N.{letter}" for letter in "abcdefghij"]
     paths = [kind.replace("N", number) for kind in kinds for number in ("0", "13")]
+    assert _kinds(paths[:4]) == "`up_blocks.N.a` (2), `up_blocks.N.b` (2)"
     assert _kinds(paths[:16]) == ", ".join(f"`{kind}` (2)" for kind in kinds[:8])
     assert _kinds(paths) == ", ".join([*(f"`{kind}` (2)" for kind in kinds[:8]), "and 2 kinds more"])

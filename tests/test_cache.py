@@ -155,9 +155,20 @@ def value_of(loaded: tuple[Motion, float] | None) -> float | None:
     return None if loaded is None else float(loaded[0].features.layers["layer"][0].max())
 
 
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert default_dir() == tmp_path / "x" / "emt"
+    for unset in ("", None):
+        monkeypatch.setenv("XDG_CACHE_HOME", "") if unset == "" else monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert default_dir() == tmp_path / ".cache" / "emt"
+
+
 def test_motion_is_kept(tmp_path):
     kept = MotionCache(tmp_path, 1e6)
     assert kept.load("a", SHAPE) is None
+    kept.save("b", motion(2.0), 0.25)
+    assert kept.load("b", SHAPE)[1] == 0.25, "a frame every four seconds"
     kept.save("a", motion(3.0), 7.5)
     loaded, fps = MotionCache(tmp_path, 1e6).load("a", SHAPE)
     assert fps == 7.5

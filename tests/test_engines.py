@@ -775,6 +775,11 @@ def test_auto_says_why_it_takes_torch(model, tmp_path):
     said: list[str] = []
     assert choice("auto", model, tmp_path, said).find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES) is None
     assert said == ["engine: torch, since no engine matches (a: it computes in fp16, not fp32)"]
+    for name in "bcd":
+        put_engine(tmp_path / "engines" / name, replace(manifest_for(request_for(model)), precision="fp16"))
+    choice("auto", model, tmp_path, said).find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES)
+    reasons = "; ".join(f"{name}: it computes in fp16, not fp32" for name in "abc")
+    assert said[1:] == [f"engine: torch, since no engine matches ({reasons})"], "three are enough"
 
 
 def test_engines_are_in_a_folder_of_the_cache(tmp_path):

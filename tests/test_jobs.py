@@ -76,6 +76,15 @@ def test_names_are_safe_on_every_file_system(prompt, stem, seed):
         assert part.split(".")[0].upper() not in ("CON", "PRN", "AUX", "NUL")
 
 
+@pytest.mark.parametrize(
+    ("reading", "long"),
+    [((), False), (("webui", 1, False), False), (("webui", 2, False), True), (("webui", 1, True), True)],
+)
+def test_a_text_is_long_if_it_has_several_chunks_or_changes_over_the_clip(reading, long):
+    """Engines are built for the encoding of one text of the text encoder's length, with weights or without."""
+    assert replace(JOB, reading=reading).has_long_text == long
+
+
 def test_references_of_one_name_in_two_folders_stay_apart():
     here, there = (output_name(replace(JOB, reference=Path(f"/{f}/x.mp4")), 64 * f) for f in "ab")
     assert here.name == there.name

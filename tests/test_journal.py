@@ -17,6 +17,7 @@ import program
 import pytest
 
 from emt.errors import EmtError
+from emt.storage import try_lock
 from emt.video import write_clip
 from emt_cli.batch import journal, records
 from emt_cli.batch.feeder import Feeder
@@ -67,6 +68,15 @@ def test_a_second_run_is_refused_and_reported_by_whom(tmp_path):
     Journal(tmp_path).close()  # who only looks at the lock, or is about to end, is waited for
 
 
+def test_a_journal_is_closed_once_however_often(tmp_path):
+    log = Journal(tmp_path)
+    log.close()
+    other = os.open(tmp_path / "other", os.O_CREAT | os.O_RDWR)  # may have the number of the file that was closed
+    log.close()
+    os.close(other)
+    Journal(tmp_path).close()
+
+
 def test_each_writer_has_a_file_of_its_own_and_they_are_read_as_one(tmp_path):
     first, second = Journal(tmp_path), Journal(tmp_path, "gpu1")
     with pytest.raises(EmtError, match=f"process {os.getpid()}"):
@@ -84,6 +94,8 @@ def test_each_writer_has_a_file_of_its_own_and_they_are_read_as_one(tmp_path):
 
 
 def test_writers_that_may_not_be_beside_one_are_waited_for_and_then_refused(tmp_path):
+    (tmp_path / ".lock+").touch()  # no writer's
+    held = try_lock(tmp_path / ".lock+")
     first, second = Journal(tmp_path, "a"), Journal(tmp_path, "b")
     for own in ("A", "c"):  # names before and after theirs
         with pytest.raises(EmtError, match=f"process {os.getpid()}"):
@@ -92,6 +104,14 @@ def test_writers_that_may_not_be_beside_one_are_waited_for_and_then_refused(tmp_
     second.close()
     Journal(tmp_path, "c", beside=lambda other: other == "a").close()
     first.close()
+    Journal(tmp_path, "c", beside=lambda other: False).close()
+    held.release()
+
+
+def test_workers_of_a_run_that_was_killed_are_waited_for(tmp_path):
+    """They end by themselves, but later than a process that only looks at a lock."""
+    worker = Journal(tmp_path, "worker-1")
+    threading.Timer(1.2, worker.close).start()
     Journal(tmp_path, "c", beside=lambda other: False).close()
 
 

@@ -13,7 +13,7 @@ from program import model
 
 from emt.cache import ContentIndex
 from emt.errors import EmtError
-from emt.model_folder import DEFAULTS, Model, find_model
+from emt.model_folder import DEFAULTS, Model, find_model, new_folder
 from emt.pipeline import load_pipeline
 from emt.prompt_syntax import reading_of
 from emt_cli.batch.estimates import memory
@@ -102,7 +102,7 @@ def test_k5_a_header_of_another_length_is_damaged(folder, length):
         _ = open_model(folder).parameters
 
 
-@pytest.mark.parametrize("shape", [None, "ab", [[2]], [-2], [0.5], {"a": 1}])
+@pytest.mark.parametrize("shape", [None, "ab", [[2]], [-2], [-1], [0.5], {"a": 1}])
 def test_k5_a_shape_that_is_none_is_damaged(folder, shape):
     header = json.dumps({"weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
     (folder / UNET).write_bytes(struct.pack("<Q", len(header)) + header)
@@ -332,3 +332,22 @@ def test_parameters_are_counted_by_part(folder):
         (path,) = (folder / part).glob("*.safetensors")
         assert found[part] == sum(tensor.numel() for tensor in load_file(path).values())
     assert found["tokenizer"] == 0
+
+
+def test_a_folder_that_cannot_be_cleared_up_hides_no_error(tmp_path):
+    """What went wrong while it was written is said, not what went wrong in clearing up."""
+
+    def write() -> None:
+        with new_folder(tmp_path / "m", overwrite=False) as partial:
+            partial.rmdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_an_index_is_no_model(tmp_path):
+    for empty in (tmp_path, str(tmp_path)):
+        with pytest.raises(EmtError, match="is not a model folder"):
+            load_pipeline(empty)

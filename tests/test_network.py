@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import KINDS, SMALL, relative_error, small_states, small_unet, tensors
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emt.backbone import PLAIN, Constants, Execution
-from emt.backbones.sd15.layers import GEGLU, FeedForward, sinusoidal_positions
+from emt.backbones.sd15.layers import GEGLU, FeedForward, sinusoidal_positions, sinusoids
 from emt.backbones.sd15.stable_diffusion import animatediff_scheduler
 from emt.backbones.sd15.unet import MotionTransferUNet
 from emt.errors import EmtError
@@ -383,6 +386,39 @@ class TestReadableModule:
                 torch.testing.assert_close(found[clip, y * width + x, head], expected)
         assert unet.attention_maps(features, []) == []
 
+    def test_encodings_are_those_of_the_papers(self):
+        """A timestep as diffusers encodes it for Stable Diffusion; positions by Vaswani et al. 2017, section 3.5."""
+        timesteps = torch.tensor([0, 1, 400, 999])
+        expected = get_timestep_embedding(timesteps, 32, flip_sin_to_cos=True, downscale_freq_shift=0)
+        torch.testing.assert_close(sinusoids(timesteps, 32), expected)
+        positions = sinusoidal_positions(7, 6)
+        for position in range(7):
+            for i in range(3):
+                angle = position / 10_000 ** (2 * i / 6)
+                assert positions[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+                assert positions[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+    @torch.no_grad()
+    def test_every_way_into_the_network_brings_it_to_its_device(self):
+        """Where accelerate moves it in and out, by a hook that it puts on the network for `forward` alone."""
+        unet, moved = tiny_unet(), []
+        unet._hf_hook = SimpleNamespace(pre_forward=moved.append)
+        sample, text = inputs(1, 2, 8, 8)
+        motion = MotionTransferUNet.encode_reference.__wrapped__(unet, sample, 400, text)
+        _, deep = unet.denoise_deep.__wrapped__(unet, sample, 3, text, motion)
+        for enter in (
+            lambda: unet.encode_reference(sample, 400, text),
+            lambda: unet.denoise_with_features(sample, 3, text),
+            lambda: unet.denoise_with_hidden_states(sample, 3, text),
+            lambda: unet.denoise_deep(sample, 3, text, motion),
+            lambda: unet.denoise_shallow(sample, 3, text, motion, deep),
+            lambda: unet.encode_text(text),
+            lambda: unet.encode_text_without_adapter(text),
+        ):
+            moved.clear()
+            enter()
+            assert moved[:1] == [unet]
+
     @torch.no_grad()
     def test_a_layer_in_the_place_of_a_feed_forward_layers_linear_one_computes(self, monkeypatch):
         """Such as one with a low-rank branch: a kernel that reads the weight alone is not for it."""
@@ -601,6 +637,17 @@ class TestFusedPass:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         assert torch.equal(sample, given)
         assert torch.equal(deep, expected[2])
+
+    @pytest.mark.parametrize("execution", FUSED.values(), ids=FUSED.keys())
+    @torch.no_grad()
+    def test_each_sample_may_have_a_timestep_of_its_own(self, execution):
+        unet = self.network()
+        if execution.constants is not None:
+            execution = replace(execution, constants=Constants())
+        sample, text = (x.double() for x in inputs(2, 3, 8, 8))
+        both = unet(sample, torch.tensor([3, 500]), text, execution=execution)
+        alone = [unet(sample[i : i + 1], t, text[i : i + 1]) for i, t in enumerate((3, 500))]
+        torch.testing.assert_close(both, torch.cat(alone), rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize(
         "execution", [PLAIN, FUSED["adds and biases"], FUSED["all"]], ids=["plain", "fused", "all"]

@@ -50,6 +50,23 @@ def test_samplers_begin_at_the_end_of_the_schedule(name, steps):
     assert int(make_sampler(name, animatediff_scheduler("epsilon"), steps).timesteps[0]) == 999
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "spacing"),
+    [
+        ("euler", 1, "trailing"),
+        ("euler", 60, "trailing"),
+        ("euler", 61, "linspace"),
+        ("dpm++_2m_karras", 1, "trailing"),  # there is no way to go down to 0 in one
+        ("dpm++_2m_karras", 2, "linspace"),
+        ("ddim", 1, "trailing"),
+        ("ddim", 2, None),  # the model's own
+        ("lcm", 1, None),
+    ],
+)
+def test_where_the_timesteps_of_a_sampler_lie(name, steps, spacing):
+    assert scheduler_options(name, steps).get("timestep_spacing") == spacing
+
+
 def test_k2_one_step_of_ddim_is_not_the_first_noise(spaced):
     assert make_sampler("ddim", spaced, 1).timesteps.tolist() == [999]
     image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from emt.video import (
 from emt.video.clip import ClipInfo, fitted, half_gap
 from emt.video.ffmpeg import Ffmpeg
 from emt.video.reading import _check_request
-from emt.video.stream import Video, _Listing, _presentation_times
+from emt.video.stream import _SHOWN, Video, _colours, _fields, _Listing, _presentation_times
 
 WRITTEN = {"prompt": 'a=b; #c\n\\ "é" 😀 {}\x00\t', "ключ = ;": "x" * 9000, "": ""}
 
@@ -849,6 +850,52 @@ def test_packets_without_times_of_their_own_have_to_be_decoded(rows: tuple[str, 
     assert (last, timed) == (pytest.approx(0.5 if rows else 0.0), False)
 
 
+def test_parts_are_counted_from_the_first_frame_on(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mkv", numbered(12), fps=10)
+    for part, count in (({}, 12), ({"duration": 0.5}, 5), ({"start": 0.3}, 9), ({"start": 0.3, "duration": 0.2}, 2)):
+        assert count_frames(path, **part) == count
+    assert count_frames(path, stride=5) == 3
+    assert count_frames(path, start=9) == 0
+
+
+def test_a_decoder_of_transparency_is_for_streams_that_have_it(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.webm", numbered(2), "-c:v", "libvpx-vp9", fps=10)
+    opened = Video.open(path)
+    assert (opened.alpha, opened.decoder) == (False, ())
+
+
+SHOWN = "[Parsed_showinfo_0 @ 0x1] [info] n: 0 pts: 0 fmt:yuv420p cl:left sar:1/1 s:{width}x{height} i:{fields} iskey:1"
+
+
+def shown(width: int = 64, height: int = 48, fields: str = "P") -> re.Match[str]:
+    match = _SHOWN.search(SHOWN.format(width=width, height=height, fields=fields))
+    assert match
+    return match
+
+
+def test_lines_that_decide_the_colours_are_those_that_are_stored() -> None:
+    """A picture that is turned is shown with another height than it is stored with."""
+    assert _colours(shown(height=640), "", "h264, yuv420p, 640x480 [SAR 1:1]").lines == 480
+    assert _colours(shown(height=640), "", "rawvideo").lines == 640
+
+
+@pytest.mark.parametrize(
+    ("described", "picture", "fields"),
+    [
+        ("hevc (Main), yuv420p (tv, top first)", shown(fields="T"), ""),  # single fields, as pictures of their own
+        ("mpeg2video, yuv420p (tv, top first)", shown(height=12, fields="T"), ""),  # fewer lines than can be completed
+        ("mpeg2video, yuv420p", shown(fields="T"), "marked"),
+        ("huffyuv, yuv420p", shown(fields="B"), "marked"),
+        ("h264, yuv420p (tv, top first)", shown(), "marked"),
+        ("huffyuv, yuv420p (top coded first (swapped))", shown(), "tff"),
+        ("huffyuv, yuv420p (bottom first)", shown(), "bff"),
+        ("h264, yuv420p (tv, progressive)", shown(), ""),
+    ],
+)
+def test_how_fields_become_frames(described: str, picture: re.Match[str], fields: str) -> None:
+    assert _fields(picture, described) == fields
+
+
 def test_a_clips_rate_and_duration_follow_from_the_times_of_its_frames() -> None:
     video = Video(ClipInfo(Path("a.mp4"), 8, 8, 0.0, 0, 0.0), np.array([]))
     for times, last, fps, duration in (
@@ -887,6 +934,7 @@ def test_a_files_heading_gives_its_duration_and_streams() -> None:
 
 def test_a_clip_has_at_most_65536_frames_of_twice_8k() -> None:
     _check_request(65_536, (8192, 8192), "crop", 0.0, None, None)
+    _check_request(1, (1, 1), "crop", 0.0, None, None)
     for frames, size in ((65_537, (8192, 8192)), (65_536, (8192, 8193)), (0, None), (1, (0, 8))):
         with pytest.raises(EmtError, match=r"cannot be sampled|is not possible"):
             _check_request(frames, size, "crop", 0.0, None, None)

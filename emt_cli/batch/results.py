@@ -131,7 +131,7 @@ def is_anothers(line: Mapping[str, Any] | None, clip: Path, identity: str) -> bo
     except EmtError:
         return False
     settings = record.get("settings", {})
-    return record.get("id", identity) != identity and _found(clip)[1] == settings.get("frames", 0)
+    return record.get("id", identity) != identity and _found(clip)[1] == settings.get("frames")
 
 
 @dataclass(frozen=True)
