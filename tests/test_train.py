@@ -577,9 +577,10 @@ def test_two_processes_go_on_to_the_bit_too(pairs, tmp_path):
     """As `accelerate launch` starts them on two GPUs, here on the CPU."""
 
     def launch(run: Path, *options: object) -> str:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emt_cli.app"]
+        words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        launch = [sys.executable, "-m", *words, "-m", "emt_cli.app"]
         launch += command(pairs, run, "--checkpoint-every", 2, *options)
-        env = os.environ | environment(tmp_path) | {"ACCELERATE_USE_CPU": "true"}
+        env = os.environ | environment(tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{run / 'model'}\n"

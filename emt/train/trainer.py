@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
@@ -141,8 +142,10 @@ class Trainer:
         from torch.utils.tensorboard import SummaryWriter
 
         self.model, self.run, self.settings = model, run, settings
+        # Without a GPU, processes that were started together would each train alone, in one folder, if not told.
+        cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
         # Autocast is our own: accelerate allows one precision in the life of a process.
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=cpu)
         main = self.accelerator.is_main_process
         self._say_here = say
         self.say: Callable[[str], None] = say if main else lambda text: None
