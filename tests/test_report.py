@@ -688,7 +688,7 @@ def test_jobs_are_sorted_and_filtered_by_a_measure_that_is_explained(browser, tw
 
 
 @needs_browser
-def test_cards_of_one_reference_prompt_and_seed_say_by_what_they_differ(browser, folder, walk):
+def test_cards_of_one_reference_prompt_and_seed_say_by_what_they_differ(browser, folder, walk, tmp_path):
     changes: tuple[dict[str, Any], ...] = (
         {}, {"lora": ("styles/ink.safetensors:0.8",)}, {"lora": ("ink.safetensors:1",), "steps": 3},
     )  # fmt: skip
@@ -696,9 +696,14 @@ def test_cards_of_one_reference_prompt_and_seed_say_by_what_they_differ(browser,
         folder.done(Job(walk, "a fox", 0, replace(SETTINGS, **change)), ball(8), output=f"{number}.mp4")
     folder.done(Job(walk, "a fox", 1, SETTINGS), ball(8))
     page = opened(browser, write_report(folder.path))
-    expected = ["steps 2 · lora –", "steps 2 · lora ink.safetensors:0.8", "steps 3 · lora ink.safetensors:1"]
+    expected = ["steps 2", "steps 2 · lora ink.safetensors:0.8", "steps 3 · lora ink.safetensors:1"]
     assert sorted(cells(page, ".differing")) == sorted(expected), "the clip of another seed needs no such line"
     assert page.complaints == []
+    plain = Folder(tmp_path / "with or without")
+    for number, lora in enumerate((None, ("ink.safetensors:1",))):
+        plain.done(Job(walk, "a fox", 0, replace(SETTINGS, lora=lora)), ball(8), output=f"{number}.mp4")
+    page = opened(browser, write_report(plain.path))
+    assert sorted(cells(page, ".differing")) == ["lora ink.safetensors:1", "no lora"]
 
 
 @needs_browser
