@@ -22,7 +22,7 @@ from torch import Tensor
 from emt.backbones.sd15.lora import LoraMerge
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.textual_inversion import read_embedding
-from emt.checkpoints import read_checkpoint
+from emt.checkpoints import read_checkpoint, read_weights
 from emt.errors import EmtError
 from emt.pipeline import load_pipeline
 
@@ -57,6 +57,9 @@ def cases(model: Path, work: Path, chance: random.Random) -> Iterator[tuple[str,
     yield from _motion_modules(unet, work, chance)
     yield from _files(unet, work, chance)
     yield from _embeddings(work, chance)
+    yield from _mixed_layers(unet, text, work, chance)
+    yield from _pickles(work, chance)
+    yield from _indexes(work / "split", chance)
     yield from _folders(model, work, chance)
 
 
@@ -136,6 +139,98 @@ def _loras(
                 assert torch.isfinite(merge.states[part][name]).all(), name
 
         yield "LoRA", f"{sorted(bad)} {given}", read
+
+
+def _mixed_layers(
+    unet: dict[str, Tensor], text: dict[str, Tensor], work: Path, chance: random.Random
+) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Layers of two kinds, or of two adapters, for one weight: all of a file is read, or none."""
+    path, name = work / "mixed.safetensors", "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    rows, columns = unet[f"{name}.weight"].shape
+    parts = {
+        "lora_down.weight lora_up.weight": [(4, columns), (rows, 4)],
+        "lora_A.weight lora_B.weight": [(2, columns), (rows, 2)],
+        "lora_A.other.weight lora_B.other.weight": [(2, columns), (rows, 2)],
+        "lora_mid.weight": [(4, 4)],
+        "hada_w1_a hada_w1_b hada_w2_a hada_w2_b": [(rows, 2), (2, columns), (rows, 2), (2, columns)],
+        "lokr_w1 lokr_w2": [(4, 4), (rows // 4, columns // 4)],
+        "lokr_w1_a lokr_w1_b": [(4, 2), (2, 4)],
+        "diff": [(rows, columns)],
+        "w_norm": [(rows, columns)],
+        "diff_b": [(rows,)],
+        "b_norm": [(rows,)],
+        "dora_scale": [(rows, 1)],
+        "lora_magnitude_vector.weight": [(rows,)],
+        "scalar": [()],
+    }
+    for _ in range(60):
+        chosen = chance.sample(sorted(parts), chance.randint(1, 3))
+        state = {
+            f"unet.{name}.{role}": torch.rand(shape) + 0.1
+            for part in chosen
+            for role, shape in zip(part.split(), parts[part])
+        }
+
+        def read(state: dict[str, Tensor] = state) -> None:
+            def merged(state: dict[str, Tensor]) -> list[Tensor]:
+                save_file(state, path)
+                merge = LoraMerge(dict(unet), dict(text))
+                merge.read(path, 1.0)
+                merge.apply(torch.float32)
+                return [merge.states["unet"][f"{name}.{leaf}"] for leaf in ("weight", "bias")]
+
+            before = merged(state)
+            for key, tensor in state.items():
+                after = merged(state | {key: 1.5 * tensor})
+                assert not all(map(torch.equal, before, after)), f"{key} changes nothing"
+
+        yield "LoRA", f"{chosen} for one weight", read
+
+
+def _pickles(work: Path, chance: random.Random) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Files of torch.save with sets of tensors in each other, names of wrappers, and tensors of every layout."""
+    path = work / "odd.ckpt"
+    leaves: dict[str, Callable[[], object]] = {
+        "plain": lambda: torch.ones(2, 2),
+        "sparse": lambda: torch.ones(2, 2).to_sparse(),
+        "compressed": lambda: torch.ones(2, 2).to_sparse_csr(),
+        "meta": lambda: torch.ones(2, 2, device="meta"),
+        "complex": lambda: torch.ones(2, 2, dtype=torch.complex64),
+        "bits": lambda: torch.ones(2, 2, dtype=torch.bool),
+        "a parameter": lambda: torch.nn.Parameter(torch.ones(2, 2)),
+        "no tensor": lambda: [1, None],
+    }
+    wrappers = ("", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "unet.")
+    for _ in range(60):
+        names = [chance.choice(wrappers) + chance.choice(("a.", "b.")) + chance.choice(wrappers) + "weight"]
+        names.append(names[0].replace("a.", "b.") if chance.random() < 0.7 else "a.weight")
+        kinds = [chance.choice(sorted(leaves)) if chance.random() < 0.4 else "plain" for _ in names]
+        content: Any = {name: leaves[kind]() for name, kind in zip(names, kinds)}
+        for entry in chance.sample(("state_dict", "model", "ema", "optimizer", "epoch"), chance.randint(0, 2)):
+            content = {entry: content, chance.choice(("model_ema", "other", "lr")): chance.choice((content, 3, None))}
+
+        def read(content: Any = content) -> None:
+            torch.save(content, path)
+            for name, tensor in read_checkpoint(path).state.items():
+                assert "_mod" not in name, name
+                torch.empty_like(tensor).copy_(tensor)
+
+        yield "checkpoint", f"{names} {kinds} in {list(content)}", read
+
+
+def _indexes(motion: Path, chance: random.Random) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Indexes of weights that are split over several files, with other values: they name files beside them alone."""
+    index = motion / "diffusion_pytorch_model.safetensors.index.json"
+    names = ("../odd.safetensors", "/etc/passwd", "", ".", "..", "a\0b", "x" * 300, "gone.safetensors")
+    for value in (*_VALUES, *({"a": name} for name in names), *({"a": value} for value in _VALUES)):
+
+        def read(value: Any = value) -> None:
+            motion.mkdir(exist_ok=True)
+            index.write_text(json.dumps({"weight_map": value}), encoding="utf-8")
+            read_weights(motion)
+            raise AssertionError("there are no weights")
+
+        yield "index of weights", f"{value!r:.100}", read
 
 
 def _motion_modules(

@@ -128,7 +128,8 @@ def weights_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    names = weights_names(file.name for file in path.glob("*") if file.is_file())
+    present = {file.name for file in path.glob("*") if file.is_file()}
+    names = weights_names(present)
     if not names:
         raise EmtError(
             f"{path} has no weights: neither {' nor '.join(f'{stem}.safetensors' for stem in _WEIGHTS)} nor a .bin",
@@ -137,15 +138,14 @@ def weights_files(path: Path) -> list[Path]:
     if not names[0].endswith(".json"):
         return [path / names[0]]
     listed = read_config(path / names[0])[0].get("weight_map")
-    if not isinstance(listed, dict) or not all(_is_plain_name(name) for name in listed.values()):
+    if not isinstance(listed, dict) or not listed or not all(_is_plain_name(name) for name in listed.values()):
         raise EmtError(
             f"{path / names[0]} is not an index of weights: its weight_map does not name files beside it",
             "Download it again.",
         )
-    files = [path / name for name in sorted(set(listed.values()))]
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := sorted(set(listed.values()) - present):
         raise EmtError(f"{path} lacks what {names[0]} lists:{shorten([missing])}", "Download the folder again.")
-    return files
+    return [path / name for name in sorted(set(listed.values()))]
 
 
 def _is_plain_name(name: Any) -> bool:

@@ -533,7 +533,7 @@ def test_k2_of_two_motion_modules_in_one_file_none_is_guessed(files: Files, tmp_
         read_motion_module(tmp_path / "mm.safetensors")
 
 
-@pytest.mark.parametrize("name", ["../away.safetensors", "/etc/passwd", 7, None, "", "gone.safetensors"])
+@pytest.mark.parametrize("name", ["../away.safetensors", "/etc/passwd", 7, None, "", "gone.safetensors", "x" * 300])
 def test_k6_an_index_of_weights_names_files_beside_it_alone(name: Any, files: Files, tmp_path: Path) -> None:
     motion_adapter(files.motion, mid=False).save_pretrained(tmp_path / "mm", max_shard_size="1MB")
     index = tmp_path / "mm" / "diffusion_pytorch_model.safetensors.index.json"

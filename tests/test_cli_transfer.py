@@ -545,6 +545,7 @@ def test_rerun_says_if_the_reference_has_moved_or_changed(batched, tmp_path):
         assert ended.code == 1
         assert "Traceback" not in ended.err
     assert "carries no settings" in rerun(tmp_path, tmp_path / "other.mp4").err
+    assert "out is an output folder" in rerun(tmp_path, tmp_path / "out").err
 
 
 def test_rerun_says_what_will_differ(batched, tmp_path):

@@ -281,7 +281,7 @@ def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
 
 @lru_cache(4)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What brings a picture to sRGB; None if it is there, or if the profile is damaged or of other pictures."""
+    """Transform of a picture to sRGB; None if it is there, or if the profile is damaged or of other pictures."""
     target = "RGBA" if mode == "RGBA" else "RGB"
     try:
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

@@ -367,9 +367,14 @@ def compare(original: np.ndarray | EmtError, again: np.ndarray | EmtError, forma
 
 def _find_record(result: Path) -> dict[str, Any]:
     from emt.storage import open_file
+    from emt_cli.batch import journal
     from emt_cli.batch.records import parse
     from emt_cli.batch.results import read_record
 
+    if journal.exists(result):
+        raise EmtError(
+            f"{result} is an output folder", "Name one of its clips; emt transfer makes all that are missing."
+        )
     if result.suffix != ".json":
         record = read_record(result)
         if not record:

@@ -69,7 +69,7 @@ def read_kind(path: Path, *wanted: str) -> Checkpoint:
 
 
 def one_prefix(path: Path, kind: str, prefixes: Counter[str]) -> str:
-    """What is before the names of a network's layers in a file; of several copies, the one that is no average.
+    """The prefix of a network's layers in a file; of several copies, that of the one that is no average.
 
     Args:
         path: of the file.

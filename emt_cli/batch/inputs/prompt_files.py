@@ -175,7 +175,7 @@ def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
 
 
 def _delimiter(text: str) -> str:
-    """What is between the cells of a table, by its first line; spreadsheets write semicolons in many languages."""
+    """Delimiter of a table's cells, by its first line; spreadsheets write semicolons in many languages."""
     head = text.lstrip("\n").split("\n", 1)[0]
 
     def fits(delimiter: str) -> bool:
