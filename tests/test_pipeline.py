@@ -341,6 +341,9 @@ class TestErrors:
         with pytest.raises(EmtError, match=r"does not know: zebra[\s\S]*It knows: a, cat, red"):
             pipe.encode_prompts(["a red zebra"])
         assert pipe.encode_prompts(["a red cat,"[:-1]]).shape[0] == 1
+        monkeypatch.setattr(pipe, "prompt_syntax", "webui")
+        with pytest.raises(EmtError, match="does not know: zebra"):
+            pipe.encode_prompts(["a cat", "a (red:1.2) zebra"])
 
     @pytest.mark.parametrize("damage", ["no index", "no weights", "cut weights", "not json"])
     def test_a_damaged_model_folder(self, folder, tmp_path, damage):
