@@ -276,7 +276,7 @@ class MotionCache:
             total = sum(size for _, size, _, _ in entries)
             for _, size, tensors, facts in sorted(entries):
                 if total <= self.limit:
-                    break
+                    return
                 facts.unlink(missing_ok=True)
                 tensors.unlink(missing_ok=True)
                 total -= size

@@ -392,7 +392,7 @@ def _inner(content: Any) -> tuple[Any, list[str]]:
         if isinstance(content, _Parameters):
             content = content.tensors
         if not isinstance(content, dict):
-            break
+            return content, beside
         chosen = [name for name in _STATES if isinstance(content.get(name), (dict, _Parameters))][:1]
         if not chosen and not _any_tensor(content):
             chosen = [name for name, x in content.items() if isinstance(x, dict) and _any_tensor(x)]
