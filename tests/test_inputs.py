@@ -123,6 +123,14 @@ def test_jobs_of_a_stream_arrive_one_by_one(tmp_path, monkeypatch):
     assert list(stream) == []
 
 
+def test_a_reference_that_is_not_there_fails_with_each_of_its_prompts(tmp_path):
+    found = listed(tmp_path / "nowhere.mp4", prompt=["x", "y"])
+    assert [(item.reference, item.prompt, item.error.problem) for item in found] == [
+        (str(tmp_path / "nowhere.mp4"), "x", "no such file"),
+        (str(tmp_path / "nowhere.mp4"), "y", "no such file"),
+    ]
+
+
 def test_nothing_to_do_is_bad_usage(tmp_path):
     with pytest.raises(UsageError):
         listed(prompt=["x"])

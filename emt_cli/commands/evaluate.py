@@ -169,7 +169,11 @@ def evaluate_results(out: Path, device: str) -> str:
     summary = summarise(rows)
     if (unwritten := _write(folder.path / METRICS, _lines(rows, summary), folder)) is not None:
         raise unwritten
-    means = [f"{MEASURES[name].short} {summary[name].value:.3f}" for name in _COLUMNS if summary[name].clips]
+    means = [
+        f"{MEASURES[name].short} {summary[name].value:.3f}"
+        for name in _COLUMNS
+        if summary[name].clips and name != "seconds"
+    ]
     failed = sum(row.error is not None for row in rows)
     text = f"evaluated {len(rows) - failed} clips: {', '.join(means)}"
     return f"{text}; {failed} could not be measured" if failed else text

@@ -188,7 +188,7 @@ def describe_error(error: Any) -> str:
         text, near = f"no such option: {unknown[1]}", nearest(unknown[1], options)
     elif unknown := re.match("No such command '(.*?)'", text):
         text, near = f"no such command: {unknown[1]}", nearest(unknown[1], context.command.list_commands(context))
-    text += f" (did you mean {near}?)" if near else ""
+    text = text[:1].lower() + text[1:] + (f" (did you mean {near}?)" if near else "")
     return f"{text}; {context.command_path} --help lists what is allowed"
 
 

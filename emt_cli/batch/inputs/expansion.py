@@ -174,11 +174,13 @@ def _jobs(
     reference: Path | Rejected | None, row: Line | Rejected | None, base: SettingLayers, seeds: list[int]
 ) -> Iterator[Job | Rejected]:
     """The jobs of one reference (or the row's own) and one row (or the prompts beside the clip)."""
-    for given in (reference, row):
-        if isinstance(given, Rejected):
-            yield given
-            return
     fields = row.fields if isinstance(row, Line) else {}
+    if isinstance(reference, Rejected):
+        yield replace(reference, prompt=fields.get("prompt", ""))
+        return
+    if isinstance(row, Rejected):
+        yield row
+        return
     origin = row.origin if isinstance(row, Line) else ""
     path = base.references.path(fields["reference"]) if "reference" in fields else reference
     if not isinstance(path, Path):
