@@ -533,7 +533,9 @@ class TorchBackend(PipelineBackend):
         with self._execution_context(sample.device) as execution:
             motion = unet.prepare(unet.encode_reference(sample, timestep, text[:1], execution=execution))
             twice = torch.cat([sample, sample])
-            unet(twice, timestep[0], unet.encode_text(text), motion, execution=execution)
+            features = unet.encode_text(text)
+            features.guided = True
+            unet(twice, timestep[0], features, motion, execution=execution)
         self._rehearsed.add(_step_key(sample.shape, True))
 
     def prepare_shape(self, frames: int, height: int, width: int) -> None:
@@ -543,6 +545,10 @@ class TorchBackend(PipelineBackend):
             images = torch.zeros(frames, 3, height, width, device=device, dtype=self.pipe.vae.dtype)
             with torch.no_grad():
                 self._compile_ahead(images, ("clip", images.shape), lambda: self._rehearse_clip(images))
+
+    def adopt(self, rehearsal: TorchBackend) -> None:
+        """Take over which shapes another backend, of networks like these, has prepared in this thread."""
+        self._rehearsed |= rehearsal._rehearsed
 
     # ----------------------------------------------------------------------------------------------------- the VAE
 
