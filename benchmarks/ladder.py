@@ -45,7 +45,7 @@ from emt.backbones.sd15 import autoencoder, layers, motion_module, passes
 from emt.backbones.sd15.random_model import random_model
 from emt.backends.torch import ATTENTION, TorchBackend
 from emt.features import Motion, TextFeatures
-from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.pipeline import MotionTransfer, open_model
 from emt.presets import PRESETS
 from emt.video import read_clip
 from emt_kernels.geglu import geglu, geglu_reference
@@ -133,21 +133,23 @@ class Bench:
         self.folder, self.repeats = folder, repeats
         self.frames = read_clip(clip, size=(size, size)).frames
         self.outputs: dict[str, Tensor] = {}  # of a step with classifier-free guidance, by rung
-        self._pipe: MotionTransferPipeline | None = None
+        self._pipe: MotionTransfer | None = None
         self._changed: set[str] = set()
 
-    def pipe(self, on: set[str]) -> MotionTransferPipeline:
+    def pipe(self, on: set[str]) -> MotionTransfer:
         """The pipeline in a rung's type. Rungs change its layout: one with less on has a new one."""
         dtype = torch.float16 if "fp16" in on else torch.float32
         if self._pipe is None or self._pipe.unet.dtype != dtype or self._changed - on:
             self._pipe = None
             gc.collect()
             torch.cuda.empty_cache()
-            self._pipe = load_pipeline(self.folder, "cuda", dtype)
+            pipe = open_model(self.folder, dtype)
+            assert pipe is not None  # its parts are the project's own, as in `emt transfer`
+            self._pipe = pipe.to("cuda")
         self._changed = on & {"channels-last", "fuse", "vae"}
         return self._pipe
 
-    def inputs(self, pipe: MotionTransferPipeline, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, pipe: MotionTransfer, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
         """A batch of two with classifier-free guidance at the size of `motion`, its timestep and its text."""
         scale = pipe.vae_scale_factor
         shape = (1, 4, motion.frames, motion.height // scale, motion.width // scale)
@@ -181,7 +183,7 @@ class Bench:
         return row
 
     @torch.no_grad()
-    def parts(self, pipe: MotionTransferPipeline, on: set[str], rung: Rung) -> dict[str, Any]:
+    def parts(self, pipe: MotionTransfer, on: set[str], rung: Rung) -> dict[str, Any]:
         """Times of the parts of a clip; keeps the step's output."""
         row: dict[str, Any] = {}
         backend, once = pipe.backend, "constants" in on
@@ -208,7 +210,7 @@ class Bench:
                 row["decode_ms"] = self.timed(lambda: backend.decode_images(scaled))
         return row
 
-    def clip(self, pipe: MotionTransferPipeline, on: set[str]) -> dict[str, float]:
+    def clip(self, pipe: MotionTransfer, on: set[str]) -> dict[str, float]:
         """Seconds and memory from frames to frames: encoding, reference pass, 25 steps, decoding.
 
         The first clip records graphs and lets libraries choose their kernels; the peak is its own.
@@ -248,7 +250,7 @@ class Bench:
         return dict(zip(("p20", "p50", "p80"), quantiles, strict=True))
 
 
-def rung_backend(pipe: MotionTransferPipeline, on: set[str]) -> TorchBackend:
+def rung_backend(pipe: MotionTransfer, on: set[str]) -> TorchBackend:
     """The backend of a rung."""
     backend = TorchBackend(
         pipe,

@@ -14,9 +14,8 @@ from emt_kernels.group_norm_silu import group_norm_silu
 
 logger = logging.getLogger(__name__)
 
-#: Pixels that the VAE takes at once on a GPU: four frames of 512×512, two GiB of activations. Two frames are computed
-#: faster than the host launches their kernels.
-VAE_PIXELS = 4 * 512 * 512
+#: Pixels that the VAE takes at once on a GPU: two frames of 512×512 fill it, and take one GiB of activations.
+VAE_PIXELS = 2 * 512 * 512
 #: Frames that it takes at once elsewhere.
 VAE_FRAMES = 4
 
