@@ -572,6 +572,14 @@ class TestCompilingAhead:
                 move_and_rehearse(pipe, "cpu", (FRAMES, HEIGHT, WIDTH))
         assert tries == ["cpu", "cpu"]
 
+    def test_weights_are_moved_if_the_rehearsal_fails(self, folder, monkeypatch):
+        pipe = load_pipeline(folder)
+        moved = []
+        monkeypatch.setattr(pipe, "to", moved.append)
+        monkeypatch.setattr(TorchBackend, "prepare_shape", lambda backend, *shape: 1 / 0)
+        move_and_rehearse(pipe, "cpu", (FRAMES, HEIGHT, WIDTH))
+        assert moved == ["cpu"]
+
     def test_other_errors_of_moving_are_raised(self, folder, monkeypatch):
         pipe = load_pipeline(folder)
         monkeypatch.setattr(pipe, "to", lambda device: 1 / 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +70,26 @@ def move_and_rehearse(pipe: Any, device: torch.device | str, shape: tuple[int, i
     Raises:
         torch.OutOfMemoryError: there is no room for the parts.
     """
-    there = stand_in(pipe, device)
-    rehearsal = TorchBackend(there)
-    rehearsal.phase = pipe.backend.phase
+    there: StandIn | None = None
+    with suppress(
+        Exception
+    ):  # here and below: a rehearsal only saves time, and the calls themselves raise what is wrong
+        there = stand_in(pipe, device)
     with ThreadPoolExecutor(1) as pool:
         moved = pool.submit(pipe.to, device)
-        rehearsal.prepare_shape(*shape)
-    pipe.backend.adopt(rehearsal)
-    del there, rehearsal
-    if isinstance(moved.exception(), torch.OutOfMemoryError):  # beside the rehearsal; upload changed nothing
+        with suppress(Exception):
+            if there:
+                _rehearse(pipe.backend, there, shape)
+    del there
+    if isinstance(moved.exception(), torch.OutOfMemoryError):  # beside the rehearsal; `upload` has changed nothing
         torch.cuda.empty_cache()
         pipe.to(device)
     else:
         moved.result()
+
+
+def _rehearse(backend: TorchBackend, there: StandIn, shape: tuple[int, int, int]) -> None:
+    rehearsal = TorchBackend(there)
+    rehearsal.phase = backend.phase
+    rehearsal.prepare_shape(*shape)
+    backend.adopt(rehearsal)
