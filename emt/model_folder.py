@@ -293,10 +293,10 @@ class Model:
 
 
 def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = None) -> Model:
-    """The model of `--model`: a folder, its URL, a hub id, or `demo`, the small one.
+    """The model of `--model`: a folder, its URL, a hub id, or one that ships (`emt.demo`).
 
     Args:
-        name: What the user gave; None is `demo`. A folder of that name is `./demo`.
+        name: What the user gave; None is `demo`. A folder of such a name is `./demo`.
         download: Fetch a model of the hub or of a URL that is not on this machine yet; of a URL, what has changed, too.
         on_fetch: Called with the progress of a URL's files.
 
@@ -307,7 +307,7 @@ def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = N
     if is_url(name):
         folder, name = _fetch(normal(name), download, on_fetch), shown(normal(name))
     else:
-        folder = demo.path() if name == demo.NAME else _locate(name, download)
+        folder = demo.path(name) if name in demo.NAMES else _locate(name, download)
     listed = _read_json(folder / "model_index.json")
     for _ in _files(folder):  # all are what can be opened
         pass

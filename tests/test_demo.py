@@ -13,6 +13,8 @@ from program import clip, emt, environment, model
 from emt import demo
 from emt.evaluate import judge
 from emt.evaluate.pairs import Pair
+from emt.model_folder import find_model
+from emt.pipeline import load_pipeline
 from emt.video import read_clip
 from emt.vocabulary import GROUPS, Vocabulary
 from emt_cli.batch.inputs import PromptWarnings
@@ -57,6 +59,63 @@ def test_without_a_model_the_demo_model_runs(tmp_path):
     made = run(tmp_path, "rerun", tmp_path / "out" / line["output"], "--device", "cpu")
     assert made.code == 0, made.err
     assert np.array_equal(read_clip(made.out.strip()).frames, frames)
+
+
+def test_the_diffusion_transformer_that_ships_runs_by_its_name(tmp_path):
+    """One clip, planned, made, recorded, made again to the same frames, and measured with the judge of both models."""
+    clip(tmp_path / "a.mp4", frames=16)
+    job = ["a.mp4", "--prompt", "a red fox in the snow", "--model", "demo-dit", "--device", "cpu", "--steps", 2]
+    planned = run(tmp_path, "plan", *job, "--json")
+    assert planned.code == 0, planned.err
+    assert json.loads(planned.out.splitlines()[0])["state"] == "open"
+    first = run(tmp_path, "transfer", *job, "--json")
+    assert first.code == 0, first.err
+    assert "warning" not in first.err
+    made = tmp_path / "out" / json.loads(first.out)["output"]
+    frames = read_clip(made).frames
+    assert frames.shape == (16, 128, 128, 3)
+    assert json.loads(made.with_suffix(".mp4.json").read_bytes())["model"] == "demo-dit"
+    again = run(tmp_path, "rerun", made, "--device", "cpu")
+    assert again.code == 0, again.err
+    assert np.array_equal(read_clip(again.out.strip()).frames, frames)
+
+
+def centre_of_red(frames: np.ndarray) -> np.ndarray:
+    """Centre of what is red in each frame: (frames, 2), pixels."""
+    red, green, blue = np.moveaxis(frames.astype(int), -1, 0)
+    weight = (red - np.maximum(green, blue)).clip(0) * (red - np.maximum(green, blue) >= 60)
+    y, x = np.mgrid[: weight.shape[1], : weight.shape[2]]
+    return np.stack([(weight * x).sum((1, 2)), (weight * y).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+
+
+def test_the_diffusion_transformer_follows_its_reference():
+    """A red boat sails a figure of eight in the clouds; the red balloon that the prompt wants flies it over the sea."""
+    pipeline = load_pipeline(demo.path("demo-dit"))
+    reference = Path(__file__).parents[1] / "examples" / "references" / "figure-eight.mp4"
+    frames = read_clip(reference, frames=16, size=(128, 128)).frames
+    made = pipeline.generate("a red balloon over the sea", pipeline.extract_motion(frames), steps=10, seed=3)[0]
+    wanted, found = centre_of_red(frames), centre_of_red(made)
+    assert np.abs(wanted - found).mean() < 4
+    for axis in (0, 1):
+        assert np.corrcoef(wanted[:, axis], found[:, axis])[0, 1] > 0.85
+
+
+def test_what_the_two_models_share_is_the_same():
+    """Autoencoder, text encoder, tokenizer and words, to the byte; so that repositories keep them once."""
+    shared = [*demo.path().glob("*/*"), demo.path() / GROUPS]
+    shared = [file for file in shared if file.parent.name not in ("unet", "scheduler", "__pycache__")]
+    assert len(shared) == 7
+    for file in shared:
+        twin = demo.path("demo-dit") / file.relative_to(demo.path())
+        assert twin.read_bytes() == file.read_bytes(), file
+
+
+def test_the_diffusion_transformer_is_small():
+    weights = {name: [*demo.path(name).rglob("*.safetensors")] for name in demo.NAMES}
+    sizes = {name: sum(path.stat().st_size for path in files) for name, files in weights.items()}
+    assert sizes["demo-dit"] <= 24 * 2**20
+    assert sum(sizes.values()) <= 48 * 2**20
+    assert find_model("demo-dit", download=False).parameters["unet"] <= 12e6
 
 
 def test_the_demo_model_is_small_and_knows_enough():
@@ -148,7 +207,9 @@ def test_training_does_not_guess_its_model(tmp_path):
     assert "demo" in ended.err
 
 
-@pytest.mark.parametrize(("made_by", "judged"), [("demo", True), (None, True), ("models/rv", False)])
+@pytest.mark.parametrize(
+    ("made_by", "judged"), [("demo", True), ("demo-dit", True), (None, True), ("models/rv", False)]
+)
 def test_its_judge_reads_its_clips_alone(tmp_path, monkeypatch, made_by, judged):
     path = judge.Judge(judge.JudgeVocabulary.of_world()).save(tmp_path / "judge.safetensors")
     monkeypatch.setattr(judge, "SHIPPED", path)

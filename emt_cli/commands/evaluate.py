@@ -66,8 +66,8 @@ def evaluate(
         str,
         typer.Option(
             help="Model that measures text alignment: folder or hub id of an image-text model (CLIP, SigLIP); judge, "
-            "the demo model's own; a judge's .safetensors file; none; or auto: judge for clips of the demo model whose "
-            "prompts it knows."
+            "the demo model's own; a judge's .safetensors file; none; or auto: judge for clips of demo and demo-dit "
+            "whose prompts it knows."
         ),
     ] = "auto",
     frames: Annotated[
@@ -351,7 +351,7 @@ def _text_model(name: str, device: str, pairs: Sequence[Pair]) -> ImageTextModel
 
     if name == "auto":
         # It has learnt from rendered clips: what another model draws is strange to it, even where it knows the words.
-        if any(pair.record.get("model", demo.NAME) != demo.NAME for pair in pairs):
+        if any(pair.record.get("model", demo.NAME) not in demo.NAMES for pair in pairs):
             return None
         shipped = judge.Judge.load(judge.SHIPPED)
         known = [pair.prompt for pair in pairs if pair.prompt is not None]

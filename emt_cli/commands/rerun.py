@@ -407,7 +407,7 @@ def _check_reference(contents: ContentIndex, job: Job, sha256: str) -> None:
 
 
 def _recorded_model(record: dict[str, Any]) -> str:
-    """The model that a record names: an absolute folder, the small model, or one of the hub's on this machine.
+    """The model that a record names: an absolute folder, a model that ships, or one of the hub's on this machine.
 
     Raises:
         EmtError: it is none of these.
@@ -417,7 +417,7 @@ def _recorded_model(record: dict[str, Any]) -> str:
     folder, name = Path(record.get("model_folder", "")), record["model"]
     if folder.is_absolute() and folder.is_dir():
         return str(folder)
-    if name == demo.NAME:
+    if name in demo.NAMES:
         return name
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) and not Path(name).exists():
         return name  # it is not downloaded

@@ -115,7 +115,7 @@ class TransferOptions:
         str | None,
         Field(
             "Model folder (emt import-weights makes one), its URL, or hub id. Default: demo, a small model; "
-            "emt doctor lists the words that it knows.",
+            "demo-dit is a small diffusion transformer; emt doctor lists the words that they know.",
             _RUN,
             short="-m",
             show_default=False,
