@@ -30,6 +30,8 @@ from torch import Tensor
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.train.objective import FlowObjective
 
+#: Both networks are made of this: without it diffusers' is of the 14 B.
+FULL = {"num_attention_heads": 12, "attention_head_dim": 128, "text_dim": 4096, "ffn_dim": 8960, "num_layers": 30}
 TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "ffn_dim": 64, "num_layers": 3}
 TEXT_TOKENS = 512
 LONG = 0.3
@@ -110,7 +112,7 @@ def speed(size: tuple[int, int, int], o: argparse.Namespace) -> dict[str, float]
 
 def time_own(given: Tensor, row: Callable[..., None], o: argparse.Namespace) -> None:
     """Rows of this project's network."""
-    model = make(WanMotionTransferTransformer, o.device, given.dtype, **(TINY if o.tiny else {}))
+    model = make(WanMotionTransferTransformer, o.device, given.dtype, **(TINY if o.tiny else FULL))
     model.fuse_projections()
     words = torch.randn(2, TEXT_TOKENS, model.config.text_dim, device=o.device, dtype=given.dtype)
     level = torch.full((2,), 700.0, device=o.device)
@@ -125,7 +127,7 @@ def time_own(given: Tensor, row: Callable[..., None], o: argparse.Namespace) -> 
 
 def time_published(given: Tensor, row: Callable[..., None], rows: dict[str, float], o: argparse.Namespace) -> None:
     """Rows of diffusers' network."""
-    model = make(WanTransformer3DModel, o.device, given.dtype, **(TINY if o.tiny else {}))
+    model = make(WanTransformer3DModel, o.device, given.dtype, **(TINY if o.tiny else FULL))
     words = torch.randn(2, TEXT_TOKENS, model.config.text_dim, device=o.device, dtype=given.dtype)
     level = torch.full((2,), 700.0, device=o.device)
 
@@ -150,7 +152,7 @@ def memory(size: tuple[int, int, int], o: argparse.Namespace) -> dict[str, float
     """Seconds of a step of training, and GiB at its peak."""
     frames, height, width = size
     device, dtype = o.device, torch.bfloat16
-    model = make(WanMotionTransferTransformer, device, dtype, **(TINY if o.tiny else {}))
+    model = make(WanMotionTransferTransformer, device, dtype, **(TINY if o.tiny else FULL))
     model.enable_gradient_checkpointing()
     trained = [p for _, p in model.adapter_parameters()]
     for p in trained:
