@@ -26,7 +26,7 @@ from emt.backends.rehearsal import move_and_rehearse, stand_in
 from emt.backends.torch import TorchBackend
 from emt.backends.vae import convert_to_channels_last, prepare_vae
 from emt.features import Motion, tensors_of
-from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.pipeline import MotionTransferPipeline, load_pipeline, open_model
 from emt_kernels.precompile import Launches, record_launches
 from emt_kernels.selection import untraced, wrap_triton
 
@@ -643,6 +643,15 @@ class TestCudaGraphs:
                 wanted = eager.denoise(sample, timestep, text, motion if i % 5 else None)
                 error = (got.float() - wanted.float()).norm() / wanted.float().norm()
                 assert error < 2e-3, i
+
+    def test_weights_that_were_moved_beside_a_rehearsal_make_the_same_clip(self, folder):
+        moved, beside = (open_model(folder, torch.float16) for _ in range(2))
+        moved.to("cuda")
+        move_and_rehearse(beside, "cuda", (FRAMES, HEIGHT, WIDTH))
+        assert beside.backend._rehearsed
+        assert all(map(torch.equal, moved.unet.state_dict().values(), beside.unet.state_dict().values()))
+        clips = [pipe.generate("a cat", pipe.extract_motion(clip()), steps=3)[0] for pipe in (moved, beside)]
+        assert np.array_equal(*clips)
 
     def test_clips_come_out_the_same(self, folder):
         pipe = load_pipeline(folder, "cuda", torch.float16)
