@@ -338,7 +338,7 @@ class Generator:
                     device,
                     low_memory=self.low_memory,
                     prepare=lambda pipe: self._lay(pipe, NONE),
-                    shape=first and self._shape_to_rehearse(first),
+                    shape=self._shape_to_rehearse(first) if first else None,
                 )
             finally:
                 libraries.join()
