@@ -545,6 +545,8 @@ def test_rerun_says_if_the_reference_has_moved_or_changed(batched, tmp_path):
         assert ended.code == 1
         assert "Traceback" not in ended.err
     assert "carries no settings" in rerun(tmp_path, tmp_path / "other.mp4").err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "journal.jsonl").touch()
     assert "out is an output folder" in rerun(tmp_path, tmp_path / "out").err
 
 
