@@ -105,7 +105,7 @@ def test_a_plan_words_a_broken_clip_and_a_clip_of_one_frame_as_people_do(tmp_pat
         environment=environment(tmp_path) | {"COLUMNS": "3000"},
     )
     for job in (broken, one):
-        assert f"{job['error'].rstrip('.')}. {job['hint']}" in planned.out
+        assert " ".join(f"{job['error'].rstrip('.')}. {job['hint']}".split()) in planned.out
     assert ".." not in planned.out
     assert "\\n" not in planned.out
 
