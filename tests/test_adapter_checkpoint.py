@@ -42,6 +42,7 @@ def test_k1_spatial_projections_denoise_and_the_card_says_so(files: Files, check
     assert_same_weights(model.weights, files.weights() | own)
     assert "144 trained tensors" in model.card
     assert "54 more layers, which denoise while the base's read the reference" in model.card
+    assert "equal the base's" not in model.card
     assert "`up_blocks.N.attentions.N.transformer_blocks.N.attn1.to_q` (9)" in model.card
     unet = model.open().unet
     reads, denoises = (unet._layers(adapted).get_submodule(TO_Q).weight for adapted in (False, True))
