@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import pkgutil
-import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +21,10 @@ from torch import Tensor
 import emt_kernels
 from emt.backbone import PLAIN
 from emt.backbones.sd15.random_model import random_model
-from emt.backends.rehearsal import move_and_rehearse, stand_in
 from emt.backends.torch import TorchBackend
-from emt.backends.vae import convert_to_channels_last, prepare_vae
+from emt.backends.vae import prepare_vae
 from emt.features import Motion, tensors_of
-from emt.pipeline import MotionTransferPipeline, load_pipeline, open_model
+from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt_kernels.precompile import Launches, record_launches
 from emt_kernels.selection import untraced, wrap_triton
 
@@ -491,100 +489,11 @@ class TestCompilingAhead:
             latents = mean.transpose(0, 1).unsqueeze(0)
             features = backend.encode_reference(latents, torch.tensor([3]), pipe.encode_prompts([""]))
             text = pipe.unet.encode_text(pipe.encode_prompts(["", "a cat"]))
-            text.guided = True
             motion = backend.prepare_motion(features)
             backend.denoise(torch.cat([latents] * 2), torch.tensor(7), text, motion)
             backend.decode_images(mean)
         assert set(launched._recorded) == set(rehearsed._recorded)
         assert len(launched) > 10
-
-    @pytest.mark.usefixtures("hopper")
-    @torch.no_grad()
-    def test_a_stand_in_launches_what_the_pipeline_does(self, folder):
-        """Kernels are chosen by shapes, layouts and dtypes, which zeros in the place of weights share."""
-        pipe = load_pipeline(folder)
-        there = stand_in(pipe, "cpu")
-        for networks in (pipe, there):
-            prepare_vae(networks.vae)
-            convert_to_channels_last(networks.unet)
-        images = torch.rand(FRAMES, 3, HEIGHT, WIDTH)
-        found = []
-        for backend in (pipe.backend, TorchBackend(there)):
-            with record_launches() as launches:
-                backend._rehearse_clip(images)
-            found.append(set(launches._recorded))
-        assert found[0] == found[1]
-
-    def test_a_stand_in_has_one_tensor_of_zeros_for_weights(self, folder):
-        pipe = load_pipeline(folder)
-        before = {name: p.clone() for name, p in pipe.unet.state_dict().items()}
-        there = stand_in(pipe, "cpu")
-        weights = [p for network in (there.unet, there.vae) for p in network.parameters()]
-        assert len({p.untyped_storage().data_ptr() for p in weights}) == 1
-        assert max(p.untyped_storage().nbytes() for p in weights) == 4 * max(p.numel() for p in weights)
-        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights if p.ndim == 4)
-        assert {name: p.shape for name, p in there.unet.named_parameters()} == {
-            name: p.shape for name, p in pipe.unet.named_parameters()
-        }
-        assert not any(p.any() for p in weights)
-        assert all(torch.equal(p, before[name]) for name, p in pipe.unet.state_dict().items())
-
-    def test_the_first_calls_of_a_shape_are_made_while_weights_are_moved(self, folder, monkeypatch):
-        """In the thread that computes afterwards, since cuDNN's plans are a thread's own."""
-        pipe = load_pipeline(folder)
-        began, threads, rehearsals = threading.Event(), [], []
-
-        def moves(device):
-            threads.append(threading.get_ident())
-            assert began.wait(20), "moving waits for the rehearsal"
-
-        def rehearses(backend, images):
-            assert backend.pipe is not pipe
-            began.set()
-            rehearsals.append((threading.get_ident(), images.shape))
-
-        monkeypatch.setattr(pipe, "to", moves)
-        monkeypatch.setattr(TorchBackend, "_rehearse_clip", rehearses)
-        monkeypatch.setattr("emt.backends.torch.use_triton", lambda x: True)
-        move_and_rehearse(pipe, "cpu", (FRAMES, HEIGHT, WIDTH))
-        assert rehearsals == [(threading.get_ident(), (FRAMES, 3, HEIGHT, WIDTH))]
-        assert len(threads) == 1
-        assert threads[0] != threading.get_ident()
-        pipe.backend.prepare_shape(FRAMES, HEIGHT, WIDTH)
-        pipe.extract_motion(clip())
-        assert len(rehearsals) == 1, "it is prepared"
-
-    @pytest.mark.parametrize("errors", [1, 2])
-    def test_without_room_for_both_the_weights_are_moved_afterwards(self, folder, monkeypatch, errors):
-        pipe = load_pipeline(folder)
-        tries = []
-
-        def moves(device):
-            tries.append(device)
-            if len(tries) <= errors:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-        monkeypatch.setattr(pipe, "to", moves)
-        if errors == 1:
-            move_and_rehearse(pipe, "cpu", (FRAMES, HEIGHT, WIDTH))
-        else:
-            with pytest.raises(torch.OutOfMemoryError):
-                move_and_rehearse(pipe, "cpu", (FRAMES, HEIGHT, WIDTH))
-        assert tries == ["cpu", "cpu"]
-
-    def test_weights_are_moved_if_the_rehearsal_fails(self, folder, monkeypatch):
-        pipe = load_pipeline(folder)
-        moved = []
-        monkeypatch.setattr(pipe, "to", moved.append)
-        monkeypatch.setattr(TorchBackend, "prepare_shape", lambda backend, *shape: 1 / 0)
-        move_and_rehearse(pipe, "cpu", (FRAMES, HEIGHT, WIDTH))
-        assert moved == ["cpu"]
-
-    def test_other_errors_of_moving_are_raised(self, folder, monkeypatch):
-        pipe = load_pipeline(folder)
-        monkeypatch.setattr(pipe, "to", lambda device: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            move_and_rehearse(pipe, "cpu", (FRAMES, HEIGHT, WIDTH))
 
     def test_a_shape_is_rehearsed_once_and_only_for_triton(self, folder, monkeypatch):
         pipe = load_pipeline(folder)
@@ -643,15 +552,6 @@ class TestCudaGraphs:
                 wanted = eager.denoise(sample, timestep, text, motion if i % 5 else None)
                 error = (got.float() - wanted.float()).norm() / wanted.float().norm()
                 assert error < 2e-3, i
-
-    def test_weights_that_were_moved_beside_a_rehearsal_make_the_same_clip(self, folder):
-        moved, beside = (open_model(folder, torch.float16) for _ in range(2))
-        moved.to("cuda")
-        move_and_rehearse(beside, "cuda", (FRAMES, HEIGHT, WIDTH))
-        assert beside.backend._rehearsed
-        assert all(map(torch.equal, moved.unet.state_dict().values(), beside.unet.state_dict().values()))
-        clips = [pipe.generate("a cat", pipe.extract_motion(clip()), steps=3)[0] for pipe in (moved, beside)]
-        assert np.array_equal(*clips)
 
     def test_clips_come_out_the_same(self, folder):
         pipe = load_pipeline(folder, "cuda", torch.float16)

@@ -332,9 +332,9 @@ def in_turn(monkeypatch):
     """Loading of models one at a time: transformers cannot in two threads of one process."""
     load, guard = Generator.load, threading.Lock()
 
-    def load_in_turn(self: Generator, *rest: Any, **named: Any) -> Any:
+    def load_in_turn(self: Generator, *rest: Any) -> Any:
         with guard:
-            return load(self, *rest, **named)
+            return load(self, *rest)
 
     monkeypatch.setattr(Generator, "load", load_in_turn)
 
@@ -455,7 +455,7 @@ def test_a_clip_that_a_worker_had_written_when_it_died_is_adopted(folder, monkey
 
 
 def test_a_worker_whose_model_cannot_be_opened_is_the_error_of_the_run(folder, monkeypatch):
-    def fail(self: Generator, *rest: Any, **named: Any) -> None:
+    def fail(self: Generator, *rest: Any) -> None:
         raise EmtError("the model does not fit", "Take another.")
 
     monkeypatch.setattr(Generator, "load", fail)

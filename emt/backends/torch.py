@@ -546,10 +546,6 @@ class TorchBackend(PipelineBackend):
             with torch.no_grad():
                 self._compile_ahead(images, ("clip", images.shape), lambda: self._rehearse_clip(images))
 
-    def adopt(self, rehearsal: TorchBackend) -> None:
-        """Take over which shapes another backend, of networks like these, has prepared in this thread."""
-        self._rehearsed |= rehearsal._rehearsed
-
     # ----------------------------------------------------------------------------------------------------- the VAE
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:

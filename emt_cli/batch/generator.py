@@ -182,7 +182,6 @@ def open_pipeline(
     device: Device,
     prepare: Callable[[MotionTransfer], None] | None = None,
     low_memory: bool = False,
-    shape: tuple[int, int, int] | None = None,
 ) -> MotionTransfer:
     """A model on a device, the libraries' own messages silenced.
 
@@ -191,13 +190,10 @@ def open_pipeline(
         device: Where to.
         prepare: Changes it before it goes there.
         low_memory: Let it go there part by part, as each is needed.
-        shape: Frames, height and width of clips whose first calls are made while it goes to a GPU; None for none.
 
     Raises:
         EmtError: the model cannot be opened, or does not fit in the device's memory.
     """
-    from emt.backends.codec import ImageCodec
-    from emt.backends.rehearsal import move_and_rehearse
     from emt.pipeline import load_pipeline, open_model
 
     if not messages.shows(messages.DETAIL):
@@ -212,10 +208,7 @@ def open_pipeline(
         if low_memory:
             full.save_memory(device.torch_device)
             return full
-        if shape is None or not device.is_gpu or not isinstance(pipe.codec, ImageCodec):
-            return pipe.to(device.torch_device)
-        move_and_rehearse(pipe, device.torch_device, shape)
-        return pipe
+        return pipe.to(device.torch_device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -315,12 +308,11 @@ class Generator:
                 self._device = device
             return self._device
 
-    def load(self, addons: Addons | None = None, first: Job | None = None) -> MotionTransfer:
+    def load(self, addons: Addons | None = None) -> MotionTransfer:
         """The pipeline, loaded on first use.
 
         Args:
             addons: Laid over it; None leaves those that are.
-            first: Job whose clip is made first, which it is prepared for on its way to the device; None for any.
 
         Raises:
             EmtError: there is no such device, the model cannot be opened on it, or a file does not fit it.
@@ -334,11 +326,7 @@ class Generator:
             libraries.start()
             try:
                 self._pipe = open_pipeline(
-                    self.model,
-                    device,
-                    low_memory=self.low_memory,
-                    prepare=lambda pipe: self._lay(pipe, NONE),
-                    shape=self._shape_to_rehearse(first) if first else None,
+                    self.model, device, low_memory=self.low_memory, prepare=lambda pipe: self._lay(pipe, NONE)
                 )
             finally:
                 libraries.join()
@@ -347,15 +335,6 @@ class Generator:
         if addons is not None and addons != self._laid:
             self._lay(self._pipe, addons)
         return self._pipe
-
-    def _shape_to_rehearse(self, job: Job) -> tuple[int, int, int] | None:
-        """Frames, height and width of a job's clip; None where PyTorch does not make it as usual."""
-        try:
-            if not (self.low_memory or is_guided(job) or self.engine(job)):
-                return self.frames_at_once(job), job.settings.height, job.settings.width
-        except EmtError:  # of this job alone, which it fails with where it is made
-            pass
-        return None
 
     def _lay(self, pipe: MotionTransfer, addons: Addons) -> None:
         """Have these add-ons over the model, and no others."""

@@ -209,7 +209,7 @@ class Worker:
             with self.phases("starting the device"):
                 self.generator.device  # noqa: B018  (what goes wrong here ends the run, not the job)
             with self.phases("loading"):
-                self.generator.load(first=task.job)
+                self.generator.load()
             try:
                 if not reference.source.done():  # otherwise it is prepared where it is used
                     with self.phases("preparing"):
