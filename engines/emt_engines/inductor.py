@@ -146,8 +146,8 @@ class _Configurations:
     def of(cls, pipe: MotionTransfer) -> _Configurations:
         """Those of a pipeline."""
         unet, vae = pipe.unet, pipe.vae
-        dtypes = tuple({name: x.dtype for name, x in part.state_dict().items()} for part in (unet, vae))
-        return cls(type(unet), type(vae), dict(unet.config), dict(vae.config), text_tokens(pipe), dtypes)
+        one, other = ({name: x.dtype for name, x in part.state_dict().items()} for part in (unet, vae))
+        return cls(type(unet), type(vae), dict(unet.config), dict(vae.config), text_tokens(pipe), (one, other))
 
     def make(self, device: str) -> _Shell:
         """Make them."""
