@@ -303,8 +303,19 @@ def peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], l
     """PEFT's settings of a LoRA file, from its metadata or the configuration beside it, and the files read.
 
     Raises:
-        EmtError: if they are damaged.
+        EmtError: if they are damaged, or are of DoRA and the file has no magnitudes.
     """
+    settings, files = _peft_settings(checkpoint, path)
+    of_dora = any(name.rpartition(".")[2] == "use_dora" and value is True for name, value in settings.items())
+    if of_dora and not any("magnitude" in name or name.endswith(".dora_scale") for name in checkpoint.state):
+        raise EmtError(
+            f"the LoRA {path} is DoRA by its configuration (use_dora), but has no magnitudes",
+            "Give the whole file, or the configuration that belongs to it.",
+        )
+    return settings, files
+
+
+def _peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], list[Path]]:
     beside = path.parent / "adapter_config.json"
     if path.name.startswith("adapter_model.") and beside.is_file():
         return read_config(beside)[0], [path, beside]
@@ -318,6 +329,15 @@ def peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], l
     if not isinstance(settings, dict):
         raise EmtError(f"{path} has lora_adapter_metadata that is no JSON object", "Download it again.")
     return settings, [path]
+
+
+def untrained(path: Path, layers: int) -> EmtError:
+    """Error of a LoRA of whose layers none changes a weight."""
+    return EmtError(
+        f"the LoRA {path} changes nothing: "
+        + (f"all of its {layers} layers are zero" if layers else "it has no layer"),
+        "It was saved before it was trained, or its alphas are 0: give a trained one, or leave it out.",
+    )
 
 
 def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

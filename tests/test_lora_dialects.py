@@ -373,6 +373,30 @@ def halves(files: Files) -> State:
     return {f"{name}.lora_down.weight": draw(4, columns), f"{name}.lora_up.weight": draw(rows, 4)}
 
 
+@pytest.mark.parametrize("zero", ["lora_down.weight", "lora_up.weight", "alpha"])
+def test_k2_a_lora_that_changes_nothing_is_refused(zero: str, files: Files, tmp_path: Path) -> None:
+    state = halves(files)
+    name = f"{kohya(SPATIAL)}.{zero}"
+    state[name] = torch.zeros_like(state[name]) if name in state else torch.tensor(0.0)
+    with pytest.raises(EmtError, match="changes nothing: all of its 1 layers are zero"):
+        gained(state, files, tmp_path)
+    trained = {f"{kohya(OUT)}.diff": draw(*weight(files, OUT).shape)}
+    assert_only(gained(state | trained, files, tmp_path), f"{OUT}.weight", trained[f"{kohya(OUT)}.diff"])
+
+
+def test_a_lora_at_scale_0_is_what_was_asked_for(files: Files, tmp_path: Path) -> None:
+    assert not gained(halves(files), files, tmp_path, scale=0.0)
+
+
+def test_k2_dora_by_its_settings_without_magnitudes_is_refused(files: Files, tmp_path: Path) -> None:
+    asked = json.dumps({"unet.use_dora": True})
+    with pytest.raises(EmtError, match=r"use_dora.*has no magnitudes"):
+        gained(halves(files), files, tmp_path, lora_adapter_metadata=asked)
+    rows = weight(files, SPATIAL).shape[0]
+    whole = halves(files) | {f"{kohya(SPATIAL)}.dora_scale": torch.ones(rows, 1)}
+    assert gained(whole, files, tmp_path, lora_adapter_metadata=asked)
+
+
 DEEP = "[" * 100_000
 DAMAGES: dict[str, tuple[State, Any]] = {
     "metadata is no JSON": ({}, "{not json"),

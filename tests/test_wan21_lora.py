@@ -163,6 +163,17 @@ def test_alpha_of_peft_is_beside_the_file(tmp_path, weights):
         torch.testing.assert_close(merge(f"{module}.weight", weight), weight + factor * (up @ down))
 
 
+@pytest.mark.parametrize("zero", ["down", "up", "alpha"])
+def test_k2_a_lora_that_changes_nothing_is_refused(tmp_path, weights, zero):
+    layers = {
+        module: (torch.zeros_like(down) if zero == "down" else down, torch.zeros_like(up) if zero == "up" else up)
+        for module, (down, up) in halves(weights).items()
+    }
+    path = written(tmp_path / "l.safetensors", "kohya", layers, alpha=0.0 if zero == "alpha" else None)
+    with pytest.raises(EmtError, match=f"changes nothing: all of its {len(layers)} layers are zero"):
+        LoraMerge(shapes(weights)).read(path, 1.0)
+
+
 class TestRefused:
     def refused(self, tmp_path, weights, state) -> str:
         save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "l.safetensors")

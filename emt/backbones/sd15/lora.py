@@ -15,7 +15,17 @@ from torch import Tensor
 from emt.backbones.sd15.checkpoint_kinds import LORA, describe, other_version, wrong_kind
 from emt.backbones.sd15.lora_layers import LoraLayer
 from emt.backbones.sd15.motion_checkpoint import published_motion_name
-from emt.checkpoints import Checkpoint, Origin, State, differ, peft_scale, peft_settings, read_checkpoint, shorten
+from emt.checkpoints import (
+    Checkpoint,
+    Origin,
+    State,
+    differ,
+    peft_scale,
+    peft_settings,
+    read_checkpoint,
+    shorten,
+    untrained,
+)
 from emt.errors import EmtError
 from emt.hub import OnFetch, folder_instead, locate
 
@@ -85,8 +95,8 @@ class LoraMerge:
         """Add the layers of a file, times `scale`.
 
         Raises:
-            EmtError: if the file cannot be read, or naming keys that are no part of a layer, belong to no weight or
-                do not fit it.
+            EmtError: if the file cannot be read, changes nothing, or naming keys that are no part of a layer,
+                belong to no weight or do not fit it.
         """
         path = find_lora(lora, on_fetch)
         checkpoint = read_checkpoint(path)
@@ -95,7 +105,7 @@ class LoraMerge:
         settings, files = peft_settings(checkpoint, path)
         problems: dict[str, list[str]] = {}
         found = _find_layers(checkpoint.state, problems)
-        counts, kinds = dict.fromkeys(self.states, 0), Counter[str]()
+        counts, kinds, zero = dict.fromkeys(self.states, 0), Counter[str](), True
         names: dict[tuple[str, str, str], str] = {}
         for (module, adapter), layer in found.items():
             target = self._target(module)
@@ -115,10 +125,13 @@ class LoraMerge:
                 problems.setdefault("alpha", []).append(f"{error}: {module}")
                 continue
             self.layers.setdefault((part, name), []).append((layer, factor, scale))
+            zero = zero and layer.is_zero(factor)
             counts[part] += 1
             kinds[layer.kind] += 1
         if problems:
             raise _misfit(path, checkpoint, problems)
+        if zero:
+            raise untrained(path, sum(counts.values()))
         note = f"scale {scale:g}; {counts['unet']} layers of the UNet, {counts['text_encoder']} of the text encoder"
         if kinds.keys() != {"LoRA"}:
             note += f"; {', '.join(sorted(kinds))}"

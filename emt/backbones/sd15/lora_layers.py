@@ -121,6 +121,14 @@ class LoraLayer:
             raise ValueError(f"{tuple(change.shape)} for {tuple(shape)}")
         return change.reshape(shape) * t["scalar"].reshape(()) if "scalar" in t else change.reshape(shape)
 
+    def is_zero(self, scale: float) -> bool:
+        """Return whether it changes no weight, whatever the weight is, with a change scaled by `scale`."""
+        sums = [t for role, t in self.tensors.items() if role in ("diff", "w_norm", *_BIASES)]
+        factors = [t for role, t in self.tensors.items() if _OF_FAMILY[self.family].fullmatch(role)]
+        if self.magnitude is not None or any(bool(t.any()) for t in sums):
+            return False
+        return not scale or self.family == "difference" or not all(bool(t.any()) for t in factors)
+
     def fits(self, shape: torch.Size) -> bool:
         """Return whether it changes a weight of this shape."""
         try:

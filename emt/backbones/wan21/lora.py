@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emt.backbones.wan21.names import original_module, transformer_module
-from emt.checkpoints import Origin, differ, peft_scale, peft_settings, read_checkpoint, shorten
+from emt.checkpoints import Origin, differ, peft_scale, peft_settings, read_checkpoint, shorten, untrained
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
 
@@ -53,6 +53,12 @@ class _Addition:
     down: Tensor | None
     factor: float
 
+    @property
+    def is_zero(self) -> bool:
+        """True if it changes nothing."""
+        halves = [self.up] if self.down is None else [self.up, self.down]
+        return not self.factor or not all(bool(half.any()) for half in halves)
+
 
 class LoraMerge:
     """Additions of LoRA files by the weight that they change.
@@ -73,7 +79,8 @@ class LoraMerge:
         """Take the additions of a file, times `scale`.
 
         Raises:
-            EmtError: naming keys that are of no weight here, lack their other half or do not fit.
+            EmtError: if it changes nothing, or naming keys that are of no weight here, lack their other half or do not
+                fit.
         """
         path = locate(lora, "LoRA", on_fetch=on_fetch)
         checkpoint = read_checkpoint(path)
@@ -114,6 +121,8 @@ class LoraMerge:
                 "Give a LoRA of Wan 2.1 text to video of the same size; LoHa, LoKr and DoRA are not read.",
             )
         additions = [addition for addition in found if isinstance(addition, _Addition)]
+        if scale and all(addition.is_zero for addition in additions):
+            raise untrained(path, len(additions))
         for addition in additions:
             self._additions.setdefault(addition.name, []).append(addition)
         whole = len(additions) - len(layers)
