@@ -777,6 +777,22 @@ def test_nothing_hangs_over_at_any_width(browser, two, width, compare):
         browser.resize(1280, 800)
 
 
+PLAIN_CARDS = """(() => {
+  for (let i = 0; i < 5000; i++) {
+    const card = document.createElement('article');
+    for (const name of ['p', 'p', 'p', 'p', 'span', 'span'])
+      card.append(Object.assign(document.createElement(name), {textContent: `card ${i}`}));
+    document.body.append(card);
+  }
+  return document.body.offsetHeight;
+})()"""
+
+
+def processor_seconds(browser: Browser) -> float:
+    """Seconds of the processor that the page's thread has taken."""
+    return {m["name"]: m["value"] for m in browser.call("Performance.getMetrics")["metrics"]}["TaskDuration"]
+
+
 @needs_browser
 def test_k8_20_000_results_open_in_3_seconds(browser, tmp_path, walk):
     folder = Folder(tmp_path / "out")
@@ -788,10 +804,15 @@ def test_k8_20_000_results_open_in_3_seconds(browser, tmp_path, walk):
     job["result"]["poster"] = "poster.jpg"  # as of so many (`Gallery`)
     data["jobs"] = [{**job, "prompt": f"robot {seed}", "seed": seed} for seed in range(20_000)]
     path.write_bytes(render(data))
-    browser.call("Performance.enable", timeDomain="threadTicks")  # of the processor: the machine may be busy
+    browser.call("Performance.enable", timeDomain="threadTicks")
+    browser.call("Page.navigate", url="about:blank")
+    before = processor_seconds(browser)
+    browser(PLAIN_CARDS)
+    plain = processor_seconds(browser) - before
     page = opened(browser, path)
-    took = {metric["name"]: metric["value"] for metric in browser.call("Performance.getMetrics")["metrics"]}
-    assert 0 < took["TaskDuration"] < 3, f"{took['TaskDuration']:.1f} s"
+    took = processor_seconds(browser)
+    # 3 s where 5,000 plain cards take 0.6: a bound that holds on a machine that is slow, or has other work, too.
+    assert took < 5 * plain, f"{took:.1f} s, plain cards {plain:.1f} s"
     assert shown(page) == 20_000
     page.wait("document.querySelectorAll('video.ready').length > 4")
     choose(page, "#search", "robot 1999")
