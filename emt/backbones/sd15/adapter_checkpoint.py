@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from emt.backbones.sd15.checkpoint_kinds import ADAPTER, describe, one_prefix, wrong_kind
+from emt.backbones.sd15.checkpoint_kinds import ADAPTER, one_prefix, read_kind
 from emt.backbones.sd15.network import MotionTransferNetwork, without_positions
-from emt.checkpoints import Origin, State, naming_file, read_checkpoint
+from emt.checkpoints import Checkpoint, Origin, State, naming_file
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
 
@@ -61,11 +61,8 @@ def read_adapter(adapter: str | Path, on_fetch: OnFetch | None = None) -> Adapte
     path = locate(adapter, "adapter", on_fetch=on_fetch)
     if path.is_dir():
         raise EmtError(f"the adapter {path} is a folder", "Give the adapter's .ckpt or .safetensors file.")
-    checkpoint = read_checkpoint(path)
-    whole, dropped = _without_prefix(path, checkpoint.state)
-    if (kind := describe(whole)) != ADAPTER:
-        raise wrong_kind(path, kind, ADAPTER)
-    state, dropped = naming_file(path, without_positions, whole), [*checkpoint.dropped, *dropped]
+    checkpoint = read_kind(path, ADAPTER, own=_without_prefix)
+    state, dropped = naming_file(path, without_positions, checkpoint.state), list(checkpoint.dropped)
     blocks = sorted({int(m[1]) for name in state if (m := re.match(r"up_blocks\.(\d+)\..*\.scaler\.", name))})
     if any(".adapter." in name or name.startswith("denoising.") for name in state):
         own = {n: t for n, t in state.items() if re.search(r"\.adapter\.|\.scaler\.|^denoising\.", n)}
@@ -74,18 +71,21 @@ def read_adapter(adapter: str | Path, on_fetch: OnFetch | None = None) -> Adapte
     return AdapterCheckpoint(state, blocks, Origin("adapter", str(adapter), [path], "", dropped))
 
 
-def _without_prefix(path: Path, state: State) -> tuple[State, list[str]]:
-    """The network with an adapter in a file, without what is before its names, and the keys of all else."""
+def _without_prefix(path: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """A file with the network that has an adapter, without what is before its names; all else is dropped."""
+    state = checkpoint.state
     prefixes = Counter(
         m[1] for name in state if (m := re.match(r"(.*?)(?:denoising\.)?up_blocks\.\d+\..*\.scaler\.", name))
     )
     if not prefixes:
-        return state, []
+        return checkpoint
     prefix = one_prefix(path, ADAPTER, prefixes)
     copies = tuple(other for other in prefixes if other and other != prefix)
     # Beside a network below a prefix are others; what is beside one that has none is to be read or an error.
-    own = [name for name in state if name.startswith(prefix) and not (copies and name.startswith(copies))]
-    return {name.removeprefix(prefix): state[name] for name in own}, [name for name in state if name not in set(own)]
+    own = {name for name in state if name.startswith(prefix) and not (copies and name.startswith(copies))}
+    taken = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name in own}
+    beside = [name for name in state if name not in own]
+    return Checkpoint(taken, checkpoint.metadata, [*checkpoint.dropped, *beside])
 
 
 def _kinds(paths: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -52,17 +52,20 @@ _SIGNS = (
 )
 
 
-def read_kind(path: Path, *wanted: str) -> Checkpoint:
+def read_kind(
+    path: Path, *wanted: str, own: Callable[[Path, Checkpoint], Checkpoint] = lambda path, whole: whole
+) -> Checkpoint:
     """Read a file that must be of a kind.
 
     Args:
         path: of the file.
         *wanted: kinds that serve, of the constants of this module.
+        own: takes the network that is meant out of the file, before its kind is looked at.
 
     Raises:
         EmtError: if it cannot be read or is of another kind, which the error names.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = own(path, read_checkpoint(path))
     if (kind := describe(checkpoint.state)) not in wanted:
         raise wrong_kind(path, kind, wanted[0])
     return checkpoint

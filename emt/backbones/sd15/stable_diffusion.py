@@ -20,7 +20,6 @@ from emt.backbones.sd15.checkpoint_kinds import (
     one_prefix,
     read_kind,
     unet_guess,
-    wrong_kind,
 )
 from emt.checkpoints import (
     Checkpoint,
@@ -28,7 +27,6 @@ from emt.checkpoints import (
     State,
     check_keys,
     check_sizes,
-    read_checkpoint,
     read_config,
     read_weights,
     shorten,
@@ -153,7 +151,7 @@ def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> StableDiffus
     path = locate(base, "base", folder_files, on_fetch=on_fetch)
     if path.is_dir():
         return _read_diffusers_folder(path)
-    file = _read_ldm_file(path)
+    file = _ldm_parts(path, read_kind(path, SINGLE_FILE))
     missing = [name for name in ("VAE", "text encoder") if name not in file.parts]
     if missing:
         raise EmtError(
@@ -247,13 +245,12 @@ def _unet_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     } | ({} if attended == list(range(len(widths) - 1)) else {"attention_levels": attended})
 
 
-def _read_ldm_file(path: Path) -> _SingleFile:
-    """Read a file in the original layout.
+def _ldm_parts(path: Path, checkpoint: Checkpoint) -> _SingleFile:
+    """The networks of a file in the original layout.
 
     Raises:
-        EmtError: if it cannot be read, is of another kind, or its layers are not those of Stable Diffusion 1.5.
+        EmtError: if its layers are not those of Stable Diffusion 1.5.
     """
-    checkpoint = read_kind(path, SINGLE_FILE)
     groups: dict[str, State] = {name: {} for name in _LDM_PARTS}
     dropped = list(checkpoint.dropped)
     for key, tensor in _with_prefix(checkpoint.state).items():
@@ -272,15 +269,12 @@ def _read_ldm_file(path: Path) -> _SingleFile:
     return _SingleFile(parts, *_find_prediction_type(checkpoint), dropped)
 
 
-def _read_unet(path: Path) -> _SingleFile | None:
-    """The UNet of a file that holds it alone by diffusers' names; None for another file.
+def _unet_alone(path: Path, checkpoint: Checkpoint) -> _SingleFile:
+    """The UNet of a file that holds it alone by diffusers' names.
 
     Raises:
-        EmtError: if the file cannot be read, or the UNet is of another version.
+        EmtError: if it is of another version.
     """
-    checkpoint = read_checkpoint(path)
-    if describe(checkpoint.state) != UNET:
-        return None
     part = _read_part("UNet", checkpoint.state, lambda state: (_unet_sizes(state), state), path)
     return _SingleFile({"UNet": part}, *_find_prediction_type(checkpoint), list(checkpoint.dropped))
 
@@ -444,7 +438,8 @@ def apply_dreambooth(model: StableDiffusion, dreambooth: str | Path, on_fetch: O
         raise EmtError(
             f"the DreamBooth model {path} is a folder", "Give one .safetensors or .ckpt file, or the folder as --base."
         )
-    file = _read_unet(path) or _read_ldm_file(path)
+    checkpoint = read_kind(path, SINGLE_FILE, UNET)
+    file = (_unet_alone if describe(checkpoint.state) == UNET else _ldm_parts)(path, checkpoint)
     model.unet = file.parts["UNet"]
     model.vae = file.parts.get("VAE", model.vae)
     model.text_encoder = file.parts.get("text encoder", model.text_encoder)
@@ -470,9 +465,7 @@ def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Componen
         state, files = checkpoint.state, [config_file, *read]
         dropped = list(checkpoint.dropped)
     else:
-        whole = _without_vae_prefix(path, read_checkpoint(path))
-        if (kind := describe(whole.state)) not in (VAE, SINGLE_FILE):
-            raise wrong_kind(path, kind, VAE)
+        whole = read_kind(path, VAE, SINGLE_FILE, own=_without_vae_prefix)
         # Stable Diffusion XL's VAE has the same layers, of the same shapes, and other latents.
         named = f"{path.name} {whole.metadata.get('modelspec.architecture', '')}".lower()
         if re.search(r"sdxl|sd_xl|xl[._-]?vae|stable-diffusion-xl", named):
