@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -329,6 +329,17 @@ def _peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], 
     if not isinstance(settings, dict):
         raise EmtError(f"{path} has lora_adapter_metadata that is no JSON object", "Download it again.")
     return settings, [path]
+
+
+class _WithAlpha(Protocol):
+    alpha: float | None
+
+
+def share_alphas(layers: Mapping[tuple[str, str], _WithAlpha]) -> None:
+    """Give the layers of a LoRA, by module and adapter, the alpha of their module, whose key never names an adapter."""
+    for (module, _), layer in layers.items():
+        if layer.alpha is None and (module, "") in layers:
+            layer.alpha = layers[module, ""].alpha
 
 
 def untrained(path: Path, layers: int) -> EmtError:

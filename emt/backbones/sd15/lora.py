@@ -23,6 +23,7 @@ from emt.checkpoints import (
     peft_scale,
     peft_settings,
     read_checkpoint,
+    share_alphas,
     shorten,
     untrained,
 )
@@ -251,9 +252,7 @@ def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) ->
             layer.alpha = float(tensor)
         else:
             layer.tensors[role] = tensor
-    for (module, _), layer in found.items():
-        if layer.alpha is None and (module, "") in found:
-            layer.alpha = found[module, ""].alpha  # its name never has an adapter's
+    share_alphas(found)
     # An alpha alone, of a layer that was pruned, changes nothing.
     return {name: layer for name, layer in found.items() if layer.tensors}
 

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from emt.backbones.wan21.names import original_module, transformer_module
-from emt.checkpoints import Origin, differ, peft_scale, peft_settings, read_checkpoint, shorten, untrained
+from emt.checkpoints import (
+    Origin,
+    differ,
+    peft_scale,
+    peft_settings,
+    read_checkpoint,
+    share_alphas,
+    shorten,
+    untrained,
+)
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
 
@@ -107,9 +116,7 @@ class LoraMerge:
                     layer.down = tensor
                 else:
                     layer.up = tensor
-        for (module, _), layer in layers.items():
-            if layer.alpha is None and (module, "") in layers:
-                layer.alpha = layers[module, ""].alpha  # its name never has an adapter's
+        share_alphas(layers)
         # An alpha alone, of a layer that was pruned, changes nothing.
         layers = {name: layer for name, layer in layers.items() if layer.down is not None or layer.up is not None}
         found += [self._low_rank(module, layer, metadata, scale) for (module, _), layer in layers.items()]
