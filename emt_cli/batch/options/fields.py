@@ -11,8 +11,8 @@ from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
 from emt.errors import EmtError
-from emt.hub import split_frame, split_scale, split_word
-from emt_cli.batch.options.settings import ALL_FRAMES, SIZE_NAMES, Audio, Format, Settings
+from emt.hub import split_word
+from emt_cli.batch.options.settings import ALL_FRAMES, SIZE_NAMES, Audio, Format, Settings, with_source
 from emt_cli.text import nearest
 
 MAX_SEED = 2**63 - 1
@@ -189,16 +189,9 @@ def _source(name: str, value: Any) -> str:
     """
     if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > MAX_PROMPT:
         raise EmtError(f"{name} is {value!r:.100}", "Name a file, or hf://owner/name/file.")
-    if name in ("lora", "control"):
-        source, scale = split_scale(value, name)
-        return f"{_place(source)}:{scale!r}"
-    if name == "control_image":
-        source, frame = split_frame(value)
-        return f"{_place(source)}@{frame}"
     if name == "embedding":
-        word, source = split_word(value)
-        return f"{word}={_place(source)}"
-    return _place(value)
+        split_word(value)
+    return with_source(name, value, _place)
 
 
 def _place(source: str) -> str:

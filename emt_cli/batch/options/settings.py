@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cached_property
@@ -299,11 +300,20 @@ def without_secrets(name: str, value: Any) -> Any:
         return tuple(without_secrets(name, text) for text in value)
     if "://" not in value:
         return value
+    return with_source(name, value, shown)
+
+
+def with_source(name: str, value: str, change: Callable[[str], str]) -> str:
+    """The value of a setting that names a file, such as `/x.safetensors:0.8`, with its path or address changed.
+
+    Raises:
+        EmtError: the scale or the frame that goes with it is none.
+    """
     if name in ("lora", "control"):
         source, scale = split_scale(value, name)
-        return f"{shown(source)}:{scale!r}"
+        return f"{change(source)}:{scale!r}"
     if name == "control_image":
         source, frame = split_frame(value)
-        return f"{shown(source)}@{frame}"
+        return f"{change(source)}@{frame}"
     word, equals, source = value.partition("=") if name == "embedding" else ("", "", value)
-    return f"{word}{equals}{shown(source)}"
+    return f"{word}{equals}{change(source)}"
