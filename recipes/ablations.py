@@ -21,7 +21,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from emt.errors import EmtError
 from emt.evaluate.consistency import temporal_consistency
@@ -41,7 +40,7 @@ from emt.evaluate.truth import Truth, evaluate_truth
 from emt.pipeline import MotionTransferPipeline
 from emt_kernels import selection
 from recipes import assemble, train_adapter
-from recipes.evaluate_small import Cases, play
+from recipes.evaluate_small import Cases, frames_of, play
 from recipes.networks import SMALL, TINY, make_world
 from recipes.stage import save_on_signals, stop_requested
 
@@ -116,11 +115,6 @@ def start_worker() -> None:
 def _measure(reference: Tracklets, frames: np.ndarray) -> tuple[float, float]:
     """Motion fidelity and temporal consistency of a clip."""
     return tracklet_fidelity(reference, track(frames)), temporal_consistency(frames)
-
-
-def frames_of(clips: Tensor) -> list[np.ndarray]:
-    """Clips as `emt.evaluate` takes them."""
-    return [clip.permute(0, 2, 3, 1).contiguous().numpy() for clip in clips]
 
 
 @dataclasses.dataclass
@@ -215,7 +209,7 @@ def evaluate(rows: Sequence[Variant], judge: Judge, cases: Cases, o: argparse.Na
         return {row.name: {"steps": row.steps} | row.estimates() for row in rows}
 
 
-def format_table(rows: dict[str, dict[str, Any]]) -> str:
+def format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table as Markdown."""
     lines = [f"| | steps | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, row in rows.items():
@@ -224,26 +218,44 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def shared_parser(description: str | None, steps: int, clips: int) -> argparse.ArgumentParser:
+    """The options that the ablations of every model have, with these defaults of `--steps` and `--clips`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
-    parser.add_argument("--names", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=450, help="of every variant's training")
+    parser.add_argument("--steps", type=int, default=steps, help="of every variant's training")
     parser.add_argument("--batch", type=int, default=64, help="pairs of a step of training")
-    parser.add_argument("--clips", type=int, default=128, help="held-out clips to measure on")
+    parser.add_argument("--clips", type=int, default=clips, help="held-out clips to measure on")
     parser.add_argument("--clips-at-once", type=int, default=128)
     parser.add_argument("--sampler-steps", type=int, help="the model's default if not given")
-    parser.add_argument("--model", type=Path, help="for the last row, OUT/model by default")
-    parser.add_argument("--judge", type=Path, help="OUT/judge.safetensors by default")
-    parser.add_argument("--evaluate-only", action="store_true", help="measure the variants that are there")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that track points")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="fuse the network's kernels in training")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph in training")
     parser.add_argument("--tiny", action="store_true", help="the stages ran with --tiny")
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = shared_parser(main.__doc__, steps=450, clips=128)
+    parser.add_argument("--names", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--model", type=Path, help="for the last row, OUT/model by default")
+    parser.add_argument("--judge", type=Path, help="OUT/judge.safetensors by default")
+    parser.add_argument("--evaluate-only", action="store_true", help="measure the variants that are there")
     return parser.parse_args(arguments)
+
+
+def write_rows(out: Path, rows: Mapping[str, Mapping[str, Any]], notes: str = "") -> str:
+    """Write OUT/ablations.md, with notes below the table, and OUT/ablations.json; returns the table."""
+    table = format_table(rows)
+    (out / "ablations.md").write_text(f"{table}\n\n{notes}\n" if notes else f"{table}\n")
+    numbers = {
+        name: {key: value.as_dict() if isinstance(value, Estimate) else value for key, value in row.items()}
+        for name, row in rows.items()
+    }
+    (out / "ablations.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,16 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     selection.select("auto")
     cases = Cases.draw(make_world(torch.device(o.device), TINY if o.tiny else SMALL), o.clips, o.seed)
     rows = evaluate(load_rows(names, o), judge, cases, o)
-    table = format_table(rows)
     device = torch.cuda.get_device_name(o.device) if o.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
-    notes = NOTES.format(clips=o.clips, repeats=REPEATS, device=device)
-    print(table)
-    (o.out / "ablations.md").write_text(f"{table}\n\n{notes}\n")
-    numbers = {
-        name: {key: value.as_dict() if isinstance(value, Estimate) else value for key, value in row.items()}
-        for name, row in rows.items()
-    }
-    (o.out / "ablations.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(write_rows(o.out, rows, NOTES.format(clips=o.clips, repeats=REPEATS, device=device)))
     print(f"[ablations] {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,14 +26,13 @@ import torch
 from emt import demo
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.evaluate.judge import SHIPPED, Judge
-from emt.evaluate.statistics import Estimate
 from emt.evaluate.tracks import track
 from emt.pipeline import MotionTransferPipeline
 from emt_kernels import selection
 from recipes import assemble_dit, train_dit
-from recipes.ablations import Variant, format_table, frames_of, start_worker, trained_steps
+from recipes.ablations import Variant, shared_parser, start_worker, trained_steps, write_rows
 from recipes.dit import REFERENCE_TIMESTEP, SMALL, TINY
-from recipes.evaluate_small import Cases
+from recipes.evaluate_small import Cases, frames_of
 from recipes.networks import SMALL as CLIPS
 from recipes.networks import TINY as TINY_CLIPS
 from recipes.networks import make_world
@@ -144,24 +141,12 @@ def rows_of(names: Sequence[str], blocks: Sequence[int], o: argparse.Namespace) 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
+    parser = shared_parser(main.__doc__, steps=400, clips=96)
     parser.add_argument("--names", nargs="+", help="rows, in this order; all by default")
-    parser.add_argument("--steps", type=int, default=400, help="of every variant's training")
-    parser.add_argument("--batch", type=int, default=64, help="pairs of a step of training")
-    parser.add_argument("--clips", type=int, default=96, help="held-out clips to measure on")
-    parser.add_argument("--clips-at-once", type=int, default=128)
-    parser.add_argument("--sampler-steps", type=int, help="the model's default if not given")
     parser.add_argument("--repeats", type=int, default=3, help="clips that a row's time is the median of")
     parser.add_argument("--model", type=Path, help="OUT/model by default")
     parser.add_argument("--parts", type=Path, default=demo.path(), help="model folder to share with")
     parser.add_argument("--judge", type=Path, default=SHIPPED)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that track points")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="fuse the network's kernels in training")
-    parser.add_argument("--eager", action="store_true", help="no CUDA graph in training")
-    parser.add_argument("--tiny", action="store_true", help="the stages ran with --tiny")
     return parser.parse_args(arguments)
 
 
@@ -188,19 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             brief = {name: round(row.truth[name].value, 3) for name in ("displacement", "camera")}
             print(f"[ablations] {row.name}: {brief}, {time.monotonic() - started:.0f} s", flush=True)
             write([row for row in rows if all(future.done() for future in row.tracked)], o)
-        write(rows, o)
-    print((o.out / "ablations.md").read_text(), flush=True)
+        table = write(rows, o)
+    print(table, flush=True)
 
 
-def write(rows: Sequence[Variant], o: argparse.Namespace) -> None:
-    """Write rows; waits for what is still being measured of them."""
-    found = {row.name: {"steps": row.steps} | row.estimates() for row in rows}
-    (o.out / "ablations.md").write_text(format_table(found) + "\n")
-    numbers = {
-        name: {key: value.as_dict() if isinstance(value, Estimate) else value for key, value in row.items()}
-        for name, row in found.items()
-    }
-    (o.out / "ablations.json").write_text(json.dumps(numbers, indent=1) + "\n")
+def write(rows: Sequence[Variant], o: argparse.Namespace) -> str:
+    """Write rows; waits for what is still being measured of them. Returns the table."""
+    return write_rows(o.out, {row.name: {"steps": row.steps} | row.estimates() for row in rows})
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ def play(
     return torch.from_numpy(np.stack(results)).permute(0, 1, 4, 2, 3)
 
 
+def frames_of(clips: Tensor) -> list[np.ndarray]:
+    """Clips (n, frames, 3, height, width) uint8 as `emt.evaluate` takes them: each (frames, height, width, 3)."""
+    return [clip.permute(0, 2, 3, 1).contiguous().numpy() for clip in clips]
+
+
 @torch.no_grad()
 def through_vae(pipeline: MotionTransferPipeline, clips: Tensor) -> Tensor:
     """Clips encoded and decoded: what a perfect backbone would give."""

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.statistics import mean
 from emt.evaluate.tracks import Tracklets, track
 from emt.evaluate.truth import Truth, evaluate_truth
-from recipes.evaluate_small import Cases, play
+from recipes.evaluate_small import Cases, frames_of, play
 from recipes.networks import make_world
 from recipes.opening import Measured, measuring_parser
 
@@ -78,11 +76,6 @@ def format_rows(rows: Sequence[tuple[SamplerRow, Truth, Any, float]]) -> str:
     return "\n".join(lines)
 
 
-def frames_of(clip: Tensor) -> Any:
-    """A clip (frames, 3, height, width) uint8 as trackers take it."""
-    return clip.permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure a model with several samplers; writes OUT/NAME.md and .json, after each row."""
     parser = measuring_parser(main.__doc__, "samplers")
@@ -98,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows += [SamplerRow.parse(text, distilled=True) for text in o.distilled] if o.lora else []
     done: list[tuple[SamplerRow, Truth, list[Future[float]], float]] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        references = [pool.submit(track, frames_of(clip)) for clip in cases.references[: o.tracked]]
+        references = [pool.submit(track, frames) for frames in frames_of(cases.references[: o.tracked])]
 
         def fidelity(reference: Future[Tracklets], clip: Any) -> float:
             return tracklet_fidelity(reference.result(), track(clip))
@@ -125,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             clips = play(pipeline, cases.references, cases.captions, o.seed, o.batch, **how)
             seconds = (time.monotonic() - begun) / o.clips
             truth = evaluate_truth(opened.judge, clips, cases.motions, cases.requested, cases.worn)
-            tracked = [pool.submit(fidelity, *pair) for pair in zip(references, map(frames_of, clips))]
+            tracked = [pool.submit(fidelity, *pair) for pair in zip(references, frames_of(clips[: o.tracked]))]
             done.append((row, truth, tracked, seconds))
             opened.say(str(row))
             write([entry for entry in done if entry[0] is not row])
