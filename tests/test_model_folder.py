@@ -335,7 +335,7 @@ def test_parameters_are_counted_by_part(folder):
 
 
 def test_a_folder_that_cannot_be_cleared_up_hides_no_error(tmp_path):
-    """What went wrong while it was written is said, not what went wrong in clearing up."""
+    """The error of writing is reported, not a later one of cleaning up."""
 
     def write() -> None:
         with new_folder(tmp_path / "m", overwrite=False) as partial:

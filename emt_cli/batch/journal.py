@@ -297,7 +297,7 @@ class Journal:
         """Add a line, on disk when this returns.
 
         Raises:
-            OSError: it could not be written, or is no longer in its folder; the journal is as it was.
+            OSError: it could not be written, or is no longer in its folder; the journal is unchanged.
         """
         line = {**line, "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")}
         content = dumps(line) + b"\n"
