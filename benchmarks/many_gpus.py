@@ -4,11 +4,12 @@
     python benchmarks/many_gpus.py --device cpu --workers 0,1,2 --clips 40 --size 64 --steps 4
 
 Each run makes new clips of a model with random weights (Stable Diffusion 1.5's size by default), `--clips` for each
-worker, of five references for each, with an empty cache. 0 workers are one process without Ray. Columns: seconds of
-the whole process and from the first clip to the last (by the journals), clips a second between them, also against the
-first row, seconds until the first clip, the smallest share of the whole process in which a device computed, the largest
-share of the time between batches in which one waited, and the driver's memory at its peak. Of each worker one clip is
-not counted as made between the first and the last: it was under way before. With --kill a worker of each run is killed
+worker, of five references for each, with an empty cache, or with what `--cache` keeps from run to run (what a model's
+files hold, and the like; features are removed). 0 workers are one process without Ray. Columns: seconds of the whole
+process and from the first clip to the last (by the journals), clips a second between them, also against the first row,
+seconds until the first clip, the smallest share of the whole process in which a device computed, the largest share of
+the time between batches in which one waited, and the driver's memory at its peak. Of each worker one clip is not
+counted as made between the first and the last: it was under way before. With --kill a worker of each run is killed
 when a third is done: the others must do its jobs. With --sleep a clip takes its seconds by sleeping, as for a process
 that waits for its GPU: what remains is what feeding, reading, writing and Ray cost. Ends with exit code 1 if a clip is
 missing or there twice.
@@ -20,6 +21,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +69,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--same", type=int, default=0, help="as many clips in all, however many workers there are")
     arguments.add_argument("--sleep", type=float, default=0.0, help="seconds a clip, instead of denoising it")
     arguments.add_argument("--model", type=Path, help="a model folder that is there, instead of random weights")
+    arguments.add_argument("--cache", type=Path, help="a folder that is kept as cache, instead of an empty one each")
     arguments.add_argument("--kill", action="store_true", help="kill a worker in mid-run")
     given = arguments.parse_args(command_line)
     numbers = [int(number) for number in given.workers.split(",")]
@@ -110,7 +113,9 @@ def measure(work: Path, given: argparse.Namespace, workers: int, ray: bool) -> t
     words = [sys.executable, "-m", "emt_cli.app", "transfer", *names, "--prompt", "a red fox in the snow"]
     words += ["--seeds", f"0-{max(1, clips // references) - 1}", "--model", "model", "--device", given.device]
     words += ["--width", str(given.size), "--height", str(given.size), "--steps", str(given.steps)]
-    words += ["--json", "-o", str(out), "--cache-dir", str(out / "cache")]
+    cache = given.cache.absolute() if given.cache else out / "cache"
+    shutil.rmtree(cache / "motion", ignore_errors=True)
+    words += ["--json", "-o", str(out), "--cache-dir", str(cache)]
     words += [("--workers" if given.device == "cpu" else "--gpus"), str(workers)] if ray else []
     begun = time.monotonic()
     environment = dict(os.environ)
