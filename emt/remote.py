@@ -116,8 +116,10 @@ def shown(url: str) -> str:
     """A URL as messages and records have it: without user, password and signed parameters."""
     scheme, _, rest = url.partition("://")
     place, slash, path = rest.partition("/")
+    user, at, host = place.rpartition("@")
+    if at and (scheme in _WEB or ":" in user):  # of Azure's container@account nothing is secret
+        place = host
     if scheme in _WEB:
-        place = place.rpartition("@")[2]
         path, mark, query = path.partition("?")
         if any(_SECRET.search(part.partition("=")[0]) for part in query.split("&")):
             query = "…"

@@ -68,13 +68,16 @@ def test_a_plan_finds_what_will_fail(tmp_path):
         {"reference": "short.mp4"},
         {"reference": "broken.mp4"},
         {"reference": "missing.mp4"},
+        {"reference": "good.mp4", "start": 0.9},
+        {"reference": "good.mp4", "duration": 0.25},
+        {"reference": "good.mp4", "start": 0.5},
         {"reference": "good.mp4"},
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps({"prompt": "x", **row}) for row in rows))
     [*jobs, total], code = plan(tmp_path, "--prompts", "jobs.jsonl")
     assert code == 1
     reported = {job["origin"].split()[-1]: job for job in jobs}
-    assert [reported[str(n)]["state"] for n in range(1, 9)] == ["problem"] * 7 + ["open"]
+    assert [reported[str(n)]["state"] for n in range(1, 12)] == ["problem"] * 9 + ["open"] * 2
     for n, word in (
         (1, "32"),
         (2, "33"),
@@ -83,9 +86,11 @@ def test_a_plan_finds_what_will_fail(tmp_path):
         (5, "3 frames"),
         (6, "broken"),
         (7, "missing"),
+        (8, "1 frame in the part from 0.9 s on, but 4 are needed"),
+        (9, "2 frames in the part from 0 s lasting 0.25 s"),
     ):
         assert word in reported[str(n)]["error"]
-    assert (total["open"], total["problem"]) == (1, 7)
+    assert (total["open"], total["problem"]) == (2, 9)
 
 
 def test_a_plan_words_a_broken_clip_and_a_clip_of_one_frame_as_people_do(tmp_path):

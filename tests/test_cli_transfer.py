@@ -627,7 +627,7 @@ def test_k6_rerun_takes_no_word_of_a_record(batched, tmp_path):
     ("options", "code", "reported"),
     [
         (["--kernels", "triton"], 1, "Triton's kernels need a CUDA GPU"),
-        (["--memory", "low"], 1, "spares the memory of CUDA GPUs"),
+        (["--memory", "low"], 2, "--memory low and --device cpu exclude each other"),
         (["--memory", "low", "--engine", "somewhere"], 2, "exclude each other"),
     ],
 )

@@ -8,8 +8,9 @@ import re
 import sys
 import threading
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import fsspec
 import numpy as np
 import pytest
 from program import lines, transfer
@@ -314,6 +315,40 @@ def test_k2_results_are_no_references_where_the_output_folder_is_theirs(tmp_path
     found = Finder(True, tmp_path, said.append).find([str(tmp_path)])
     assert [path.name for path in found] == (["a.mp4"] if own else ["a.mp4", "prompt-0.mp4"])
     assert any("1 result of earlier runs" in line for line in said) == own
+
+
+@pytest.mark.parametrize("given", [["link"], ["clips/**/*.mp4"], ["clips/a.mp4", "clips/out"]])
+def test_k2_results_are_no_references_whatever_way_leads_to_them(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    clip(tmp_path / "clips" / "a.mp4")
+    (tmp_path / "link").symlink_to("clips")
+    result = clip(tmp_path / "clips" / "out" / "a_1234" / "prompt-0.mp4")
+    result.with_name(f"{result.name}.json").write_text('{"id": "1", "settings": {}}')
+    out = Path("clips/out")
+    recursive = given == ["link"]
+    assert [path.name for path in Finder(recursive, out, lambda text: None).find(given)] == ["a.mp4"]
+    named = Finder(False, out, lambda text: None).find(["clips/out/*/*.mp4"])
+    assert [path.name for path in named] == ["prompt-0.mp4"], "nothing else is named"
+
+
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [
+        ("memory://refs", "memory://refs"),
+        ("memory://refs", "memory://refs/out"),
+        ("memory://refs/**/*.mp4", "memory://refs/out"),
+        ("memory://refs/**/*.mp4", "memory://refs"),
+    ],
+)
+def test_k2_results_in_a_store_are_no_references_where_the_output_folder_is_theirs(given, out):
+    store = fsspec.filesystem("memory")
+    for name in ("refs/a.mp4", f"{out[9:]}/a_12345678/fox-0.mp4", f"{out[9:]}/a_12345678/fox-0.mp4.json"):
+        store.pipe_file(f"/{name}", b"x")
+    try:
+        found = Finder(True, Path(out), lambda text: None, lambda url: Path(PurePosixPath(url).name)).find([given])
+        assert [path.name for path in found] == ["a.mp4"]
+    finally:
+        store.rm("/refs", recursive=True)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

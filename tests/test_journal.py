@@ -148,6 +148,15 @@ def test_lines_of_one_file_keep_their_order_whatever_its_clock_did(tmp_path):
     assert [line["id"] for line in journal.read(tmp_path)] == ["b", "0", "1", "2"]
 
 
+def test_k2_a_clock_that_was_ahead_has_no_last_word(tmp_path):
+    job = {"event": "job", "output": "a.mp4", "id": "1"}
+    ahead = job | {"state": "failed", "error": "no memory", "finished": "2999-01-01T00:00:00.000+00:00"}
+    (tmp_path / "journal-a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ahead, ahead)))
+    made = job | {"state": "done", "finished": "2026-01-01T00:00:00.000+00:00"}
+    (tmp_path / journal.FILE_NAME).write_text(json.dumps(made) + "\n")
+    assert [line["state"] for line in journal.current(tmp_path)] == ["done"]
+
+
 def test_threads_write_whole_lines(tmp_path):
     log = Journal(tmp_path)
     threads = [

@@ -57,6 +57,8 @@ def test_secrets_of_urls_are_not_shown():
     signed = "https://me:word@host/a/b.mp4?X-Amz-Signature=abc&x=1"
     assert shown(signed) == "https://host/a/b.mp4?…"
     assert shown("https://host/get?id=5") == "https://host/get?id=5"
+    assert shown("ftp://me:word@host/a.mp4") == "ftp://host/a.mp4"
+    assert shown("abfs://clips@account/a.mp4") == "abfs://clips@account/a.mp4", "a container is no user"
     assert shown("s3://bucket/a?b") == "s3://bucket/a?b", "a key of S3 may have any character"
 
 

@@ -26,6 +26,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def describe_part(start: float, duration: float | None) -> str:
+    """Part of a clip after its number of frames: ` in the part from 2 s on`; start and duration in seconds."""
+    return f" in the part from {start:g} s" + (" on" if duration is None else f" lasting {duration:g} s")
+
+
 def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
     """Sort key of natural order: numbers by value (`2.png` before `10.png`), letters whatever their case."""
     parts = re.split(r"(\d+)", name)

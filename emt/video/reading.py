@@ -24,7 +24,7 @@ from emt.video.clip import (
     half_gap,
 )
 from emt.video.kinds import ANIMATED_SUFFIXES, check_readable, not_video
-from emt.video.names import count, show
+from emt.video.names import count, describe_part, show
 from emt.video.pictures import Animation, Images, picture_kind
 from emt.video.stream import Video
 
@@ -168,14 +168,14 @@ def _sample(source: Source, frames: int, start: float, duration: float | None, s
     count, info = last - first, source.info
     needed = (frames - 1) * (stride or 1) + 1
     if count < needed:
-        part = f" in the part from {start:g} s" + (" on" if duration is None else f" lasting {duration:g} s")
+        part = describe_part(start, duration) if start or duration is not None else ""
         taken = f" ({frames} at a stride of {stride})" if stride else ""
         ways = [f"--frames {(count - 1) // (stride or 1) + 1}"] if count else []
         ways += ["a smaller --stride"] if stride and stride > 1 else []
         ways += ["an earlier --start"] if start else []
         ways += ["a longer --duration"] if duration is not None else []
         raise EmtError(
-            f"{show(info.path)} has {count} frame{'s' if count != 1 else ''}{part if start or duration else ''}, but"
+            f"{show(info.path)} has {count} frame{'s' if count != 1 else ''}{part}, but"
             f" {needed} are needed{taken}. The whole clip: {info.frames} in {info.duration:.2f} s.",
             f"Pass {' or '.join(ways)}, or take a longer clip.",
         )

@@ -600,7 +600,8 @@ class Generator:
         if isinstance(error, EmtError):
             return error
         if isinstance(error, OSError):
-            name = f" ({error.filename})" if error.filename else ""
+            place = error.filename2 or error.filename  # of a file that takes its final name: that one
+            name = f" ({place})" if place else ""
             return EmtError(f"{error.strerror or error}{name}")
         if not is_out_of_memory(error):
             first = next(iter(str(error).splitlines()), "")

@@ -71,6 +71,7 @@ _HOLDER_NAME = ".holder"  # of the file beside a lock with the process that has 
 _APPENDING = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _BLOCK = 1 << 16  # bytes
 _MOMENT = 0.5  # seconds for which another process may hold a lock that it only looks at
+_AHEAD = 300.0  # seconds by which clocks of machines may differ
 _DYING = 5.0  # seconds that workers may live on after their run was killed
 _GONE = "the output folder was removed or replaced while a run wrote into it"
 _PART = re.compile(r"\.\d{5}(?=\.jsonl$)")  # in the name of a part of a journal (`emt_cli.batch.published`)
@@ -149,8 +150,13 @@ def _files(out: Path) -> list[Path]:
 
 
 def _timed(paths: Sequence[Path], only: Collection[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of a writer's files with the time of each; in the order of the files, whatever its clock did."""
-    latest = ""
+    """Lines of a writer's files with the time of each; in the order of the files, whatever its clock did.
+
+    A time that is yet to come is no time: one line of a clock that was ahead would make the writer's later ones the
+    last words on jobs that other writers have done since.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=_AHEAD)
+    latest, end = "", now.isoformat(timespec="milliseconds")
     for path in paths:
         try:
             with open_file(path) as file:
@@ -159,7 +165,8 @@ def _timed(paths: Sequence[Path], only: Collection[str] | None) -> Iterator[tupl
                     if line.get("state") in ("done", "dropped") and "output" not in line:
                         continue
                     if line:
-                        latest = max(latest, line.get("finished", ""))
+                        finished = line.get("finished", "")
+                        latest = max(latest, finished if finished <= end else "")
                         yield latest, line
         except FileNotFoundError:
             continue

@@ -121,10 +121,12 @@ def make_plan(options: TransferOptions) -> Plan:
     """
     options = replace(options, watch=False)  # what is there now
     published = Published(options.out, say) if is_url(options.out) else None
-    options = replace(options, out=published.folder) if published else options
+    folder = published.folder if published else options.out
     model = find_model(options.model, download=False)
     index = ContentIndex(options.disk_cache or default_dir())
-    listed, streamed = expand(options, model.defaults, say, keep_seeds=False, shapes=Shapes(model, index))
+    shapes = Shapes(model, index)
+    listed, streamed = expand(options, model.defaults, say, shapes, keep_seeds=False, folder=folder)
+    options = replace(options, out=folder)
     items = _both(listed, streamed)
     PromptWarnings(model.name, model.vocabulary, say, model.reads_syntax).look(items)
     model_sha256 = model.sha256(index)
@@ -140,7 +142,7 @@ def make_plan(options: TransferOptions) -> Plan:
         else "a rough model of the arithmetic, as nothing was made here with this model on this device"
     )
     elsewhere = [_known(out) for out in options.others]
-    planned = list(_planned(items, options, model, model_sha256, index, known, elsewhere))
+    planned = list(_planned(items, options, model, model_sha256, shapes, index, known, elsewhere))
     plan = Plan(planned, model, device, source)
     half = bool(gpu) if options.precision is Precision.AUTO else options.precision is not Precision.FP32
     for line in planned:
@@ -193,11 +195,12 @@ def _planned(
     options: TransferOptions,
     model: Model,
     model_sha256: str,
+    shapes: Shapes,
     index: ContentIndex,
     known: journal.Known,
     elsewhere: Sequence[tuple[Path, journal.Known]],
 ) -> Iterator[PlannedJob]:
-    from emt.video.names import count
+    from emt.video.names import count, describe_part
 
     precision = numerics(options, engine_id(options.engine))
     downloads = Downloads(say)
@@ -233,8 +236,11 @@ def _planned(
             model.check(item.prompt, item.settings.as_dict())
             check_tracking(item)
             needed = (item.settings.frames - 1) * (item.settings.stride or 1) + 1
+            start, duration, part = item.settings.start, item.settings.duration, ""
+            if start or duration is not None:
+                frames, part = shapes.count(item.reference, start, duration), describe_part(start, duration)
             if frames < needed:
-                problem = f"{item.reference.name} has {count(frames, 'frame')}, but {needed} are needed"
+                problem = f"{item.reference.name} has {count(frames, 'frame')}{part}, but {needed} are needed"
                 raise EmtError(problem, "Name a longer clip, or use fewer --frames.")
         except EmtError as error:
             line.state, line.error = "problem", error

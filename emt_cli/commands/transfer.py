@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import chain
 
 import typer
@@ -61,8 +60,8 @@ def transfer(options: TransferOptions) -> None:
         model = find_model(options.model, download=True, on_fetch=Announcer(reporter.say))
         shapes = Shapes(model, ContentIndex(options.disk_cache or default_dir()))
         published = Published(options.out, reporter.say) if is_url(options.out) else None
-        here = replace(options, out=published.folder) if published else options
-        listed, streamed = expand(here, model.defaults, reporter.say, shapes)
+        folder = published.folder if published else options.out
+        listed, streamed = expand(options, model.defaults, reporter.say, shapes, folder=folder)
         for job in listed:
             if isinstance(job, Job):
                 check_tracking(job)
@@ -75,7 +74,7 @@ def transfer(options: TransferOptions) -> None:
         words.look(listed)
         chosen = SessionOptions.of(options)
         executor = choose_executor(options, chosen)
-        if executor is LocalExecutor and listed and not any(here.out.glob("journal*.jsonl")):
+        if executor is LocalExecutor and listed and not any(folder.glob("journal*.jsonl")):
             ahead.enter_context(start_ahead(options.device))  # hashing a model for the first time takes seconds
         session = open_session(chosen, options.device, reporter.say, model)
         # What is not there fails at once, not job by job.

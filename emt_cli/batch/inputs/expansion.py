@@ -44,6 +44,7 @@ def expand(
     say: Callable[[str], None] = lambda text: None,
     shapes: Shapes | None = None,
     keep_seeds: bool = True,
+    folder: Path | None = None,
 ) -> tuple[list[Job | Rejected], Iterator[Item]]:
     """All jobs of a command line.
 
@@ -53,6 +54,7 @@ def expand(
         say: Called with a line for each folder of which files are not read.
         shapes: Of the model's clips; None for the published one's.
         keep_seeds: Keep the seeds that are drawn in the output folder.
+        folder: Where they are kept on this machine for an output folder in a store; None for the output folder.
 
     Returns:
         The jobs that are named, those of one shape and one reference next to each other; and those that
@@ -77,7 +79,7 @@ def expand(
     finder = Finder(options.recursive, options.out, say, base.references.path)
     references = [] if options.watch else finder.find(arguments)
     base.check_layers()
-    seeds = parse_seeds(options.seeds, partial(draw_seeds, options.out, keep=keep_seeds, say=say))
+    seeds = parse_seeds(options.seeds, partial(draw_seeds, folder or options.out, keep=keep_seeds, say=say))
 
     pairs: list[tuple[Path | Rejected | None, Line | Rejected | None]]
     if options.pair:

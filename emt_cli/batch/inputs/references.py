@@ -78,21 +78,22 @@ class Finder:
         self, recursive: bool, out: Path, say: Callable[[str], None], locate: Callable[[str], Path] = Path
     ) -> None:
         self.recursive, self._say, self._locate = recursive, say, locate
-        self._out = normal(out) if is_url(out) else os.path.abspath(out)
+        self._out = normal(out) if is_url(out) else os.path.realpath(out)
+        self._folders: dict[Path, str] = {}
         self._stems: dict[Path, set[str]] = {}  # names of clips without their suffixes, by folder
         self._said = 0
 
     def find(self, arguments: Iterable[str]) -> list[Path | Rejected]:
         """Absolute paths of the clips, each once, in the order of the arguments and in natural order of names."""
         found: list[Path | Rejected] = []
-        for argument in arguments:
-            if argument == "-":
-                continue
+        named = list(dict.fromkeys(argument for argument in arguments if argument != "-"))
+        for argument in named:
             try:
                 if is_url(argument):
                     found.extend(self._locate(url) for url in self._in_store(normal(argument)))
                 else:
-                    found.extend(Path(os.path.abspath(path)) for path in self._named(str(to_path(argument))))
+                    paths = self._named(str(to_path(argument)), alone=len(named) == 1)
+                    found.extend(Path(os.path.abspath(path)) for path in paths)
             except EmtError as error:
                 found.append(Rejected(error, "", shown(normal(argument)) if is_url(argument) else argument))
             except (OSError, ValueError) as error:
@@ -108,8 +109,10 @@ class Finder:
                 found.extend(Path(os.path.abspath(path)) for path in self._inside(Path(folder)))
         return found
 
-    def _named(self, argument: str) -> list[Path]:
+    def _named(self, argument: str, alone: bool) -> list[Path]:
+        """The clips that an argument names, the only one or one of several."""
         from emt.video import is_clip
+        from emt.video.names import count
 
         path = Path(argument)
         if not os.path.lexists(argument):
@@ -117,9 +120,15 @@ class Finder:
             clips = [match for match in matches if is_clip(match)] or matches
             if not clips:
                 raise EmtError("no such file", "Name a clip, a folder of clips or a glob that matches some.")
-            return clips
+            own = [clip for clip in clips if not self._is_result(clip)]
+            if own and len(own) < len(clips):
+                self._note(f"left out: {count(len(clips) - len(own), 'result')} of earlier runs in {argument}")
+            return own or clips
         if path.is_dir() and not is_clip(path):
             clips = self._inside(path)
+            if not clips and not alone and os.path.realpath(path) == self._out:
+                self._note(f"left out: {argument}, the output folder")  # as `*` names it, too
+                return []
             if not clips:
                 hint = "Name another one" + ("." if self.recursive else ", or search its folders with --recursive.")
                 raise EmtError("no clips in this folder", hint)
@@ -144,12 +153,15 @@ class Finder:
             matches = matching(url) if re.search(r"[*?\[]", url) else []
             if not matches:
                 raise
+            made = {child(self._out, name) for name in self._results_among(matches)}
+            matches = [match for match in matches if match not in made] or matches
             matches = sorted(matches, key=lambda match: _by_name(Path(match)))
             return [match for match in matches if Path(match).suffix.lower() in VIDEO_SUFFIXES] or matches
         if not is_folder:
             return [url]
         names = [name for name in files(url, recursive=self.recursive) if not re.search(r"(^|/)\.", name)]
-        names = [name for name in names if not child(url, name).startswith(f"{self._out}/")]
+        listed = set(names)
+        names = [name for name in names if not self._is_published(url, name, listed)]
         clips = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
         if not clips:
             deeper = "" if self.recursive else "Search its folders with --recursive. "
@@ -172,7 +184,7 @@ class Finder:
             listed = sorted(entries, key=lambda entry: natural_key(entry.name))
         for entry in listed:
             path = Path(entry.path)
-            if entry.name.startswith(".") or os.path.abspath(path) == self._out:
+            if entry.name.startswith(".") or os.path.join(self._real(folder), entry.name) == self._out:
                 continue
             if is_clip(path):
                 if self._is_result(path):
@@ -195,13 +207,33 @@ class Finder:
 
     def _is_result(self, clip: Path) -> bool:
         """Return whether a clip in the output folder, which may be one of references, was made by a run."""
-        if not os.path.abspath(clip).startswith(os.path.join(self._out, "")):
+        real = os.path.join(self._real(clip.parent), clip.name)
+        if is_url(self._out) or not real.startswith(os.path.join(self._out, "")):
             return False
         try:
             with open_file(sidecar(clip)) as file:
                 return {"id", "settings"} <= parse(file.read(_MOST)).keys()
         except OSError:
             return False
+
+    def _real(self, folder: Path) -> str:
+        """Path of a folder without links: there may be several ways to the output folder."""
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        return self._folders[folder]
+
+    def _is_published(self, url: str, name: str, names: set[str]) -> bool:
+        """Return whether an object is of the output folder, or a result in it if that is the folder of the clips."""
+        place = child(url, name)
+        if not place.startswith(f"{self._out}/"):
+            return False
+        return not f"{url}/".startswith(f"{self._out}/") or f"{name}.json" in names or name.endswith(".json")
+
+    def _results_among(self, urls: list[str]) -> list[str]:
+        """Names in the output folder of the results among URLs."""
+        inside = [url.removeprefix(f"{self._out}/") for url in urls if url.startswith(f"{self._out}/")]
+        names = set(files(self._out)) if inside else set()
+        return [name for name in inside if f"{name}.json" in names]
 
     def _look_for_unread(self, folder: Path) -> None:
         from emt.video import describe_unread

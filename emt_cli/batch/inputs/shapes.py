@@ -66,17 +66,25 @@ class Shapes:
         Raises:
             EmtError: the reference cannot be read.
         """
-        from emt.video import count_frames
-
-        def find() -> int:
-            return count_frames(reference, start=start, duration=duration, stride=stride)
-
-        count = self._remembered(f"frames from {start} for {duration} by {stride}", reference, find, int)
+        count = self.count(reference, start, duration, stride)
         facts = self._facts
         if facts is None or facts.makes_frames(count):
             return max(count, 2)
         fewer = range(count, max(count - facts.frame_step, 1), -1)
         return next((number for number in fewer if facts.makes_frames(number)), max(count, 2))
+
+    def count(self, reference: Path, start: float, duration: float | None, stride: int | None = None) -> int:
+        """Number of frames of a part of a reference.
+
+        Raises:
+            EmtError: the reference cannot be read.
+        """
+        from emt.video import count_frames
+
+        def find() -> int:
+            return count_frames(reference, start=start, duration=duration, stride=stride)
+
+        return self._remembered(f"frames from {start} for {duration} by {stride}", reference, find, int)
 
     def look_at(self, references: Iterable[Path]) -> None:
         """Look at references at the same time, before they are needed one by one."""

@@ -252,6 +252,8 @@ class TransferOptions:
         if self.watch and (self.pair or self.shard or "-" in (self.references or [])):
             problem = "--watch goes neither with --pair nor with --shard nor with - for standard input"
             raise UsageError(problem, "Name folders to watch.")
+        if self.memory is Memory.LOW and self.device in ("cpu", "mps"):
+            raise UsageError(f"--memory low and --device {self.device} exclude each other", "It spares CUDA GPUs'.")
         named = self.engine not in ("auto", "torch")
         low = self.memory is Memory.LOW
         guided, controlled = given.get("method") is Method.GUIDANCE, given.get("control") is not None
