@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,17 @@ def save_weights(path: Path, metadata: dict[str, str] | None = None, **modules: 
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata)
     os.replace(partial, path)
+
+
+def adapter_metadata(
+    steps: int, fusion_blocks: Sequence[int] | None = None, reference_timestep: int = REFERENCE_TIMESTEP
+) -> dict[str, str]:
+    """Metadata of an adapter's result, by which `assemble` makes the network: steps trained, and how it is read."""
+    return {
+        "fusion_blocks": json.dumps(fusion_blocks),
+        "reference_timestep": str(reference_timestep),
+        "steps": str(steps),
+    }
 
 
 def load_weights(path: Path, prefix: str) -> dict[str, Tensor]:

@@ -21,11 +21,14 @@ from torch import Tensor
 from emt.evaluate.truth import camera_curves
 from emt.synthetic.motions import CAMERA_FAMILIES, HELD_OUT_CAMERA_FAMILIES, Motions
 from emt.synthetic.renderer import World
+from emt.synthetic.scenes import SCENES
 from recipes.evaluate_small import play
 from recipes.opening import Measured, measuring_parser
 
 FOOTAGE_SEED = 1
 """Seed of textures that no training draws: training's is 0."""
+KINDS = ("footage", "rendered", "floor")
+"""Kinds of references, and renders that play the motion exactly."""
 LEAST = 4.0
 """Pixels of 128 that a pan spans at least, for its axis to be compared."""
 _FAMILIES = CAMERA_FAMILIES + HELD_OUT_CAMERA_FAMILIES
@@ -98,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure gains of pans; writes OUT/NAME.md and .json, after each kind of reference."""
     parser = measuring_parser(main.__doc__, "pans")
     parser.add_argument("--steps", type=int, help="the model's default if not given")
+    parser.add_argument("--tracked", type=int, help="so many clips are read by tracked points, too; all if not given")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of references, and the floor")
     o = parser.parse_args(arguments)
     opened = Measured.open(o)
     judge, sizes = opened.judge, opened.sizes
@@ -120,20 +125,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def measure(kind: str, clips: Tensor) -> None:
         aligned = judge.observe(clips, motions.subjects, choice, align=True).camera.float().cpu()
         found = {"aligned": aligned}
-        if find_spec("cv2"):
-            found["tracked"] = camera_curves(clips, workers=os.cpu_count() or 1)
+        if o.tracked != 0 and find_spec("cv2"):
+            found["tracked"] = camera_curves(clips[: o.tracked], workers=os.cpu_count() or 1)
         for how, curves in found.items():
             for index, name in enumerate(("pan x", "pan y")):
-                true = motions.camera[:, :, index].cpu()
+                true = motions.camera[: len(curves), :, index].cpu()
                 numbers[f"{kind}, {name}, {how}"] = agreement(true, curves[:, :, index])
+        # Which scenes the results show decides how far they go: the same reference is followed over some only.
+        for scene, place in enumerate(SCENES):
+            shown = (requested.scene == scene).cpu()
+            numbers[f"{kind}, {place}, both"] = agreement(
+                motions.camera[shown, :, :2].cpu().transpose(1, 2).flatten(0, 1),
+                aligned[shown, :, :2].transpose(1, 2).flatten(0, 1),
+            )
         opened.write(format_gains(numbers), numbers)
         opened.say(kind)
 
     for kind, realism in (("footage", 1.0), ("rendered", 0.0)):
+        if kind not in o.kinds:
+            continue
         worn = world.appearances(motions, generator, held_out=False)
         references = world.render(motions, worn, realism=realism, generator=generator).cpu()
         measure(kind, play(opened.pipeline, references, captions, o.seed, o.batch, steps=o.steps))
-    measure("floor", world.render(motions, requested, generator=generator).cpu())
+    if "floor" in o.kinds:
+        measure("floor", world.render(motions, requested, generator=generator).cpu())
     print(format_gains(numbers), flush=True)
 
 

@@ -8,7 +8,6 @@ python -m recipes.train_adapter --out build/small --name unfiltered --mismatched
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +19,7 @@ from recipes.distributed import leave, rank, wait_for_ranks
 from recipes.latents import Clips, tokenize, with_noise
 from recipes.networks import (
     REFERENCE_TIMESTEP,
+    adapter_metadata,
     add_adapter,
     load_weights,
     make_base,
@@ -94,11 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if rank() == 0:
         state = {name: p.detach().float() for name, p in unet.adapter_parameters()}
-        metadata = {
-            "fusion_blocks": json.dumps(options.fusion_blocks),
-            "reference_timestep": str(options.reference_timestep),
-            "steps": str(trainer.step_count),
-        }
+        metadata = adapter_metadata(trainer.step_count, options.fusion_blocks, options.reference_timestep)
         save_weights(stage.out / f"{options.name}.safetensors", metadata, adapter=state)
         unet.float()
         text.float()

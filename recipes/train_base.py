@@ -22,7 +22,15 @@ from emt.features import MotionFeatures
 from emt.train.objective import Objective
 from recipes.distributed import leave, rank, wait_for_ranks
 from recipes.latents import Clips, tokenize, with_noise
-from recipes.networks import REFERENCE_TIMESTEP, add_adapter, make_base, make_scheduler, network_weights, save_weights
+from recipes.networks import (
+    REFERENCE_TIMESTEP,
+    adapter_metadata,
+    add_adapter,
+    make_base,
+    make_scheduler,
+    network_weights,
+    save_weights,
+)
 from recipes.optimizer import GraphTrainer
 from recipes.reader import MotionReader
 from recipes.stage import MINUTES, Stage, compiled, kernel_attention, save_on_signals, stage_parser, train
@@ -184,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--realistic", type=float, default=0.35, help="video: share of references that look like real footage"
     )
     parser.add_argument("--targets", type=int, default=2, help="video: clips that follow each reference")
+    parser.add_argument(
+        "--keep-scalers", action="store_true", help="video: those of --start-from, for a training that is short"
+    )
+    parser.add_argument("--average", type=float, default=0.999, help="decay of the average of the weights")
     parser.set_defaults(minutes=None, batch=None)
     options = parser.parse_args(arguments)
     name = options.stage
@@ -201,10 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unet = add_adapter(unet, stage.sizes)
         if options.start_from is not None:  # scalers start anew, which may have closed
             learnt = network_weights(options.start_from)
-            unet.load_state_dict(
-                unet.state_dict() | {key: value for key, value in learnt.items() if ".scaler." not in key}
-            )
-        # Half open throughout: while features say little yet, scalers that learn close those of the finer level.
+            kept = {key: value for key, value in learnt.items() if options.keep_scalers or ".scaler." not in key}
+            unet.load_state_dict(unet.state_dict() | kept)
+        # As they are throughout: while features say little yet, scalers that learn close those of the finer level.
         for key, parameter in unet.named_parameters():
             parameter.requires_grad_(".scaler." not in key)
     unet.to(stage.device, stage.dtype, memory_format=torch.channels_last)
@@ -264,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "video":  # the next stage goes on from there
             parts["adapter"] = {key: value for key, value in weights.items() if key not in names}
         parts["text"] = {key: value.float() for key, value in text.state_dict().items()}
-        save_weights(path, **parts)
+        # An adapter's result, too: `assemble --adapter video` makes a model of it as it is.
+        save_weights(path, adapter_metadata(trainer.step_count) if name == "video" else None, **parts)
 
     frames = name == "frames"
     trained = [p for key, p in unet.named_parameters() if p.requires_grad and not (frames and "motion_" in key)]
@@ -279,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     draw = {"frames": draw_frames, "motion": draw_motions, "video": draw_videos}[name]
     with without_motion_modules(unet) if frames else kernel_attention(stage), compiled(stage, unet, *passes[name]):
-        trainer = GraphTrainer(loss, groups, graph=stage.graph)
+        trainer = GraphTrainer(loss, groups, average=options.average, graph=stage.graph)
         # Without motion modules there is no whole network to save.
         train(stage, trainer, draw, warmup=200, measure=measure, save=None if frames else lambda: save(so_far))
     if options.compile_only:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from emt.backbones.sd15.sparse_control import open_control
 from emt.evaluate.judge import Judge, JudgeVocabulary
 from emt.pipeline import MotionTransferPipeline
-from emt.synthetic.renderer import words
+from emt.synthetic.renderer import SCENES, words
 from emt.train.objective import Objective, adapter_loss, shift_timesteps
 from emt.video import write_clip
 from recipes import (
@@ -529,6 +529,22 @@ def test_training_goes_on_from_a_stages_result(out: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "video-so-far.safetensors").exists()
 
 
+def test_a_short_training_keeps_the_scalers_and_needs_no_stage_for_the_adapter(out: Path, tmp_path: Path) -> None:
+    for part in ("latents.safetensors", "vae"):
+        (tmp_path / part).symlink_to(out / part)
+    arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--steps", "1", "--batch", "5", "--rate", "0"]
+    short = ["--keep-scalers", "--average", "0.5"]
+    train_base.main(["video", *arguments, "--start-from", str(out / "model"), *short])
+    assemble.main(["--out", str(tmp_path), "--tiny", "--adapter", "video"])
+    first, same = (MotionTransferPipeline.from_pretrained(f) for f in (out / "model", tmp_path / "model-video"))
+    assert same.config.reference_timestep == first.config.reference_timestep
+    before, after = first.unet.state_dict(), same.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert any(".scaler." in name for name in before)
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name])
+
+
 def test_an_ablation_trains_beside_the_model(out: Path) -> None:
     arguments = ["--out", str(out), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "2"]
     train_adapter.main([*arguments, "--name", "ablation", "--fusion-blocks", "1", "--no-scaler"])
@@ -629,6 +645,14 @@ def test_gains_of_a_model_are_measured_beside_those_of_true_renders(out: Path, t
     assert all(0 <= row["clips"] <= 2 for row in rows.values())
     table = (tmp_path / "pans.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in rows]
+    by_scene = [name for name in rows if name.startswith("floor, ") and name.endswith(", both")]
+    assert len(by_scene) == len(SCENES)
+    assert sum(rows[name]["clips"] for name in by_scene) <= 4  # two axes of two clips
+
+    fewer = ["--clips", "2", "--steps", "1", "--kinds", "footage", "--tracked", "0", "--name", "fewer"]
+    pans.main([*beside(out, tmp_path), "--judge", str(tmp_path / "judge.safetensors"), *fewer])
+    again = json.loads((tmp_path / "fewer.json").read_text())
+    assert again == {name: row for name, row in rows.items() if name.startswith("footage") and "tracked" not in name}
 
 
 def test_a_control_network_is_trained_opens_and_is_tried(out: Path, tmp_path: Path) -> None:
