@@ -7,13 +7,16 @@ what users of diffusers have in hand, and computes the same clip from the same n
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -61,11 +64,28 @@ class DiffusersInterface:
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
     _exclude_from_cpu_offload: ClassVar = ["unet"]
     _interrupt = False
+    _guidance_scale = 1.0  # of the running call; what a callback makes of it holds from there on
+    _num_timesteps = 0
 
     @property
     def interrupt(self) -> bool:
         """Return whether the running call ends after the step: a callback sets `_interrupt` to end it."""
         return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of the running call: a callback changes it by `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Return whether the running call is guided: not by a scale of 1 or less."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running call."""
+        return self._num_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -106,7 +126,7 @@ class DiffusersInterface:
             height: in pixels; likewise.
             width: in pixels; likewise.
             num_inference_steps: None for the model's default.
-            guidance_scale: 1 is without; None for the model's default.
+            guidance_scale: 1 and less are without, as in diffusers; None for the model's default.
             negative_prompt: what guidance leads away from.
             num_videos_per_prompt: clips of each prompt, one after the other.
             generator: of the initial noise, and of noise that a sampler adds: one, or one for each clip. One with
@@ -119,17 +139,35 @@ class DiffusersInterface:
             callback_on_step_end: called with the pipeline, the number of the step, its timestep and a dict of tensors
                 after each step; what it returns of them is taken from there on.
             callback_on_step_end_tensor_inputs: names of the tensors: latents, prompt_embeds, negative_prompt_embeds.
+                While the call is guided, prompt_embeds are the negative ones and after them the prompts', as diffusers
+                has them; either both or the prompts' alone are taken back.
 
         Raises:
-            TypeError: a video is of no kind that is read.
+            TypeError: a video or another argument is of no kind that is read.
             ValueError: arguments do not fit together, or are none that are allowed.
             EmtError: a file cannot be read, a prompt has words that the model does not know, or a result is not finite.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}, allowed are {', '.join(OUTPUT_TYPES)}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            allowed = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}, allowed are {allowed}")
+        _check_counts(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )
+        if guidance_scale is not None and not _is_finite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale!r}, allowed are finite numbers")
+        for name, tensor in (
+            ("latents", latents),
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}, allowed is a tensor of torch")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         pipe: Any = self
         if self.config.get("adapter") == "none" and (video is not None or motion is not None):
             hint = "Use emt.train.teacher.Teacher(pipe).generate, which needs none, or train one: emt train --help"
@@ -140,9 +178,10 @@ class DiffusersInterface:
             shape = tuple(own if given is None else given for own, given in zip(shape, (num_frames, height, width)))
             _check_shape(pipe, *shape)
 
-        guidance = self.config.guidance if guidance_scale is None else guidance_scale
+        self._guidance_scale = self.config.guidance if guidance_scale is None else float(guidance_scale)
+        guided = self.do_classifier_free_guidance
         count, towards, away = self._embeddings(
-            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, num_videos_per_prompt, guidance != 1
+            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, num_videos_per_prompt, guided
         )
         if len(motions) > 1:
             motions = _each("video" if motion is None else "motion", motions, count, num_videos_per_prompt)
@@ -158,20 +197,22 @@ class DiffusersInterface:
         text = _Text(self.unet, towards, away)
 
         def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
+            known = text.features if guided else text.alone
             if in_windows:
-                return in_windows(sample.to(self.unet.dtype), timestep, text.features, True)
-            return self.backend.denoise(sample.to(self.unet.dtype), timestep, text.features, moved)
+                return in_windows(sample.to(self.unet.dtype), timestep, known, True)
+            return self.backend.denoise(sample.to(self.unet.dtype), timestep, known, moved)
 
-        self._interrupt = False
+        self._interrupt, self._num_timesteps = False, len(sampler.timesteps)
         with pipe.progress_bar(total=len(sampler.timesteps)) as bar:
 
             def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
                 bar.update()
                 if callback_on_step_end is not None:
-                    known = {"latents": latents, "prompt_embeds": text.towards, "negative_prompt_embeds": text.away}
+                    both = text.both if self.do_classifier_free_guidance else text.towards
+                    known = {"latents": latents, "prompt_embeds": both, "negative_prompt_embeds": text.away}
                     given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, step, timestep, given) or {}
-                    text.replace(changed.get("prompt_embeds"), changed.get("negative_prompt_embeds"))
+                    text.replace(changed.get("prompt_embeds", both), changed.get("negative_prompt_embeds", text.away))
                     latents = changed.get("latents", latents)
                 return None if self._interrupt else latents
 
@@ -179,7 +220,7 @@ class DiffusersInterface:
                 predict,
                 sampler,
                 noise.to(device),
-                guidance,
+                lambda: self._guidance_scale if guided and self.do_classifier_free_guidance else 1.0,
                 generators=generator,
                 after_step=after_step,
             )
@@ -235,14 +276,12 @@ class DiffusersInterface:
             raise ValueError("give prompt or prompt_embeds, one of them")
         if negative_prompt is not None and negative_embeds is not None:
             raise ValueError("give negative_prompt or negative_prompt_embeds, one of them")
-        if repeats < 1:
-            raise ValueError(f"num_videos_per_prompt is {repeats}, allowed are positive whole numbers")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        prompts = [] if prompt is None else _texts("prompt", prompt)
         count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
         if not count:
             raise ValueError("prompt is empty: give one or more")
         given = "" if negative_prompt is None else negative_prompt
-        negatives = _each("negative_prompt", [given] if isinstance(given, str) else list(given), count)
+        negatives = _each("negative_prompt", _texts("negative_prompt", given), count)
         pipe: Any = self
         # In one pass where nothing is given as an encoding, as `generate` encodes them.
         texts = [
@@ -278,6 +317,9 @@ class DiffusersInterface:
         if self.scheduler is pipe.models_scheduler:
             return pipe.make_sampler(self.config.get("sampler", "ddim"), steps)
         sampler: SchedulerMixin = self.scheduler
+        if not hasattr(sampler, "set_timesteps"):
+            hint = "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+            raise TypeError(f"scheduler is {sampler!r}, allowed are those of diffusers, as in {hint}")
         sampler.set_timesteps(steps, device="cpu")
         return sampler
 
@@ -297,9 +339,23 @@ class DiffusersInterface:
                 raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {size}")
             return latents.float()
         generators = list(generator) if isinstance(generator, Sequence) else generator
+        for one in generators if isinstance(generators, list) else [generators]:
+            if one is not None and not isinstance(one, torch.Generator):
+                hint = f"torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
+                raise TypeError(f"generator is {one!r}, allowed are those of torch, as in {hint}")
         if isinstance(generators, list) and len(generators) != clips:
             raise ValueError(f"generator has {len(generators)} entries, expected one or {clips}")
         return randn_tensor(size, generator=generators, device=pipe._execution_device, dtype=torch.float32)
+
+    def _check_callback(self, callback: Any, names: Any) -> None:
+        """Raise `TypeError` or `ValueError` unless a call can call it with the tensors of these names."""
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end is {callback!r}, allowed is a function")
+        allowed = ", ".join(self._callback_tensor_inputs)
+        if isinstance(names, str):
+            raise TypeError(f"callback_on_step_end_tensor_inputs is {names!r}, allowed is a list of {allowed}")
+        if unknown := set(names) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}, allowed are {allowed}")
 
     # ---------------------------------------------------------------------------------------------------- the memory
 
@@ -331,24 +387,68 @@ class _Text:
     """Encodings of prompts as the network reads them, until a callback replaces them."""
 
     def __init__(self, unet: Any, towards: Tensor, away: Tensor | None) -> None:
-        self.unet, self.towards, self.away = unet, towards, away
-        self.features = self._encode()
+        self.unet = unet
+        self._set(towards, away)
 
-    def replace(self, towards: Tensor | None, away: Tensor | None) -> None:
-        """Take other encodings from here on; None for those that are there."""
-        if (towards is None or towards is self.towards) and (away is None or away is self.away):
+    def _set(self, towards: Tensor, away: Tensor | None) -> None:
+        self.towards, self.away = towards, away
+        self.both = towards if away is None else torch.cat([away, towards])
+        self.features = self.unet.encode_text(self.both)
+        self._alone = self.features if away is None else None
+
+    @property
+    def alone(self) -> Any:
+        """Those of the prompts without the negative ones, for steps that are not guided."""
+        if self._alone is None:
+            self._alone = self.unet.encode_text(self.towards)
+        return self._alone
+
+    def replace(self, prompts: Tensor, away: Tensor | None) -> None:
+        """Take other encodings from here on: the prompts', or those of `both` at once; and the negative ones.
+
+        Raises:
+            ValueError: they are of another number of clips, or of another shape.
+        """
+        if (prompts is self.both or prompts is self.towards) and away is self.away:
             return
-        self.towards = self.towards if towards is None else towards
-        self.away = self.away if away is None else away
-        self.features = self._encode()
-
-    def _encode(self) -> Any:
-        return self.unet.encode_text(self.towards if self.away is None else torch.cat([self.away, self.towards]))
+        clips = len(self.towards)
+        towards = prompts
+        if self.away is not None and len(prompts) == 2 * clips:
+            first, towards = prompts.chunk(2)
+            away = first if away is self.away else away
+        for name, given in (("prompt_embeds", towards), ("negative_prompt_embeds", away)):
+            if given is not None and given.shape != self.towards.shape:
+                what = f"{name} that a callback returned have shape {tuple(given.shape)}"
+                raise ValueError(f"{what}, expected {tuple(self.towards.shape)}")
+        self._set(towards, away)
 
 
 def _offload(gpu_id: int | None, device: torch.device | str | None) -> dict[str, Any]:
     """Arguments that diffusers gets: its own default device is not None everywhere."""
     return {name: value for name, value in (("gpu_id", gpu_id), ("device", device)) if value is not None}
+
+
+def _check_counts(**given: Any) -> None:
+    """Raise `TypeError` or `ValueError` unless each number that is given is whole and positive."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}, allowed are positive whole numbers")
+        if value < 1:
+            raise ValueError(f"{name} is {value}, allowed are positive whole numbers")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    """Texts of an argument that takes one or a list of them."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} is {value!r}, allowed are a text and a list of texts")
+    return list(texts)
 
 
 def _check_shape(pipe: Any, frames: int, height: int, width: int) -> None:

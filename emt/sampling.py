@@ -152,7 +152,7 @@ def run_sampler(
     predict: Callable[[Tensor, Tensor, int, bool], Tensor],
     sampler: Any,
     noise: Tensor,
-    guidance: float,
+    guidance: float | Callable[[], float],
     *,
     guided_steps: int | None = None,
     generators: Sequence[torch.Generator] | torch.Generator | None = None,
@@ -167,7 +167,7 @@ def run_sampler(
             with it.
         sampler: of `make_sampler`.
         noise: (clips, …), float32.
-        guidance: scale; 1 is without.
+        guidance: scale; 1 is without. A function is asked before each step.
         guided_steps: steps with guidance, the first ones; None for all.
         generators: of each clip, or one of all, for samplers that add noise; None for torch's own.
         on_step: called with (steps done, steps) after each.
@@ -178,7 +178,7 @@ def run_sampler(
         Latents, as the noise.
     """
     steps = len(sampler.timesteps)
-    guided_steps = 0 if guidance == 1 else steps if guided_steps is None else guided_steps
+    guided_steps = steps if guided_steps is None else guided_steps
     # The sampler's own numbers stay on the host, which does not have to wait for the device to read them.
     timesteps = sampler.timesteps.to(noise.device)
     latents = noise * getattr(sampler, "init_noise_sigma", 1.0)  # a flow begins with noise as it is
@@ -187,12 +187,13 @@ def run_sampler(
         options["generator"] = list(generators) if isinstance(generators, Sequence) else generators
     scales = hasattr(sampler, "scale_model_input")  # Euler's method for flows has nothing to scale
     for i, timestep in enumerate(sampler.timesteps):
-        guided = i < guided_steps
+        scale = guidance() if callable(guidance) else guidance
+        guided = i < guided_steps and scale != 1
         scaled = sampler.scale_model_input(latents, timestep) if scales else latents
         prediction = predict(torch.cat([scaled, scaled]) if guided else scaled, timesteps[i], i, guided).float()
         if guided:
             away, towards = prediction.chunk(2)
-            prediction = away + guidance * (towards - away)
+            prediction = away + scale * (towards - away)
         latents = sampler.step(prediction, timestep, latents, **options).prev_sample
         if on_step:
             on_step(i + 1, steps)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import export_to_video
 from PIL import Image
 from safetensors.torch import save_file
@@ -199,6 +200,24 @@ def test_a_missing_file_is_one_error(pipe, tmp_path):
         ({"prompt": ["a", "b", "c"], "video": [pixels(), pixels(1)]}, "video has 2 entries, expected 1 or 3"),
         ({"prompt": "a", "generator": [torch.Generator()] * 2}, "generator has 2 entries, expected one or 1"),
         ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
+        ({"prompt": "a", "num_videos_per_prompt": 1.5}, "num_videos_per_prompt is 1.5, allowed are positive whole"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps is 0, allowed are positive whole"),
+        ({"prompt": "a", "num_inference_steps": -1}, "num_inference_steps is -1"),
+        ({"prompt": "a", "num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+        ({"prompt": "a", "num_inference_steps": True}, "num_inference_steps is True"),
+        ({"prompt": "a", "num_frames": 4.0}, "num_frames is 4.0"),
+        ({"prompt": "a", "height": "16"}, "height is '16'"),
+        ({"prompt": "a", "guidance_scale": "4"}, "guidance_scale is '4', allowed are finite numbers"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"prompt": 5}, "prompt is 5, allowed are a text and a list of texts"),
+        ({"prompt": ["a", None]}, "prompt is"),
+        ({"prompt": "a", "negative_prompt": [5]}, "negative_prompt is"),
+        ({"prompt": "a", "generator": 5}, "manual_seed\\(5\\)"),
+        ({"prompt": ["a", "b"], "generator": [seeded(3), 5]}, "generator is 5"),
+        ({"prompt": "a", "latents": np.zeros((1, 4, 4, 2, 3))}, "latents is a ndarray, allowed is a tensor"),
+        ({"prompt_embeds": np.zeros((1, 4, 5))}, "prompt_embeds is a ndarray"),
+        ({"prompt": "a", "callback_on_step_end": 5}, "callback_on_step_end is 5"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": "latents"}, "allowed is a list of latents"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 2, 2, 2)}, "latents have shape"),
         ({"prompt_embeds": torch.zeros(1, 4, 5)}, "encodings of prompts have shape"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "allowed are latents, prompt_embeds"),
@@ -292,6 +311,59 @@ def test_a_callback_sees_each_step_and_changes_what_it_returns(pipe, motion):
         "a cat", **options, output_type="latent", callback_on_step_end=lambda *a: {"latents": 0 * a[3]["latents"]}
     )
     assert not zero.frames.any()
+
+
+@pytest.mark.parametrize("prompts", [["a cat"], ["a cat", "a dog"]])
+def test_a_callback_turns_guidance_off_as_diffusers_documents_it(pipe, motion, prompts):
+    """The first step is guided and the others are not, which `generate` has an option for."""
+
+    def turn_off(given, step, timestep, tensors):
+        if step == int(given.num_timesteps * 0.25) - 1:
+            given._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    seeds = list(range(len(prompts)))
+    found = pipe(
+        prompts,
+        motion=motion,
+        num_inference_steps=4,
+        generator=[seeded(seed) for seed in seeds],
+        output_type="np",
+        callback_on_step_end=turn_off,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    ).frames
+    expected = pipe.generate(prompts, motion, seed=seeds, steps=4, guidance_until=0.25)
+    np.testing.assert_array_equal((found * 255).round().astype(np.uint8), np.stack(expected))
+
+
+def test_callbacks_of_diffusers_are_taken(pipe, motion):
+    options = {"motion": motion, "num_inference_steps": 4}
+    cut = made(pipe, "a cat", **options, callback_on_step_end=SDCFGCutoffCallback(None, 1))  # after the second step
+    expected = pipe.generate("a cat", motion, seed=3, steps=4, guidance_until=0.5)[0]
+    np.testing.assert_array_equal(cut, expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_a_scale_of_one_or_less_is_without_guidance(pipe, motion, scale):
+    """As in diffusers, where few-step models are called with 0: the clip is the prompt's, not the empty prompt's."""
+    expected = pipe.generate("a cat", motion, seed=3, steps=4, guidance=1.0)[0]
+    np.testing.assert_array_equal(
+        made(pipe, "a cat", motion=motion, num_inference_steps=4, guidance_scale=scale), expected
+    )
+
+
+def test_what_a_callback_returns_has_to_fit(pipe, motion):
+    wrong = torch.zeros(3, 77, pipe.unet.text_width)
+    with pytest.raises(ValueError, match="prompt_embeds that a callback returned have shape"):
+        pipe("a cat", motion=motion, callback_on_step_end=lambda *_: {"prompt_embeds": wrong})
+
+
+def test_a_scheduler_that_is_none_is_named(folder, motion):
+    pipe = load_pipeline(folder)
+    pipe.scheduler = None
+    with pytest.raises(TypeError, match="allowed are those of diffusers"):
+        pipe("a cat", motion=motion)
 
 
 def test_a_callback_ends_the_call_and_the_next_one_is_whole(pipe, motion):
