@@ -521,9 +521,13 @@ def test_k2_syntax_that_is_not_honoured_is_in_the_record(tmp_path):
     ask = ["--prompt", "a {red|blue} fox", "--prompt", "a fox", "--json", "--out", "out"]
     said = {line["prompt"]: line.get("warnings") for line in lines(transfer(tmp_path, reference, *ask))}
     assert said["a fox"] is None
-    assert said["a {red|blue} fox"] == ["read as plain text, not as weights, LoRAs, breaks or choices: {red|blue}"]
+    assert said["a {red|blue} fox"] == [
+        "read as plain text, not as weights, LoRAs, breaks, choices or key frames: {red|blue}"
+    ]
 
 
-@pytest.mark.parametrize("prompt", ["a fox (red) in snow", "12:30 at the station", "a < b > c", "break dance", "C++"])
+@pytest.mark.parametrize(
+    "prompt", ["a fox (red) in snow", "12:30 at the station", "a fox | a wolf", "a < b > c", "break dance", "C++"]
+)
 def test_plain_words_are_not_taken_for_syntax(prompt):
     assert not warnings_of(prompt)

@@ -338,6 +338,28 @@ def test_runs_read_weights_and_key_frames_and_rerun_them(tmp_path):
     assert "identical with the original" in ended.err, ended.err
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        '{"0": "a fox", "8": "a wolf"',
+        '{"0": "a fox", "8": 5}',
+        '"0": "a fox" "8": "a wolf"',
+        "0: a fox | a wolf",
+        "a fox | 8: a wolf",
+        "0: a fox",
+    ],
+)
+def test_a_prompt_that_is_nearly_one_by_key_frames_is_said_to_be_text(prompt):
+    assert [kind for kind, _ in unread_syntax(prompt, read=True)] == ["key frames"]
+
+
+def test_key_frames_are_said_to_be_text_only_where_they_are_not_read():
+    for prompt in ("0: a fox | 8: a wolf", '{"0": "a fox", "8": "a wolf"}'):
+        assert not list(unread_syntax(prompt, read=True))
+        assert [kind for kind, _ in unread_syntax(prompt)] == ["key frames"], "by the letter"
+    assert not list(unread_syntax("0: a fox | 0: a wolf", read=True)), "an error of its own, later"
+
+
 def test_a_break_within_brackets_is_said_to_be_the_word():
     assert list(unread_syntax("a (fox BREAK ice:1.2)", read=True)) == [("break", "BREAK in brackets")]
     assert not list(unread_syntax("a (fox:1.2) BREAK ice", read=True))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from textwrap import shorten
 
 from emt.errors import EmtError
-from emt.prompt_syntax import WEBUI, has_weighted_break, words_of
+from emt.prompt_syntax import WEBUI, has_weighted_break, parse_schedule, words_of
 from emt.vocabulary import Vocabulary, without
 from emt_cli.batch.jobs import Item, Job
 
@@ -109,6 +109,9 @@ _UNREAD = {kind: _SYNTAX[kind] for kind in ("network", "choice", "embedding")} |
     "composition": re.compile(r"\bAND\b"),
 }
 
+#: How a prompt by key frames begins, or where its second one does.
+_KEYED = re.compile(r'\s*\{?\s*"\s*\d{1,6}\s*"\s*:|\s*\d{1,6}\s*:\s|.*?\|\s*\d{1,6}\s*:', re.DOTALL)
+
 
 def unread_syntax(prompt: str, read: bool = False) -> Iterator[tuple[str, str]]:
     """Parts of a prompt that mean something else in other programs: the kind of syntax, and the part.
@@ -122,6 +125,16 @@ def unread_syntax(prompt: str, read: bool = False) -> Iterator[tuple[str, str]]:
             yield kind, match[0]
     if read and has_weighted_break(prompt):
         yield "break", "BREAK in brackets"
+    if (keyed := _KEYED.match(prompt)) and not (read and _is_schedule(prompt)):
+        yield "key frames", keyed[0].strip()
+
+
+def _is_schedule(prompt: str) -> bool:
+    """Return whether a prompt has key frames; True as well for ones that make no sense, which are an error later on."""
+    try:
+        return parse_schedule(prompt) is not None
+    except EmtError:
+        return True
 
 
 def syntax_warnings(job: Job) -> list[str]:
@@ -134,4 +147,4 @@ def syntax_warnings(job: Job) -> list[str]:
 def _read_as_text(parts: Collection[str]) -> str:
     more = f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
     named = ", ".join(shorten(part, 60, placeholder=" …") for part in list(parts)[:_NAMED])
-    return f"read as plain text, not as weights, LoRAs, breaks or choices: {named}{more}"
+    return f"read as plain text, not as weights, LoRAs, breaks, choices or key frames: {named}{more}"
