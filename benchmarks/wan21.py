@@ -4,9 +4,10 @@
     python benchmarks/wan21.py memory [--sizes 17x256x256 81x480x832]
 
 `speed`: a step of guidance (a batch of two, text encoded, bf16) by diffusers' `WanTransformer3DModel`, eager and with
-its blocks compiled, and by this project's network: without a reference, with one in the default blocks, seen whole and
-by same frame ±1; and the reference pass. A row is the median of `--repeats` calls, of a CUDA graph where it says so or
-where the network is this project's; calls of more than 0.3 s are not captured.
+its blocks compiled, and by this project's network: without a reference, with one in the default blocks and in the
+middle third of them, seen whole and by same frame ±1; and the reference pass. A row is the median of `--repeats`
+calls, of a CUDA graph where it says so or where the network is this project's; calls of more than 0.3 s are not
+captured, and repeated less often.
 `memory`: the peak of memory that tensors take in a step of training the adapter with gradients checkpointed, a batch of
 one, AdamW in float32. `--tiny` takes toy sizes, to try it on a CPU.
 """
@@ -14,6 +15,7 @@ one, AdamW in float32. `--tiny` takes toy sizes, to try it on a CPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -28,14 +30,16 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
+from emt.features import MotionFeatures
 from emt.train.objective import FlowObjective
 
 #: Both networks are made of this: without it diffusers' is of the 14 B.
 FULL = {"num_attention_heads": 12, "attention_head_dim": 128, "text_dim": 4096, "ffn_dim": 8960, "num_layers": 30}
-TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "ffn_dim": 64, "num_layers": 3}
+TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "ffn_dim": 64, "num_layers": 6}
 TEXT_TOKENS = 512
 LONG = 0.3
-"""Seconds of a call that keeps the GPU busy whoever launches it: it is not captured, and repeated three times."""
+"""Seconds of a call that keeps the GPU busy whoever launches it: it is not captured, and takes `LONG_REPEATS`."""
+LONG_REPEATS = 2
 
 
 def make(kind: Any, device: str, dtype: torch.dtype, **options: Any) -> Any:
@@ -58,7 +62,7 @@ def seconds(call: Callable[[], Any], repeats: int, device: str, *, graph: bool) 
             torch.cuda.synchronize()
         once = time.perf_counter() - started
     if once > LONG:
-        repeats = min(repeats, 3)
+        repeats = min(repeats, LONG_REPEATS)
     if device == "cuda" and graph and once <= LONG:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
@@ -117,12 +121,19 @@ def time_own(given: Tensor, row: Callable[..., None], o: argparse.Namespace) -> 
     words = torch.randn(2, TEXT_TOKENS, model.config.text_dim, device=o.device, dtype=given.dtype)
     level = torch.full((2,), 700.0, device=o.device)
     text, empty = model.encode_text(words), model.encode_text(words[:1])
-    motion = model.prepare(model.encode_reference(given[:1], level[:1], empty))
     row("emt, without reference", lambda: model(given, level, text))
-    row("emt, with reference, all frames", lambda: model(given, level, text, motion))
-    model.register_to_config(reference_neighbours=1)
-    row("emt, with reference, same frame ±1", lambda: model(given, level, text, motion))
     row("emt, reference pass", lambda: model.encode_reference(given[:1], level[:1], empty))
+    features = model.encode_reference(given[:1], level[:1], empty)
+    default = [i for i, block in enumerate(model.blocks) if block.adapter is not None]
+    third = len(default) // 3
+    for blocks in (default, default[third : len(default) - third]):
+        for i in set(default) - set(blocks):
+            model.blocks[i].adapter = None
+        motion = model.prepare(MotionFeatures({path: features.layers[path] for path in model.reference_layers()}))
+        for neighbours, seen in ((None, "all frames"), (1, "same frame ±1")):
+            model.register_to_config(reference_neighbours=neighbours)
+            name = f"emt, with reference in blocks {blocks[0]} to {blocks[-1]}, {seen}"
+            row(name, functools.partial(model, given, level, text, motion))
 
 
 def time_published(given: Tensor, row: Callable[..., None], rows: dict[str, float], o: argparse.Namespace) -> None:

@@ -135,6 +135,7 @@ def backbone_loss(
     noise: Tensor,
     timestep: Tensor,
     subject: Tensor,
+    read: int = 0,
     **truth: Tensor,
 ) -> Tensor:
     """Denoising loss of clips by the backbone, plus that of telling how everything in them moves.
@@ -144,6 +145,8 @@ def backbone_loss(
         objective: of the flow.
         reader: of what every block passes on.
         weight: of its loss.
+        read: first clips, which are as references are read. They are not denoised: what so little noise hides is
+            hardly to be told from the rest, and sampling never comes there.
         latents: (batch, channels, frames, height, width).
         text: encodings of the captions, (batch, tokens, width).
         noise: as `latents`.
@@ -157,7 +160,8 @@ def backbone_loss(
     noisy = objective.add_noise(latents, noise, timestep)
     prediction, _, hidden = model.denoise_with_hidden_states(noisy, timestep, text)
     reading = reader(map(as_images, hidden.values()), share=objective.signal_variance(timestep), **truth)
-    return objective.loss(prediction, latents, noise, timestep, subject) + weight * reading
+    drawn = (x[read:] for x in (prediction, latents, noise, timestep, subject))
+    return objective.loss(*drawn) + weight * reading
 
 
 def adapter_loss(

@@ -1,9 +1,10 @@
-"""AdamW with an average of the weights, one step of which is one CUDA graph."""
+"""AdamW, and Muon of matrices, with an average of the weights, one step of which is one CUDA graph."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,10 +12,20 @@ import torch
 from torch import Tensor, distributed, nn
 
 from recipes.distributed import all_agree, average_over_ranks, rank, ranks
+from recipes.muon import Muon
 
 
 class NonFiniteLoss(RuntimeError):
     """Training has diverged."""
+
+
+def _layout(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(p.shape), p.stride()
+
+
+def _stack(flat: Tensor, same: Sequence[Tensor]) -> Tensor:
+    """Matrices of one layout that follow each other in a flat buffer, (n, rows, columns)."""
+    return flat.as_strided((len(same), *same[0].shape), (len(flat) // len(same), *same[0].stride()))
 
 
 class GraphTrainer:
@@ -30,6 +41,7 @@ class GraphTrainer:
     Args:
         loss: takes a batch's tensors by name, returns a scalar, a mean over the batch. It may not wait for the device.
         groups: lists of parameters, each with its learning rate.
+        matrices: such lists of matrices, which take Muon's steps instead of AdamW's.
         average: decay of the average of the weights, lower at the beginning.
         graph: capture a CUDA graph after checking that it repeats two eager steps.
         betas: of AdamW.
@@ -41,6 +53,7 @@ class GraphTrainer:
         loss: Callable[..., Tensor],
         groups: Sequence[tuple[Sequence[nn.Parameter], float]],
         *,
+        matrices: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
         average: float = 0.999,
         graph: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -48,11 +61,18 @@ class GraphTrainer:
         clip: float = 1.0,
     ) -> None:
         self.loss, self.average, self.clip, self.use_graph = loss, average, clip, graph
-        self.parameters = [p for parameters, _ in groups for p in parameters]
+        # Matrices of one shape lie side by side, as one stack.
+        stacks = [
+            (list(same), rate)
+            for parameters, rate in matrices
+            for _, same in itertools.groupby(sorted(parameters, key=_layout), key=_layout)
+        ]
+        everything = [*groups, *stacks]
+        self.parameters = [p for parameters, _ in everything for p in parameters]
         device = self.parameters[0].device
         # Every parameter starts at 128 bytes or more, which the fast kernels for matrices want.
         offsets, sizes, total = [], [], 0
-        for parameters, _ in groups:
+        for parameters, _ in everything:
             first = total
             for p in parameters:
                 offsets.append(total)
@@ -76,17 +96,24 @@ class GraphTrainer:
             self.flat.copy_(self.master)
         self.averaged.copy_(self.master)
 
-        masters = [self.master[part] for part in sizes]
-        for master, part in zip(masters, sizes, strict=True):
+        self.base_rates = [rate for _, rate in everything]
+        self.rates = [torch.zeros((), device=device) for _ in everything]
+        masters = [self.master[part] for part in sizes[: len(groups)]]
+        for master, part in zip(masters, sizes, strict=False):
             master.grad = self.gradient[part]
-        self.base_rates = [rate for _, rate in groups]
-        self.rates = [torch.zeros((), device=device) for _ in groups]
         self.optimizer = torch.optim.AdamW(
-            [{"params": [m], "lr": rate} for m, rate in zip(masters, self.rates, strict=True)],
+            [{"params": [m], "lr": rate} for m, rate in zip(masters, self.rates, strict=False)],
             betas=betas,
             weight_decay=weight_decay,
             fused=True,
             capturable=device.type == "cuda",
+        )
+        self.muon = Muon(
+            [
+                (_stack(self.master[part], same), _stack(self.gradient[part], same), rate)
+                for part, (same, _), rate in zip(sizes[len(groups) :], stacks, self.rates[len(groups) :], strict=True)
+            ],
+            weight_decay=weight_decay,
         )
         self.step_count = 0
         self._blend = torch.zeros((), device=device)
@@ -187,6 +214,7 @@ class GraphTrainer:
         self.gradient.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
         self.gradient.masked_fill_(~finite, 0.0)
         self.optimizer.step()
+        self.muon.step()
         self.flat.copy_(self.master)
         self.averaged.lerp_(self.master, self._blend)
         zero = torch.zeros_like(norm)
@@ -196,7 +224,7 @@ class GraphTrainer:
 
     def _state(self) -> list[Tensor]:
         moments = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return [self.master, self.flat, self.averaged, self._sums, *moments]
+        return [self.master, self.flat, self.averaged, self._sums, *moments, *self.muon.moments]
 
     @torch.no_grad()
     def _restore(self, saved: Sequence[Tensor]) -> None:

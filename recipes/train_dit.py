@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emt import demo
+from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.train.objective import FlowObjective
 from recipes.distributed import average_over_ranks, leave, rank, say, wait_for_ranks
 from recipes.dit import (
@@ -55,7 +56,7 @@ class Defaults(NamedTuple):
 
 DEFAULTS = {
     "frames": Defaults(1.4, 1024, shift=1.5, rate=1e-3, hold=0.9),
-    "video": Defaults(7.4, 144, shift=2.0, rate=1e-3, hold=0.5, reading=2.0, references=0.33, before="frames"),
+    "video": Defaults(7.4, 192, shift=2.0, rate=1e-3, hold=0.5, reading=2.0, references=0.33, before="frames"),
     "adapter": Defaults(3.4, 128, shift=3.0, rate=1e-3, hold=0.4, reading=0.5, before="video"),
 }
 
@@ -72,6 +73,14 @@ def weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) + 1 :]: v.float() for k, v in load_file(path).items() if k.startswith(f"{prefix}.")}
 
 
+def backbone_of(start: Path) -> dict[str, Tensor]:
+    """Weights of the backbone in a model folder or a stage's result, in float32."""
+    if not start.is_dir():
+        return weights_of(start, "transformer")
+    network = WanMotionTransferTransformer.from_pretrained(start / "unet").float()
+    return {name: value for name, value in network.state_dict().items() if ".adapter." not in name}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the backbone or the adapter; writes OUT/<stage>.safetensors, or OUT/NAME.safetensors of an adapter."""
     parser = stage_parser(main.__doc__, minutes=0, batch=0)
@@ -79,12 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--parts", type=Path, default=demo.path(), help="model folder with the autoencoder and text encoder"
     )
-    parser.add_argument("--start-from", type=Path, help="result of a stage to go on from, in place of the one before")
+    parser.add_argument(
+        "--start-from", type=Path, help="model folder, or a stage's result, to go on from in place of the one before"
+    )
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--hold", type=float, help="share of the stage before the learning rate falls")
     parser.add_argument("--reading", type=float, help="video and adapter: weight of telling how everything moves")
     parser.add_argument("--references", type=float, help="video: share of clips that are as references are read")
-    parser.add_argument("--save-minutes", type=float, default=2.0, help="how often to keep what there is so far")
+    parser.add_argument("--save-minutes", type=float, default=1.0, help="how often to keep what there is so far")
     parser.add_argument("--name", default="adapter", help="adapter: of the result")
     parser.add_argument("--blocks", type=int, nargs="+", help="adapter: blocks that take the reference")
     parser.add_argument(
@@ -109,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = o.start_from or (stage.out / f"{o.before}.safetensors" if o.before else None)
     reader = make_reader(model, sizes.layers - min(blocks, default=0), stage.device, torch.float32)
     if before is not None and not o.compile_only:
-        model.load_state_dict(model.state_dict() | weights_of(before, "transformer"))
-        if o.stage == "video" and o.start_from is not None:
+        model.load_state_dict(model.state_dict() | backbone_of(before))
+        if o.stage == "video" and before.is_file() and o.start_from is not None:
             reader.load_state_dict(reader.state_dict() | weights_of(before, "reader"))
     model.to(stage.device, stage.dtype)
     reader.to(stage.dtype)
@@ -136,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_noise(batch, objective, stage.generator, stage.dtype, o.shift)
 
     reading = torch.tensor(o.reading, device=stage.device)
+    read_clips = max(round(o.references * o.batch), 1)
 
     def measure() -> dict[str, float]:
         """R² of the readings. A backbone that is late to see how clips move is taught with more weight from here on."""
@@ -148,10 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def draw_videos() -> dict[str, Tensor]:
         """Clips of which the first are as references are read."""
-        count = max(round(o.references * o.batch), 1)
-        read = noisy(clips.draw(count, stage.generator, drop=1.0, realistic=0.35))
+        read = noisy(clips.draw(read_clips, stage.generator, drop=1.0, realistic=0.35))
         read["timestep"] = torch.full_like(read["timestep"], o.reference_timestep)
-        others = noisy(clips.draw(o.batch - count, stage.generator, drop=0.1, realistic=0.12))
+        others = noisy(clips.draw(o.batch - read_clips, stage.generator, drop=0.1, realistic=0.12))
         return {key: torch.cat([part, others[key]]) for key, part in read.items()} | {"weight": reading}
 
     def draw_pairs() -> dict[str, Tensor]:
@@ -165,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seen = objective.add_noise(batch["latents"], batch["noise"], batch["timestep"])
             return objective.loss(model(seen, batch["timestep"], captions), **batch)
         if not adapting:
-            return backbone_loss(model, objective, reader, text=captions, **batch)
+            return backbone_loss(model, objective, reader, text=captions, read=read_clips, **batch)
         level = o.reference_timestep
         return adapter_loss(
             model, objective, reader, o.reading, text=captions, empty=empty, reference_timestep=level, **batch
@@ -183,11 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state = {key: value.half() for key, value in model.state_dict().items()}
         save_weights(path, metadata, transformer=state, reader={k: v.half() for k, v in reader.state_dict().items()})
 
-    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [] if adapting else [p for p in model.blocks.parameters() if p.ndim == 2]
+    apart = {id(p) for p in matrices}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     groups = [(trained, o.rate)] + ([] if o.stage == "frames" else [(list(reader.parameters()), 3 * o.rate)])
     draw = {"frames": draw_frames, "video": draw_videos, "adapter": draw_pairs}[o.stage]
     with compiled_blocks(stage, model.blocks):
-        trainer = GraphTrainer(loss, groups, graph=stage.graph)
+        trainer = GraphTrainer(loss, groups, matrices=[(matrices, o.rate)], graph=stage.graph)
         found = None if o.stage == "frames" else measure
         train(stage, trainer, draw, warmup=200, hold=o.hold, measure=found, save=lambda: save(so_far))
     if o.compile_only:

@@ -2,10 +2,11 @@
 
     python -m recipes.train_dit_all --out build/dit --minutes 14
     torchrun --nproc-per-node 2 -m recipes.train_dit_all --out build/dit --minutes 14    # twice the batch
+    python -m recipes.train_dit_all --out build/further --minutes 14 --start-from build/dit/model    # going on
 
 `--minutes` are all until the adapter is trained, shared among the stages that are left whenever one begins; the
 evaluation comes on top, a minute or two on an H200. SIGTERM makes the running stage
-save what it has, and every stage leaves what it has so far every two minutes (`OUT/<stage>-so-far.safetensors`).
+save what it has, and every stage leaves what it has so far every minute (`OUT/<stage>-so-far.safetensors`).
 """
 
 from __future__ import annotations
@@ -35,14 +36,19 @@ STAGES: dict[str, tuple[float, Callable[[Sequence[str]], None]]] = {
     },
 }
 """Minutes and command of each stage, whose result is OUT/<name>.safetensors."""
+FURTHER = {"latents": 1.3, "video": 10.2, "adapter": 2.5}
+"""Minutes of the stages of a backbone that goes on from a model: it sees what moves, and has to learn to draw it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages that are not done yet, in all of the given minutes, and measure what comes out."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
-    parser.add_argument("--minutes", type=float, default=sum(s[0] for s in STAGES.values()), help="for all stages left")
+    parser.add_argument("--minutes", type=float, help="for all stages left (13.8, or 14 going on)")
     parser.add_argument("--parts", type=Path, default=demo.path(), help="model folder to share with")
+    parser.add_argument(
+        "--start-from", type=Path, help="model folder whose backbone to go on from: no frames stage, a new adapter"
+    )
     parser.add_argument("--motions", type=int, default=30_000, help="that are rendered")
     parser.add_argument("--clips", type=int, default=256, help="of the evaluation, for each of its seeds; 0 for none")
     parser.add_argument("--seeds", type=int, default=1, help="of the evaluation")
@@ -57,11 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     o.out.mkdir(parents=True, exist_ok=True)
     device, started = join(o.device), time.monotonic()
+    stages = {name: (minutes, run, list[str]()) for name, (minutes, run) in STAGES.items()}
+    stages["latents"][2].extend(["--motions", str(o.motions), "--swift", "0.25" if o.start_from is None else "0.5"])
+    if o.start_from is not None:
+        o.parts = o.start_from
+        stages = {name: (minutes, *stages[name][1:]) for name, minutes in FURTHER.items()}
+        further = ["--start-from", str(o.start_from), "--reading", "1", "--references", "0.2", "--hold", "0.3"]
+        stages["video"][2].extend(further)
+    for name in train_dit.DEFAULTS.keys() & stages.keys():
+        stages[name][2].extend(["--parts", str(o.parts)])
     if rank() == 0 and not (o.out / "vae").exists():
         shutil.copytree(o.parts / "vae", o.out / "vae")
     wait_for_ranks()
-    done = {name for name in STAGES if from_rank_0((o.out / f"{name}.safetensors").exists())}
-    left = {name: minutes for name, (minutes, _) in STAGES.items() if name not in done}
+    done = {name for name in stages if from_rank_0((o.out / f"{name}.safetensors").exists())}
+    left = {name: minutes for name, (minutes, *_) in stages.items() if name not in done}
+    whole = o.minutes if o.minutes is not None else sum(left.values())
     common = ["--out", str(o.out), "--device", str(device), "--seed", str(o.seed)]
     common += [f"--{flag}" for flag in ("eager", "tiny") if getattr(o, flag)]
     for flag in ("steps", "batch"):
@@ -71,15 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands = {name: ("recipes.train_dit", name) for name in train_dit.DEFAULTS if name in left}
         compiler = Compiler(o.out, str(device), commands)
     try:
-        for name, (minutes, run) in STAGES.items():
+        for name, (minutes, run, further) in stages.items():
             if name in done:
                 say(f"[{name}] is done: {o.out / name}.safetensors")
             else:
-                further = ["--parts", str(o.parts)]
-                if name == "latents":
-                    further = ["--motions", str(o.motions), "--swift", "0.25"]
                 fused = ["--compile"] if compiler is not None and compiler.ready(name) else []
-                spare = from_rank_0(o.minutes - (time.monotonic() - started) / 60)
+                spare = from_rank_0(whole - (time.monotonic() - started) / 60)
                 share = max(spare, 0.1) * minutes / sum(left.values())
                 run([*common, "--minutes", str(share), *further, *fused])
                 del left[name]

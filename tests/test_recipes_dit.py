@@ -31,6 +31,7 @@ from recipes.dit import (
     one_frame_of_each,
     packed,
 )
+from recipes.muon import Muon, orthogonalized
 from recipes.optimizer import GraphTrainer
 
 
@@ -155,6 +156,25 @@ class TestStages:
         assert not (out / "video-so-far.safetensors").exists()
         train_dit.main(["video", *options, "--start-from", str(out / "video.safetensors")])
 
+    def test_going_on_from_a_model_folder(self, out, tmp_path, monkeypatch):
+        """Its backbone is what the video stage starts with; the parts that it shares stay as they are."""
+        seen = {}
+        original = GraphTrainer.__init__
+
+        def look(self, loss, groups, **options):
+            seen.setdefault("first", [p.detach().clone() for p in options["matrices"][0][0]])
+            original(self, loss, groups, **options)
+
+        monkeypatch.setattr(GraphTrainer, "__init__", look)
+        options = ["--tiny", "--device", "cpu", "--steps", "2", "--batch", "8", "--motions", "8", "--clips", "0"]
+        train_dit_all.main(["--out", str(tmp_path), *options, "--start-from", str(out / "model")])
+        model = load_file(out / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        matrices = [v for k, v in model.items() if k.startswith("blocks.") and ".adapter." not in k and v.ndim == 2]
+        assert sorted(x.float().sum().item() for x in seen["first"]) == sorted(x.float().sum().item() for x in matrices)
+        assert not (tmp_path / "frames.safetensors").exists()
+        for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+            assert (tmp_path / "model" / part).read_bytes() == (out / "model" / part).read_bytes()
+
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
@@ -206,6 +226,59 @@ class TestAblations:
             ablations_dit.main(["--out", str(out), "--names", "sideways"])
 
 
+class TestMuon:
+    @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 6), (2, 6, 16)])
+    def test_singular_values_are_about_one_and_vectors_stay(self, shape):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        found = orthogonalized(matrices)
+        assert ((torch.linalg.svdvals(found) > 0.6) & (torch.linalg.svdvals(found) < 1.25)).all()
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        turned = u.mT @ found @ v.mT
+        assert (turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+    def test_a_step_is_that_of_the_published_optimizer(self):
+        """PyTorch's, of one matrix at a time, which computes in bfloat16 everywhere."""
+        torch.manual_seed(0)
+        ours, rate = torch.randn(2, 12, 8), torch.tensor(1e-2)
+        theirs = [torch.nn.Parameter(x.clone()) for x in ours]
+        published = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        gradients = torch.zeros_like(ours)
+        muon = Muon([(ours, gradients, rate)], weight_decay=0.1)
+        for _ in range(4):
+            gradients.copy_(torch.randn(2, 12, 8))
+            for p, gradient in zip(theirs, gradients, strict=True):
+                p.grad = gradient.clone()
+            muon.step()
+            published.step()
+        assert (ours - torch.stack([p.detach() for p in theirs])).abs().max() < 4e-4  # steps are of 2e-3
+
+    def test_the_trainer_gives_matrices_of_any_shapes_their_steps_and_the_rest_to_adamw(self):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Linear(9, 9), torch.nn.Linear(9, 5))
+        before = [p.detach().clone() for p in model.parameters()]
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        trainer = GraphTrainer(
+            lambda x: (model(x) - x).square().mean(),
+            [([p for p in model.parameters() if p.ndim == 1], 1e-2)],
+            matrices=[(matrices, 1e-2)],
+        )
+        losses = []
+        for step in range(150):
+            trainer.step({"x": torch.randn(32, 5)}, 1.0)
+            if step == 0:
+                changes = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+            losses.append(trainer.read()["loss"])
+        # A step of Muon has singular values near the rate · 0.2 · √(the longer side), as many as the gradient's rank,
+        # which is that of the input; one of AdamW has the rate everywhere.
+        for change in changes:
+            if change.ndim == 2:
+                values = torch.linalg.svdvals(change) / (1e-2 * 0.2 * max(change.shape) ** 0.5)
+                assert ((values[:5] > 0.5) & (values[:5] < 1.4)).all()
+            else:
+                assert change.abs().max() == pytest.approx(1e-2, rel=1e-2)
+        assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+
+
 class TestLosses:
     def test_the_small_model_and_what_it_shares_are_small(self, parts):
         model = make_transformer(SMALL, parts, SMALL.blocks, 16)
@@ -224,6 +297,28 @@ class TestLosses:
                for i, t in enumerate(timestep[:, None])]  # fmt: skip
         assert [x.item() for x in off] == pytest.approx([4.0, 1.75, 1.0], rel=1e-5)
         assert torch.equal(objective.add_noise(latents, noise, timestep)[2], noise[2])
+
+    def test_clips_that_are_read_are_not_denoised(self, parts):
+        """What the network predicts of them is not in the loss, what is read of them is."""
+        torch.manual_seed(0)
+        model = make_transformer(TINY, parts, (), 4)
+        torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+        reader = make_reader(model, 3, "cpu", torch.float32)
+        batch = drifting_textures(3, torch.Generator().manual_seed(0))
+        batch["latents"] = batch["latents"].repeat(1, 2, 1, 1, 1)
+        batch = packed(batch, 2)
+        batch |= {"noise": torch.randn_like(batch["latents"]), "timestep": torch.tensor([50.0, 300.0, 900.0])}
+        batch = {key: value for key, value in batch.items() if key != "tokens"}
+        given = {"text": torch.zeros(3, 3, parts.text.config.hidden_size)}
+
+        def loss(weight, read, **changed):
+            return backbone_loss(model, FlowObjective(), reader, weight, read=read, **given, **batch | changed)
+
+        louder = {"noise": batch["noise"] * torch.tensor([2.0, 1.0, 1.0]).view(3, 1, 1, 1, 1)}
+        assert torch.equal(loss(0.0, 1), loss(0.0, 1, **louder))
+        assert not torch.equal(loss(0.0, 0), loss(0.0, 0, **louder))
+        displaced = {"displacement": batch["displacement"] * torch.tensor([2.0, 1.0, 1.0]).view(3, 1, 1, 1, 1)}
+        assert not torch.equal(loss(1.0, 1), loss(1.0, 1, **displaced))
 
     def test_gradients_reach_the_adapter_alone_and_through_the_scaler(self, parts):
         torch.manual_seed(0)
