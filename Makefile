@@ -23,7 +23,8 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	# One thread a worker: two workers that both spin two threads on two cores are slower than one.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	# Files are begun as tests/conftest.py orders them, the longest first.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
@@ -41,7 +42,7 @@ test-lowest:
 	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct \
 		--reinstall-package filelock --reinstall-package fsspec \
 		$$(grep '^torch==' constraints.txt) -e '.[evaluate,train,engines,ray]'
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 # Changes the code in one place at a time and runs the tests that ought to notice, for hours; ended, it goes on from there.
 mutants: $(STAMP)

@@ -6,6 +6,7 @@ is a process of its own, with its own arguments, folder, environment and standar
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -23,10 +24,31 @@ _FORK.set_forkserver_preload(
         "emt.pipeline",
         "emt.video",
         "emt.backbones.sd15.import_weights",
+        "emt.backbones.sd15.opening",
+        "emt.backends.measured",
         "emt.evaluate.pairs",
-        "emt_cli.commands.group",
-        "emt_cli.executors.local",
+        "emt_cli.app",
         "emt_cli.batch.planning",
+        "emt_cli.executors.choice",
+        "emt_cli.executors.local",
+        "emt_cli.report.page",
+        "emt_cli.report.published",
+        "emt_cli.terminal",
+        *(
+            f"emt_cli.commands.{name}"
+            for name in ("engines", "evaluate", "group", "import_weights", "plan", "report", "rerun", "transfer")
+        ),
+        # What those import on the way, when they are called.
+        "PIL.GifImagePlugin",
+        "PIL.JpegImagePlugin",
+        "cv2",
+        "imageio_ffmpeg",
+        "numpy.ma",
+        "pydantic.fields",
+        "pydantic.type_adapter",
+        "pydantic.types",
+        "rich.progress",
+        "rich.table",
     ]
 )
 
@@ -142,6 +164,7 @@ def emt_from_the_shell(
 
 
 def _run(arguments: tuple[str, ...], folder: str, environment: dict[str, str], streams: tuple[str, ...]) -> None:
+    gc.freeze()  # what was imported is garbage to nobody: looking through it took a third of a run
     os.setsid()
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     *opened, started = streams

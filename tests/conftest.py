@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -12,6 +13,25 @@ if TYPE_CHECKING:
 
 # Model hubs are never contacted: a test that would is a test that fails without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+#: Files that take longest, begun in this order: those of a few seconds then fill the time until all workers end.
+LONGEST = """
+engines cli_transfer recipes network train tensorrt onnx evaluate_judge recipes_dit fleet object_storage wan21_pipeline
+wan21_weights demo evaluate_cli kernel_add_matmul report weights streams package kernel_norms teacher hub
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by files, the longest first."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector never look again through the libraries and the thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -76,17 +76,11 @@ def transfer(folder: Path, *arguments: object, stdin: bytes | Path = b"") -> End
     return start(folder, *arguments, stdin=stdin).end()
 
 
-def console(folder: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The program as a shell finds it."""
-    return subprocess.run(
-        [str(EMT), *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
+def console(folder: Path, *arguments: object, input: str = "") -> subprocess.CompletedProcess[str]:
+    """The program to its end, with this process's environment; `emt` as the shell finds it is in test_examples.py."""
+    surroundings = os.environ | environment(folder)
+    ended = emt(*map(str, arguments), folder=folder, environment=surroundings, stdin=input.encode())
+    return subprocess.CompletedProcess(arguments, ended.code, ended.out, ended.err)
 
 
 def lines(ended: Ended) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from failing_networks import FailsOnce, KillsItself
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from program import EMT, clip, console, environment
@@ -78,13 +79,6 @@ MICRO = {
 }
 SIZE = Size((SIDE, SIDE), (SIDE, SIDE))
 SHAPES = {"samples": (1, 4), "frames": (FRAMES, FRAMES), "width": (SIDE, SIDE), "height": (SIDE, SIDE)}
-
-
-class KillsItself:
-    """In the place of networks to make, in another process."""
-
-    def make(self, device: str) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -568,20 +562,6 @@ def test_images_at_once_divide_a_clip(frames, size, images):
 
 
 # ----------------------------------------------------------------------------------------------------- the compiler
-
-
-class FailsOnce:
-    """In place of networks: raises in one process, and is not there to be made in the next."""
-
-    def __init__(self, seen: Path, error: Exception) -> None:
-        self.seen, self.error = seen, error
-
-    def make(self, device: str) -> None:
-        if not self.seen.exists():
-            self.seen.touch()
-            print("noise of a compiler", flush=True)
-            raise self.error
-        raise EmtError("the second attempt was made", "As it should be.")
 
 
 CXX_ERROR = CppCompileError(

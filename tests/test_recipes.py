@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.distributed import run as distributed_run
 from transformers import AutoTokenizer
+from two_processes import in_two_processes, train_half, trained
 
 from emt.backbones.sd15.sparse_control import open_control
 from emt.evaluate.judge import Judge, JudgeVocabulary
@@ -692,53 +692,6 @@ def test_a_model_is_trained_further(out: Path, tmp_path: Path, monkeypatch: pyte
 
 
 # ------------------------------------------------------------------------------------------------ several processes
-
-
-def trained(model: nn.Linear, part: slice) -> tuple[GraphTrainer, float]:
-    """A trainer after six steps on `part` of each of six batches, and the mean loss of the last."""
-    generator = torch.Generator().manual_seed(1)
-    trainer = GraphTrainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
-    for _ in range(6):
-        trainer.step({"x": torch.randn(8, 5, generator=generator)[part]}, 1.0)
-        loss = trainer.read()["loss"]
-    return trainer, loss
-
-
-def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> None:
-    """Call `work` with its rank in each of two processes that train together."""
-    multiprocessing.spawn(_one_of_two, (work, folder), nprocs=2)
-
-
-def _one_of_two(rank: int, work: Callable[[int, Path], None], folder: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    work(rank, folder)
-    distributed.destroy_process_group()
-
-
-def train_half(rank: int, folder: Path) -> None:
-    torch.manual_seed(rank)  # the weights are those of the first
-    model = nn.Linear(5, 3)
-    if rank == 0:
-        torch.save(copy.deepcopy(model), folder / "start.pt")
-    trainer, loss = trained(model, slice(4 * rank, 4 * rank + 4))
-    assert trainer.apart() == 0
-    torch.save((trainer.master, trainer.averaged, loss), folder / f"{rank}.pt")
-
-    # What is not finite in one process is skipped in both.
-    before = trainer.master.clone()
-    trainer.step({"x": torch.full((4, 5), float("nan") if rank else 1.0)}, 0.0)
-    assert torch.equal(trainer.master, before)
-    with pytest.raises(NonFiniteLoss):
-        trainer.read()
-    trainer.master[0] += rank
-    assert trainer.apart() == pytest.approx(1, rel=1e-3)
-
-    # The first has the clock. The other one's own, which never ends, does not count.
-    minutes = "1e9" if rank else "0.01"
-    stage = Stage("clock", stage_parser(None, 0, 4).parse_args(["--out", str(folder), "--minutes", minutes]))
-    trainer = GraphTrainer(lambda x: model(x).square().mean(), [(list(model.parameters()), 1e-2)])
-    train(stage, trainer, lambda: {"x": torch.randn(4, 5, generator=stage.generator)})
-    torch.save((trainer.step_count, trainer.master, stage.generator.initial_seed()), folder / f"clock-{rank}.pt")
 
 
 def test_two_processes_take_the_steps_of_one_with_both_batches(tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""Networks that cannot be made, for compilers in processes of their own: those import this alone, and at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from emt.errors import EmtError
+
+
+class KillsItself:
+    """In the place of networks to make, in another process."""
+
+    def make(self, device: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FailsOnce:
+    """In place of networks: raises in one process, and is not there to be made in the next."""
+
+    def __init__(self, seen: Path, error: Exception) -> None:
+        self.seen, self.error = seen, error
+
+    def make(self, device: str) -> None:
+        if not self.seen.exists():
+            self.seen.touch()
+            print("noise of a compiler", flush=True)
+            raise self.error
+        raise EmtError("the second attempt was made", "As it should be.")
