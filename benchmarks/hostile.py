@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import struct
@@ -69,6 +70,7 @@ def forged(record: Mapping[str, Any], chance: random.Random, each: int) -> Itera
             yield f"{name}: {value!r:.40}", json.dumps({**copy.deepcopy(record), name: value}).encode()
 
 
+@functools.cache
 def huge_png(side: int) -> bytes:
     """A picture of side × side grey pixels in a few hundred bytes a megapixel."""
 

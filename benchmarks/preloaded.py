@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio_ffmpeg
+
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(
     [
@@ -90,7 +92,9 @@ class Run:
         source = stdin if isinstance(stdin, Path) else self.streams / "in"
         paths = (source, stdout or self.streams / "out", stderr or self.streams / "err", self.streams / "started")
         streams = tuple(map(str, paths))
-        self.process = _FORK.Process(target=_run, args=(arguments, str(folder), dict(environment or {}), streams))
+        # Each run would have ffmpeg say its version, to see that it starts.
+        surroundings = {"IMAGEIO_FFMPEG_EXE": imageio_ffmpeg.get_ffmpeg_exe(), **(environment or {})}
+        self.process = _FORK.Process(target=_run, args=(arguments, str(folder), surroundings, streams))
         self.process.start()
 
     def output(self) -> str:
