@@ -27,7 +27,7 @@ import threading
 import time
 import urllib.parse
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -51,7 +51,7 @@ _AT_ONCE = 4  # files of a folder
 _SETTLED = 24 * 3600.0  # seconds after which a copy is in nobody's use
 _SOURCE = "source.json"
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # a Path has one slash; one letter is a drive
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+([^/].*)", re.DOTALL)  # a Path has one slash; one letter is a drive
 _ON_DISK = ("file", "local")
 _WEB = ("http", "https")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
@@ -99,6 +99,14 @@ def to_path(given: str | Path) -> Path:
     if match is None:
         return Path(given)
     return Path("/" + urllib.parse.unquote(match[2]))
+
+
+def distinct(given: Sequence[Path]) -> list[Path]:
+    """Files and folders each once, however they are spelled, in their order; URLs among them."""
+    found: dict[str, Path] = {}
+    for one in given:
+        found.setdefault(normal(one) if is_url(one) else os.path.realpath(to_path(one)), one)
+    return list(found.values())
 
 
 def check_on_disk(given: str | Path | None, option: str) -> None:

@@ -98,11 +98,21 @@ def _run(app: Callable[..., object], came: list[int]) -> int:
     except OSError as error:
         from emt_cli.streams import OUTPUT
 
-        if error.filename != OUTPUT:  # that is said at the end
+        if isinstance(error, FileNotFoundError) and not error.filename and not _has_working_folder():
+            _print("error: the working folder was removed\nChange into another one: cd FOLDER")
+        elif error.filename != OUTPUT:  # that is said at the end
             _print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
         return EXIT_FAILED
     except Exception as error:
         return _unexpected(error)
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _unexpected(error: Exception) -> int:

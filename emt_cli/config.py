@@ -16,6 +16,7 @@ declared here: which options there are, and of which type, follows from the para
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,12 @@ from emt_cli.text import nearest
 
 FILE_NAME = "emt.toml"
 _PRESETS = "presets"
+#: Options that an empty text says something about; elsewhere it would name the working folder or the demo model.
+MAY_BE_EMPTY = ("prompt", "negative_prompt")
 #: Options of a command that its own section alone sets: elsewhere the name means another kind of file.
 OWN = ("out", "output")
+#: Options that every command has, which files do not set.
+COMMON = ("config", "quiet", "verbose", "log-file")
 _SECTIONS = {"plan": ("transfer", "plan")}  # of a command, where they are more than its own
 
 
@@ -95,7 +100,9 @@ class Option:
             low_enough = number and (self.max is None or value <= self.max)
             fits = low_enough and (self.min is None or value >= self.min)
         else:
-            allowed, fits = "a text", number or isinstance(value, str)
+            may_be_empty = self.parameter in MAY_BE_EMPTY
+            allowed = "a text" if may_be_empty else "a text that is not empty"
+            fits = number or (isinstance(value, str) and (value != "" or may_be_empty))
             value = str(value)
         if not fits:
             raise EmtError(f"{where} is {value!r:.80}; allowed: {allowed}")
@@ -126,7 +133,10 @@ class Config:
         Raises:
             UsageError: one cannot be read or is no TOML, or a preset is not allowed.
         """
-        files = [given] if given is not None else [path for path in (user_file(), Path(FILE_NAME)) if path.is_file()]
+        # Another user's home folder, as in a container, has no file of this one's, and may not be looked into.
+        files = (
+            [given] if given is not None else [path for path in (user_file(), Path(FILE_NAME)) if os.path.isfile(path)]
+        )
         tables = tuple(_parse(path) for path in files)
         presets: dict[str, Mapping[str, Any]] = {}
         for path, table in zip(files, tables):
@@ -152,6 +162,7 @@ class Config:
         for path, table in zip(self.files, self.tables):
             top = {key: value for key, value in table.items() if not isinstance(value, dict)}
             _check_sections(path, table, others)
+            _check_names(path, top, known, "the top")
             for key, value in top.items():
                 option = known.get(key.replace("_", "-"))
                 if option is not None and not option.own:
@@ -159,6 +170,7 @@ class Config:
                 elif option is None or option.own:
                     _check_top(path, key, others)
             for section in sections:
+                _check_names(path, _section(table, section), known, f"[{section}]")
                 for key, value in _section(table, section).items():
                     option = known.get(key.replace("_", "-"))
                     if option is None:
@@ -200,9 +212,12 @@ def _presets(path: Path, table: Any) -> dict[str, Mapping[str, Any]]:
     for name, values in table.items():
         if name in PRESETS:
             raise UsageError(f"{path}: [{_PRESETS}.{name}] is a preset of emt; give yours another name")
+        allowed = [setting for setting in SETTING_NAMES if setting != "preset"]
+        seen: dict[str, str] = {}
         for key in values:
-            if field_name(key.replace("-", "_")) not in SETTING_NAMES or key == "preset":
-                raise _unknown(path, f"[{_PRESETS}.{name}] has no setting {key!r}", key, SETTING_NAMES)
+            if (setting := field_name(key.replace("-", "_"))) not in allowed:
+                raise _unknown(path, f"[{_PRESETS}.{name}] has no setting {key!r}", key, allowed)
+            _check_once(path, seen, setting, key, f"[{_PRESETS}.{name}]")
     try:
         return {
             name: {
@@ -235,6 +250,9 @@ def _check_sections(path: Path, table: Mapping[str, Any], others: Callable[[], M
         for inner, content in value.items() if key != _PRESETS else ():
             if isinstance(content, dict) and f"{key} {inner}" not in commands:
                 raise _unknown(path, f"there is no section [{key}.{inner}]", f"{key} {inner}", commands)
+            if not isinstance(content, dict) and key.replace("_", "-") not in commands:
+                own = ", ".join(f"[{name.replace(' ', '.')}]" for name in commands if name.startswith(f"{key} "))
+                raise UsageError(f"{path}: [{key}] has no options, so no {inner!r}: its commands have, as in {own}")
 
 
 def _check_top(path: Path, key: str, others: Callable[[], Mapping[str, Sequence[Option]]]) -> None:
@@ -245,6 +263,19 @@ def _check_top(path: Path, key: str, others: Callable[[], Mapping[str, Sequence[
         raise _unknown(path, f"no command has an option {key!r}", key, names)
 
 
+def _check_names(path: Path, table: Mapping[str, Any], known: Mapping[str, Option], where: str) -> None:
+    """Raise `UsageError` if a table has an option by two of its names."""
+    seen: dict[str, str] = {}
+    for key in table:
+        if (option := known.get(key.replace("_", "-"))) is not None:
+            _check_once(path, seen, option.parameter, key, where)
+
+
+def _check_once(path: Path, seen: dict[str, str], parameter: str, key: str, where: str) -> None:
+    if (first := seen.setdefault(parameter, key)) != key:
+        raise UsageError(f"{path}: {where} has {first!r} and {key!r}, which are one option: leave one of them out")
+
+
 def _read(option: Option, value: Any, path: Path, where: str) -> Any:
     try:
         return option.read(value, where)
@@ -253,5 +284,8 @@ def _read(option: Option, value: Any, path: Path, where: str) -> Any:
 
 
 def _unknown(path: Path, problem: str, key: str, known: Any) -> UsageError:
+    if (name := key.replace("_", "-")) in COMMON:
+        variable = f"EMT_{name.upper().replace('-', '_')}"
+        return UsageError(f"{path}: {key!r} is not set by config files: give --{name}, or set {variable}")
     near = nearest(key, known) or nearest(key.replace("_", "-"), known)
     return UsageError(f"{path}: {problem}" + (f" (did you mean {near}?)" if near else ""))

@@ -6,6 +6,8 @@ are done already, lines that libraries log. `--log-file` takes all of it, whatev
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +50,8 @@ def start(quiet: bool = False, verbose: bool = False, log_file: Path | None = No
     if log_file is not None:
         try:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            _log = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+            _check_log(log_file)
+            _log = _handler(log_file)
         except OSError as error:
             problem = f"--log-file {log_file} cannot be written: {error.strerror}"
             raise EmtError(problem, "Name another file.") from None
@@ -56,6 +59,39 @@ def start(quiet: bool = False, verbose: bool = False, log_file: Path | None = No
         root.addHandler(_log)
     for name in ("emt", "diffusers", "transformers", "huggingface_hub", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _handler(log_file: Path) -> Handler:
+    """Writes lines to a log file as long as it takes them, and says once that it does not."""
+    import logging
+
+    class LogFile(logging.FileHandler):
+        failed = False
+
+        def handle(self, record: logging.LogRecord) -> bool:
+            return not self.failed and bool(super().handle(record))
+
+        def handleError(self, record: logging.LogRecord) -> None:
+            if not self.failed:
+                self.failed = True
+                reason = getattr(sys.exc_info()[1], "strerror", "") or sys.exc_info()[1]
+                print_last(printable(f"warning: --log-file {log_file} takes nothing more: {reason}"))
+
+        def close(self) -> None:
+            with suppress(OSError):  # what it could not write, it cannot write at its end
+                super().close()
+
+    return LogFile(log_file, encoding="utf-8", errors="backslashreplace")
+
+
+def _check_log(path: Path) -> None:
+    """Raise EmtError if a file is there that is no log: a clip, a journal, a record would be damaged."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        content = file.read(1 << 12)
+    if b"\0" in content or content.lstrip()[:1] in (b"{", b"["):
+        raise EmtError(f"--log-file {path} is there, and no log", "Name another file; lines are added to its end.")
 
 
 def level_of(text: str) -> int:

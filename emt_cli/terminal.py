@@ -318,7 +318,7 @@ def _title(line: dict[str, Any]) -> str:
         return printable(line["output"])
     prompt = line.get("prompt") or ""
     parts = [line.get("origin"), line.get("reference"), f'"{prompt[:60]}"' if prompt else ""]
-    return printable(" ".join(part for part in parts if part))
+    return printable(" ".join(part for part in parts if part) or "a job")
 
 
 def _note(line: dict[str, Any]) -> str:

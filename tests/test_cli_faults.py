@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,15 @@ def test_k5_a_folder_is_no_clip_to_make_again(tmp_path):
     ended = emt("rerun", ".", folder=tmp_path, environment=environment(tmp_path))
     assert ended.code == 1
     assert ended.err.splitlines()[0] == "error: . is no clip"
+
+
+def test_k7_a_working_folder_that_was_removed_is_said(tmp_path, monkeypatch, capfd):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert app._run(lambda **_: Path("a").absolute(), []) == 1
+    assert capfd.readouterr().err.startswith("error: the working folder was removed\n")
 
 
 def test_k5_what_nobody_has_foreseen_is_two_lines_and_a_file_with_the_rest(tmp_path, monkeypatch, capfd):

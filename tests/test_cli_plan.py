@@ -13,6 +13,8 @@ import time
 import pytest
 from program import clip, emt, environment, model, start, transfer
 
+from emt_cli.commands.doctor import _cache
+
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from emt_cli.app import main; main()"
 
 
@@ -190,6 +192,11 @@ def test_the_doctor_looks_at_everything(tmp_path):
     assert code == 0, found
     assert all(line["state"] in ("ok", "limited") for line in found.values())
     assert "4 frames" in found["model"]["found"]
+
+
+def test_k7_the_doctor_words_a_cache_that_cannot_be_read(tmp_path):
+    found = _cache(tmp_path / ("x" * 300))  # as one in the home folder of another user
+    assert (found.state, found.found) == ("limited", f"{tmp_path / ('x' * 300)} cannot be read")
 
 
 def test_the_doctor_says_what_is_broken_and_what_mends_it(tmp_path):

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
@@ -296,6 +297,16 @@ def test_k5_hostile_manifests_are_damaged_ones(tmp_path, case):
     found, damaged = list_engines(folder.parent)
     assert not found
     assert [path for path, _ in damaged] == [folder]
+
+
+def test_k5_a_cache_that_may_not_be_read_has_no_engine_for_auto(tmp_path, capfd):
+    folder = tmp_path / ("x" * 300)  # as one in the home folder of another user
+    with pytest.raises(EmtError, match="cannot be looked for"):
+        list_engines(folder)
+    said: list[str] = []
+    choice = EngineChoice("auto", SimpleNamespace(), ContentIndex(tmp_path), folder, said.append)
+    assert choice._fits(SimpleNamespace()) == []
+    assert said == [f"engine: torch, since engines in {folder} cannot be looked for: File name too long"]
 
 
 def test_k5_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path):

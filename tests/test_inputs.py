@@ -107,6 +107,15 @@ def test_a_malformed_line_fails_alone_and_is_named(tmp_path):
     ]  # fmt: skip
 
 
+def test_k7_a_prompt_that_goes_with_no_reference_is_said(tmp_path):
+    here = clip(tmp_path / "a.mp4")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"reference": str(here), "prompt": "x"}) + '\n{"prompt": "y"}\n')
+    found = {item.prompt: item for item in listed(prompts=[tmp_path / "p.jsonl"], prompt=["z"])}
+    assert isinstance(found["x"], Job)
+    for prompt, origin in (("y", "p.jsonl line 2"), ("z", "")):
+        assert (found[prompt].error.problem, found[prompt].origin) == ("the job has no reference", origin)
+
+
 def test_jobs_of_a_stream_arrive_one_by_one(tmp_path, monkeypatch):
     here = clip(tmp_path / "a.mp4")
     reader, writer = os.pipe()

@@ -200,7 +200,7 @@ def test_any_json_value_is_refused_or_taken_as_it_is(name, value):
 def test_seeds_and_batch_sizes():
     assert parse_seeds("3, 1,0-2") == [3, 1, 0, 2]
     assert [parse_batch_size(text) for text in ("auto", "1", "64")] == [None, 1, 64]
-    for wrong in ("", "x", "2-1", "1-", "0-9999999999", "²"):
+    for wrong in ("", "x", "2-1", "1-", "0-9999999999", "²", "9" * 5000, f"random:{'9' * 5000}", "random:0"):
         with pytest.raises(EmtError):
             parse_seeds(wrong)
     with pytest.raises(EmtError):

@@ -13,7 +13,7 @@ import pytest
 
 from emt import remote
 from emt.errors import EmtError
-from emt.remote import MissingError, fetch, fetch_folder, fetched, files, is_url, matching, normal, put, shown
+from emt.remote import MissingError, distinct, fetch, fetch_folder, fetched, files, is_url, matching, normal, put, shown
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,19 @@ def test_paths_are_no_urls(text):
 def test_a_file_url_is_a_path():
     assert remote.to_path("file:///tmp/two%20words.mp4") == Path("/tmp/two words.mp4")
     assert remote.to_path(r"C:\clips") == Path(r"C:\clips")
+
+
+@pytest.mark.parametrize("text", ["s3://", "https:///", "memory:/", "file://"])
+def test_k5_a_scheme_alone_is_no_url(text):
+    assert not is_url(text)
+    assert not is_url(Path(text))
+
+
+def test_k2_a_folder_in_two_spellings_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("out")
+    given = ["b", "out", "./out/", str(tmp_path / "out"), "link", f"file://{tmp_path}/out", "s3://a/b", "s3://a/b/"]
+    assert list(map(str, distinct(list(map(Path, given))))) == ["b", "out", "s3:/a/b"]
 
 
 def test_secrets_of_urls_are_not_shown():

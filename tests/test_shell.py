@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ import typer
 from program import clip, emt, environment, model
 
 from emt.errors import EmtError
+from emt_cli import messages
 from emt_cli.batch.inputs import expand
 from emt_cli.batch.jobs import Rejected
 from emt_cli.batch.options import Settings, TransferOptions, UsageError, parse_field, parse_seeds
@@ -245,6 +247,15 @@ def test_the_section_of_transfer_holds_for_a_plan_too_and_out_for_no_other_comma
         ("[presets.fast]\nsteps = 3", "[presets.fast] is a preset of emt"),
         ("[presets.mine]\nstepz = 3", "[presets.mine] has no setting 'stepz' (did you mean steps?)"),
         ("[presets.mine]\nsteps = 0", "steps is 0"),
+        ("[presets.mine]\npreset = 'fast'", "[presets.mine] has no setting 'preset'"),
+        ("[presets.mine]\nsteps = 3\nnum-inference-steps = 4", "'steps' and 'num-inference-steps', which are one"),
+        ("guidance = 2\nguidance_scale = 3", "the top has 'guidance' and 'guidance_scale', which are one option"),
+        ("[transfer]\nbest-of = 2\nbest_of = 3", "[transfer] has 'best-of' and 'best_of', which are one option"),
+        ("[transfer]\nout = ''", "[transfer] out is ''; allowed: a text that is not empty"),
+        ("[transfer]\nprompts = ['']", "[transfer] prompts is ''"),
+        ("model = ''", "model is ''"),
+        ("verbose = true", "'verbose' is not set by config files"),
+        ("[engines]\njson = true", "[engines] has no options, so no 'json'"),
     ],
 )
 def test_what_a_config_file_has_wrong_is_one_line_with_the_nearest_name(here, text, said):
@@ -254,6 +265,29 @@ def test_what_a_config_file_has_wrong_is_one_line_with_the_nearest_name(here, te
     assert said in caught.value.problem
     assert caught.value.problem.startswith("emt.toml")
     assert "\n" not in str(caught.value)
+
+
+def test_k7_what_several_options_have_wrong_together_names_the_source(here, monkeypatch):
+    def said(*arguments: str) -> str:
+        with pytest.raises(UsageError) as caught:
+            typer.main.get_command(app)(["plan", "a.mp4", *arguments], standalone_mode=False)
+        return caught.value.problem
+
+    write(here / "emt.toml", "seeds = 'x'")
+    assert said() == "emt.toml: --seeds has 'x'"
+    monkeypatch.setenv("EMT_SEEDS", "y")
+    assert said() == "an environment variable: --seeds has 'y'"
+    assert said("--seeds", "z") == "--seeds has 'z'"
+
+
+def test_k5_a_config_folder_that_cannot_be_looked_into_has_no_file(here, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(here / ("x" * 300)))  # as the home folder of another user
+    assert parsed("transfer a.mp4")["steps"] is None
+
+
+def test_k2_an_empty_path_in_a_variable_is_not_the_working_folder(here, monkeypatch):
+    monkeypatch.setenv("EMT_OUT", f"out{os.pathsep}")
+    assert "--out: it is empty" in refused("plan a.mp4")
 
 
 def test_samplers_are_spelled_as_in_the_web_ui_wherever_they_are_named(here, monkeypatch):
@@ -354,6 +388,39 @@ def test_a_log_file_that_cannot_be_written_is_bad_usage(tmp_path):
     ended = emt("plan", "a.mp4", "--log-file", str(tmp_path), folder=tmp_path, environment=environment(tmp_path))
     assert ended.code == 2
     assert "--log-file" in ended.err
+
+
+@pytest.fixture
+def log_to():
+    """Starts keeping lines in a file; what that has changed is put back."""
+    root, levels = logging.getLogger(), {}
+    before = [*root.handlers]
+    for name in ("emt", "diffusers", "transformers", "huggingface_hub", "torch.distributed"):
+        levels[name] = logging.getLogger(name).level
+    yield lambda path: messages.start(log_file=path)
+    for handler in {*root.handlers} - {*before}:
+        root.removeHandler(handler)
+        handler.close()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    messages._log = None
+
+
+def test_k7_a_log_file_on_a_full_disk_is_one_line(log_to, capfd):
+    log_to(Path("/dev/full"))
+    for number in range(3):
+        messages.say(f"line {number}")
+    err = capfd.readouterr().err.splitlines()
+    assert err[0] == "warning: --log-file /dev/full takes nothing more: No space left on device"
+    assert err[1:] == ["line 0", "line 1", "line 2"]
+
+
+@pytest.mark.parametrize("content", [b"\0\0\0 ftypisom", b'{"event": "job"}\n', b" [1]\n"])
+def test_k3_a_clip_or_a_journal_is_no_log(log_to, tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(EmtError, match="is there, and no log"):
+        log_to(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content
 
 
 # ---- measures and report at the end of a run -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from emt_cli.batch.best_of import check_measuring, check_tracking
 from emt_cli.batch.inputs import PromptWarnings, expand
 from emt_cli.batch.inputs.shapes import Shapes
 from emt_cli.batch.jobs import Item, Job, Rejected, identify, numerics, output_name
-from emt_cli.batch.options import Precision, TransferOptions
+from emt_cli.batch.options import Kernels, Precision, TransferOptions
 from emt_cli.batch.published import Published
 from emt_cli.batch.results import find_place
 from emt_cli.messages import say
@@ -159,6 +159,8 @@ def make_plan(options: TransferOptions) -> Plan:
             plan.disk += estimates.clip_bytes(settings, past) + _CONTAINER_BYTES
     if gpu and plan.memory > total:
         plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")
+    if options.kernels is Kernels.TRITON and options.device in ("cpu", "mps"):
+        plan.problems.append(f"Triton's kernels need a CUDA GPU, the device is {options.device}")
     plan.problems += _disk_problems(options.out, plan.disk)
     if options.evaluate:
         try:
@@ -277,7 +279,7 @@ def _look(path: Path, source: str, index: ContentIndex, downloads: Downloads) ->
 
 
 def _disk_problems(out: Path, needed: float) -> list[str]:
-    place = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    place = next(folder for folder in [out, *out.absolute().parents] if os.path.exists(folder))
     problems = []
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -15,6 +15,7 @@ import typer
 from typer.models import OptionInfo
 
 from emt.errors import EmtError
+from emt.remote import distinct
 from emt_cli import messages
 from emt_cli.batch.options import (
     SETTING_NAMES,
@@ -64,9 +65,12 @@ def _taking(command: Callable[[TransferOptions], None], several: bool = False) -
                     raise UsageError(f"{where}{error.problem}", error.hint) from None
         settings = layers.pop("COMMANDLINE")
         if several:
-            given["out"], *given["others"] = dict.fromkeys(given["out"])
+            given["out"], *given["others"] = distinct(given["out"])
         options = TransferOptions(**given, settings=settings, background=tuple(layers.values()), presets=config.presets)
-        options.check()
+        try:
+            options.check()
+        except UsageError as error:
+            raise UsageError(f"{_origin(context, files, error.problem)}{error.problem}", error.hint) from None
         command(options)
 
     parameters = []
@@ -85,6 +89,15 @@ def _taking(command: Callable[[TransferOptions], None], several: bool = False) -
         parameters.append(_parameter(name, kind | None, declared, None))
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     return _with_parameters(run, [context, *parameters], command)
+
+
+def _origin(context: typer.Context, files: Mapping[str, Path], problem: str) -> str:
+    """Where the value of the option is from that a problem begins with, if not from the command line."""
+    name = problem.partition(" ")[0].removeprefix("--").replace("-", "_")
+    source = getattr(context.get_parameter_source(name), "name", "") if name in context.params else ""
+    if source == "ENVIRONMENT":
+        return "an environment variable: "
+    return f"{files[name]}: " if source == "DEFAULT_MAP" and name in files else ""
 
 
 def _parameter(name: str, kind: Any, declared: Field, default: Any) -> inspect.Parameter:

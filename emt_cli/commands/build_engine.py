@@ -207,7 +207,7 @@ def parse_batch(text: str) -> tuple[int, int]:
     Raises:
         EmtError: it is neither, or not within 1 to 16.
     """
-    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})(?:\.\.(\d{1,9}))?", text)
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high <= 16:
         raise EmtError(f"--batch is {text!r}", "Allowed are numbers from 1 to 16 and ranges of them, as in 1..4.")

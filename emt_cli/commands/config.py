@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from emt.errors import EmtError
 from emt_cli import messages
 from emt_cli.batch.options import SETTING_NAMES, TransferOptions, UsageError, parse_field
 from emt_cli.commands.arguments import configuration
@@ -91,14 +94,32 @@ def _settings(
     from emt_cli.batch.inputs import preset_of, settings_of
 
     files = {name: parse_field(name, value) for name, (value, _) in found.items() if name in SETTING_NAMES}
-    given = {n: parse_field(n, os.environ[v]) for n, v in variables.items() if v and n in SETTING_NAMES}
-    named = os.environ.get(variables.get("model", ""), "") or (found["model"][0] if "model" in found else None)
-    model = find_model(named, download=False)
+    given = {}
+    for name, variable in variables.items():
+        if variable and name in SETTING_NAMES:
+            with _from(f"the environment variable {variable}"):
+                given[name] = parse_field(name, os.environ[variable])
+    named, where = None, ""
+    if variable := variables.get("model", ""):
+        named, where = os.environ[variable], f"the environment variable {variable}"
+    elif "model" in found:
+        named, where = found["model"][0], str(found["model"][1])
+    with _from(where):
+        model = find_model(named, download=False)
     options_given = TransferOptions(background=(files, given), presets=loaded.presets)
     settings = settings_of(options_given, model.defaults)
     sources = dict.fromkeys(model.defaults, f"model {model.name}")
     sources |= dict.fromkeys(preset_of(options_given, settings.preset, model.defaults), f"preset {settings.preset}")
     return settings.as_dict(), sources
+
+
+@contextmanager
+def _from(where: str) -> Iterator[None]:
+    """Context manager: an error is one of the usage, and names where the value is from."""
+    try:
+        yield
+    except EmtError as error:
+        raise UsageError(f"{where}: {error.problem}" if where else error.problem, error.hint) from None
 
 
 def _plain(value: Any) -> Any:

@@ -119,7 +119,7 @@ def _driver() -> Finding:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # a folder of PATH that may not be looked into is the latter
         return Finding("driver", "limited", "no NVIDIA driver: clips are made on the CPU, slowly", _GPU_HINT)
     except subprocess.TimeoutExpired:
         return Finding("driver", "broken", "nvidia-smi does not answer", "Restart the machine or its driver.")
@@ -262,7 +262,7 @@ def _disk(name: str, folder: Path, option: str) -> Finding:
 
     from emt_cli.text import size
 
-    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    place = next(parent for parent in [folder, *folder.absolute().parents] if os.path.exists(parent))
     free = shutil.disk_usage(place).free
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return Finding(name, "broken", f"{place} cannot be written to", f"Name another folder with {option}.")
@@ -279,6 +279,9 @@ def _cache(folder: Path | None) -> Finding:
 
     folder = folder or default_dir()
     finding = _disk("cache", folder, "--cache-dir")
-    kept = size(MotionCache(folder / "motion", 0).size())
+    try:
+        kept = size(MotionCache(folder / "motion", 0).size())
+    except OSError:
+        return Finding("cache", "limited", f"{folder} cannot be read", "Set XDG_CACHE_HOME to a folder of your own.")
     state = "limited" if finding.state == "broken" else finding.state  # a run goes on without it
     return Finding("cache", state, f"{finding.found}; holds {kept} of encoded references", finding.mend)

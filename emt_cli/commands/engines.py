@@ -151,7 +151,8 @@ def verify(
 @engines.command()
 def prune(
     older_than: Annotated[
-        float | None, typer.Option(help="Days; remove engines built before that too.", min=0, show_default=False)
+        float | None,
+        typer.Option(help="Days; remove engines built before that too.", min=0, max=36_500, show_default=False),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without confirmation.")] = False,
     cache_dir: _Cache = None,
@@ -184,7 +185,7 @@ def prune(
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            raise EmtError(f"{folder} cannot be removed: {error.strerror}", "Check its permissions.") from None
+            raise EmtError(f"{folder} cannot be removed: {error.strerror or error}", "Check its permissions.") from None
         if json:
             _print_json({"folder": str(folder), "removed": True, "reason": reason})
         else:

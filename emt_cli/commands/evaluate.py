@@ -16,7 +16,7 @@ import typer
 
 from emt import demo
 from emt.errors import EmtError, first_line
-from emt.remote import check_on_disk, is_url
+from emt.remote import check_on_disk, distinct, is_url
 from emt.storage import write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_text
@@ -102,7 +102,7 @@ def evaluate(
     """
     from emt_cli.report.published import Folder
 
-    sources = list(dict.fromkeys(sources or []))
+    sources = distinct(sources or [])
     for given, option in ((output, "--output"), (plots, "--plots")):
         check_on_disk(given, option)
     folders = [Folder(source, say, fetch) for source in sources]

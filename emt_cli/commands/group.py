@@ -52,10 +52,6 @@ EXAMPLES = {
 }
 
 
-#: Parameters that an empty text says something about.
-_MAY_BE_EMPTY = ("prompt", "negative_prompt")
-
-
 class Command(TyperCommand):
     """A command with flags that the command line can turn off, too, where a config file turns them on."""
 
@@ -70,11 +66,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; an empty one, as of a variable that is not set, would name the working folder."""
+        from emt_cli.config import MAY_BE_EMPTY
+
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         parameter: Any
         for parameter in self.params:
-            value = given.get(parameter.name)
-            if parameter.name not in _MAY_BE_EMPTY and (
+            value = given[parameter.name] if parameter.name in given else parameter.value_from_envvar(ctx)
+            if parameter.name not in MAY_BE_EMPTY and (
                 value == "" or (isinstance(value, (list, tuple)) and "" in value)
             ):
                 raise typer.BadParameter("it is empty", ctx=ctx, param=parameter)

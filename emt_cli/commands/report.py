@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from emt.remote import check_on_disk
+from emt.remote import check_on_disk, distinct
 from emt_cli.batch import journal
 from emt_cli.messages import say
 from emt_cli.report.page import check_folder, order_of
@@ -56,7 +56,7 @@ def report(
     """
     from emt_cli.report.published import Folder, publish_report
 
-    given, *others = dict.fromkeys(outs)
+    given, *others = distinct(outs)
     check_on_disk(output, "--output")
     check_on_disk(sheet, "--sheet")
     if sheet is None:

@@ -432,7 +432,9 @@ def _recorded_engine(record: dict[str, Any], say: Callable[[str], None]) -> str:
     wanted = record.get("engine_id")
     if not wanted:
         return TORCH
-    known = [engine for engine in list_engines(engines_dir())[0] if engine.manifest.id == wanted]
+    known = []
+    with suppress(EmtError):  # then there is none of one's own
+        known = [engine for engine in list_engines(engines_dir())[0] if engine.manifest.id == wanted]
     if known:
         return str(known[0].folder)
     say(

@@ -40,9 +40,18 @@ def engines_dir(cache: Path | None = None) -> Path:
 
 
 def list_engines(folder: Path) -> tuple[list[Engine], list[tuple[Path, EmtError]]]:
-    """The engines in a folder of engines, the newest first, and those that are damaged."""
+    """The engines in a folder of engines, the newest first, and those that are damaged.
+
+    Raises:
+        EmtError: the folder may not be read.
+    """
     engines, damaged = [], []
-    for path in sorted(folder.glob(f"[!.]*/{FILE}")):  # hidden ones are being written
+    try:
+        found = sorted(folder.glob(f"[!.]*/{FILE}"))  # hidden ones are being written
+    except OSError as error:
+        problem = f"engines in {folder} cannot be looked for: {error.strerror}"
+        raise EmtError(problem, "Name another cache with --cache-dir, or set XDG_CACHE_HOME.") from None
+    for path in found:
         try:
             engines.append(Engine(path.parent, Manifest.read(path.parent)))
         except EmtError as error:
@@ -209,7 +218,11 @@ class EngineChoice:
 
     def _fits(self, device: Device) -> list[Engine]:
         """The named engine, or the engines of the cache that may run."""
-        candidates = [self.named] if self.named else list_engines(self.folder)[0]
+        try:
+            candidates = [self.named] if self.named else list_engines(self.folder)[0]
+        except EmtError as error:
+            self.say(f"engine: torch, since {error.problem}")
+            return []
         if not candidates:
             return []
         fitting, reasons = [], []

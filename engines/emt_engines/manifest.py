@@ -36,7 +36,7 @@ DIMENSIONS = {
     "vae_decoder": {"images", "width", "height"},
 }
 
-_SIZE = re.compile(r"(\d+)x(\d+)(?:\.\.(\d+)x(\d+))?")
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})(?:\.\.(\d{1,9})x(\d{1,9}))?")
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def expand(
     else:
         each: Sequence[Line | None] = loose or ([] if rejected or streamed else [None])
         pairs = [(reference, row) for reference in references for row in each]
-        pairs = [*pairs, *((None, row) for row in complete), *((None, row) for row in rejected)]
+        lost = [] if references or streamed or options.watch else loose  # prompts that go with no reference
+        pairs = [*pairs, *((None, row) for row in (*complete, *lost, *rejected))]
     base.shapes.look_at(_looked_at(pairs, base))
     shard = options.part
     listed = _together(shard.of(item for reference, row in pairs for item in _jobs(reference, row, base, seeds)))
@@ -186,7 +187,8 @@ def _jobs(
     origin = row.origin if isinstance(row, Line) else ""
     path = base.references.path(fields["reference"]) if "reference" in fields else reference
     if not isinstance(path, Path):
-        yield Rejected(EmtError("the job has no reference", 'Give "reference", or name clips before it.'), origin)
+        problem = EmtError("the job has no reference", 'Give "reference", or name clips before it.')
+        yield Rejected(problem, origin, "", fields.get("prompt", ""))
         return
     texts: list[Line | Rejected] = (
         [Line({"prompt": fields["prompt"]}, origin)] if "prompt" in fields else _beside(path, base)

@@ -111,17 +111,17 @@ def parse_seeds(text: str, draw: Callable[[int], list[int]] = lambda count: []) 
     for part in text.split(","):
         first, colon, count = part.strip().partition(":")
         if first == "random":
-            if not (count.isdecimal() if colon else not count) or not 1 <= int(count or 1) < MAX_SEEDS:
-                raise EmtError(f"--seeds has {part!r}", f"Allowed are random:1 to random:{MAX_SEEDS - 1}.")
+            if not (re.fullmatch("[0-9]{1,9}", count) if colon else not count) or not 1 <= int(count or 1) < MAX_SEEDS:
+                raise EmtError(f"--seeds has {part!r:.100}", f"Allowed are random:1 to random:{MAX_SEEDS - 1}.")
             seeds.extend(draw(int(count or 1)))
             continue
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             hint = "Seeds are whole numbers and ranges, as in 0,7,10-15, or random:N."
-            raise EmtError(f"--seeds has {part!r}", hint)
+            raise EmtError(f"--seeds has {part!r:.100}", hint)
         low, high = parse_field("seed", first), parse_field("seed", last if dash else first)
         if high < low or high - low + len(seeds) >= MAX_SEEDS:
-            raise EmtError(f"--seeds has {part!r}", f"Ranges rise, and at most {MAX_SEEDS:,} seeds are taken.")
+            raise EmtError(f"--seeds has {part!r:.100}", f"Ranges rise, and at most {MAX_SEEDS:,} seeds are taken.")
         seeds.extend(range(low, high + 1))
     return list(dict.fromkeys(seeds))
 

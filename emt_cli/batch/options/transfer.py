@@ -273,11 +273,11 @@ def check_device(device: str) -> str:
         EmtError: it is not.
     """
     family, colon, index = device.partition(":")
-    if family == "cuda" and (index.isdecimal() if colon else True):
+    if family == "cuda" and (re.fullmatch("[0-9]{1,4}", index) if colon else True):
         return device
     if device in ("auto", "mps", "cpu"):
         return device
-    raise EmtError(f"--device is {device!r}", "Allowed are auto, cuda, cuda:N, mps and cpu.")
+    raise EmtError(f"--device is {device!r:.100}", "Allowed are auto, cuda, cuda:N, mps and cpu.")
 
 
 def parse_gpus(text: str) -> int | list[int] | None:
@@ -306,6 +306,6 @@ def parse_batch_size(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    if text.isdecimal() and 1 <= int(text) <= 64:
+    if re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= 64:
         return int(text)
-    raise EmtError(f"--batch-size is {text!r}", "Allowed are auto and 1 to 64.")
+    raise EmtError(f"--batch-size is {text!r:.100}", "Allowed are auto and 1 to 64.")
