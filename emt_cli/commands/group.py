@@ -180,7 +180,10 @@ def describe_error(error: Any) -> str:
         return text
     near = ""
     if parameter is not None and (value := re.match("Invalid value for .*?: (.*)", text)):
-        text = f"invalid value for {_source_of(context, parameter)}: {value[1].removeprefix('Value error, ')}"
+        problem = value[1].removeprefix("Value error, ")
+        text = f"invalid value for {_source_of(context, parameter)}: {problem}"
+        if chosen := re.match("'(.*?)' is not one of (.*)", problem):
+            near = nearest(chosen[1], re.findall("'(.*?)'", chosen[2]))
     elif unknown := re.match("No such option:? (\\S+)", text):
         options = [name for known in context.command.params for name in (*known.opts, *known.secondary_opts)]
         text, near = f"no such option: {unknown[1]}", nearest(unknown[1], options)
