@@ -412,8 +412,10 @@ def test_what_cannot_be_done_at_all_is_exit_code_1_and_says_what_to_type(tmp_pat
         assert "Traceback" not in ended.err
 
 
-def read_terminal(reader: int) -> str:
+def read_terminal(reader: int, writer: int, run: Run) -> str:
     """All that a program writes to a pseudo-terminal, until it closes its side."""
+    run.wait_for_start()
+    os.close(writer)
     shown = b""
     while True:
         try:
@@ -425,30 +427,13 @@ def read_terminal(reader: int) -> str:
 def test_on_a_terminal_there_are_bars_and_a_table_and_nothing_of_it_on_stdout(tmp_path):
     clip(tmp_path / "a.mp4")
     reader, writer = pty.openpty()
-    command = [
-        EMT,
-        "transfer",
-        "a.mp4",
-        "missing.mp4",
-        "--prompt",
-        "[red]x[/red]",
-        "--device",
-        "cpu",
-        "--model",
-        model(),
-    ]
-    run = subprocess.Popen(
-        list(map(str, command)),
-        cwd=tmp_path,
-        env=os.environ | environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "150"},
-        stdout=subprocess.PIPE,
-        stderr=writer,
-        text=True,
-    )
-    os.close(writer)
-    text = read_terminal(reader)
-    out = run.communicate()[0]
-    assert run.returncode == 1
+    terminal = environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "150"}
+    words = ["transfer", "a.mp4", "missing.mp4", "--prompt", "[red]x[/red]", "--device", "cpu", "--model", str(model())]
+    run = Run(*words, folder=tmp_path, environment=terminal, stderr=Path(os.ttyname(writer)))
+    text = read_terminal(reader, writer, run)
+    ended = run.end()
+    assert ended.code == 1
+    out = ended.out
     assert out.count("\n") == 1
     assert out.strip().endswith(".mp4")
     assert "━" in text
@@ -461,12 +446,13 @@ def test_on_a_terminal_there_are_bars_and_a_table_and_nothing_of_it_on_stdout(tm
 def test_results_stand_above_the_bars_where_all_is_one_terminal(tmp_path):
     clip(tmp_path / "a.mp4")
     reader, writer = pty.openpty()
-    command = [EMT, "transfer", "a.mp4", "--prompt", "x", "--device", "cpu", "--model", model()]
-    environ = os.environ | environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "150"}
-    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=environ, stdout=writer, stderr=writer) as run:
-        os.close(writer)
-        shown = read_terminal(reader)
-    assert run.returncode == 0
+    terminal = environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "150"}
+    place = Path(os.ttyname(writer))
+    words = ["transfer", "a.mp4", "--prompt", "x", "--device", "cpu", "--model", str(model())]
+    run = Run(*words, folder=tmp_path, environment=terminal, stdout=place, stderr=place)
+    shown = read_terminal(reader, writer, run)
+    run.process.join(60)
+    assert run.process.exitcode == 0
     before, name, _ = shown.partition("out/a_")
     assert name
     assert before.endswith("\x1b[2K"), "on a line of its own, cleared of the bars"

@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from program import console
 from published import SMALL, relative_error, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -787,11 +788,10 @@ def test_the_program_imports_and_records_every_source(files: Files, tmp_path: Pa
     lora = tmp_path / "lora.safetensors"
     gains = write_lora(lora, LORAS["kohya"], all_weights(files))
     save_file(ldm_unet(files.other.unet), tmp_path / "style.safetensors")
-    command: list[Any] = [Path(sys.executable).with_name("emt"), "import-weights"]
-    command += ["--base", files.sd, "--motion-module", files.motion_ckpt, "--adapter", files.adapter_ckpt]
+    command: list[Any] = ["--base", files.sd, "--motion-module", files.motion_ckpt, "--adapter", files.adapter_ckpt]
     command += ["--dreambooth", tmp_path / "style.safetensors", "--lora", f"{lora}:0.25", "--lora", lora]
     command += ["--tokenizer", files.tokenizer, "--dtype", "fp32", "-o", tmp_path / "m"]
-    result = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=100)
+    result = console(tmp_path, "import-weights", *command)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'm'}\n"
     model = Imported(tmp_path / "m")
