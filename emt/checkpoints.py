@@ -7,7 +7,8 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,6 +32,10 @@ _BESIDE = re.compile(r"(^|_)(ema|averaged?|optim\w*|opt|sched\w*|lr|rng\w*)(_|$)
 # What wrappers of training put into names: torch.compile, FSDP, checkpointed gradients, Lightning Fabric.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+# Ways in which PEFT begins the training of a LoRA, and takes out of the model's weights what the LoRA begins with.
+_CHANGES_THE_BASE = re.compile(r"pissa|olora|corda|loftq|lora_?ga", re.IGNORECASE)
+# Before the name of a module, which PEFT's patterns do not count to it.
+_ROOTS = re.compile(r"(base_model\.model\.|module\.|unet\.|transformer\.|diffusion_model\.|text_encoder\.)*")
 _MOST_LINES = 4  # of keys in a message, which is read in a terminal
 
 
@@ -91,7 +96,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Path]:
         EmtError: if it is missing or damaged.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except FileNotFoundError as error:
         raise EmtError(
             f"{path.parent} has no {path.name}",
@@ -124,9 +129,14 @@ def weights_files(path: Path) -> list[Path]:
     """A file of weights, or those of a folder of diffusers or transformers: one, or all that its index lists.
 
     Raises:
-        EmtError: if there are none, or one is missing.
+        EmtError: if there are none, one is missing, or the path is one of those that weights are split over.
     """
     if not path.is_dir():
+        split = re.search(r"-\d{5}-of-(\d{5})\.", path.name)
+        if split and int(split[1]) > 1:
+            raise EmtError(
+                f"{path} is one of {int(split[1])} files that weights are split over", f"Give the folder: {path.parent}"
+            )
         return [path]
     present = {file.name for file in path.glob("*") if file.is_file()}
     names = weights_names(present)
@@ -167,6 +177,21 @@ def read_weights(path: Path) -> tuple[Checkpoint, list[Path]]:
         whole.metadata |= part.metadata
         whole.dropped += part.dropped
     return whole, files
+
+
+@contextmanager
+def sizes_of_weights(problem: str, hint: str) -> Iterator[None]:
+    """Context manager in which sizes of a network are taken from its weights.
+
+    Raises:
+        EmtError: `problem`, for a weight that is missing or has another number of axes.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise EmtError(f"{problem}: it has no {error.args[0]}", hint) from error
+    except (IndexError, ValueError, TypeError, ArithmeticError, StopIteration) as error:
+        raise EmtError(f"{problem}: its weights have other shapes ({first_line(error)})", hint) from error
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -250,9 +275,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         elif head[:2] == b"PK" or head[:1] == b"\x80":
             if head[:2] == b"PK" and (other := _other_archive(path)):
                 raise EmtError(f"{path} is {other}", "Give a file of safetensors or torch.save.")
-            # Files of before PyTorch 1.6 are bare pickles, which cannot be mapped.
-            with torch.serialization.safe_globals(_STAND_INS):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
+            # Files of before PyTorch 1.6 are bare pickles, which cannot be mapped. Whatever is named .safetensors
+            # PyTorch takes for that, unless it is opened already.
+            mapped = head[:2] == b"PK" and path.suffix != ".safetensors"
+            with torch.serialization.safe_globals(_STAND_INS), nullcontext(path) if mapped else path.open("rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         else:
             what = "is empty" if not head else f"is {_format(head)}"
             raise EmtError(
@@ -303,9 +330,23 @@ def peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], l
     """PEFT's settings of a LoRA file, from its metadata or the configuration beside it, and the files read.
 
     Raises:
-        EmtError: if they are damaged, or are of DoRA and the file has no magnitudes.
+        EmtError: if they are damaged, of another method than LoRA, LoHa and LoKr, of DoRA and the file has no
+            magnitudes, or of training that began with other weights than the model's.
     """
     settings, files = _peft_settings(checkpoint, path)
+    for name, value in settings.items():
+        last = name.rpartition(".")[2]
+        if last == "peft_type" and isinstance(value, str) and value.upper() not in ("LORA", "LOHA", "LOKR"):
+            raise EmtError(
+                f"the LoRA {path} is none: it is {value:.40} by its configuration, which is not read",
+                "Give a LoRA, LoHa, LoKr or DoRA.",
+            )
+        if last == "init_lora_weights" and isinstance(value, str) and _CHANGES_THE_BASE.match(value):
+            raise EmtError(
+                f"the LoRA {path} is of a model whose weights were changed before it was trained (init_lora_weights is"
+                f" {value!r:.40})",
+                "Have PEFT save it as a plain LoRA (path_initial_model_for_weight_conversion), and give that.",
+            )
     of_dora = any(name.rpartition(".")[2] == "use_dora" and value is True for name, value in settings.items())
     if of_dora and not any("magnitude" in name or name.endswith(".dora_scale") for name in checkpoint.state):
         raise EmtError(
@@ -333,6 +374,22 @@ def _peft_settings(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Any], 
 
 class _WithAlpha(Protocol):
     alpha: float | None
+
+
+def not_read(key: str, tensor: Tensor, *, is_number: bool = False) -> str:
+    """Reason why a tensor of a LoRA is none; empty if it is one.
+
+    Args:
+        key: its name.
+        tensor: of a layer, or a single number.
+        is_number: is a single number, which may be whole.
+    """
+    if is_number and tensor.numel() != 1:
+        return f"{key} holds {tensor.numel()} numbers instead of one"
+    whole = is_number and not tensor.is_complex() and tensor.dtype != torch.bool
+    if not (tensor.is_floating_point() or whole) or not torch.isfinite(tensor.float()).all():
+        return f"{key} holds {tensor.dtype} numbers that are not finite reals"
+    return ""
 
 
 def share_alphas(layers: Mapping[tuple[str, str], _WithAlpha]) -> None:
@@ -380,7 +437,7 @@ def _matches(pattern: str, module: str) -> bool:
     if len(re.findall(r"[*+?{]", pattern)) > 3 or len(pattern) > 300:
         raise ValueError(f"the pattern {pattern!r:.40} is not read")
     try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+        return re.fullmatch(rf"(.*\.)?({pattern})", _ROOTS.sub("", module, count=1)) is not None
     except (re.error, RecursionError, OverflowError):
         raise ValueError(f"the pattern {pattern!r:.40} is no regular expression") from None
 
@@ -392,6 +449,9 @@ _FORMATS = (
     (b"7z\xbc\xaf", "a 7z archive"),
     (b"Rar!", "a RAR archive"),
     (b"\x93NUMPY", "an array of numpy"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"RIFF", "a WebP picture or another RIFF file"),
 )
 
 

@@ -279,6 +279,7 @@ def test_k5_tensors_without_plain_values_are_refused(kind: str, tmp_path: Path) 
         ("zip", "is a zip archive of model.safetensors, notes.txt, not one of torch.save"),
         ("HDF5", "is an HDF5 file"),
         ("gzip", "is a gzip archive"),
+        ("PNG", "is a PNG picture"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -296,7 +297,9 @@ def test_k7_a_file_of_another_format_is_named(kind: str, message: str, tmp_path:
             archive.writestr("model.safetensors", b"")
             archive.writestr("notes.txt", b"")
     else:
-        path.write_bytes({"HDF5": b"\x89HDF\r\n\x1a\n", "gzip": b"\x1f\x8b\x08"}[kind] + bytes(100))
+        path.write_bytes(
+            {"HDF5": b"\x89HDF\r\n\x1a\n", "gzip": b"\x1f\x8b\x08", "PNG": b"\x89PNG\r\n"}[kind] + bytes(100)
+        )
     with pytest.raises(EmtError, match=message):
         read_checkpoint(path)
 
@@ -524,6 +527,33 @@ def test_k5_a_position_encoding_of_another_shape(
     save_file(files.motion | odd, tmp_path / "mm.safetensors")
     with pytest.raises(EmtError, match=r"mm\.safetensors"):
         read_motion_module(tmp_path / "mm.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_k1_a_suffix_that_says_something_else(zipped: bool, files: Files, tmp_path: Path) -> None:
+    path = tmp_path / "mm.safetensors"
+    torch.save(files.motion, path, _use_new_zipfile_serialization=zipped)
+    assert_same_weights(read_motion_module(path)[0].state, files.motion)
+
+
+def test_k1_a_configuration_that_begins_with_a_mark(files: Files, tmp_path: Path) -> None:
+    motion_adapter(files.motion, mid=False).save_pretrained(tmp_path / "mm")
+    config = tmp_path / "mm" / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert_same_weights(read_motion_module(tmp_path / "mm")[0].state, files.motion)
+
+
+def test_k7_one_of_several_files_and_a_folder_of_several_are_told(files: Files, tmp_path: Path) -> None:
+    motion_adapter(files.motion, mid=False).save_pretrained(tmp_path / "mm", max_shard_size="1MB")
+    with pytest.raises(EmtError, match=r"one of \d+ files that weights are split over\nGive the folder"):
+        read_motion_module(next((tmp_path / "mm").glob("*-of-*")))
+    (tmp_path / "mm" / "config.json").unlink()
+    for given, read in (("a", read_motion_module), ("b", read_vae), ("c", read_base)):
+        (tmp_path / given).mkdir()
+        for name in ("x.ckpt", "y.ckpt"):
+            torch.save(files.motion, tmp_path / given / name)
+        with pytest.raises(EmtError, match=r"holds 2 files of weights: x\.ckpt, y\.ckpt"):
+            read(tmp_path / given)
 
 
 def test_k2_of_two_motion_modules_in_one_file_none_is_guessed(files: Files, tmp_path: Path) -> None:

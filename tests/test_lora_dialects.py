@@ -192,6 +192,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "ComfyUI": (OUT, "diffusion_model.{o}"),
     "ComfyUI, resnet": (CONV, "diffusion_model.{o}"),
     "ComfyUI, projection": (POINTWISE, "diffusion_model.{o}"),
+    "LyCORIS, text": (TEXT, "lycoris_text_model_" + TEXT.replace(".", "_")),
     "ComfyUI, text": (TEXT, f"text_encoders.clip_l.transformer.text_model.{TEXT}"),
     "original names, underscores": (SPATIAL, "lora_unet_{u}"),
     "downsampler": ("down_blocks.0.downsamplers.0.conv", "diffusion_model.{o}"),
@@ -238,6 +239,30 @@ def test_k9_rank_stabilised_scales_and_patterns(
     assert_only(
         gained(state, files, tmp_path, lora_adapter_metadata=metadata), f"{SPATIAL}.weight", expected * up @ down
     )
+
+
+def test_k2_patterns_of_peft_may_be_anchored(files: Files, tmp_path: Path) -> None:
+    """diffusers writes `^` before the modules that its patterns name; what is before a network's modules is no part."""
+    before = weight(files, SPATIAL)
+    down, up = draw(4, before.shape[1]), draw(before.shape[0], 4)
+    settings = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {f"^{SPATIAL}": 8}}
+    for prefix in ("unet.", "base_model.model."):
+        state = {f"{prefix}{SPATIAL}.lora_A.weight": down, f"{prefix}{SPATIAL}.lora_B.weight": up}
+        gains = gained(state, files, tmp_path, lora_adapter_metadata=json.dumps(settings))
+        assert_only(gains, f"{SPATIAL}.weight", 2 * up @ down)
+
+
+def test_k1_embeddings_beside_the_layers_are_left_with_a_word(
+    files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = weight(files, SPATIAL)
+    layers = {f"{kohya(SPATIAL)}.lora_down.weight": draw(4, before.shape[1])}
+    layers[f"{kohya(SPATIAL)}.lora_up.weight"] = draw(before.shape[0], 4)
+    key = "bundle_emb.my.word.string_to_param.*"
+    save_file(layers | {key: draw(2, 32)}, tmp_path / "l.safetensors")
+    origin = LoraMerge(dict(files.base.unet), dict(files.base.text_encoder)).read(tmp_path / "l.safetensors", 1.0)
+    assert origin.dropped == [key]
+    assert "brings textual inversions (my.word), which are not read with it: give them by --embedding" in caplog.text
 
 
 def test_loras_of_one_weight_add_up_in_any_order(files: Files, tmp_path: Path) -> None:
@@ -408,6 +433,10 @@ DAMAGES: dict[str, tuple[State, Any]] = {
     "patterns are a list": ({}, {"unet.alpha_pattern": [4]}),
     "pattern is no expression": ({}, {"unet.alpha_pattern": {"([": 4}}),
     "pattern would search for ever": ({}, {"unet.alpha_pattern": {"(((a+)+)+)+!": 4}}),
+    "start that changed the model": ({}, {"unet.init_lora_weights": "pissa_niter_16"}),
+    "method of another kind": ({}, {"unet.peft_type": "HRA"}),
+    "alpha of a truth value": ({"alpha": torch.tensor(True)}, None),
+    "alpha is complex": ({"alpha": torch.tensor(1 + 1j)}, None),
     "alpha of four numbers": ({"alpha": torch.ones(4)}, None),
     "alpha is not a number": ({"alpha": torch.tensor(float("nan"))}, None),
     "rank 0": ({"lora_down.weight": torch.zeros(0, 32), "lora_up.weight": torch.zeros(32, 0)}, None),

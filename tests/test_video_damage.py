@@ -103,6 +103,23 @@ def test_k2_every_cut_is_noticed(tmp_path: Path, whole: Path, share: float) -> N
         assert "cut short" in " ".join(probe(path).warnings), suffix
 
 
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv411p", "yuv444p10le", "gray"])
+def test_k2_the_last_frame_of_y4m_is_whole(tmp_path: Path, pixels: str) -> None:
+    path = encode(tmp_path / "a.y4m", numbered(5, 33, 25), "-pix_fmt", pixels, "-strict", "-1")
+    assert probe(path).warnings == ()
+    cut(path, path, 0.7)
+    assert "cut short" in probe(path).warnings[0]
+
+
+def test_k2_the_last_frame_of_dv_is_whole(tmp_path: Path) -> None:
+    path = encode(
+        tmp_path / "a.dv", numbered(5), *["-c:v", "dvvideo", "-s", "720x576", "-r", "25", "-pix_fmt", "yuv420p"]
+    )
+    assert probe(path).warnings == ()
+    cut(path, path, 0.7)
+    assert "cut short" in probe(path).warnings[0]
+
+
 def test_k2_a_cut_at_the_end_of_a_picture_is_noticed(tmp_path: Path, whole: Path) -> None:
     # No picture is damaged then: only the header tells.
     data = (whole / "clip.mkv").read_bytes()

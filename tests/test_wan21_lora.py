@@ -208,6 +208,34 @@ class TestRefused:
         assert "1 key differs" in told
         assert message in told
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"alpha": torch.tensor(float("nan"))}, "not finite reals"),
+            ({"alpha": torch.tensor(1 + 1j)}, "not finite reals"),
+            ({"alpha": torch.ones(2)}, "2 numbers instead of one"),
+            ({"lora_up.weight": torch.full((32, 2), float("inf"))}, "not finite reals"),
+            ({"lora_up.weight": torch.ones(32, 2, dtype=torch.int8)}, "not finite reals"),
+            ({"lora_down.weight": torch.tensor(1.0)}, "wrong shape"),
+            ({"diff_b": torch.ones(32, dtype=torch.int32)}, "not finite reals"),
+        ],
+    )
+    def test_k5_numbers_that_no_layer_has(self, tmp_path, weights, change, message):
+        name = "diffusion_model.blocks.0.self_attn.q"
+        state = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2)} | change
+        assert message in self.refused(tmp_path, weights, {f"{name}.{role}": t for role, t in state.items()})
+
+    def test_k2_one_weight_by_two_names(self, tmp_path, weights):
+        state = {}
+        for name in ("diffusion_model.blocks.0.self_attn.q", "transformer.blocks.0.attn1.to_q"):
+            state |= {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+        assert "one weight by two names" in self.refused(tmp_path, weights, state)
+
+    def test_k7_of_another_network_it_says_so(self, tmp_path, weights):
+        name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+        halves = {f"{name}.lora_down.weight": torch.zeros(2, 320), f"{name}.lora_up.weight": torch.zeros(320, 2)}
+        assert "it looks like one of Stable Diffusion" in self.refused(tmp_path, weights, halves)
+
     def test_of_many_keys_at_most_eight_lines(self, tmp_path, weights):
         state = {f"lora_unet_down_blocks_{i}_to_q.lora_down.weight": torch.zeros(2, 3) for i in range(50)}
         lines = [line for line in self.refused(tmp_path, weights, state).splitlines() if line.startswith("  ")]

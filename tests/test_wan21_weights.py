@@ -270,6 +270,50 @@ class TestRefused:
         message = refused(tmp_path, diffusers_folder, vae=tmp_path / "vae")
         assert "has 48 latent channels, the transformer takes 16" in message
 
+    @pytest.mark.parametrize(
+        ("part", "change", "message"),
+        [
+            ("transformer", {"num_attention_heads": "x"}, "128 channels, which 'x' heads do not divide"),
+            ("transformer", {"num_attention_heads": -1}, "128 channels, which -1 heads do not divide"),
+            ("transformer", {"eps": None}, "has eps None"),
+            ("transformer", {"eps": float("inf")}, "has eps inf"),
+            ("vae", {"latents_mean": [0.0] * 4}, "latents_mean is"),
+            ("vae", {"latents_std": [0.0] * 16}, "latents_std is"),
+            ("vae", {"scale_factor_spatial": 16}, "scale_factor_spatial is 16"),
+            ("vae", {"attn_scales": 5}, "no network can be made of"),
+            ("vae", {"dim_mult": [10**9] * 4}, "does not describe a network"),
+        ],
+    )
+    def test_k5_values_of_a_configuration_that_wan_has_not(self, tmp_path, part, change, message):
+        folder = write_diffusers_folder(tmp_path / "base")
+        config = folder / part / "config.json"
+        config.write_text(json.dumps((json.loads(config.read_text()) if config.exists() else {}) | change))
+        assert message in refused(tmp_path, folder)
+
+    @pytest.mark.parametrize(
+        ("part", "name", "tensor", "message"),
+        [
+            ("transformer", "proj_out.weight", torch.tensor(1.0), "is no transformer of Wan: its weights have other"),
+            ("transformer", "patch_embedding.weight", torch.zeros(128, 16, 0, 2, 2), "is not a transformer of Wan"),
+            ("transformer", "blocks.999999999.attn1.to_q.weight", torch.ones(1), "num_layers is 1000000000"),
+            ("text_encoder", "encoder.block.999999999.layer.0.x", torch.ones(1), "num_layers is 1000000000"),
+            ("text_encoder", "shared.weight", torch.ones(3), "is not the text encoder UMT5"),
+            ("vae", "post_quant_conv.weight", torch.tensor(1.0), "is not the VAE of Wan"),
+        ],
+    )
+    def test_k5_weights_of_other_shapes(self, tmp_path, part, name, tensor, message):
+        folder = write_diffusers_folder(tmp_path / "base")
+        file = next((folder / part).glob("*.safetensors"))
+        save_file(load_file(file) | {name: tensor}, file)
+        assert message in refused(tmp_path, folder)
+
+    @pytest.mark.parametrize("second", [None, [], [None, None]])
+    def test_k5_an_index_without_a_second_transformer(self, tmp_path, second):
+        folder = write_diffusers_folder(tmp_path / "base")
+        index = folder / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"transformer_2": second}))
+        assert import_weights(tmp_path / "out", base=folder).folder == tmp_path / "out"
+
     def test_a_text_encoder_that_is_none(self, tmp_path, diffusers_folder):
         message = refused(tmp_path, diffusers_folder, text_encoder=diffusers_folder / "vae")
         assert "is not the text encoder UMT5" in message
@@ -325,6 +369,13 @@ class TestAdapter:
     def test_a_file_without_one(self, tmp_path, diffusers_folder):
         given = diffusers_folder / "transformer" / "diffusion_pytorch_model.safetensors"
         assert "has no adapter of Wan" in refused(tmp_path, diffusers_folder, adapter=given)
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"reference_neighbours": "x"}', "[" * 100_000])
+    def test_k5_metadata_that_emt_train_does_not_write(self, tmp_path, diffusers_folder, text):
+        given = tmp_path / "a.safetensors"
+        names = ("blocks.0.adapter.query.down.weight", "blocks.0.adapter.scaler.own.weight")
+        save_file({name: torch.ones(2, 2) for name in names}, given, {"emt_adapter": text})
+        assert str(given) in refused(tmp_path, diffusers_folder, adapter=given)
 
     @torch.no_grad()
     def test_saved_and_read_it_moves_a_clip_as_before(self, tmp_path):
@@ -404,6 +455,15 @@ class TestRecognition:
             diffusers_folder / "transformer",
         ):
             assert recognizes(base), base
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    @pytest.mark.parametrize("name", ["wan.pth", "wan.ckpt", "wan.safetensors"])
+    def test_k1_wan_in_files_of_torch_save(self, tmp_path, name, zipped):
+        state = {"generator_ema": {"model.blocks.0.self_attn.q.weight": torch.ones(2, 2)}}
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        assert recognizes(tmp_path / name)
+        torch.save({"transformer_blocks.0.attn1.to_q.weight": torch.ones(2, 2)}, tmp_path / name)
+        assert not recognizes(tmp_path / name)
 
     def test_all_else_is_left_to_stable_diffusion(self, tmp_path, diffusers_folder):
         (tmp_path / "damaged.safetensors").write_bytes(b"nothing")

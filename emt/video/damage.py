@@ -26,7 +26,7 @@ _NO_DECODER = re.compile(r"Parsed_|swscaler|\[(?:vf|af|vost|aost|out|graph|in)#|
 def ends_early(path: Path, size: int) -> bool | None:
     """Return whether a file ends before its own structure says; None if it says nothing of its end.
 
-    MP4 and MOV, Matroska, AVI, ASF (WMV), Ogg, GIF and MPEG-TS say it.
+    MP4 and MOV, Matroska, AVI, ASF (WMV), Ogg, GIF, MPEG-TS, Y4M and DV say it.
 
     Args:
         path: The file.
@@ -43,6 +43,10 @@ def ends_early(path: Path, size: int) -> bool | None:
                 return _beyond(_segment_end(head), size)
             if head.startswith(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"):
                 return _beyond(_asf_size(file), size)
+            if head.startswith(b"YUV4MPEG2 "):
+                return _frames_end_early(head, size)
+            if re.match(rb"\x1f\x07\x00[\x3f\xbf]", head):  # DV: frames of one size, or multiples of it, of 50 or 60 Hz
+                return True if size % (144_000 if head[3] & 0x80 else 120_000) else None
             if head.startswith(b"GIF8"):
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     return _gif_ends_early(data)
@@ -90,6 +94,25 @@ def _chunks_end_early(file: BinaryIO, size: int) -> bool:
             break
         end += 8 + length
     return end > size
+
+
+def _frames_end_early(head: bytes, size: int) -> bool | None:
+    """Return whether the last frame of a Y4M file is not whole; None if its frames are of no known size."""
+    header, _, rest = head.partition(b"\n")
+    fields = {field[:1]: field[1:].decode("ascii", "replace") for field in header.split(b" ")[1:]}
+    colours = re.match(r"(mono|420|422|444|411)(alpha)?\w*?(?:p?(\d\d?))?$", fields.get(b"C", "420"))
+    if not rest.startswith(b"FRAME") or b"\n" not in rest or colours is None:
+        return None
+    try:
+        width, height = int(fields[b"W"]), int(fields[b"H"])
+    except (KeyError, ValueError):
+        return None
+    across, down = {"mono": (0, 0), "420": (2, 2), "422": (2, 1), "444": (1, 1), "411": (4, 1)}[colours[1]]
+    samples = width * height * (2 if colours[2] else 1)
+    if across:
+        samples += 2 * -(-width // across) * -(-height // down)
+    frame = rest.index(b"\n") + 1 + samples * (2 if int(colours[3] or 8) > 8 else 1)
+    return (size - len(header) - 1) % frame != 0
 
 
 def _gif_ends_early(data: mmap.mmap) -> bool:

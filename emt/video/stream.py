@@ -386,6 +386,8 @@ class _Listing:
 
 
 def _too_large(path: Path, size: str) -> EmtError:
+    if "0" in size.split("x"):
+        return EmtError(f"{show(path)} has pictures of {size} pixels.", READABLE)
     scale = "ffmpeg -i INPUT -vf scale=1280:-2 OUTPUT.mp4"
     return EmtError(f"{show(path)} is {size}, too large.", f"{MAX_PIXELS:,} pixels are read. Scale it down: {scale}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from emt.checkpoints import (
     Origin,
     State,
     differ,
+    not_read,
     peft_scale,
     peft_settings,
     read_checkpoint,
@@ -29,6 +31,8 @@ from emt.checkpoints import (
 )
 from emt.errors import EmtError
 from emt.hub import OnFetch, folder_instead, locate
+
+logger = logging.getLogger(__name__)
 
 # A key's module and the role of its tensor: kohya, PEFT, diffusers, the attention processors of diffusers and
 # AnimateDiff, LyCORIS. PEFT puts an adapter's name, such as `default`, before or after.
@@ -56,12 +60,15 @@ _NOT_READ = {
 # How the names of a network's layers begin, with underscores for dots.
 _FLAT_PREFIXES = {
     "lora_unet_": "unet",
+    "lycoris_text_model_": "text_encoder",
     "lycoris_": "unet",
     "lora_te_text_model_": "text_encoder",
     "lora_te1_text_model_": "text_encoder",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
 }
+# Textual inversions that OneTrainer puts beside the layers that were trained with them.
+_EMBEDDING = re.compile(r"bundle_emb\.(?P<word>.+)\.(string_to_param\.\*|emb_params|clip_[lg])")
 _PREFIXES = re.compile(
     r"(base_model\.model\.|module\.|model\.|diffusion_model\.|unet\.|transformer\.|text_encoder\."
     r"|text_encoders\.clip_l\.|clip_l\.|text_model\.)*"
@@ -100,10 +107,10 @@ class LoraMerge:
                 belong to no weight or do not fit it.
         """
         path = find_lora(lora, on_fetch)
-        checkpoint = read_checkpoint(path)
+        checkpoint = _without_embeddings(read_checkpoint(path), path)
+        settings, files = peft_settings(checkpoint, path)
         if not (kind := describe(checkpoint.state)).startswith(LORA):
             raise wrong_kind(path, kind, LORA)
-        settings, files = peft_settings(checkpoint, path)
         problems: dict[str, list[str]] = {}
         found = _find_layers(checkpoint.state, problems)
         counts, kinds, zero = dict.fromkeys(self.states, 0), Counter[str](), True
@@ -232,6 +239,20 @@ def _peft_files(names: Sequence[str]) -> list[str]:
     return [weights, *(n for n in names if n == "adapter_config.json")] if weights else []
 
 
+def _without_embeddings(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """A file without the textual inversions in it, which are no layers; of their words a warning says so."""
+    words = {name: match["word"] for name in checkpoint.state if (match := _EMBEDDING.fullmatch(name))}
+    if not words:
+        return checkpoint
+    logger.warning(
+        "the LoRA %s brings textual inversions (%s), which are not read with it: give them by --embedding WORD=FILE",
+        path.name,
+        ", ".join(sorted({*words.values()})[:8]),
+    )
+    layers = {name: tensor for name, tensor in checkpoint.state.items() if name not in words}
+    return Checkpoint(layers, checkpoint.metadata, [*checkpoint.dropped, *words])
+
+
 def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) -> dict[tuple[str, str], LoraLayer]:
     """The layers of a file by their modules' and their adapters' names; adds lines on keys that are no part of one."""
     found: dict[tuple[str, str], LoraLayer] = {}
@@ -242,10 +263,8 @@ def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) ->
             continue
         role = _ROLES.get(match["role"], match["role"])
         layer = found.setdefault((match["module"], match.groupdict().get("adapter") or ""), LoraLayer())
-        if role in ("alpha", "scalar") and tensor.numel() != 1:
-            problems.setdefault("alpha", []).append(f"{key} holds {tensor.numel()} numbers instead of one")
-        elif not (tensor.is_floating_point() or role == "alpha") or not torch.isfinite(tensor.float()).all():
-            problems.setdefault("finite", []).append(f"{key} holds {tensor.dtype} numbers that are not finite reals")
+        if problem := not_read(key, tensor, is_number=role in ("alpha", "scalar")):
+            problems.setdefault(problem[len(key) :], []).append(problem)
         elif role in layer.tensors or (role == "alpha" and layer.alpha is not None):
             problems.setdefault("twice", []).append(f"the {role} of one layer by two names, one of them {key}")
         elif role == "alpha":

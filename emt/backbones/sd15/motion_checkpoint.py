@@ -13,7 +13,7 @@ from emt.backbones.sd15.network import without_positions
 from emt.backbones.sd15.stable_diffusion import GROUPS, HEADS, Component
 from emt.checkpoints import Origin, State, naming_file, read_config, read_weights, weights_names
 from emt.errors import EmtError
-from emt.hub import OnFetch, locate
+from emt.hub import OnFetch, folder_instead, locate
 
 # A network with motion modules, and diffusers' container of them alone.
 _CLASSES = ("MotionAdapter", "UNetMotionModel", "MotionTransferUNet")
@@ -50,6 +50,8 @@ def read_motion_module(given: str | Path, on_fetch: OnFetch | None = None) -> tu
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         folder = next((path / sub for sub in _SUBFOLDERS if _is_motion_config(path / sub / "config.json")), path)
+        if not (folder / "config.json").is_file():
+            raise folder_instead(path, "Give a motion module's file, or the folder of a diffusers MotionAdapter.")
     settings: dict[str, Any] = {}
     if path.is_dir() or _is_motion_config(folder / "config.json"):
         settings, config_file = read_config(folder / "config.json")

@@ -30,10 +30,11 @@ from emt.checkpoints import (
     read_config,
     read_weights,
     shorten,
+    sizes_of_weights,
     weights_names,
 )
 from emt.errors import EmtError, first_line
-from emt.hub import OnFetch, locate
+from emt.hub import OnFetch, folder_instead, locate
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -173,6 +174,8 @@ def _read_diffusers_folder(folder: Path) -> StableDiffusion:
     if not (folder / "unet").is_dir() and (folder / "model_index.json").is_file():
         pipeline = read_config(folder / "model_index.json")[0].get("_class_name")
         raise EmtError(f"{folder} is a {pipeline} without a UNet", "Give Stable Diffusion 1.5 or a fine-tune of it.")
+    if not (folder / "unet").is_dir():
+        raise folder_instead(folder, "Give a file, or a folder in diffusers layout, with unet, vae and text_encoder.")
     parts, files, dropped = {}, [], []
     for name in ("unet", "vae", "text_encoder"):
         config, config_file = read_config(folder / name / "config.json")
@@ -282,10 +285,11 @@ def _unet_alone(path: Path, checkpoint: Checkpoint) -> _SingleFile:
 def _unet_sizes(state: State) -> dict[str, Any]:
     """Arguments of `MotionTransferUNet` from the weights of a UNet by diffusers' names."""
     levels = 1 + max(int(m[1]) for name in state if (m := re.match(r"down_blocks\.(\d+)\.", name)))
+    widths = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]  # a gap ends it
     attended = [i for i in range(levels) if f"down_blocks.{i}.attentions.0.proj_in.weight" in state]
     first = r"down_blocks\.0\.resnets\.\d+\.conv1\.weight"
     return {
-        "block_out_channels": [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
+        "block_out_channels": widths,
         "layers_per_block": sum(bool(re.fullmatch(first, name)) for name in state),
         "cross_attention_dim": next(t.shape[1] for k, t in state.items() if k.endswith("attn2.to_k.weight")),
         "attention_heads": HEADS,
@@ -459,6 +463,8 @@ def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Componen
     files = [path]
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path
+        if not (path / "config.json").is_file():
+            raise folder_instead(path, "Give a VAE's file, or the folder of one in diffusers layout.")
         config, config_file = read_config(path / "config.json")
         check_sizes(config, str(config_file))
         checkpoint, read = read_weights(path)
@@ -482,7 +488,8 @@ def read_vae(vae: str | Path, on_fetch: OnFetch | None = None) -> tuple[Componen
             raise EmtError(f"{path} has no VAE", "Give a file with keys such as encoder.… or first_stage_model.…")
         if any(".down_blocks." in key for key in group):
             state = {key[len(prefix) :]: tensor for key, tensor in group.items()}
-            config = _diffusers_vae_config(state)
+            with sizes_of_weights(f"{path} is no VAE of Stable Diffusion", "Download it again."):
+                config = _diffusers_vae_config(state)
         else:
             part = _read_part("VAE", group, _ldm_vae, path)
             config, state = part.config, part.state

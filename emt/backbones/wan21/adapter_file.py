@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from emt.backbones.wan21.adapter import Adapter
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
-from emt.checkpoints import Origin, State, read_checkpoint, read_config
-from emt.errors import EmtError
+from emt.checkpoints import Origin, State, read_checkpoint, read_config, sizes_of_weights
+from emt.errors import EmtError, first_line
 from emt.hub import locate
 from emt.storage import apply_umask
 
@@ -54,24 +54,36 @@ def read_adapter(given: str | Path) -> AdapterWeights:
         config, config_file = read_config(path / "unet" / "config.json")
         files = [config_file, *sorted((path / "unet").glob("*.safetensors"))]
     checkpoints = [read_checkpoint(file) for file in files if file.suffix != ".json"]
-    state = {name: t for c in checkpoints for name, t in c.state.items() if re.match(r"blocks\.\d+\.adapter\.", name)}
+    state = {
+        name: t for c in checkpoints for name, t in c.state.items() if re.match(r"blocks\.\d{1,4}\.adapter\.", name)
+    }
     blocks = sorted({int(name.split(".")[1]) for name in state})
     first = f"blocks.{blocks[0]}.adapter." if blocks else ""
-    try:
-        options = {
+    give = "Give the model folder that emt train wrote, or a file of its adapter."
+    if not blocks:
+        raise EmtError(f"{given} has no adapter of Wan: no blocks.N.adapter.…", give)
+    with sizes_of_weights(f"{given} has no adapter of Wan", give):
+        options: dict[str, Any] = {
             "reference_blocks": blocks,
             "adapter_rank": state[f"{first}query.down.weight"].shape[0],
             "scaler_channels": state[f"{first}scaler.own.weight"].shape[0],
         }
-    except KeyError as error:
-        raise EmtError(
-            f"{given} has no adapter of Wan: no {error.args[0] or 'blocks.N.adapter.…'}",
-            "Give the model folder that emt train wrote, or a file of its adapter.",
-        ) from error
-    stored = config if path.is_dir() else json.loads(checkpoints[0].metadata.get("emt_adapter", "{}"))
-    options["reference_neighbours"] = stored.get("reference_neighbours")
+    stored = config if path.is_dir() else _stored_options(checkpoints[0].metadata, path)
+    options["reference_neighbours"] = neighbours = stored.get("reference_neighbours")
+    if neighbours is not None and (type(neighbours) is not int or neighbours < 0):
+        raise EmtError(f"{given} has reference_neighbours {neighbours!r:.40}", "Give the file that emt train wrote.")
     note = f"{len(state)} trained tensors, blocks {blocks[0]} to {blocks[-1]}"
     return AdapterWeights(state, options, Origin("adapter", str(given), files, note))
+
+
+def _stored_options(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    try:
+        options = json.loads(metadata.get("emt_adapter", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise EmtError(f"{path} has an emt_adapter that is no JSON: {first_line(error)}", "Copy it again.") from error
+    if not isinstance(options, dict):
+        raise EmtError(f"{path} has an emt_adapter that is no JSON object", "Copy it again.")
+    return options
 
 
 def initial_adapter(model: WanMotionTransferTransformer, seed: int = 0) -> State:

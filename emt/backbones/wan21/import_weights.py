@@ -25,6 +25,7 @@ from emt.backbones.wan21.published import (
     read_text_encoder,
     read_tokenizer,
     read_vae,
+    without_values,
 )
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.checkpoints import Origin, check_keys, shorten
@@ -96,7 +97,8 @@ def import_weights(
         step("Reading the base")
         found, transformer = read_base(base, step.fetching)
         trained = None if adapter is None else read_adapter(adapter)
-        model = _without_memory(transformer.config | ({} if trained is None else trained.options), transformer.where)
+        config = transformer.config | ({} if trained is None else trained.options)
+        model = without_values(lambda: WanMotionTransferTransformer(**config), transformer.where)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         learnt = {name for name, _ in model.adapter_parameters()}
         backbone = {name: shape for name, shape in shapes.items() if name not in learnt}
@@ -198,12 +200,3 @@ def write_weights(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         stem.with_name(f"{stem.name}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _without_memory(config: Mapping[str, Any], where: str) -> WanMotionTransferTransformer:
-    """The transformer of a configuration on "meta": shapes without values."""
-    try:
-        with torch.device("meta"):
-            return WanMotionTransferTransformer(**config)
-    except ValueError as error:
-        raise EmtError(f"no network can be made of {where}: {error}", "Give Wan 2.1 text to video.") from error

@@ -22,6 +22,7 @@ from emt.backbones.wan21.names import original_module, transformer_module
 from emt.checkpoints import (
     Origin,
     differ,
+    not_read,
     peft_scale,
     peft_settings,
     read_checkpoint,
@@ -35,6 +36,10 @@ from emt.hub import OnFetch, locate
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.(?P<adapter>\w+))?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
 )
+_OTHERS = {
+    re.compile(r"(^|[._])((down|up)_blocks|mid_block|(input|output)_blocks)[._]"): "Stable Diffusion",
+    re.compile(r"(^|[._])(double|single)_(transformer_)?blocks[._]"): "Flux or HunyuanVideo",
+}
 _PREFIXES = (
     "base_model.model.",
     "module.",
@@ -96,11 +101,19 @@ class LoraMerge:
         metadata, files = peft_settings(checkpoint, path)
 
         layers: dict[tuple[str, str], _Layer] = {}
+        names: dict[tuple[str, str], str] = {}
         found: list[_Addition | str] = []
         for key, tensor in checkpoint.state.items():
             match = _KEY.fullmatch(key)
             if match is None:
                 found.append(f"unexpected: {key} {tuple(tensor.shape)}")
+                continue
+            kind = match["whole"] or match["adapter"] or "low rank"
+            module = names.setdefault((self._module(match["module"]), kind), match["module"])
+            if module != match["module"]:
+                found.append(f"one weight by two names: {module}, {match['module']}")
+            elif problem := not_read(key, tensor, is_number=bool(match["alpha"])):
+                found.append(problem)
             elif match["whole"]:
                 found.append(self._whole(match["module"], match["whole"], tensor, scale))
             else:
@@ -108,10 +121,8 @@ class LoraMerge:
                 down = match["half"] in ("down", "A")
                 if match["half"] and (layer.down if down else layer.up) is not None:
                     found.append(f"a half of one layer by two names, one of them {key}")
-                elif match["alpha"] and tensor.numel() != 1:
-                    found.append(f"alpha of {tensor.numel()} numbers: {key}")
                 elif match["alpha"]:
-                    layer.alpha = tensor.item()
+                    layer.alpha = float(tensor)
                 elif down:
                     layer.down = tensor
                 else:
@@ -154,7 +165,11 @@ class LoraMerge:
         if down is None or up is None:
             return f"missing: the {'down' if down is None else 'up'} half of {module}"
         rows, columns = self._shapes[name][0], math.prod(self._shapes[name][1:])
-        if up.flatten(1).shape != (rows, len(down)) or down.flatten(1).shape[1] != columns:
+        if (
+            min(up.ndim, down.ndim) < 2
+            or up.flatten(1).shape != (rows, len(down))
+            or down.flatten(1).shape[1] != columns
+        ):
             return f"wrong shape: {module} is {tuple(up.shape)} × {tuple(down.shape)}, the weight ({rows}, {columns})"
         if not len(down):
             return f"rank 0: {module}"
@@ -190,9 +205,12 @@ class LoraMerge:
         """Network that the file belongs to, where names or shapes show it."""
         if any("_img" in name or "img_emb" in name or "add_k_proj" in name for name in state):
             return ": it is of image to video"
+        for pattern, network in _OTHERS.items():
+            if any(pattern.search(name) for name in state):
+                return f": it looks like one of {network}"
         own = self._shapes["patch_embedding.weight"][0]
         found = re.compile(r".*blocks[._]0[._](?:self_attn|attn1)[._](?:to_)?q\.lora_(?:down|A)\b.*")
-        widths = {tensor.shape[-1] for name, tensor in state.items() if found.fullmatch(name)} - {own}
+        widths = {tensor.shape[-1] for name, tensor in state.items() if tensor.ndim and found.fullmatch(name)} - {own}
         return f": it is of a width of {widths.pop()}, the model's is {own}" if widths else ""
 
 

@@ -173,7 +173,7 @@ def check_is_text_to_video(state: Mapping[str, Tensor], where: str) -> None:
         if any(word in name for name in state):
             raise EmtError(f"{where} is {kind}, which is not supported", _SUPPORTED)
     patches = state.get("patch_embedding.weight")
-    if patches is None or patches.ndim != 5:
+    if patches is None or patches.ndim != 5 or not patches.numel():
         raise EmtError(f"{where} is not a transformer of Wan: it has no patch_embedding.weight", _SUPPORTED)
     if patches.shape[1] == 48 and patches.shape[0] == 3072:
         raise EmtError(f"{where} is Wan 2.2 TI2V-5B, which is not supported", _SUPPORTED)

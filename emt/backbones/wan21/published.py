@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from emt.backbones.wan21.names import check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
-from emt.checkpoints import State, check_keys, read_config, read_weights
+from emt.checkpoints import State, check_keys, check_sizes, read_config, read_weights, shorten, sizes_of_weights
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate, matching
+
+N = TypeVar("N", bound=nn.Module)
+
+_GIVE = "Give Wan 2.1 text to video: T2V-1.3B or T2V-14B."
+# Settings of diffusers' VAE that Wan 2.1's has, and that its weights do not show.
+_VAE_BUILT_IN: dict[str, tuple[Any, ...]] = {
+    "is_residual": (False,),
+    "patch_size": (None, 1),
+    "scale_factor_spatial": (None, 8),
+    "scale_factor_temporal": (None, 4),
+}
 
 #: Channels of a head in every published Wan, for files without a configuration.
 HEAD_CHANNELS = 128
@@ -88,7 +102,8 @@ def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> tuple[Base, 
     path = locate(base, "base", matching(*_HUB_FILES), hint=hint, on_fetch=on_fetch)
     if (path / "model_index.json").is_file():
         index, _ = read_config(path / "model_index.json")
-        if index.get("transformer_2", [None])[0] is not None or index.get("boundary_ratio") is not None:
+        second = index.get("transformer_2")
+        if (second and second != [None, None]) or index.get("boundary_ratio") is not None:
             raise EmtError(
                 f"{base} is Wan 2.2, which has two transformers", "Give Wan 2.1 text to video: T2V-1.3B or T2V-14B."
             )
@@ -128,7 +143,7 @@ def transformer_config(state: State, settings: dict[str, Any], where: str) -> di
     Raises:
         EmtError: if a weight that the shapes are inferred from is missing, or heads are not known.
     """
-    try:
+    with sizes_of_weights(f"{where} is no transformer of Wan", "Download it again: weights are missing."):
         channels, in_channels, *patch = state["patch_embedding.weight"].shape
         config: dict[str, Any] = {
             "patch_size": tuple(patch),
@@ -138,16 +153,19 @@ def transformer_config(state: State, settings: dict[str, Any], where: str) -> di
             "freq_dim": state["condition_embedder.time_embedder.linear_1.weight"].shape[1],
             "ffn_dim": state["blocks.0.ffn.net.0.proj.weight"].shape[0],
         }
-    except KeyError as error:
-        raise EmtError(f"{where} has no {error.args[0]}", "Download it again: weights are missing.") from error
-    config["num_layers"] = 1 + max(int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name)))
+        config["num_layers"] = 1 + max(int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name)))
+    check_sizes(config, where)
     heads = settings.get("num_attention_heads", settings.get("num_heads", channels // HEAD_CHANNELS))
-    if not heads or channels % heads:
+    if type(heads) is not int or heads < 1 or channels % heads:
         raise EmtError(
-            f"{where} has {channels} channels, which {heads} heads do not divide", "Give the config.json beside it."
+            f"{where} has {channels} channels, which {heads!r:.40} heads do not divide",
+            "Give the config.json beside it.",
         )
     config |= {"num_attention_heads": heads, "attention_head_dim": channels // heads}
-    return config | {"eps": settings.get("eps", 1e-6)}
+    eps = settings.get("eps", 1e-6)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
+        raise EmtError(f"the config.json of {where} has eps {eps!r:.40}", "Download it again; Wan has 1e-06.")
+    return config | {"eps": eps}
 
 
 def read_text_encoder(base: Base, given: str | Path | None) -> Component:
@@ -161,7 +179,7 @@ def read_text_encoder(base: Base, given: str | Path | None) -> Component:
     state = renamed(checkpoint.state, umt5_name, str(path))
     state.pop("spiece_model", None)  # the tokenizer's, which some single files carry
     first = "encoder.block.0.layer"
-    try:
+    with sizes_of_weights(f"{path} is not the text encoder UMT5", "Give Wan's UMT5."):
         bias = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
         vocabulary, width = state["shared.weight"].shape
         config: dict[str, Any] = {
@@ -174,10 +192,8 @@ def read_text_encoder(base: Base, given: str | Path | None) -> Component:
             "relative_attention_num_buckets": bias.shape[0],
             "feed_forward_proj": "gated-gelu",
         }
-    except KeyError as error:
-        raise EmtError(f"{path} is not the text encoder UMT5: it has no {error.args[0]}", "Give Wan's UMT5.") from error
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**config))
+    check_sizes(config, str(path))
+    model = without_values(lambda: UMT5EncoderModel(UMT5Config(**config)), str(path))
     shapes = {name: p.shape for name, p in model.state_dict().items() if "embed_tokens" not in name}
     check_keys(f"text encoder {path}", state, shapes)
     return Component(state, config, str(path), files)
@@ -193,24 +209,53 @@ def read_vae(base: Base, given: str | Path | None, channels: int) -> Component:
     checkpoint, files = read_weights(path)
     names = vae_names(checkpoint.state)
     state = renamed(checkpoint.state, names.__getitem__, str(path))
-    config = {k: v for k, v in _settings(path / "config.json").items() if not k.startswith("_")}
+    known = inspect.signature(AutoencoderKLWan).parameters
+    config = {name: value for name, value in _settings(path / "config.json").items() if name in known}
     if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
         raise EmtError(f"{path} is not the VAE of Wan: it has no encoder.conv_in.weight", "Give Wan2.1_VAE.pth.")
     resnets = {int(m[1]) for name in state if (m := re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", name))}
-    config |= {
-        "base_dim": state["encoder.conv_in.weight"].shape[0],
-        "z_dim": state["post_quant_conv.weight"].shape[0],
-        "num_res_blocks": max(len(resnets) - 1, 1),
-    }
-    if config["z_dim"] != channels or config.get("is_residual"):
+    with sizes_of_weights(f"{path} is not the VAE of Wan", "Give Wan2.1_VAE.pth."):
+        config |= {
+            "base_dim": state["encoder.conv_in.weight"].shape[0],
+            "z_dim": state["post_quant_conv.weight"].shape[0],
+            "num_res_blocks": max(len(resnets) - 1, 1),
+        }
+    check_sizes(config, str(path))
+    if config["z_dim"] != channels:
         raise EmtError(
             f"the VAE {path} has {config['z_dim']} latent channels, the transformer takes {channels}",
             "Give the VAE of Wan 2.1, which has 16; that of Wan 2.2 TI2V-5B has 48.",
         )
-    with torch.device("meta"):
-        model = AutoencoderKLWan(**config)
+    _check_latents(config, str(path))
+    model = without_values(lambda: AutoencoderKLWan(**config), str(path))
     check_keys(f"VAE {path}", state, {name: p.shape for name, p in model.state_dict().items()})
     return Component(state, config, str(path), files)
+
+
+def _check_latents(config: Mapping[str, Any], where: str) -> None:
+    """Raise an EmtError if latents of a VAE are others than Wan 2.1 works on."""
+    wrong = [name for name, allowed in _VAE_BUILT_IN.items() if config.get(name, allowed[0]) not in allowed]
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+        values = config.get(name, [1.0] * config["z_dim"])
+        numbers = [x for x in values if type(x) in (int, float)] if isinstance(values, list) else []
+        if not len(values or ()) == len(numbers) == config["z_dim"] or not all(least < x < math.inf for x in numbers):
+            wrong.append(name)
+    if wrong:
+        listed = shorten([[f"{name} is {config[name]!r:.60}" for name in wrong]])
+        raise EmtError(f"the VAE {where} is not that of Wan 2.1{listed}", "Give the VAE of Wan 2.1.")
+
+
+def without_values(build: Callable[[], N], where: str) -> N:
+    """A network on "meta": shapes without values.
+
+    Raises:
+        EmtError: if what `where` says of it makes none.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception as error:  # values of another kind fail in any way in the networks of libraries
+        raise EmtError(f"no network can be made of {where}: {first_line(error)}", _GIVE) from error
 
 
 def read_tokenizer(base: Base, given: str | Path | None, most: int) -> tuple[PreTrainedTokenizerBase, list[Path]]:
