@@ -233,8 +233,8 @@ def _request(url: str, verb: str, make: Callable[[Any, str], T]) -> T:
     """
     renewed = False
     for attempt in range(1, ATTEMPTS + 1):
-        system, path = _filesystem(url)
         try:
+            system, path = _filesystem(url)  # that of ftp:// connects at once
             return make(system, path)
         except Exception as error:  # stores' libraries have no common base of errors
             kind = _kind(error)

@@ -109,8 +109,9 @@ def partial_file(path: Path, folder: bool = False) -> Iterator[Path]:
         folder: Make a folder instead of a file.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: It cannot be made, or is to take the place of a device, such as /dev/null or /dev/stdout.
     """
+    _expect_no_device(path)
     while True:
         partial = partial_beside(path)
         partial.mkdir() if folder else partial.touch(exist_ok=False)
@@ -124,6 +125,16 @@ def partial_file(path: Path, folder: bool = False) -> Iterator[Path]:
     finally:
         _remove(partial)
         _close(descriptor)
+
+
+def _expect_no_device(path: Path) -> None:
+    """Raise OSError if a file that takes the name of a path would take it from a device: root may do that."""
+    is_device = os.path.dirname(os.path.abspath(path)) in ("/dev", "/dev/fd", "/proc/self/fd")
+    with suppress(OSError, ValueError):
+        mode = os.stat(path).st_mode
+        is_device = is_device or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+    if is_device:
+        raise OSError(errno.EINVAL, "it is a device, whose place no file takes", str(path))
 
 
 def _open_locked(path: Path) -> tuple[int | None, bool | None]:
@@ -299,6 +310,25 @@ def apply_umask(*paths: Path) -> None:
         for file in files:
             if file.parent == folder:
                 file.chmod(mode)
+
+
+def check_replaceable(path: Path, kind: str, begins: tuple[bytes, ...]) -> None:
+    """Raise EmtError if a file is there that a new one would replace and that is not of its kind, such as a clip.
+
+    Args:
+        path: Where the new file goes.
+        kind: What it is, for the message.
+        begins: Beginnings of files of its kind, in lower case.
+    """
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(512).lstrip().lower()
+    except OSError:  # writing says why
+        return
+    if begin and not begin.startswith(begins):
+        raise EmtError(f"{path} is there, and no {kind}: it is not replaced", "Name another file, or remove it.")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -177,6 +177,15 @@ def test_alignment_is_the_cosine_of_the_model(clips, clip_model):
     assert found == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_k3_measures_take_the_place_of_no_clip_and_not_of_the_file_that_is_read(clips, tmp_path):
+    listed, clip = write_pairs(tmp_path / "pairs.jsonl", clips), clips / "right.mp4"
+    kept = listed.read_bytes(), clip.read_bytes()
+    for path, said in ((clip, "is not replaced"), (listed, "is the file that is read")):
+        with pytest.raises(EmtError, match=said):
+            run(listed, "--output", path)
+    assert (listed.read_bytes(), clip.read_bytes()) == kept
+
+
 def test_the_table_names_every_measure_and_the_output_file_has_the_lines(clips, tmp_path):
     pair = f"{clips / 'right.mp4'}={clips / 'follows.mp4'}=a red cat"
     text = run("--pair", pair, "--output", tmp_path / "deep" / "out.jsonl", "--workers", 2, "--text-model", "none")

@@ -10,6 +10,7 @@ import resource
 import stat
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,25 @@ def test_k2_a_clock_that_was_ahead_has_no_last_word(tmp_path):
     made = job | {"state": "done", "finished": "2026-01-01T00:00:00.000+00:00"}
     (tmp_path / journal.FILE_NAME).write_text(json.dumps(made) + "\n")
     assert [line["state"] for line in journal.current(tmp_path)] == ["done"]
+
+
+def test_k3_a_copy_by_hard_links_keeps_its_journal(tmp_path):
+    with closing(Journal(tmp_path / "out")) as log:
+        log.append({"event": "job", "state": "done", "output": "a.mp4", "id": "1"})
+    before = (tmp_path / "out" / journal.FILE_NAME).read_bytes()
+    (tmp_path / "backup").mkdir()
+    os.link(tmp_path / "out" / journal.FILE_NAME, tmp_path / "backup" / journal.FILE_NAME)
+    with closing(Journal(tmp_path / "out")) as log:
+        log.append({"event": "job", "state": "failed", "output": "b.mp4", "id": "2"})
+    assert (tmp_path / "backup" / journal.FILE_NAME).read_bytes() == before
+    assert [line["output"] for line in journal.read(tmp_path / "out")] == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize("name", [journal.FILE_NAME, journal.LOCK_NAME])
+def test_k7_a_folder_in_the_place_of_a_file_is_called_by_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(EmtError, match=f"{name} is a folder"):
+        Journal(tmp_path)
 
 
 def test_threads_write_whole_lines(tmp_path):

@@ -24,11 +24,13 @@ from emt.cache import ContentIndex
 from emt.errors import EmtError
 from emt.storage import write_atomically
 from emt.video import probe, read_clip, write_clip
+from emt_cli.batch import journal
 from emt_cli.batch.jobs import Job, identify, output_name
 from emt_cli.batch.journal import Journal, read
 from emt_cli.batch.options import Format, Method, Settings
 from emt_cli.batch.results import write_result
 from emt_cli.report.page import render, write_report
+from emt_cli.report.sheet import write_sheet
 
 SETTINGS = Settings(frames=8, height=64, width=64, steps=2)
 NASTY = (
@@ -267,6 +269,20 @@ def test_a_sheet_that_cannot_be_made_is_refused(folder, walk):
         ended = console(folder.path.parent, "report", folder.path.name, "--sheet", name)
         assert (ended.returncode, ended.stdout) == (1, "")
         assert said in ended.stderr
+
+
+def test_k3_a_page_or_a_sheet_takes_the_place_of_no_clip_and_of_no_journal(folder, walk):
+    clip = folder.done(Job(walk, "a robot", 0, SETTINGS), ball(8))
+    kept = {path: path.read_bytes() for path in (walk, clip, folder.path / journal.FILE_NAME)}
+    for path in kept:
+        with pytest.raises(EmtError, match="is not replaced"):
+            write_report(folder.path, path)
+    for path in (walk, clip):
+        with pytest.raises(EmtError, match="is one of the clips"):
+            write_sheet(path, journal.current(folder.path), folder.path)
+    assert {path: path.read_bytes() for path in kept} == kept
+    page = write_report(folder.path, folder.path.parent / "page.html")
+    assert write_report(folder.path, page) == page, "a page takes the place of a page"
 
 
 # ---- folders of strangers -----------------------------------------------------------------------------------------

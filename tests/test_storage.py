@@ -40,6 +40,25 @@ def test_other_failures_of_fsync_are_failures(tmp_path, monkeypatch, code):
         sync(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/fd/1", "device", "link"])
+def test_k3_no_file_takes_the_place_of_a_device(tmp_path, place):
+    path = tmp_path / place  # an absolute one is itself
+    if place == "link":
+        path.symlink_to("/dev/null")
+    if place == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    before = os.lstat(path)
+    with pytest.raises(OSError, match="whose place no file takes"), partial_file(path):
+        pass
+    if path.parent == tmp_path:  # of the system's own nothing is tried
+        with pytest.raises(OSError, match="whose place no file takes"):
+            write_atomically(path, b"x")
+    assert os.path.samestat(os.lstat(path), before)
+
+
 def test_a_file_that_cannot_be_synced_is_a_failure(tmp_path, monkeypatch):
     def fsync(descriptor: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

@@ -45,6 +45,7 @@ import errno
 import heapq
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from emt.errors import EmtError
-from emt.storage import open_file, try_lock
+from emt.storage import open_file, try_lock, write_atomically
 from emt_cli.batch.records import dumps, parse
 
 if TYPE_CHECKING:
@@ -263,6 +264,7 @@ class Journal:
             try:
                 if beside is not None:
                     _expect_none(out, lambda other: other != writer and not beside(other))
+                _unlink_from_others(file_of(out, writer))
                 self._file = os.open(file_of(out, writer), _APPENDING, 0o644)
             except (EmtError, OSError):
                 self._lock.release()
@@ -276,6 +278,8 @@ class Journal:
             reason = error.strerror
             if error.errno == errno.ELOOP:
                 reason = f"{Path(error.filename).name} is a link"
+            elif error.errno == errno.EISDIR and error.filename:
+                reason = f"{Path(error.filename).name} is a folder"
             elif isinstance(error, FileExistsError):
                 reason = "it is a file" if out.exists() else "it is a link that leads nowhere"
             raise EmtError(f"cannot write to {out}: {reason}", "Name another folder with --out.") from None
@@ -343,6 +347,18 @@ class Journal:
                 os.close(self._file)
                 self._lock.release()
             self._guard.release()
+
+
+def _unlink_from_others(path: Path) -> None:
+    """Make a journal a file of its own: a copy of its folder by hard links (a backup) would get the lines, too.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    with suppress(FileNotFoundError):
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            write_atomically(path, path.read_bytes())
 
 
 def _expect_none(out: Path, unwanted: Callable[[str], bool]) -> None:

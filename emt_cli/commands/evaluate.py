@@ -17,7 +17,7 @@ import typer
 from emt import demo
 from emt.errors import EmtError, first_line
 from emt.remote import check_on_disk, distinct, is_url
-from emt.storage import write_atomically
+from emt.storage import check_replaceable, write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_text
 from emt_cli.batch.records import dumps
@@ -105,6 +105,10 @@ def evaluate(
     sources = distinct(sources or [])
     for given, option in ((output, "--output"), (plots, "--plots")):
         check_on_disk(given, option)
+    if output is not None:
+        check_replaceable(output, "file of measures", (b'{"reference"', b'{"summary"'))
+        if len(distinct([*sources, output])) == len(sources):
+            raise EmtError(f"--output {output} is the file that is read", "Name another file.")
     folders = [Folder(source, say, fetch) for source in sources]
     found = [(folder, list(_pairs(folder.path, frames))) for folder in folders]
     pairs = [*_given_pairs(pair or [], frames), *(pair for _, own in found for pair in own)]

@@ -19,7 +19,7 @@ from typing import Any
 
 from emt.errors import EmtError
 from emt.evaluate.measures import MEASURES
-from emt.storage import write_atomically
+from emt.storage import check_replaceable, write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.records import dumps
 from emt_cli.report.gallery import SAMPLING, Gallery
@@ -57,6 +57,7 @@ def write_report(
         for folder in side:
             check_folder(folder)
     output = output or out / FILE_NAME
+    check_replaceable(output, "page", (b"<!doctype html",))
     content = render(_collect(sides, output.absolute().parent))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

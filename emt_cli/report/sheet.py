@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emt.cache import ContentIndex, default_dir
 from emt.errors import EmtError
+from emt_cli.batch.results import reference_of
 from emt_cli.report.gallery import is_inside, read_shown, reason, sampling_of
 from emt_cli.text import printable
 
@@ -54,13 +56,18 @@ def write_sheet(
         How many jobs it shows.
 
     Raises:
-        EmtError: none is finished and can be read, or the sheet cannot be written.
+        EmtError: none is finished and can be read, or the sheet cannot be written, or would replace one of the clips.
     """
     import numpy as np
 
     from emt.contact_sheet import contact_sheet
     from emt.video import write_clip
 
+    jobs = list(jobs)
+    clips = {reference_of(out, job["reference"]) for job in jobs if job.get("reference")}
+    clips |= {out / job["output"] for job in jobs if "output" in job}
+    if any(_is_same(path, clip) for clip in clips):
+        raise EmtError(f"{path} is one of the clips that the sheet shows", "Name another file with --sheet.")
     shown: list[Shown] = []
     index = ContentIndex(default_dir())
     for job in jobs:
@@ -86,6 +93,13 @@ def write_sheet(
     except OSError as error:
         raise EmtError(f"{path} cannot be written: {error.strerror}.") from None
     return len(shown)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one is not there, or cannot be
+        return False
 
 
 def _read(job: dict[str, Any], out: Path, index: ContentIndex) -> Shown:

@@ -94,11 +94,11 @@ class Finder:
                 else:
                     paths = self._named(str(to_path(argument)), alone=len(named) == 1)
                     found.extend(Path(os.path.abspath(path)) for path in paths)
-            except EmtError as error:
+            except (EmtError, OSError, ValueError) as error:
+                if not isinstance(error, EmtError):
+                    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                    error = EmtError(f"cannot read it: {reason}")
                 found.append(Rejected(error, "", shown(normal(argument)) if is_url(argument) else argument))
-            except (OSError, ValueError) as error:
-                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                found.append(Rejected(EmtError(f"cannot read it: {reason}"), "", argument))
         return list(dict.fromkeys(found))
 
     def clips(self, folders: Iterable[str]) -> list[Path]:
