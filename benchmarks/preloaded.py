@@ -20,39 +20,21 @@ from pathlib import Path
 
 import imageio_ffmpeg
 
+#: What is imported once: the program, and what it imports on the way when it runs.
+_IMPORTED = """
+emt.pipeline emt.video emt.backbones.sd15.import_weights emt.backbones.sd15.opening emt.backends.measured
+emt.evaluate.pairs emt.train.trainer
+emt_cli.app emt_cli.batch.planning emt_cli.executors.choice emt_cli.executors.local emt_cli.report.page
+emt_cli.report.published emt_cli.terminal
+emt_cli.commands.bench emt_cli.commands.config emt_cli.commands.engines emt_cli.commands.evaluate
+emt_cli.commands.group emt_cli.commands.import_weights emt_cli.commands.plan emt_cli.commands.report
+emt_cli.commands.rerun emt_cli.commands.train emt_cli.commands.transfer
+PIL.GifImagePlugin PIL.JpegImagePlugin cv2 fsspec.implementations.http numpy.ma pydantic.fields pydantic.type_adapter
+pydantic.types rich.progress rich.table s3fs torch.utils.tensorboard
+"""
+
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(
-    [
-        "emt.pipeline",
-        "emt.video",
-        "emt.backbones.sd15.import_weights",
-        "emt.backbones.sd15.opening",
-        "emt.backends.measured",
-        "emt.evaluate.pairs",
-        "emt_cli.app",
-        "emt_cli.batch.planning",
-        "emt_cli.executors.choice",
-        "emt_cli.executors.local",
-        "emt_cli.report.page",
-        "emt_cli.report.published",
-        "emt_cli.terminal",
-        *(
-            f"emt_cli.commands.{name}"
-            for name in ("engines", "evaluate", "group", "import_weights", "plan", "report", "rerun", "transfer")
-        ),
-        # What those import on the way, when they are called.
-        "PIL.GifImagePlugin",
-        "PIL.JpegImagePlugin",
-        "cv2",
-        "imageio_ffmpeg",
-        "numpy.ma",
-        "pydantic.fields",
-        "pydantic.type_adapter",
-        "pydantic.types",
-        "rich.progress",
-        "rich.table",
-    ]
-)
+_FORK.set_forkserver_preload(_IMPORTED.split())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,22 @@ def trained(model: nn.Linear, part: slice) -> tuple[GraphTrainer, float]:
 
 
 def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> None:
-    """Call `work` with its rank in each of two processes that train together."""
-    multiprocessing.spawn(_one_of_two, (work, folder), nprocs=2)
+    """Call `work` with its rank in each of two processes that train together, of which this is the first."""
+    other = multiprocessing.get_context("forkserver").Process(target=_one_of_two, args=(1, work, folder))
+    other.start()
+    _one_of_two(0, work, folder)
+    other.join()
+    assert other.exitcode == 0
 
 
 def _one_of_two(rank: int, work: Callable[[int, Path], None], folder: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    work(rank, folder)
-    distributed.destroy_process_group()
+    # One that has failed is not waited for much longer.
+    options = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": 2, "timeout": timedelta(minutes=2)}
+    distributed.init_process_group("gloo", **options)
+    try:
+        work(rank, folder)
+    finally:
+        distributed.destroy_process_group()
 
 
 def train_half(rank: int, folder: Path) -> None:
