@@ -250,14 +250,21 @@ def test_help_imports_nothing_heavy():
 
 
 def test_help_answers_at_once():
-    """Under 0.3 s of processor time: unlike the clock's, it does not count what else the machine is doing."""
-    times = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([EMT, "--help"], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < 0.3
+    """A fifth of a second, which is that of the parser's library: half more is the most that all else may take.
+
+    In processor time: unlike the clock's, it does not count what else the machine is doing.
+    """
+
+    def seconds(*command: object) -> float:
+        times = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(list(map(str, command)), check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(times)
+
+    assert seconds(EMT, "--help") < 1.5 * seconds(sys.executable, "-c", "import typer")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
