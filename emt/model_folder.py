@@ -238,14 +238,18 @@ class Model:
         if not self.facts.makes_frames(frames):
             allowed = self.facts.allowed_clips()
             raise EmtError(f"frames is {frames}", f"The model {self.name} makes clips of {allowed} frames.")
-        multiple = self.size_multiple
-        for name in ("height", "width"):
-            if settings[name] % multiple:
-                near = max(multiple, round(settings[name] / multiple) * multiple)
-                allowed = f"The model {self.name} makes clips of multiples of {multiple}: --{name} {near}"
-                raise EmtError(f"{name} is {settings[name]}", allowed)
+        self.check_size(settings["width"], settings["height"])
         if (name := settings["scheduler"]) in ("lcm", "tcd") and steps > _LCM_STEPS:
             raise EmtError(f"steps is {steps}", f"The scheduler {name} takes at most {_LCM_STEPS}; 4 to 8 are usual.")
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise EmtError unless the model makes clips of this size."""
+        multiple = self.size_multiple
+        for name, side in (("height", height), ("width", width)):
+            if side % multiple:
+                near = max(multiple, round(side / multiple) * multiple)
+                allowed = f"The model {self.name} makes clips of multiples of {multiple}: --{name} {near}"
+                raise EmtError(f"{name} is {side}", allowed)
 
     def _check_key_frames(self, keys: Mapping[int, str], settings: Mapping[str, Any]) -> None:
         if (last := max(keys)) >= settings["frames"]:

@@ -460,6 +460,25 @@ def test_a_backend_that_builds_no_engines_of_a_network_says_which_does(tmp_path)
     assert "import-weights --lora" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "problem", "allowed"),
+    [
+        (wan_model, ["--frames", "8"], "frames is 8", "takes 5, 9, … up to 81 frames at once"),
+        (wan_model, ["--size", "64x64,40x64"], "width is 40", "makes clips of multiples of 16: --width 32"),
+        (random_model, ["--frames", "81"], "frames is 81", "takes 2 to 32 frames at once"),
+    ],
+)
+def test_a_shape_that_the_network_does_not_take_is_refused_before_anything_is_compiled(
+    tmp_path, make, options, problem, allowed
+):
+    folder = make(tmp_path / "model")
+    done = console(tmp_path, "build-engine", "--model", folder, "--device", "cpu", *options)
+    assert done.returncode == 1
+    assert problem in done.stderr
+    assert allowed in " ".join(done.stderr.split())
+    assert "compiling" not in done.stderr
+
+
 def test_the_command_of_a_request_is_one_that_build_engine_takes(tmp_path):
     request = Request("inductor", "bf16", "cpu", (SIZE,), 8, (1, 4), Weights({}), "my model", ("a b.safetensors:0.5",))
     words = request.command

@@ -30,6 +30,7 @@ from emt.backbones.wan21.published import transformer_config
 from emt.backbones.wan21.recognition import recognizes
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.errors import EmtError
+from emt.model_folder import find_model
 from emt.pipeline import load_pipeline
 
 
@@ -341,6 +342,9 @@ class TestAdapter:
         text = torch.nn.functional.pad(text, (0, 20))
         motion = model.encode_reference(sample, timestep, text)
         torch.testing.assert_close(model(sample, timestep, text, motion), model(sample, timestep, text))
+        opened = find_model(str(tmp_path / "model"), download=False)
+        assert not opened.has_adapter  # so that clips are made by guidance, and --method adapter is refused
+        assert opened.defaults["method"] == "guidance"
 
     @pytest.mark.parametrize("as_folder", [False, True])
     def test_a_trained_one_is_taken_with_its_options(self, tmp_path, diffusers_folder, as_folder):
@@ -360,6 +364,7 @@ class TestAdapter:
         for name, p in trained.adapter_parameters():
             assert torch.equal(own.pop(name), p)
         assert not own
+        assert find_model(str(tmp_path / "model"), download=False).has_adapter
 
     def test_of_another_width_it_does_not_fit(self, tmp_path, diffusers_folder):
         save_adapter(small_transformer(reference_blocks=[1]), tmp_path / "adapter.safetensors")
@@ -426,12 +431,29 @@ class TestCommand:
         [
             (["--motion-module", "mm.ckpt"], "--motion-module: not of Wan"),
             (["--prediction-type", "epsilon", "--dreambooth", "x"], "--dreambooth, --prediction-type: not of Wan"),
+            (["--reference-blocks", "1-x"], "--reference-blocks has '1-x'"),
+            (["--reference-blocks", "0,3-2"], "--reference-blocks has '3-2'"),
+            (["--reference-neighbours", "1", "--adapter", "a"], "those of the adapter are in its file"),
         ],
     )
     def test_options_of_stable_diffusion_are_refused(self, tmp_path, diffusers_folder, options, message):
         done = console(tmp_path, "import-weights", "--base", diffusers_folder, "-o", tmp_path / "m", *options)
         assert done.returncode == 2
         assert message in " ".join(done.stderr.split())
+
+    def test_an_adapter_to_be_trained_has_the_blocks_and_frames_that_were_chosen(self, tmp_path, diffusers_folder):
+        options = ["--reference-blocks", "1", "--reference-neighbours", "0"]
+        done = console(tmp_path, "import-weights", "--base", diffusers_folder, "-o", tmp_path / "model", *options)
+        assert done.returncode == 0, done.stderr
+        network = load_pipeline(tmp_path / "model").unet
+        assert network.reference_layers() == ["blocks.1"]
+        assert network.config.reference_neighbours == 0
+        done = console(
+            tmp_path, "import-weights", "--base", diffusers_folder, "-o", tmp_path / "m", *options[:1], "0-9"
+        )
+        assert done.returncode == 1
+        assert "reference_blocks has 9" in done.stderr
+        assert "has blocks 0 to 1." in " ".join(done.stderr.split())
 
     def test_another_network_of_the_family_is_named(self, tmp_path):
         base = write_diffusers_folder(tmp_path / "base", _class_name="WanVACEPipeline")

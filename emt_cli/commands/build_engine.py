@@ -55,7 +55,7 @@ def build_engine(
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(help="Number of frames of a clip. Default: the model's.", min=2, max=32, show_default=False),
+        typer.Option(help="Number of frames of a clip. Default: the model's.", min=2, max=81, show_default=False),
     ] = None,
     batch: Annotated[
         str, typer.Option(help="Number of clips denoised together: N or MIN..MAX.", metavar="N|MIN..MAX")
@@ -117,6 +117,12 @@ def build_engine(
     check_network(found.name, found.network, backend.value)
     defaults = parse_defaults(found.defaults)
     width, height = defaults["width"], defaults["height"]
+    sizes = sizes or (Size((width, height), (width, height)),)
+    for width, height in dict.fromkeys(side for each in sizes for side in (each.least, each.most)):
+        found.check_size(width, height)
+    if not found.facts.takes_frames(frames := frames or defaults["frames"]):
+        allowed = found.facts.allowed_frames()
+        raise EmtError(f"frames is {frames}", f"The network of {found.name} takes {allowed} frames at once.")
     target = Device.open(device, precision.value)
 
     from emt.backbone import SWITCHING, module_of
@@ -135,8 +141,8 @@ def build_engine(
         backend=backend.value,
         precision=target.precision,
         device=target.torch_device,
-        sizes=sizes or (Size((width, height), (width, height)),),
-        frames=frames or defaults["frames"],
+        sizes=sizes,
+        frames=frames,
         batch=clips,
         weights=model_weights(found, ContentIndex(default_dir()), loras),
         model=str(found.folder.absolute()) if Path(found.name).is_dir() else found.name,

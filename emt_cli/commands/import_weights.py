@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from enum import Enum
 from pathlib import Path
@@ -124,6 +125,25 @@ def import_weights(
             show_default=False,
         ),
     ] = None,
+    reference_blocks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCKS",
+            help="Blocks of Wan that take the reference, such as 10-14 or 4,8,12: those of an adapter that is to be "
+            "trained. Default: 4-18 of 30, as many in proportion of others.",
+            show_default=False,
+        ),
+    ] = None,
+    reference_neighbours: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Frames of the reference on either side of its own that a frame of Wan sees, of latents. Default: "
+            "all.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Make one model folder from Stable Diffusion 1.5, an AnimateDiff motion module and the adapter, or from Wan 2.1.
@@ -161,9 +181,16 @@ def import_weights(
         given = [f"--{name.replace('_', '-')}" for name, value in parts.items() if value is not None]
         if given:
             raise UsageError(f"{', '.join(given)}: not of Wan, which {base} is", "Leave it out.")
-        parts = {"text_encoder": text_encoder}
-    elif text_encoder is not None:
-        raise UsageError("--text-encoder: the base is no Wan", "Leave it out.")
+        blocks = None if reference_blocks is None else parse_blocks(reference_blocks)
+        parts = {"text_encoder": text_encoder, "reference_blocks": blocks, "reference_neighbours": reference_neighbours}
+        if adapter is not None and (blocks is not None or reference_neighbours is not None):
+            problem = "--reference-blocks and --reference-neighbours: those of the adapter are in its file"
+            raise UsageError(problem, "Leave them out, or --adapter.")
+    elif text_encoder is not None or reference_blocks is not None or reference_neighbours is not None:
+        options = {"text-encoder": text_encoder, "reference-blocks": reference_blocks}
+        options["reference-neighbours"] = reference_neighbours
+        given = [f"--{name}" for name, value in options.items() if value is not None]
+        raise UsageError(f"{', '.join(given)}: the base is no Wan", "Leave it out.")
     elif base is None or motion_module is None:
         missing = [name for name, given in (("--base", base), ("--motion-module", motion_module)) if given is None]
         raise UsageError(f"{' and '.join(missing)} missing", "Give both, or --published for the published files.")
@@ -204,3 +231,19 @@ def import_weights(
             **({"dtype": dtype.value} if dtype else {}),
         )
     typer.echo(report.folder)
+
+
+def parse_blocks(text: str) -> list[int]:
+    """Numbers of blocks from a list such as `4-18` or `4,8,12`.
+
+    Raises:
+        UsageError: something in it is no number or rising range.
+    """
+    blocks: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UsageError(f"--reference-blocks has {part!r}", "Blocks are as in 4-18 or 4,8,12.")
+        blocks.update(range(first, last + 1))
+    return sorted(blocks)

@@ -31,7 +31,7 @@ from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.checkpoints import Origin, check_keys, shorten
 from emt.errors import EmtError
 from emt.importing import ImportReport, Progress, Steps, import_card
-from emt.model_folder import new_folder
+from emt.model_folder import UNTRAINED, new_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: What a clip is made with where nothing else is given: Wan 2.1 T2V-1.3B's.
@@ -64,6 +64,8 @@ def import_weights(
     tokenizer: str | Path | None = None,
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    reference_blocks: Sequence[int] | None = None,
+    reference_neighbours: int | None = None,
     dtype: str = "bf16",
     overwrite: bool = False,
     on_progress: Progress | None = None,
@@ -81,6 +83,8 @@ def import_weights(
         tokenizer: folder or hub id; None takes the base's.
         adapter: what `emt train` learnt, a file or model folder. None starts it untrained.
         loras: files and scales, merged into the transformer.
+        reference_blocks: of an untrained adapter, as `WanMotionTransferTransformer` has them.
+        reference_neighbours: likewise.
         dtype: of the stored weights, "bf16", "fp16" or "fp32". The VAE, and what diffusers keeps so, stay in float32.
         overwrite: replace the output folder, if it is a model folder.
         on_progress: called with what is being done, steps done and steps in all.
@@ -97,7 +101,15 @@ def import_weights(
         step("Reading the base")
         found, transformer = read_base(base, step.fetching)
         trained = None if adapter is None else read_adapter(adapter)
-        config = transformer.config | ({} if trained is None else trained.options)
+        options: dict[str, Any] = {"reference_blocks": reference_blocks, "reference_neighbours": reference_neighbours}
+        if trained is not None:
+            options = trained.options
+        elif reference_blocks is not None and not 0 <= max(reference_blocks) < transformer.config["num_layers"]:
+            raise EmtError(
+                f"reference_blocks has {max(reference_blocks)}",
+                f"The transformer {transformer.where} has blocks 0 to {transformer.config['num_layers'] - 1}.",
+            )
+        config = transformer.config | options
         model = without_values(lambda: WanMotionTransferTransformer(**config), transformer.where)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         learnt = {name for name, _ in model.adapter_parameters()}
@@ -150,7 +162,7 @@ def import_weights(
         flow_scheduler().save_pretrained(partial / "scheduler")
         tokenizer_class = json.loads((partial / "tokenizer" / "tokenizer_config.json").read_text())["tokenizer_class"]
         index = {"_class_name": "MotionTransferPipeline", "tokenizer": ["transformers", tokenizer_class]}
-        index |= _PARTS | DEFAULTS
+        index |= _PARTS | DEFAULTS | ({"adapter": UNTRAINED} if trained is None else {})
         (partial / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         step("Hashing the sources")
         sources = tuple(origin.hashed() for origin in origins)
