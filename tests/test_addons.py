@@ -309,8 +309,11 @@ def test_rerun_takes_the_files_that_made_a_clip_by_their_content(run, tmp_path):
         ended = again()
         assert ended.code == 1
         assert "the LoRA two.safetensors that made it is not where it was, or is another now" in ended.err
-        ended = again("--addon", "moved.safetensors")
-        assert "identical with the original" in ended.err, ended.err
+        for option in ("--addon", "--lora"):
+            ended = again(option, "moved.safetensors")
+            assert "identical with the original" in ended.err, ended.err
+        ended = again("--lora", "moved.safetensors", "--lora", "one.safetensors")
+        assert (ended.code, "one.safetensors is none of the files that made it" in ended.err) == (1, True), ended.err
     finally:
         (run / "moved.safetensors").replace(run / "two.safetensors")
 

@@ -154,7 +154,8 @@ def test_jobs_without_the_later_settings_are_those_of_earlier_versions():
 @pytest.mark.parametrize(
     ("name", "value", "parsed"),
     [("steps", "25", 25), ("steps", 25.0, 25), ("guidance", "1", 1.0), ("scheduler", "dpm++", Scheduler.DPM),
-     ("duration", None, None), ("seed", 2**63 - 1, 2**63 - 1), ("negative_prompt", "", "")],
+     ("duration", None, None), ("seed", 2**63 - 1, 2**63 - 1), ("negative_prompt", "", ""),
+     ("prompt", {"0": "a fox", "8": "a wolf"}, '{"0": "a fox", "8": "a wolf"}')],
 )  # fmt: skip
 def test_values_of_job_files(name, value, parsed):
     assert parse_field(name, value) == parsed
@@ -168,7 +169,8 @@ def test_values_of_job_files(name, value, parsed):
         ("scheduler", "magic", "ddim, dpm++"), ("seed", -1, "from 0"), ("seed", 2**63, "to 9223372036854775807"),
         ("prompt", "  ", "Say"), ("prompt", "a\x1b[31m", "Remove"), ("prompt", "\ud800", "UTF-8"),
         ("prompt", 5, "text"), ("prompt", "word " * 10_000, "4,000"), ("hue", "red", "reference, prompt, seed"),
-        ("frames", 1e400, "whole"),
+        ("frames", 1e400, "whole"), ("prompt", {"0": "a fox", "8": 5}, '{"0": "a fox"'), ("prompt", {}, "by frames"),
+        ("negative_prompt", {"a": "fox"}, "by frames"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_allowed_is_reported_with_what_is_allowed(name, value, hint):

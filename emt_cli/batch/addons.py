@@ -237,7 +237,7 @@ class AddonFinder:
             EmtError: one is not there any more, or its content is another.
         """
         places = sources_of(settings)
-        found, unread = [], list[EmtError]()
+        found, unread, unused = [], list[EmtError](), [str(path) for path in given]
         for listed in record.get("addons", ()):
             kind, detail = listed["kind"], listed.get(_DETAILS.get(listed["kind"], ""))
             sources = [(str(path), True) for path in given] + [(text, False) for text in places[kind]]
@@ -249,6 +249,7 @@ class AddonFinder:
                     continue
                 if file.sha256 == listed["sha256"]:
                     found.append(file)
+                    unused = [path for path in unused if path != source]
                     break
             else:
                 if unread:
@@ -260,6 +261,9 @@ class AddonFinder:
                 )
         if len(found) != sum(map(len, places.values())):
             raise EmtError("the record does not say which LoRAs, VAE and other files made it", "Make the clip anew.")
+        if unused:
+            hint = "Leave it out; emt transfer makes clips with other files."
+            raise EmtError(f"{unused[0]} is none of the files that made it", hint)
         return Addons(tuple(sorted(found, key=lambda file: str(file.content))), settings.clip_skip)
 
 

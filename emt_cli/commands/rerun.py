@@ -61,7 +61,9 @@ def rerun(
     ] = None,
     addon: Annotated[
         list[Path] | None,
-        typer.Option(help="LoRA, VAE or embedding that has moved; may be repeated.", show_default=False),
+        typer.Option(
+            "--addon", "--lora", help="LoRA, VAE or embedding that has moved; may be repeated.", show_default=False
+        ),
     ] = None,
     engine: Annotated[
         str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from emt.errors import EmtError
 from emt.hub import split_word
+from emt.prompt_syntax import parse_schedule
 from emt_cli.batch.options.settings import ALL_FRAMES, SIZE_NAMES, Audio, Format, Settings, with_source
 from emt_cli.text import nearest
 
@@ -220,7 +222,21 @@ def _number(
     return number
 
 
+_PROMPTS = ("prompt", "negative_prompt")
+
+
+def _scheduled(name: str, value: Mapping[str, Any]) -> str:
+    """An object of prompts by their key frames as a prompt."""
+    text = json.dumps(value, ensure_ascii=False)
+    if parse_schedule(text) is None:
+        hint = 'Write a text, or texts by frames, as in {"0": "a fox", "8": "a wolf"}.'
+        raise EmtError(f"{name} is {value!r:.100}", hint)
+    return text
+
+
 def _text(name: str, value: Any) -> str:
+    if name in _PROMPTS and isinstance(value, Mapping):  # prompts by key frames, as a text has them
+        value = _scheduled(name, value)
     if not isinstance(value, str):
         raise EmtError(f"{name} is {value!r:.100}", "It must be a text.")
     if name != "negative_prompt" and not value.strip():
