@@ -492,7 +492,7 @@ def test_k3_a_finished_clip_of_another_job_is_known_by_the_journal_or_by_its_own
     write_clip(plain, frames, 8)
     text.write_text("no clip")
     unlisted = {path: is_anothers(None, path, "two") for path in (whole, cut, plain, text, tmp_path / "none.mp4")}
-    assert [path for path, another in unlisted.items() if another] == [whole], "only that is a finished clip of a job"
+    assert [path for path, another in unlisted.items() if another] == [whole, plain], "what is whole is kept"
     assert not is_anothers(None, whole, "one"), "its own"
     assert not is_anothers(None, Path("\0"), "two"), "no path at all"
     status = plain.stat()
@@ -501,7 +501,9 @@ def test_k3_a_finished_clip_of_another_job_is_known_by_the_journal_or_by_its_own
     assert not is_anothers(line, plain, "one")
     for field in ("bytes", "mtime_ns"):
         for change in (-1, 1):
-            assert not is_anothers(line | {field: line[field] + change}, plain, "two"), "written since: what is it?"
+            changed = line | {field: line[field] + change}
+            assert not is_anothers(changed, cut, "two"), "written since, and not whole"
+            assert is_anothers(changed, plain, "one"), "edited since, and still a clip"
 
 
 def test_a_clip_that_must_be_read_to_be_known_comes_with_its_status(result):

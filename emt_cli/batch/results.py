@@ -119,7 +119,10 @@ def is_untouched(line: Mapping[str, Any], status: os.stat_result) -> bool:
 
 
 def is_anothers(line: Mapping[str, Any] | None, clip: Path, identity: str) -> bool:
-    """Return whether a finished clip of another job is where a job's clip goes; arguments as for `state_on_disk`."""
+    """Return whether a finished clip of another job is where a job's clip goes; arguments as for `state_on_disk`.
+
+    A whole clip without a record is somebody's own: one of this program's that was edited in its place.
+    """
     try:
         status = os.stat(clip)
     except (OSError, ValueError):
@@ -130,8 +133,21 @@ def is_anothers(line: Mapping[str, Any] | None, clip: Path, identity: str) -> bo
         record = read_record(clip)
     except EmtError:
         return False
+    if not record:
+        return _is_whole_clip(clip)
     settings = record.get("settings", {})
     return record.get("id", identity) != identity and _found(clip)[1] == settings.get("frames")
+
+
+def _is_whole_clip(clip: Path) -> bool:
+    """Return whether there is a clip that can be read and does not end before its own structure says."""
+    from emt.video import probe
+    from emt.video.damage import ends_early
+
+    try:
+        return probe(clip).frames > 1 and (clip.is_dir() or ends_early(clip, clip.stat().st_size) is not True)
+    except (EmtError, OSError):
+        return False
 
 
 @dataclass(frozen=True)

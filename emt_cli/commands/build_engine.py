@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import re
 import signal
 import threading
@@ -174,7 +175,7 @@ def build_engine(
             manifest = build(pipe, request, folder, progress)
     parity = "not verified: this machine cannot run it" if manifest.parity is None else f"parity {manifest.parity:.1e}"
     say(f"built in {manifest.seconds:.0f} s; {parity}")
-    typer.echo(folder)
+    typer.echo(os.fsencode(folder))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from enum import Enum
@@ -230,7 +231,7 @@ def import_weights(
             **parts,
             **({"dtype": dtype.value} if dtype else {}),
         )
-    typer.echo(report.folder)
+    typer.echo(os.fsencode(report.folder))
 
 
 def parse_blocks(text: str) -> list[int]:

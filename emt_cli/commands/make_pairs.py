@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -146,7 +147,7 @@ def make_pairs(
         from emt.train.data import Rendering
 
         _render(folder, motions, Rendering(appearances, realism, two_subjects, camera, seed, fps), device)
-        typer.echo(folder)
+        typer.echo(os.fsencode(folder))
     else:
         if not prompts:
             raise UsageError("--from-references needs --prompts FILE", "What the new clips show, a line each.")
@@ -242,7 +243,7 @@ def _teach(options: TransferOptions, guidance: Guidance, wanted: Filter) -> None
             journal.close()
     _print_summary(report)
     if any(row["state"] == "kept" for row in report):
-        typer.echo(options.out)
+        typer.echo(os.fsencode(options.out))
     if code := summary.exit_code():
         raise typer.Exit(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -115,10 +116,11 @@ def rerun(
         if is_url(output):
             check_writable(normal(output))
             here = Path(folder) / file_name(normal(output))
-        _make_again(made, clip, here, reporter, reference, model, addon or [], engine, device, kernels)
+        place = shown(normal(output)) if is_url(output) else str(output)
+        _make_again(made, clip, here, place, reporter, reference, model, addon or [], engine, device, kernels)
         if is_url(output):
             _publish(here, normal(output))
-    typer.echo(normal(output) if is_url(output) else output)
+    typer.echo(os.fsencode(place))
 
 
 def _find(result: Path) -> tuple[Path, Path]:
@@ -212,6 +214,7 @@ def _make_again(
     made: _Made,
     clip: Path,
     output: Path,
+    place: str,
     reporter: Any,
     reference: Path | None,
     model: str | None,
@@ -298,7 +301,7 @@ def _make_again(
         reporter.phase("comparing")
         text = compare(original, _all_frames(output), (clip.suffix.lower(), output.suffix.lower()))
         versions = "" if text.startswith("identical") else versions
-        reporter.say(f"{output} is {text}" if "compared" not in text else text)
+        reporter.say(f"{place} is {text}" if "compared" not in text else text)
     if versions:
         reporter.say(f"note: the original was made with {versions}: bits may differ")
 

@@ -72,7 +72,9 @@ def train(
         int, typer.Option(help="Pairs per batch, on each GPU.", min=1, max=1024, rich_help_panel=_STEP)
     ] = 1,
     accumulate: Annotated[int, typer.Option(help="Gradient-accumulation steps.", min=1, rich_help_panel=_STEP)] = 1,
-    learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.", min=0, rich_help_panel=_STEP)] = 1e-4,
+    learning_rate: Annotated[
+        float, typer.Option(help="AdamW learning rate.", min=0, max=10, rich_help_panel=_STEP)
+    ] = 1e-4,
     drop_text: Annotated[
         float, typer.Option(help="Share of captions replaced by the empty prompt.", min=0, max=1, rich_help_panel=_STEP)
     ] = 0.1,
@@ -168,7 +170,7 @@ def train(
         trainer.say(f"stopped at step {trainer.step}; go on with the same command and --resume latest")
         raise typer.Exit(130)
     if trainer.accelerator.is_main_process:
-        typer.echo(output / "model")
+        typer.echo(os.fsencode(output / "model"))
 
 
 def _say(text: str) -> None:

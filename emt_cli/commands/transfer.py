@@ -17,9 +17,9 @@ def transfer(options: TransferOptions) -> None:
 
     Every reference goes with every prompt and seed. Results are OUT/<reference>/<prompt>-<seed>.mp4, each with its
     settings in a .json beside it; OUT/journal.jsonl has what became of each job. Run it again and finished clips are
-    skipped, unfinished ones done. No finished clip is ever replaced without --overwrite: made with other settings,
-    another model or precision, a clip of the same reference, prompt and seed gets a name of its own,
-    <prompt>-<seed>_<hash>.mp4.
+    skipped, unfinished ones done. No finished clip is ever replaced without --overwrite, nor one that was edited in its
+    place: made with other settings, another model or precision, a clip of the same reference, prompt and seed gets a
+    name of its own, <prompt>-<seed>_<hash>.mp4.
 
     With --best-of N each job makes N clips, with its seed and those after it, and keeps the one whose motion, measured
     on tracks of points, follows the reference best; its record has all scores. With --evaluate the results are measured
