@@ -92,7 +92,7 @@ def _taking(command: Callable[[TransferOptions], None], several: bool = False) -
 
 
 def _origin(context: typer.Context, files: Mapping[str, Path], problem: str) -> str:
-    """Where the value of the option is from that a problem begins with, if not from the command line."""
+    """Origin of the option that a problem begins with: the file or the variable that sets it, or nothing."""
     name = problem.partition(" ")[0].removeprefix("--").replace("-", "_")
     source = getattr(context.get_parameter_source(name), "name", "") if name in context.params else ""
     if source == "ENVIRONMENT":
