@@ -267,6 +267,11 @@ _PASSING_NUMBERS = (
     *(errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH),
     *(errno.ENETDOWN, getattr(errno, "EREMOTEIO", errno.EIO)),
 )
+_ASTRAY = {
+    "TooManyRedirects": "it redirects without an end",
+    "NonHttpUrlRedirectClientError": "it redirects to what is no web address",
+    "InvalidUrlRedirectClientError": "it redirects to what is no web address",
+}
 _ON_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -301,6 +306,8 @@ def _kind(error: BaseException) -> str:
         status, code = _codes(found)
         if code in _EXPIRED or names & _EXPIRED:
             return "denied"
+        if names & _ASTRAY.keys():
+            return "other"
         if code in _DENIED or names & _CREDENTIALS or status in (401, 403):
             return "denied"
         if status in (408, 425, 429) or status >= 500:
@@ -348,12 +355,16 @@ def _explain(url: str, verb: str, kind: str, error: Exception, attempts: int) ->
 
 def _reason(error: BaseException) -> str:
     """Reason of a fault in a line."""
-    found = [e for e in _chain(error) if str(e).strip()]
-    texts = [first_line(e) for e in found] or [type(error).__name__]
+    for found in _chain(error):
+        if said := _ASTRAY.get(type(found).__name__):
+            return said
+    texts = [first_line(e) for e in _chain(error) if str(e).strip()]
+    texts = [text for text in texts if not _URL_IN_TEXT.fullmatch(text)]  # it says nothing but the URL
     status = next((status for status, _ in map(_codes, _chain(error)) if status), 0)
-    text = re.sub(r"^\[Errno \d+\] ", "", texts[0])
+    text = re.sub(r"^\[Errno \d+\] ", "", texts[0]) if texts else type(error).__name__
+    is_there = re.search(rf"\b{status}\b", _URL_IN_TEXT.sub("", text))
     text = _URL_IN_TEXT.sub(lambda match: shown(match[0]), text)
-    return f"{text} ({status})" if status and str(status) not in text else text
+    return f"{text} ({status})" if status and not is_there else text
 
 
 _URL_IN_TEXT = re.compile(r"[a-z][a-z0-9+.-]+://[^\s'\"<>)]+")

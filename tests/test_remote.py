@@ -256,11 +256,17 @@ class Web(http.server.BaseHTTPRequestHandler):
 
     faults: dict[str, list[int]] = {}  # noqa: RUF012
     content = b"prompt one\nprompt two\n"
+    redirections: dict[str, str] = {}  # noqa: RUF012
 
     def do_HEAD(self) -> None:
         self._answer(b"")
 
     def do_GET(self) -> None:
+        if to := self.redirections.get(self.path):
+            self.send_response(302)
+            self.send_header("Location", to)
+            self.end_headers()
+            return
         left = self.faults.get(self.path, [])
         status = left.pop(0) if left else 200
         if status != 200:
@@ -295,6 +301,19 @@ def test_the_web_is_read_and_what_passes_is_tried_again(web):
         fetch(f"{web}/down.txt")
     with pytest.raises(EmtError, match=r"secret.txt cannot be read: access is denied"):
         fetch(f"{web}/secret.txt")
+
+
+def test_k7_what_redirects_nowhere_is_said_and_so_is_a_status(web):
+    Web.redirections = {"/round.txt": "/round.txt", "/here.txt": "file:///etc/passwd", "/moved.txt": "/there.txt"}
+    Web.faults = {"/401.txt": [401] * 99}
+    for name, said in (
+        ("round", "cannot be read: it redirects without an end"),
+        ("here", "cannot be read: it redirects to what is no web address"),
+        ("401", r"cannot be read: access is denied \(401, message='Unauthorized'"),
+    ):
+        with pytest.raises(EmtError, match=said):
+            fetch(f"{web}/{name}.txt")
+    assert fetch(f"{web}/moved.txt").read_bytes() == Web.content
 
 
 def test_nobody_listens(tmp_path):
