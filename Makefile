@@ -24,7 +24,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	# One thread a worker: two workers that both spin two threads on two cores are slower than one.
 	# Files are begun as tests/conftest.py orders them, the longest first.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations 10 --durations-min 10
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
