@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from emt.errors import EmtError
 from emt.evaluate.statistics import mean
 from emt.video import write_clip
-from emt_cli.commands.evaluate import evaluate
+from emt_cli.commands.evaluate import _from_file, evaluate
 
 cv2 = pytest.importorskip("cv2")
 
@@ -103,6 +103,14 @@ def write_pairs(path: Path, clips: Path) -> Path:
         ]
         path.write_text("\n".join(["reference,result,prompt,seconds,seed", *body]) + "\n")
     return path
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_k1_pairs_from_a_table_as_spreadsheets_write_it(tmp_path, delimiter):
+    table = tmp_path / "pairs.csv"
+    table.write_text(delimiter.join(("reference", "result", "note")) + "\n" + delimiter.join(("a.mp4", "b.mp4", "x")))
+    [(number, fields)] = _from_file(table)
+    assert (number, fields) == (2, {"reference": "a.mp4", "result": "b.mp4", "note": "x"})
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])

@@ -19,7 +19,7 @@ from emt.errors import EmtError, first_line
 from emt.remote import check_on_disk, distinct, is_url
 from emt.storage import check_replaceable, write_atomically
 from emt_cli.batch import journal
-from emt_cli.batch.inputs import read_text
+from emt_cli.batch.inputs import delimiter_of, read_text
 from emt_cli.batch.records import dumps
 from emt_cli.batch.results import reference_of
 from emt_cli.messages import WARNING, say
@@ -321,7 +321,8 @@ def _from_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 1
     try:
         if path.suffix.lower() == ".csv":
-            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
+            delimiter = delimiter_of(text, lambda names: {"reference", "result"} <= {*names})
+            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), 2):
                 yield number, {name: value for name, value in row.items() if name and value}
             return
         for number, line in enumerate(text.split("\n"), 1):

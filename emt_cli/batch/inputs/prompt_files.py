@@ -9,7 +9,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +152,7 @@ def read_lines(name: str, text: str) -> list[Line | Rejected]:
 
 def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
     csv.field_size_limit(MAX_LINE)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(text))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter_of(text, _are_fields))
     rows: list[Line | Rejected] = []
     try:
         names = [field_name(name) for name in reader.fieldnames or []]
@@ -174,14 +174,23 @@ def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
     return rows
 
 
-def _delimiter(text: str) -> str:
-    """Delimiter of a table's cells, by its first line; spreadsheets write semicolons in many languages."""
+def _are_fields(names: Sequence[str]) -> bool:
+    return all(field_name(name) in JOB_FIELDS for name in names)
+
+
+def delimiter_of(text: str, are_columns: Callable[[Sequence[str]], bool]) -> str:
+    """Delimiter of a table's cells, by its first line; spreadsheets write semicolons in many languages.
+
+    Args:
+        text: The table.
+        are_columns: Whether names are those of such a table's columns.
+    """
     head = text.lstrip("\n").split("\n", 1)[0]
 
     def fits(delimiter: str) -> bool:
         with suppress(csv.Error):
             names = next(csv.reader([head], delimiter=delimiter), [])
-            return len(names) > 1 and all(field_name(name) in JOB_FIELDS for name in names)
+            return len(names) > 1 and are_columns(names)
         return False
 
     return next((delimiter for delimiter in ",;\t" if fits(delimiter)), ",")
