@@ -165,11 +165,7 @@ def locate(
         if not _is_missing(path):
             check_readable(path)
             return _only_file(path, folder) if path.is_dir() else path
-        if folder is None or path.suffix in CHECKPOINT_SUFFIXES or not _ID.fullmatch(str(given)):
-            allowed = "a file" if folder is None else "a folder, a hub id such as owner/name, or a file"
-            raise EmtError(
-                f"the {kind} {given} does not exist", hint or f"Give {allowed}, or hf://owner/name/file from the hub."
-            )
+        expect_there(given, kind, folder is not None, hint)
         place = HubPath(str(given))
     try:
         return _fetch(place, kind, folder, on_fetch, download)
@@ -181,6 +177,25 @@ def locate(
             f"the {kind} {where} cannot be fetched from the hub: {_reason(error)}",
             hint or f"Check the name and the network, or give what `hf download {place.repo}` fetched elsewhere.",
         ) from error
+
+
+def expect_there(given: str | Path, kind: str, folder: bool, hint: str = "") -> None:
+    """Raise EmtError if a source is a path of nothing; an address, or a hub id where a folder is allowed, may be right.
+
+    Args:
+        given: as the user wrote it.
+        kind: of the source; for the message.
+        folder: whether it may be a folder.
+        hint: of the message, where another than the usual one helps.
+    """
+    path = Path(given)
+    if parse_hub(given) is not None or not _is_missing(path):
+        return
+    if not folder or path.suffix in CHECKPOINT_SUFFIXES or not _ID.fullmatch(str(given)):
+        allowed = "a folder, a hub id such as owner/name, or a file" if folder else "a file"
+        raise EmtError(
+            f"the {kind} {given} does not exist", hint or f"Give {allowed}, or hf://owner/name/file from the hub."
+        )
 
 
 def _is_missing(path: Path) -> bool:

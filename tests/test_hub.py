@@ -20,7 +20,7 @@ from emt import EmtError
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.published import PUBLISHED
 from emt.backbones.sd15.stable_diffusion import read_base
-from emt.hub import HubPath, locate, megabytes, parse_hub
+from emt.hub import HubPath, expect_there, locate, megabytes, parse_hub
 
 # ------------------------------------------------------------------------------------------------------------ addresses
 
@@ -235,3 +235,23 @@ def test_base_and_motion_module_are_required() -> None:
     assert result.returncode == 2
     assert "--motion-module missing" in result.stderr
     assert "--published" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "folder", "there"),
+    [
+        ("nope", True, False),
+        ("owner/name", True, True),
+        ("owner/name", False, False),
+        ("owner/name.safetensors", True, False),
+        ("hf://owner/name/file.ckpt", False, True),
+        (".", False, True),
+    ],
+)
+def test_k7_what_is_not_there_is_known_without_a_library(given, folder, there):
+    """`emt import-weights` asks before it imports any."""
+    if there:
+        expect_there(given, "adapter", folder)
+        return
+    with pytest.raises(EmtError, match=f"the adapter {given} does not exist"):
+        expect_there(given, "adapter", folder)

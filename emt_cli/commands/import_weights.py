@@ -196,10 +196,17 @@ def import_weights(
         missing = [name for name, given in (("--base", base), ("--motion-module", motion_module)) if given is None]
         raise UsageError(f"{' and '.join(missing)} missing", "Give both, or --published for the published files.")
 
+    from emt.hub import expect_there, parse_lora
+
+    # Before libraries are imported, which takes seconds.
+    sources = (("base", base, True), ("motion module", motion_module, True), ("adapter", adapter, False))
+    for kind, source, folder in (*sources, ("DreamBooth model", dreambooth, False), ("VAE", vae, True)):
+        if source is not None:
+            expect_there(source, kind, folder)
+
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from emt.hub import parse_lora
     from emt.remote import check_on_disk
 
     check_on_disk(output, "--output")
