@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class LoraInterface:
     _folder: tempfile.TemporaryDirectory[str] | None = None  # files of tensors that were given
     _loras: dict[str, str | Path]  # files by name of the adapter
     _active: dict[str, float]  # weights by name
+    _disabled: Mapping[str, float] = {}  # of `disable_lora`, until others are active
 
     def load_lora_weights(
         self,
@@ -46,6 +48,7 @@ class LoraInterface:
             weight_name: a file in the folder or repository.
 
         Raises:
+            TypeError: it is none of these.
             ValueError: there is an adapter of that name.
             EmtError: for a file that does not fit, or a network that takes none; then the pipeline is as it was.
         """
@@ -54,6 +57,9 @@ class LoraInterface:
         if name in known:
             raise ValueError(f"there is an adapter {name!r}: give another adapter_name, or delete_adapters first")
         source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, str | Path | Mapping):
+            allowed = "allowed are a file, a folder, a hub id and tensors by key"
+            raise TypeError(f"pretrained_model_name_or_path_or_dict is {source!r}, {allowed}")
         lora: Any = source  # its file or address
         if isinstance(source, Mapping):
             self._folder = self._folder or tempfile.TemporaryDirectory()  # it is gone with the pipeline
@@ -66,19 +72,25 @@ class LoraInterface:
         active = {**self._active, name: 1.0} if known else {name: 1.0}
         self._merge({**known, name: lora}, active)
 
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float | None] | None = None
+    ) -> None:
         """Have these LoRAs in the weights, and no others.
 
         Args:
             adapter_names: of `load_lora_weights`.
-            adapter_weights: of each, or one of all.
+            adapter_weights: of each, or one of all; None for 1.
 
         Raises:
+            TypeError: a weight is no number: there are none for parts of a network.
             ValueError: there is no such adapter, or the lists differ in length.
             EmtError: a weight is beyond the pipeline's dtype; then the pipeline is as it was.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        listed = isinstance(adapter_weights, list | tuple)
+        weights = [1.0 if w is None else w for w in (adapter_weights if listed else [adapter_weights] * len(names))]
+        if wrong := [w for w in weights if isinstance(w, bool) or not isinstance(w, Real)]:
+            raise TypeError(f"adapter_weights has {wrong[0]!r}, allowed are numbers: one for all, or one for each")
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights has {len(weights)} entries, expected 1 or {len(names)}")
         known = self._known()
@@ -95,8 +107,15 @@ class LoraInterface:
         return {"unet": list(self._known())} if self._known() else {}
 
     def disable_lora(self) -> None:
-        """Take all LoRAs out of the weights; `set_adapters` puts them in again."""
+        """Take all LoRAs out of the weights; `enable_lora` and `set_adapters` put them in again."""
+        disabled = (self._active or self._disabled) if self._known() else {}
         self._merge(self._known(), {})
+        self._disabled = disabled
+
+    def enable_lora(self) -> None:
+        """Have the LoRAs in the weights again that `disable_lora` took out."""
+        if self._disabled:
+            self._merge(self._known(), self._disabled)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget LoRAs, and take them out of the weights.
@@ -107,8 +126,12 @@ class LoraInterface:
         names, known = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names), self._known()
         if missing := sorted(names - known.keys()):
             raise ValueError(f"there is no adapter {missing[0]!r}, loaded are: {', '.join(known) or 'none'}")
-        active = {name: weight for name, weight in self._active.items() if name not in names}
+        active, disabled = (
+            {name: weight for name, weight in weights.items() if name not in names}
+            for weights in ((self._active, self._disabled) if known else ({}, {}))
+        )
         self._merge({name: lora for name, lora in known.items() if name not in names}, active)
+        self._disabled = disabled
 
     def unload_lora_weights(self) -> None:
         """Forget all LoRAs; the weights are those that the pipeline was opened with, to the bit."""
@@ -131,4 +154,4 @@ class LoraInterface:
             raise ValueError("weights are offloaded layer by layer: load LoRAs before enable_sequential_cpu_offload")
         self._switch.keep_words()
         self._switch.set([(loras[name], weight) for name, weight in active.items()])
-        self._loras, self._active = loras, active
+        self._loras, self._active, self._disabled = loras, active, {}

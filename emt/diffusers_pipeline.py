@@ -123,6 +123,8 @@ class MotionTransferPipeline(
         With `pipeline.py`, `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
         trust_remote_code=True)` opens it, too; not a model whose prompts are encoded apart.
         """
+        if self.text_encoder is not None:  # diffusers' `unload_textual_inversion` leaves the number as it was
+            self.text_encoder.config.vocab_size = self.text_encoder.get_input_embeddings().num_embeddings
         super().save_pretrained(str(save_directory), **options)
         kind = type(self.unet).__name__
         if self.prompt_encoder is None and kind in BACKBONES:

@@ -454,6 +454,16 @@ def test_loras_are_loaded_weighed_and_taken_out_by_diffusers_names(folder, tmp_p
     torch.testing.assert_close(weight, own + 0.5 * change - 0.25 * other)
     pipe.set_adapters("default_0", 2.0)
     torch.testing.assert_close(weight, own + 2 * other)
+    pipe.disable_lora()
+    pipe.disable_lora()
+    assert (torch.equal(weight, own), pipe.get_active_adapters()) == (True, [])
+    pipe.enable_lora()
+    torch.testing.assert_close(weight, own + 2 * other)
+    for weights in ({"unet": 0.5}, ["x"], True):
+        with pytest.raises(TypeError, match=r"adapter_weights has .*, allowed are numbers"):
+            pipe.set_adapters("default_0", weights)
+    with pytest.raises(TypeError, match="is 5, allowed are a file"):
+        pipe.load_lora_weights(5)
     with pytest.raises(ValueError, match="no adapter 'three', loaded are: one, default_0"):
         pipe.set_adapters("three")
     with pytest.raises(ValueError, match="there is an adapter 'one'"):
@@ -463,7 +473,12 @@ def test_loras_are_loaded_weighed_and_taken_out_by_diffusers_names(folder, tmp_p
     torch.testing.assert_close(weight, own + 2 * other)
     pipe.delete_adapters("default_0")
     assert torch.equal(weight, own)
-    pipe.set_adapters("one")
+    pipe.set_adapters("one", None)
+    torch.testing.assert_close(weight, own + change)
+    pipe.disable_lora()
+    pipe.delete_adapters("one")
+    pipe.enable_lora()
+    assert torch.equal(weight, own), "what was forgotten stays away"
     pipe.unload_lora_weights()
     assert torch.equal(weight, own)
     np.testing.assert_array_equal(made(pipe, "a cat", pixels()), plain)
@@ -480,3 +495,18 @@ def test_a_textual_inversion_stays_when_loras_come_and_go(folder):
     pipe.load_lora_weights(lora(pipe, 1)[0])
     pipe.unload_lora_weights()
     np.testing.assert_array_equal(made(pipe, "<toy>"), learned)
+
+
+def test_a_pipeline_is_saved_with_a_textual_inversion_and_after_it(folder, tmp_path):
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    width = pipe.text_encoder.config.hidden_size
+    plain = made(pipe, "a cat")
+    pipe.load_textual_inversion({"<toy>": torch.randn(2, width, generator=seeded(5)) * 3}, token="<toy>")
+    learned = made(pipe, "<toy>")
+    for name, prompt, expected in (("with", "<toy>", learned), ("after", "a cat", plain)):
+        pipe.save_pretrained(tmp_path / name)
+        opened = load_pipeline(tmp_path / name)
+        opened.set_progress_bar_config(disable=True)
+        np.testing.assert_array_equal(made(opened, prompt), expected)
+        pipe.unload_textual_inversion()
