@@ -55,7 +55,7 @@ from emt_engines.build import build_engine, open_engine
 from emt_engines.choice import EngineChoice, engines_dir, list_engines
 from emt_engines.compiler_hooks import Phases, declared_size_arrays, loses_declarations, remembered_writes
 from emt_engines.fingerprint import Host, Weights, _instructions, _tensor_digests, code_sha256, weights_of
-from emt_engines.inductor import InductorBackend, _Job, _side_by_side, images_at_once
+from emt_engines.inductor import InductorBackend, _Configurations, _Job, _side_by_side, images_at_once
 from emt_engines.manifest import FILE, FORMAT, Manifest, Part, Request, Size, TensorSpec
 from emt_engines.parts import feature_tensors, features_of, function, text_tensors
 from emt_engines.registry import builder_modules, load_builder
@@ -604,6 +604,21 @@ CXX_ERROR = CppCompileError(
 def logs(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "emt" / "logs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_of_another_process_have_the_dtypes_of_the_pipelines(model, dtype):
+    """Tables of positions included, which no file holds: in float32 they would turn what follows into float32."""
+    pipe = load_pipeline(model, dtype=dtype)
+    there = _Configurations.of(pipe).make("cpu")
+    for part in ("unet", "vae"):
+        one, other = getattr(pipe, part), getattr(there, part)
+        for tensors in ("named_parameters", "named_buffers"):
+            found, wanted = ({name: x.dtype for name, x in getattr(each, tensors)()} for each in (other, one))
+            assert found == wanted
+    sample, timestep = torch.zeros(1, 4, FRAMES, 4, 4, dtype=dtype), torch.tensor([1])
+    prompt = torch.zeros(1, 77, there.unet.config["cross_attention_dim"], dtype=dtype)
+    assert TorchBackend(there).encode_reference(sample, timestep, prompt)
 
 
 def test_a_compiler_that_dies_twice_is_reported_in_three_lines_with_its_log(model, tmp_path, logs, capfd):

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -140,13 +141,13 @@ class _Configurations:
     unet: dict[str, Any]
     vae: dict[str, Any]
     tokens: int
-    dtypes: tuple[dict[str, torch.dtype], dict[str, torch.dtype]]  # of both networks' weights: some may stay in float32
+    dtypes: tuple[dict[str, torch.dtype], dict[str, torch.dtype]]  # of weights and buffers: some may stay in float32
 
     @classmethod
     def of(cls, pipe: MotionTransfer) -> _Configurations:
         """Those of a pipeline."""
         unet, vae = pipe.unet, pipe.vae
-        one, other = ({name: x.dtype for name, x in part.state_dict().items()} for part in (unet, vae))
+        one, other = ({name: x.dtype for name, x in _tensors(part)} for part in (unet, vae))
         return cls(type(unet), type(vae), dict(unet.config), dict(vae.config), text_tokens(pipe), (one, other))
 
     def make(self, device: str) -> _Shell:
@@ -155,10 +156,15 @@ class _Configurations:
             unet = self.network.from_config(self.unet).eval()
             vae = self.autoencoder.from_config(self.vae).eval()
         for part, dtypes in zip((unet, vae), self.dtypes):
-            for name, tensor in part.state_dict(keep_vars=True).items():
+            for name, tensor in _tensors(part):
                 tensor.data = tensor.data.to(dtypes[name])
         factor = codec_of(vae, unet.latent_channels).pixels
         return _Shell(unet, vae, SimpleNamespace(model_max_length=self.tokens), factor, torch.device(device))
+
+
+def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers of a network with their names, those that no file holds included."""
+    return itertools.chain(part.named_parameters(), part.named_buffers())
 
 
 @dataclass(frozen=True)
