@@ -105,6 +105,17 @@ def write_pairs(path: Path, clips: Path) -> Path:
     return path
 
 
+def test_k7_a_device_that_is_none_and_clips_behind_urls_are_said_at_once(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"reference": "https://user:word@host/a.mp4", "result": "b.mp4"}\n')
+    for arguments, said in (
+        (("--pair", "a.mp4=b.mp4", "--device", "gpu"), "--device is 'gpu'"),
+        (("--pair", "s3://bucket/a.mp4=b.mp4"), "--pair is s3://bucket/a.mp4, but must be on disk"),
+        ((tmp_path / "pairs.jsonl",), "line 1: the reference is https://host/a.mp4, but must be on disk"),
+    ):
+        with pytest.raises(EmtError, match=said):
+            run(*arguments)
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_k1_pairs_from_a_table_as_spreadsheets_write_it(tmp_path, delimiter):
     table = tmp_path / "pairs.csv"

@@ -20,6 +20,7 @@ from emt.remote import check_on_disk, distinct, is_url
 from emt.storage import check_replaceable, write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import delimiter_of, read_text
+from emt_cli.batch.options import check_device, usage_errors
 from emt_cli.batch.records import dumps
 from emt_cli.batch.results import reference_of
 from emt_cli.messages import WARNING, say
@@ -102,6 +103,8 @@ def evaluate(
     """
     from emt_cli.report.published import Folder
 
+    with usage_errors():
+        check_device(device)
     sources = distinct(sources or [])
     for given, option in ((output, "--output"), (plots, "--plots")):
         check_on_disk(given, option)
@@ -237,6 +240,8 @@ def _given_pairs(given: Sequence[str], frames: int | None) -> Iterator[Pair]:
         parts = text.split("=", 2)
         if len(parts) < 2 or not parts[0] or not parts[1]:
             raise typer.BadParameter(f"{text!r} is not REFERENCE=RESULT", param_hint="--pair")
+        for part in parts[:2]:
+            check_on_disk(part, "--pair")
         yield Pair(Path(parts[0]), Path(parts[1]), parts[2] if len(parts) == 3 else None, frames=frames)
 
 
@@ -253,6 +258,8 @@ def _pairs(source: Path, frames: int | None) -> Iterator[Pair]:
                     'Each line needs both: {"reference": "walk.mp4", "result": "robot.mp4", "prompt": "a robot"}',
                 )
             where = f"{source}, line {number}"
+            for name in ("reference", "result"):
+                check_on_disk(fields[name], f"{where}: the {name}")
             reference, result = (source.parent / fields[name] for name in ("reference", "result"))
             if not isinstance(prompt := fields.get("prompt") or None, str | None):
                 raise EmtError(f"{where}: the prompt {prompt!r:.100} is not a text.")
