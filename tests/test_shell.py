@@ -91,6 +91,7 @@ def test_out_and_output_are_the_same_option_everywhere(command, name):
             "no such option: --num-inference-step (did you mean --num-inference-steps?)",
         ),
         ("report out --compair x", "did you mean --compare?"),
+        ("plan --hlep", "did you mean --help?"),
         ("transfer a.mp4 --scheduler eular", "(did you mean euler?)"),
         ("transfer a.mp4 --method adaptor", "(did you mean adapter?)"),
         ("transfer a.mp4 -n 0", "invalid value for --steps"),

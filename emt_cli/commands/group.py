@@ -186,7 +186,7 @@ def describe_error(error: Any) -> str:
             near = nearest(chosen[1], re.findall("'(.*?)'", chosen[2]))
     elif unknown := re.match("No such option:? (\\S+)", text):
         options = [name for known in context.command.params for name in (*known.opts, *known.secondary_opts)]
-        text, near = f"no such option: {unknown[1]}", nearest(unknown[1], options)
+        text, near = f"no such option: {unknown[1]}", nearest(unknown[1], [*options, "--help"])
     elif unknown := re.match("No such command '(.*?)'", text):
         text, near = f"no such command: {unknown[1]}", nearest(unknown[1], context.command.list_commands(context))
     text = text[:1].lower() + text[1:] + (f" (did you mean {near}?)" if near else "")
