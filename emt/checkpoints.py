@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from emt.errors import EmtError, first_line
-from emt.storage import check_readable, sha256_of
+from emt.storage import check_readable, open_file, sha256_of
 
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -96,7 +96,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], Path]:
         EmtError: if it is missing or damaged.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
+        with open_file(path) as file:
+            config = json.loads(file.read().decode("utf-8-sig"))  # editors on Windows begin a file with a mark
     except FileNotFoundError as error:
         raise EmtError(
             f"{path.parent} has no {path.name}",

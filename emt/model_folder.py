@@ -322,6 +322,8 @@ def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = N
         weights = part in ("unet", "vae", "text_encoder")
         if not (folder / part).is_dir() or (weights and not any((folder / part).glob("*.safetensors"))):
             missing.append(f"{part}/*.safetensors" if weights else f"{part}/")
+        elif weights and not (folder / part / "config.json").is_file():
+            missing.append(f"{part}/config.json")
         missing += _missing_shards(folder / part)
     if missing or "unet" not in listed:
         raise EmtError(f"the model {name} lacks {', '.join(missing) or 'a unet'} (in {folder})", _HOW_TO_GET)

@@ -240,7 +240,8 @@ def _section(table: Mapping[str, Any], command: str) -> Mapping[str, Any]:
 
 def _check_sections(path: Path, table: Mapping[str, Any], others: Callable[[], Mapping[str, Sequence[Option]]]) -> None:
     sections = {key: value for key, value in table.items() if isinstance(value, dict)}
-    if not sections.keys() - {_PRESETS, "transfer"}:
+    nested = any(isinstance(value, dict) for value in sections.get("transfer", {}).values())
+    if not nested and not sections.keys() - {_PRESETS, "transfer"}:
         return
     commands = others()
     groups = {name.partition(" ")[0] for name in commands}

@@ -194,6 +194,15 @@ def test_the_doctor_looks_at_everything(tmp_path):
     assert "4 frames" in found["model"]["found"]
 
 
+def test_k2_the_doctor_reads_the_configuration_of_a_model(tmp_path):
+    folder = shutil.copytree(model(), tmp_path / "model")
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"block_out_channels": "x"}))
+    found, code = doctor(tmp_path, "--model", folder)
+    assert (found["model"]["state"], code) == ("broken", 1)
+    assert "block_out_channels is 'x'" in found["model"]["found"]
+
+
 def test_k7_the_doctor_words_a_cache_that_cannot_be_read(tmp_path):
     found = _cache(tmp_path / ("x" * 300))  # as one in the home folder of another user
     assert (found.state, found.found) == ("limited", f"{tmp_path / ('x' * 300)} cannot be read")

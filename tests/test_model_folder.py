@@ -304,10 +304,16 @@ def test_what_a_part_lacks_is_listed(folder):
     shutil.rmtree(folder / "vae")
     shutil.rmtree(folder / "tokenizer")
     (folder / UNET).rename(folder / "elsewhere.safetensors")
+    (folder / "text_encoder" / "config.json").unlink()
     with pytest.raises(EmtError) as caught:
         open_model(folder)
     lacking = caught.value.problem.partition("lacks ")[2].partition(" (in")[0]
-    assert set(lacking.split(", ")) == {"unet/*.safetensors", "vae/*.safetensors", "tokenizer/"}
+    assert set(lacking.split(", ")) == {
+        "unet/*.safetensors",
+        "vae/*.safetensors",
+        "text_encoder/config.json",
+        "tokenizer/",
+    }
     (folder / "model_index.json").write_text("{}")
     with pytest.raises(EmtError, match="lacks a unet"):
         open_model(folder)

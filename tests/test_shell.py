@@ -237,6 +237,8 @@ def test_the_section_of_transfer_holds_for_a_plan_too_and_out_for_no_other_comma
     [
         ("stepz = 3", "no command has an option 'stepz' (did you mean steps?)"),
         ("[transfer]\nstepz = 3", "[transfer] has no option 'stepz' (did you mean steps?)"),
+        ("[transfer.lora]\nfile = 'x'", "there is no section [transfer.lora]"),
+        ("[transfer]\nsize = {width = 32}", "there is no section [transfer.size]"),
         ("[transfr]\nsteps = 3", "there is no section [transfr] (did you mean transfer?)"),
         ("steps = 'three'", "steps is 'three'; allowed: a whole number from 1 to 500"),
         ("steps = 2.5", "steps is 2.5; allowed: a whole number from 1 to 500"),

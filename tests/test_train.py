@@ -28,7 +28,7 @@ from emt.synthetic.renderer import COLOURS, SUBJECTS, World, words
 from emt.train import trainer as trainer_module
 from emt.train.data import PairDataset, Rendering, find_pairs, write_pairs
 from emt.train.objective import adapter_loss
-from emt.train.run_folder import find_checkpoints
+from emt.train.run_folder import check_run, find_checkpoints
 from emt.train.trainer import Trainer, TrainingSettings, published
 from emt.video import read_clip, write_clip
 from emt_cli.commands.group import app
@@ -247,6 +247,33 @@ def test_pairs_made_otherwise_are_not_mixed(tmp_path, world):
     touch(tmp_path / "b" / "thesis.txt")
     with pytest.raises(EmtError, match="something else"):
         make(tmp_path / "b", 1, world)
+    for damaged in ("[]", "null", "{", "[" * 100_000):
+        (tmp_path / "a" / "pairs.json").write_text(damaged)
+        with pytest.raises(EmtError, match=r"pairs\.json is damaged"):
+            make(tmp_path / "a", 1, world)
+
+
+def test_k4_metadata_that_is_a_pipe_is_no_wait(tmp_path):
+    for name in ("a fox.mp4", "a cat.mp4"):
+        clip(tmp_path / "pairs" / "m" / name, 0, (255, 0, 0))
+    os.mkfifo(tmp_path / "pairs" / "m" / "metadata.jsonl")
+    said = []
+    assert len(find_pairs(tmp_path / "pairs", said.append)) == 2
+    assert said == [f"{tmp_path / 'pairs' / 'm' / 'metadata.jsonl'}: skipped, it is no file"]
+
+
+def test_k2_a_run_is_not_written_among_its_pairs(tmp_path):
+    with pytest.raises(EmtError, match="is the folder of pairs"):
+        check_run(tmp_path, tmp_path / ".." / tmp_path.name, None)
+
+
+@pytest.mark.parametrize("write", ["save_checkpoint", "_write_result"])
+def test_k2_weights_that_are_not_finite_are_not_saved(tmp_path, pairs, write):
+    trainer = start(pairs, tmp_path / "run")
+    next(iter(trainer.ema.shadow_params)).fill_(float("nan"))
+    with pytest.raises(EmtError, match="trained weights are not finite after step 0"):
+        getattr(trainer, write)()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_make_pairs_as_a_program(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emt.errors import EmtError
-from emt.storage import remove_partials, write_atomically
+from emt.storage import open_file, remove_partials, write_atomically
 from emt.synthetic.renderer import World
 from emt.train.run_folder import PAIRS_LAYOUT
 from emt.video import is_clip, read_clip, write_clip
@@ -127,7 +127,8 @@ def _read_metadata(folder: Path, say: Callable[[str], None]) -> dict[Path, dict[
     """Metadata of a folder's clips, by path; a line that cannot be used is named and left out."""
     path = folder / METADATA
     try:
-        lines = path.read_bytes().splitlines()
+        with open_file(path) as file:
+            lines = file.read().splitlines()
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -297,7 +298,7 @@ def _claim(out: Path, rendering: Rendering) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            found = json.loads(path.read_bytes())
+            found = _recorded(path)
             differ = [f"{k} {found.get(k)} there, {v} requested" for k, v in wanted.items() if found.get(k) != v]
             if differ:
                 raise EmtError(
@@ -308,8 +309,20 @@ def _claim(out: Path, rendering: Rendering) -> None:
             raise EmtError(f"{out} holds something else than rendered pairs", "Give another folder.")
         else:
             write_text(path, json.dumps(wanted, indent=2) + "\n")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise EmtError(f"cannot write pairs to {out}: {error}", "Give another folder.") from None
+    except OSError as error:
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise EmtError(f"cannot write pairs to {out}: {reason}", "Give another folder.") from None
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """How the pairs of a folder were made."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise EmtError(f"{path} is damaged: it does not say how these pairs were made", "Give another folder.")
+    return found
 
 
 def _render(world: World, rendering: Rendering, number: int) -> list[_Clip]:

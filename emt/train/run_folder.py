@@ -53,6 +53,8 @@ def check_run(pairs: Path, run: Path, resume: Path | None) -> None:
         raise EmtError("TensorBoard is not installed", "Type: pip install 'emt-cli[train]'")
     if not pairs.is_dir():
         raise EmtError(f"{pairs} is not a folder of pairs", PAIRS_LAYOUT)
+    if run.resolve() == pairs.resolve():
+        raise EmtError(f"{run} is the folder of pairs", "Give another -o RUN: its clips would be taken for pairs.")
     parent = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         reason = "may not be written to" if parent.is_dir() else "is not a folder"

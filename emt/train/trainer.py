@@ -396,7 +396,14 @@ class Trainer:
             ) from error
 
     def _weights(self, values: Any) -> dict[str, Tensor]:
-        return {self._name(n): v.detach().cpu().contiguous() for n, v in zip(self.trained, values, strict=True)}
+        state = {self._name(n): v.detach().cpu().contiguous() for n, v in zip(self.trained, values, strict=True)}
+        bad = sum(not bool(tensor.isfinite().all()) for tensor in state.values())
+        if bad:
+            raise EmtError(
+                f"{bad} of {len(state)} trained weights are not finite after step {self.step}: the training diverged",
+                "Give a lower --learning-rate; --resume goes on from an earlier checkpoint.",
+            )
+        return state
 
     def _name(self, name: str) -> str:
         return published(type(self.pipe.unet).__name__, name)

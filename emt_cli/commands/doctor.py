@@ -248,12 +248,13 @@ def _model(name: str | None) -> Finding:
     from emt_cli.text import size
 
     model = find_model(name, download=False)
+    most = model.facts.max_frames  # of a configuration that makes sense
     weights = sum(path.stat().st_size for path in model.folder.rglob("*.safetensors"))
     count = sum(model.parameters.values()) / 1e6
     made = Settings(**parse_defaults(model.defaults))
-    settings = f"{made.frames} frames of {made.width}x{made.height}, {made.steps} steps, guidance {made.guidance:g}"
+    settings = f"{made.frames} frames (at most {most} at once) of {made.width}x{made.height}, {made.steps} steps"
     known = [f"knows {line}" for line in model.vocabulary.lines()] if model.vocabulary else []
-    found = f"{model.name}: {count:.0f} M parameters, {size(weights)}; {settings}"
+    found = f"{model.name}: {count:.0f} M parameters, {size(weights)}; {settings}, guidance {made.guidance:g}"
     return Finding("model", "ok", "\n".join([found, *known]))
 
 
