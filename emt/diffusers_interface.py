@@ -24,7 +24,7 @@ from torch import Tensor
 
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
-from emt.features import Motion, joined
+from emt.features import Motion, in_dtype, joined
 from emt.sampling import run_sampler
 from emt.video import Clip, read_clip
 from emt.video.frames import sample_frames
@@ -255,7 +255,7 @@ class DiffusersInterface:
             ]
             _check_shape(pipe, *shape)
             return [pipe.extract_motion(read_video(each, shape[0], (shape[2], shape[1]))) for each in videos_of(video)]
-        motions = [motion] if isinstance(motion, Motion) else list(motion or [])
+        motions = in_dtype([motion] if isinstance(motion, Motion) else list(motion or []), self.unet.dtype)
         for one in motions:
             for name, own in zip(given, (one.frames, one.height, one.width)):
                 if given[name] not in (None, own):

@@ -30,7 +30,7 @@ class LoraInterface:
     _folder: tempfile.TemporaryDirectory[str] | None = None  # files of tensors that were given
     _loras: dict[str, str | Path]  # files by name of the adapter
     _active: dict[str, float]  # weights by name
-    _disabled: Mapping[str, float] = {}  # of `disable_lora`, until others are active
+    _disabled: dict[str, float]  # of `disable_lora`, until others are active
 
     def load_lora_weights(
         self,
@@ -87,8 +87,10 @@ class LoraInterface:
             EmtError: a weight is beyond the pipeline's dtype; then the pipeline is as it was.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        listed = isinstance(adapter_weights, list | tuple)
-        weights = [1.0 if w is None else w for w in (adapter_weights if listed else [adapter_weights] * len(names))]
+        given: list[Any] = (
+            list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        )
+        weights = [1.0 if weight is None else weight for weight in given]
         if wrong := [w for w in weights if isinstance(w, bool) or not isinstance(w, Real)]:
             raise TypeError(f"adapter_weights has {wrong[0]!r}, allowed are numbers: one for all, or one for each")
         if len(weights) != len(names):
@@ -114,7 +116,7 @@ class LoraInterface:
 
     def enable_lora(self) -> None:
         """Have the LoRAs in the weights again that `disable_lora` took out."""
-        if self._disabled:
+        if self._known() and self._disabled:
             self._merge(self._known(), self._disabled)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:

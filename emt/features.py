@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,25 @@ class Motion:
                 return cls(MotionFeatures({layer: tuple(features) for layer, features in found.items()}), **shape)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise EmtError(f"{path} is not a motion file: {error}", "Read the motion from the clip again.") from error
+
+
+def in_dtype(motions: Sequence[Motion], dtype: torch.dtype) -> list[Motion]:
+    """The same motions, for a network of another dtype than read them, or that read what a file keeps.
+
+    Hidden states are converted, (n, frames, height, width, channels); numbers beside them stay as they are. A motion
+    that is there several times is one object still (`joined`).
+    """
+    found: dict[int, Motion] = {}
+    for motion in motions:
+        if id(motion) in found:
+            continue
+        layers = {
+            path: tuple(x.to(dtype) if x.ndim == 5 else x for x in layer)
+            for path, layer in motion.features.layers.items()
+        }
+        as_is = all(x is y for path, layer in layers.items() for x, y in zip(layer, motion.features.layers[path]))
+        found[id(motion)] = motion if as_is else replace(motion, features=MotionFeatures(layers))
+    return [found[id(motion)] for motion in motions]
 
 
 def joined(motions: Sequence[Motion]) -> MotionFeatures:

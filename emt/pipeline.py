@@ -24,7 +24,7 @@ from emt.backends.torch import TorchBackend
 from emt.backends.upload import upload
 from emt.control import Control, ControlledSteps
 from emt.errors import EmtError
-from emt.features import Motion, MotionFeatures, joined
+from emt.features import Motion, MotionFeatures, in_dtype, joined
 from emt.model_folder import find_model
 from emt.parts import Config, align
 from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
@@ -241,7 +241,7 @@ class MotionTransfer:
             "negative_prompt", [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt), count
         )
         seeds = _broadcast("seed", [seed] if isinstance(seed, int) else list(seed), count)
-        motions = [motion] if isinstance(motion, Motion) else list(motion or [])
+        motions = in_dtype([motion] if isinstance(motion, Motion) else list(motion or []), self.unet.dtype)
         if len(motions) > 1:
             motions = _broadcast("motion", motions, count)
         if guidance is None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
-from emt.features import Motion
+from emt.features import Motion, in_dtype
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.sampling import SCHEDULERS, NonFiniteError
 
@@ -251,6 +251,16 @@ class TestMotion:
         np.testing.assert_array_equal(
             pipe.generate("a cat", again, steps=2)[0], pipe.generate("a cat", motion, steps=2)[0]
         )
+
+    def test_one_that_was_read_in_another_precision_is_converted(self, pipe, motion):
+        half = motion.to(dtype=torch.bfloat16)
+        (expected,) = pipe.generate("a cat", half.to(dtype=torch.float32), steps=2)
+        np.testing.assert_array_equal(pipe.generate("a cat", half, steps=2)[0], expected)
+        frames = pipe("a cat", motion=half, generator=torch.Generator().manual_seed(0), num_inference_steps=2).frames
+        np.testing.assert_array_equal(np.stack(frames[0]), expected)
+        assert in_dtype([motion, motion], torch.float32) == [motion, motion]
+        first, second = in_dtype([half, half], torch.float32)
+        assert first is second
 
     @pytest.mark.parametrize("content", [b"", b"not a motion", b"\x10" + bytes(40)])
     def test_a_damaged_file_is_named(self, tmp_path, content):
