@@ -188,9 +188,12 @@ def import_weights(
             problem = "--reference-blocks and --reference-neighbours: those of the adapter are in its file"
             raise UsageError(problem, "Leave them out, or --adapter.")
     elif text_encoder is not None or reference_blocks is not None or reference_neighbours is not None:
-        options = {"text-encoder": text_encoder, "reference-blocks": reference_blocks}
-        options["reference-neighbours"] = reference_neighbours
-        given = [f"--{name}" for name, value in options.items() if value is not None]
+        options = (
+            ("text-encoder", text_encoder),
+            ("reference-blocks", reference_blocks),
+            ("reference-neighbours", reference_neighbours),
+        )
+        given = [f"--{name}" for name, value in options if value is not None]
         raise UsageError(f"{', '.join(given)}: the base is no Wan", "Leave it out.")
     elif base is None or motion_module is None:
         missing = [name for name, given in (("--base", base), ("--motion-module", motion_module)) if given is None]

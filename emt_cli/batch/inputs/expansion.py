@@ -92,7 +92,8 @@ def expand(
         each: Sequence[Line | None] = loose or ([] if rejected or streamed else [None])
         pairs = [(reference, row) for reference in references for row in each]
         lost = [] if references or streamed or options.watch else loose  # prompts that go with no reference
-        pairs = [*pairs, *((None, row) for row in (*complete, *lost, *rejected))]
+        without: list[Line | Rejected] = [*complete, *lost, *rejected]
+        pairs += [(None, row) for row in without]
     base.shapes.look_at(_looked_at(pairs, base))
     shard = options.part
     listed = _together(shard.of(item for reference, row in pairs for item in _jobs(reference, row, base, seeds)))
