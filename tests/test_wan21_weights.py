@@ -441,6 +441,15 @@ class TestCommand:
         assert done.returncode == 2
         assert message in " ".join(done.stderr.split())
 
+    @pytest.mark.parametrize(
+        "options", [["--text-encoder", "t"], ["--reference-blocks", "1"], ["--reference-neighbours", "0"]]
+    )
+    def test_options_of_wan_are_refused_for_stable_diffusion(self, tmp_path, options):
+        base = ["--base", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--motion-module", "mm.ckpt"]
+        done = console(tmp_path, "import-weights", *base, "-o", tmp_path / "m", *options)
+        assert done.returncode == 2
+        assert f"{options[0]}: the base is no Wan" in " ".join(done.stderr.split())
+
     def test_an_adapter_to_be_trained_has_the_blocks_and_frames_that_were_chosen(self, tmp_path, diffusers_folder):
         options = ["--reference-blocks", "1", "--reference-neighbours", "0"]
         done = console(tmp_path, "import-weights", "--base", diffusers_folder, "-o", tmp_path / "model", *options)
