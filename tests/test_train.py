@@ -125,6 +125,18 @@ def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
     assert len(said) == 6
 
 
+def test_copies_of_a_report_are_no_motion(tmp_path):
+    """`emt report PAIRS` has been looked at before `emt train`: its clips are named by digests."""
+    for name in ("m/a fox.mp4", "m/a cat.mp4", "report/0a1b.mp4", "report/2c3d.mp4"):
+        touch(tmp_path / name)
+    captions = {"a fox", "a cat"}
+    assert {pair[2] for pair in listed(tmp_path)[0]} == captions | {"0a1b", "2c3d"}  # a motion that is called so
+    touch(tmp_path / "report.html")
+    found, said = listed(tmp_path)
+    assert {pair[2] for pair in found} == captions
+    assert not said
+
+
 def test_a_caption_that_the_model_cannot_read_is_skipped(tmp_path):
     for name in ("m/a fox.mp4", "m/a qwzx.mp4"):
         touch(tmp_path / name)

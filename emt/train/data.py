@@ -31,6 +31,8 @@ from emt.video import is_clip, read_clip, write_clip
 
 METADATA = "metadata.jsonl"
 SETTINGS = "pairs.json"
+# What `emt report` writes beside the motions: a page, and a folder of its own copies of their clips.
+_REPORT = "report"
 ROLES = ("reference", "target")
 
 
@@ -87,7 +89,7 @@ def find_pairs(
     shared = _read_metadata(root, say)
     pairs = []
     for motion in _listed(root):
-        if not motion.is_dir():
+        if not motion.is_dir() or (motion.name == _REPORT and (root / f"{_REPORT}.html").is_file()):
             continue
         records = shared | _read_metadata(motion, say)
         try:
