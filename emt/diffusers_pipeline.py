@@ -55,6 +55,8 @@ class MotionTransferPipeline(
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components: ClassVar = ["text_encoder"]
+    # diffusers' own finds no words that the tokenizer writes in small letters.
+    maybe_convert_prompt = MotionTransfer.maybe_convert_prompt
 
     def __init__(
         self,

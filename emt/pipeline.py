@@ -28,7 +28,7 @@ from emt.features import Motion, MotionFeatures, in_dtype, joined
 from emt.model_folder import find_model
 from emt.parts import Config, align
 from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
-from emt.prompt_syntax import PLAIN, WEBUI, words_of
+from emt.prompt_syntax import PLAIN, WEBUI, expanded, words_of
 from emt.prompts import PromptEncoder
 from emt.remote import is_url
 from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
@@ -133,7 +133,7 @@ class MotionTransfer:
 
     def maybe_convert_prompt(self, prompt: str, tokenizer: Any) -> str:
         """A prompt in which words of several vectors (textual inversions) are written once for each of them."""
-        return tokenizer.expanded(prompt)
+        return expanded(prompt, tokenizer.backend_tokenizer)
 
     @property
     def size_multiple(self) -> int:

@@ -239,6 +239,31 @@ def shares(schedule: Mapping[int, str], frames: int) -> list[tuple[int, int, flo
     return found
 
 
+def expanded(prompt: str, tokenizer: Any) -> str:
+    """A prompt in which words of several vectors (textual inversions) are written once for each of them.
+
+    Words are found as the tokenizer finds them, which may write them in small letters.
+
+    Args:
+        prompt: As given.
+        tokenizer: Of the library `tokenizers`.
+    """
+    added = {number: t.content for number, t in tokenizer.get_added_tokens_decoder().items() if not t.special}
+    words = set(added.values())
+    if not words:
+        return prompt
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    encoding = tokenizer.encode(prompt, add_special_tokens=False)
+    for number, (start, end) in reversed(list(zip(encoding.ids, encoding.offsets))):
+        if number in added:
+            names = [added[number]]
+            while (name := f"{names[0]}_{len(names)}") in words:
+                names.append(name)
+            prompt = f"{prompt[:start]}{' '.join(names)}{prompt[end:]}" if len(names) > 1 else prompt
+    return prompt
+
+
 # ---- how a model reads prompts -------------------------------------------------------------------------------------
 
 

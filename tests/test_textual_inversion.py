@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
 
 from emt import EmtError
@@ -92,6 +93,22 @@ def test_a_word_and_a_file() -> None:
 @pytest.fixture
 def pipe(tmp_path: Path) -> MotionTransferPipeline:
     return load_pipeline(random_model(tmp_path / "m", frames=4, height=32, width=32))
+
+
+@pytest.mark.parametrize("text", ["a EasyNegative fox", "a easynegative fox", "(easynegative)", "bad, EASYNEGATIVE"])
+def test_k2_a_tokenizer_of_small_letters_reads_all_vectors(pipe: MotionTransferPipeline, text: str) -> None:
+    """CLIP's tokenizer writes all in small letters, so that a word's token is another text than its name."""
+    pipe.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    add_embeddings(pipe, {"EasyNegative": vectors(3)})
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt(text, pipe.tokenizer)).input_ids
+    assert [i - len(pipe.tokenizer) + 3 for i in ids if i >= len(pipe.tokenizer) - 3] == [0, 1, 2]
+
+
+def test_k2_a_word_is_not_found_within_others(pipe: MotionTransferPipeline) -> None:
+    add_embeddings(pipe, {"style": vectors(2), "<b>": vectors(1, seed=1)})
+    for text, new in (("a mystyles fox", 0), ("a style, fox", 2), ("fox<b>fox", 1)):
+        ids = pipe.tokenizer(pipe.maybe_convert_prompt(text, pipe.tokenizer)).input_ids
+        assert sum(i >= len(pipe.tokenizer) - 3 for i in ids) == new, text
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
@@ -194,7 +195,7 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()
 
-    def add_tokens(self, words: Sequence[str]) -> int:
+    def add_tokens(self, words: Sequence[str | AddedToken]) -> int:
         """Add words that are read as they are; returns how many were new."""
         return self.backend_tokenizer.add_tokens(list(words))
 
@@ -247,16 +248,3 @@ class Tokenizer:
         if return_tensors == "pt":
             return SimpleNamespace(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask))
         return SimpleNamespace(input_ids=rows[0] if one else rows, attention_mask=mask[0] if one else mask)
-
-    def expanded(self, prompt: str) -> str:
-        """A prompt in which words of several vectors (textual inversions) are written once for each of them."""
-        added = self.backend_tokenizer.get_added_tokens_decoder().values()
-        words = {token.content for token in added if not token.special}
-        if not words:
-            return prompt
-        for token in words.intersection(self.backend_tokenizer.encode(prompt, add_special_tokens=False).tokens):
-            names = [token]
-            while (name := f"{token}_{len(names)}") in words:
-                names.append(name)
-            prompt = prompt.replace(token, " ".join(names))
-        return prompt

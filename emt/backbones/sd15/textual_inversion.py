@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 
 from emt.backbones.sd15.checkpoint_kinds import EMBEDDING, SD2, SDXL, describe, wrong_kind
@@ -73,7 +75,9 @@ def add_embeddings(pipe: MotionTransfer, embeddings: Mapping[str, Tensor]) -> No
             raise EmtError(f"--embedding {name}=…: the model has a word {name!r}", "Give the embedding another name.")
         # The names by which diffusers' `maybe_convert_prompt` writes a word out.
         words = [name, *(f"{name}_{i}" for i in range(1, len(vectors)))]
-        tokenizer.add_tokens(words)
+        # Within other words it is not meant; signs such as <…> may stand beside any letter.
+        alone = re.fullmatch(r"\w(.*\w)?", name) is not None
+        tokenizer.add_tokens([AddedToken(word, single_word=alone) for word in words])
         old = encoder.get_input_embeddings()
         table = torch.nn.Embedding(max(len(tokenizer), old.num_embeddings), old.embedding_dim).to(old.weight)
         table.weight.data[: old.num_embeddings] = old.weight.data
