@@ -317,7 +317,7 @@ def _claim(out: Path, rendering: Rendering) -> None:
 
 
 def _recorded(path: Path) -> dict[str, Any]:
-    """How the pairs of a folder were made."""
+    """Settings that the pairs of a folder were made with."""
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
