@@ -87,8 +87,9 @@ def _run(app: Callable[..., object], came: list[int]) -> int:
         return 0 if closed else stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except EmtError as error:
         from emt_cli.batch.options import UsageError
+        from emt_cli.text import unbroken
 
-        _print(f"error: {error.problem}\n{error.hint}")
+        _print(f"error: {unbroken(error.problem)}\n{error.hint}")
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     except KeyboardInterrupt:
         _print("interrupted")

@@ -17,6 +17,11 @@ def printable(text: object) -> str:
     return _ESCAPED.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
+def unbroken(problem: str) -> str:
+    """A problem whose lines are its own: breaks within names are shown as escapes, before indented lists they stay."""
+    return re.sub(r"\n(?!  )", r"\\n", problem)
+
+
 def message(problem: str, hint: str = "") -> str:
     """A problem and a hint as sentences in one line."""
     return " ".join(f"{problem.rstrip('.')}. {hint}".split())

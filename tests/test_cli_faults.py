@@ -182,6 +182,16 @@ def test_k5_a_folder_is_no_clip_to_make_again(tmp_path):
     assert ended.err.splitlines()[0] == "error: . is no clip"
 
 
+@pytest.mark.parametrize("arguments", [("rerun", "a\nb.mp4"), ("report", "a\nb"), ("plan", "--model", "a\nb")])
+def test_k7_a_name_with_a_line_break_breaks_no_line_of_an_error(tmp_path, arguments):
+    ended = emt(*arguments, folder=tmp_path, environment=environment(tmp_path))
+    assert ended.code != 0
+    problem, *hint = ended.err.splitlines()
+    assert problem.startswith("error: ")
+    assert r"a\nb" in problem
+    assert len(hint) <= 1
+
+
 def test_k7_a_working_folder_that_was_removed_is_said(tmp_path, monkeypatch, capfd):
     gone = tmp_path / "gone"
     gone.mkdir()
