@@ -184,7 +184,7 @@ def describe_error(error: Any) -> str:
         text = f"invalid value for {_source_of(context, parameter)}: {problem}"
         if chosen := re.match("'(.*?)' is not one of (.*)", problem):
             near = nearest(chosen[1], re.findall("'(.*?)'", chosen[2]))
-    elif unknown := re.match("No such option:? (\\S+)", text):
+    elif unknown := re.match(r"No such option:? '?(\S+?)'?\.?(?: |$)", text):  # newer parsers quote it
         options = [name for known in context.command.params for name in (*known.opts, *known.secondary_opts)]
         text, near = f"no such option: {unknown[1]}", nearest(unknown[1], [*options, "--help"])
     elif unknown := re.match("No such command '(.*?)'", text):
