@@ -111,7 +111,8 @@ class Images:
         except OSError as error:
             raise unusable(path, error, "read") from error
         if not names:
-            raise EmtError(f"The folder {show(path)} holds no images.", "Name a folder of frames, or a video file.")
+            kinds = " ".join(sorted(IMAGE_SUFFIXES))
+            raise EmtError(f"The folder {show(path)} holds no images ({kinds}).", "Name such a folder, or a video file.")
         files = tuple(path / name for name in sorted(names, key=natural_key))
         with picture(files[0]) as image:
             width, height = _upright_size(image)
