@@ -95,7 +95,9 @@ def test_csv_and_jsonl_rows_set_any_field(tmp_path):
     rows = [{"reference": str(here), "prompt": "x", "width": 64}, {"prompt": "y"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     jobs = listed(prompts=[tmp_path / "p.jsonl"])
-    assert [(j.prompt, j.settings.width) for j in jobs] == [("x", 64)], "a row without reference goes with those named"
+    assert [(j.prompt, j.settings.width) for j in jobs if isinstance(j, Job)] == [("x", 64)]
+    left = [j.prompt for j in jobs if isinstance(j, Rejected)]
+    assert left == ["y"], "a row without reference goes with those named, of which there are none"
 
 
 def test_a_malformed_line_fails_alone_and_is_named(tmp_path):

@@ -570,7 +570,9 @@ def test_what_is_missing_is_named(files: Files, tmp_path: Path) -> None:
     with pytest.raises(EmtError, match=r"the motion module .*none\.ckpt does not exist"):
         files.run(tmp_path / "m", motion_module=tmp_path / "none.ckpt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EmtError, match=r"unet has no config\.json"):
+    with pytest.raises(
+        EmtError, match=r"empty holds no files of weights\nGive a file, or a folder in diffusers layout"
+    ):
         files.run(tmp_path / "m", base=tmp_path / "empty")
     save_file(ldm_unet(files.base.unet), tmp_path / "pruned.safetensors")
     with pytest.raises(EmtError, match="has no VAE and no text encoder"):

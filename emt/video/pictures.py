@@ -112,7 +112,9 @@ class Images:
             raise unusable(path, error, "read") from error
         if not names:
             kinds = " ".join(sorted(IMAGE_SUFFIXES))
-            raise EmtError(f"The folder {show(path)} holds no images ({kinds}).", "Name such a folder, or a video file.")
+            raise EmtError(
+                f"The folder {show(path)} holds no images ({kinds}).", "Name such a folder, or a video file."
+            )
         files = tuple(path / name for name in sorted(names, key=natural_key))
         with picture(files[0]) as image:
             width, height = _upright_size(image)
