@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from emt.errors import EmtError
 from emt.evaluate.statistics import mean
 from emt.video import write_clip
+from emt_cli.batch.options import UsageError
 from emt_cli.commands.evaluate import _from_file, evaluate
 
 cv2 = pytest.importorskip("cv2")
@@ -257,7 +258,7 @@ def test_bad_sources_are_explained(tmp_path, clips):
         run(tmp_path / "nowhere")
     with pytest.raises(EmtError, match="no journal"):
         run(tmp_path)
-    with pytest.raises(EmtError, match="Nothing to evaluate"):
+    with pytest.raises(UsageError, match="Nothing to evaluate"):
         run()
     run("--pair", "only-one.mp4", code=2)
     with pytest.raises(EmtError, match="cannot be loaded as an image-text model"):

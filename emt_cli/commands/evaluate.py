@@ -20,7 +20,7 @@ from emt.remote import check_on_disk, distinct, is_url
 from emt.storage import check_replaceable, write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import delimiter_of, read_text
-from emt_cli.batch.options import check_device, usage_errors
+from emt_cli.batch.options import UsageError, check_device, usage_errors
 from emt_cli.batch.records import dumps
 from emt_cli.batch.results import reference_of
 from emt_cli.messages import WARNING, say
@@ -116,13 +116,11 @@ def evaluate(
     found = [(folder, list(_pairs(folder.path, frames))) for folder in folders]
     pairs = [*_given_pairs(pair or [], frames), *(pair for _, own in found for pair in own)]
     if not pairs:
+        hint = "Give an output folder of `emt transfer`, a .jsonl or .csv file, or --pair REFERENCE=RESULT."
+        if not sources:
+            raise UsageError("Nothing to evaluate.", hint)
         named = " and ".join(map(str, sources))
-        raise EmtError(
-            f"{named} {'has' if len(sources) == 1 else 'have'} no finished results."
-            if named
-            else "Nothing to evaluate.",
-            "Give an output folder of `emt transfer`, a .jsonl or .csv file, or --pair REFERENCE=RESULT.",
-        )
+        raise EmtError(f"{named} {'has' if len(sources) == 1 else 'have'} no finished results.", hint)
     from emt.evaluate.pairs import summarise
 
     rows = _measure(pairs, text_model, device, workers)
