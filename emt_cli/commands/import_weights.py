@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -178,22 +179,16 @@ def import_weights(
     network = next((name for name in OTHERS if base and module_of(name, "recognition").recognizes(base)), PUBLISHED)
     parts: dict[str, object] = {"motion_module": motion_module, "dreambooth": dreambooth}
     parts["prediction_type"] = prediction_type.value if prediction_type else None
+    of_reference = {"reference_blocks": reference_blocks, "reference_neighbours": reference_neighbours}
+    of_wan: dict[str, object] = {"text_encoder": text_encoder, **of_reference}
     if network != PUBLISHED:
-        given = [f"--{name.replace('_', '-')}" for name, value in parts.items() if value is not None]
-        if given:
+        if given := _given(parts):
             raise UsageError(f"{', '.join(given)}: not of Wan, which {base} is", "Leave it out.")
-        blocks = None if reference_blocks is None else parse_blocks(reference_blocks)
-        parts = {"text_encoder": text_encoder, "reference_blocks": blocks, "reference_neighbours": reference_neighbours}
-        if adapter is not None and (blocks is not None or reference_neighbours is not None):
+        parts = of_wan | ({"reference_blocks": parse_blocks(reference_blocks)} if reference_blocks is not None else {})
+        if adapter is not None and _given(of_reference):
             problem = "--reference-blocks and --reference-neighbours: those of the adapter are in its file"
             raise UsageError(problem, "Leave them out, or --adapter.")
-    elif text_encoder is not None or reference_blocks is not None or reference_neighbours is not None:
-        options = (
-            ("text-encoder", text_encoder),
-            ("reference-blocks", reference_blocks),
-            ("reference-neighbours", reference_neighbours),
-        )
-        given = [f"--{name}" for name, value in options if value is not None]
+    elif given := _given(of_wan):
         raise UsageError(f"{', '.join(given)}: the base is no Wan", "Leave it out.")
     elif base is None or motion_module is None:
         missing = [name for name, given in (("--base", base), ("--motion-module", motion_module)) if given is None]
@@ -242,6 +237,11 @@ def import_weights(
             **({"dtype": dtype.value} if dtype else {}),
         )
     typer.echo(os.fsencode(report.folder))
+
+
+def _given(options: Mapping[str, object]) -> list[str]:
+    """Options, by their parameters, that have a value."""
+    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
 
 
 def parse_blocks(text: str) -> list[int]:

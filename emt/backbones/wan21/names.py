@@ -157,31 +157,31 @@ _FAMILY = {
     "k_img": "Wan image to video",
     "add_k_proj": "Wan image to video",
 }
-_SUPPORTED = "Give Wan 2.1 text to video: T2V-1.3B or T2V-14B."
+SUPPORTED = "Give Wan 2.1 text to video: T2V-1.3B or T2V-14B."
 
 
 def check_is_text_to_video(state: Mapping[str, Tensor], where: str) -> None:
     """Raise an `EmtError` that names the network if `state`, a transformer by diffusers' names, is of another kind."""
     if any(re.search(r"lora_|\.diff(_[bm])?$", name) for name in state):
-        raise EmtError(f"{where} is a LoRA, not a network", f"Give it by --lora. {_SUPPORTED}")
+        raise EmtError(f"{where} is a LoRA, not a network", f"Give it by --lora. {SUPPORTED}")
     if any(name.startswith(("model.diffusion_model.", "down_blocks.", "first_stage_model.")) for name in state):
-        raise EmtError(f"{where} is a Stable Diffusion", _SUPPORTED)
+        raise EmtError(f"{where} is a Stable Diffusion", SUPPORTED)
     if any(name.startswith(("encoder.", "decoder.")) for name in state):
         part = "text encoder" if "shared.weight" in state else "VAE"
-        raise EmtError(f"{where} is a {part}, not a transformer", _SUPPORTED)
+        raise EmtError(f"{where} is a {part}, not a transformer", SUPPORTED)
     for word, kind in _FAMILY.items():
         if any(word in name for name in state):
-            raise EmtError(f"{where} is {kind}, which is not supported", _SUPPORTED)
+            raise EmtError(f"{where} is {kind}, which is not supported", SUPPORTED)
     patches = state.get("patch_embedding.weight")
     if patches is None or patches.ndim != 5 or not patches.numel():
-        raise EmtError(f"{where} is not a transformer of Wan: it has no patch_embedding.weight", _SUPPORTED)
+        raise EmtError(f"{where} is not a transformer of Wan: it has no patch_embedding.weight", SUPPORTED)
     if patches.shape[1] == 48 and patches.shape[0] == 3072:
-        raise EmtError(f"{where} is Wan 2.2 TI2V-5B, which is not supported", _SUPPORTED)
+        raise EmtError(f"{where} is Wan 2.2 TI2V-5B, which is not supported", SUPPORTED)
     out = state.get("proj_out.bias")
     if out is not None and patches.shape[1] * patches[0, 0].numel() != out.numel():
         channels, given = patches.shape[1], out.numel() // patches[0, 0].numel()
         raise EmtError(
             f"{where} takes {channels} latent channels and gives {given}: it is conditioned on images or video, which "
             "is not supported",
-            _SUPPORTED,
+            SUPPORTED,
         )

@@ -15,14 +15,13 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from emt.backbones.wan21.names import check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
+from emt.backbones.wan21.names import SUPPORTED, check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
 from emt.checkpoints import State, check_keys, check_sizes, read_config, read_weights, shorten, sizes_of_weights
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate, matching
 
 N = TypeVar("N", bound=nn.Module)
 
-_GIVE = "Give Wan 2.1 text to video: T2V-1.3B or T2V-14B."
 # Settings of diffusers' VAE that Wan 2.1's has, and that its weights do not show.
 _VAE_BUILT_IN: dict[str, tuple[Any, ...]] = {
     "is_residual": (False,),
@@ -104,9 +103,7 @@ def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> tuple[Base, 
         index, _ = read_config(path / "model_index.json")
         second = index.get("transformer_2")
         if (second and second != [None, None]) or index.get("boundary_ratio") is not None:
-            raise EmtError(
-                f"{base} is Wan 2.2, which has two transformers", "Give Wan 2.1 text to video: T2V-1.3B or T2V-14B."
-            )
+            raise EmtError(f"{base} is Wan 2.2, which has two transformers", SUPPORTED)
         if not (path / "transformer").is_dir():
             raise EmtError(f"{base} has no transformer: it is a {index.get('_class_name')}", hint)
         found, folder = Base(path, "diffusers", on_fetch), path / "transformer"
@@ -255,7 +252,7 @@ def without_values(build: Callable[[], N], where: str) -> N:
         with torch.device("meta"):
             return build()
     except Exception as error:  # values of another kind fail in any way in the networks of libraries
-        raise EmtError(f"no network can be made of {where}: {first_line(error)}", _GIVE) from error
+        raise EmtError(f"no network can be made of {where}: {first_line(error)}", SUPPORTED) from error
 
 
 def read_tokenizer(base: Base, given: str | Path | None, most: int) -> tuple[PreTrainedTokenizerBase, list[Path]]:
