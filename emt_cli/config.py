@@ -38,7 +38,7 @@ MAY_BE_EMPTY = ("prompt", "negative_prompt")
 #: Options of a command that its own section alone sets: elsewhere the name means another kind of file.
 OWN = ("out", "output")
 #: Options that every command has, which files do not set.
-COMMON = ("config", "quiet", "verbose", "log-file")
+COMMON = ("config", "quiet", "verbose", "log_file")
 _SECTIONS = {"plan": ("transfer", "plan")}  # of a command, where they are more than its own
 
 
@@ -285,8 +285,8 @@ def _read(option: Option, value: Any, path: Path, where: str) -> Any:
 
 
 def _unknown(path: Path, problem: str, key: str, known: Any) -> UsageError:
-    if (name := key.replace("_", "-")) in COMMON:
-        variable = f"EMT_{name.upper().replace('-', '_')}"
-        return UsageError(f"{path}: {key!r} is not set by config files: give --{name}, or set {variable}")
+    if (parameter := key.replace("-", "_")) in COMMON:
+        option, variable = parameter.replace("_", "-"), f"EMT_{parameter.upper()}"
+        return UsageError(f"{path}: {key!r} is not set by config files: give --{option}, or set {variable}")
     near = nearest(key, known) or nearest(key.replace("_", "-"), known)
     return UsageError(f"{path}: {problem}" + (f" (did you mean {near}?)" if near else ""))

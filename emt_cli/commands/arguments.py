@@ -26,7 +26,7 @@ from emt_cli.batch.options import (
     parse_field,
     usage_errors,
 )
-from emt_cli.config import FILE_NAME, OWN, Config, Option
+from emt_cli.config import COMMON, FILE_NAME, OWN, Config, Option
 
 #: Other names of an option, by which users of other commands, or of other programs, know it.
 _ALSO = {"--out": ("--output",), "--output": ("--out",), "--model": ("-m",)}
@@ -168,7 +168,7 @@ def completed(
         return config
 
     def run(**given: Any) -> None:
-        common = {parameter: given.pop(parameter) for parameter in _COMMON}
+        common = {parameter: given.pop(parameter) for parameter in COMMON}
         config = common.pop("config")
         with usage_errors():
             messages.start(**common)
@@ -183,7 +183,6 @@ def completed(
 
 
 _META = "emt.config"
-_COMMON = ("config", "quiet", "verbose", "log_file")
 
 
 def _common(load: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo]]:
