@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages that are not done yet, in all of the given minutes, and measure what comes out."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all stages' results")
-    parser.add_argument("--minutes", type=float, help="for all stages left (13.8, or 14 going on)")
+    anew, going_on = sum(minutes for minutes, _ in STAGES.values()), sum(FURTHER.values())
+    parser.add_argument("--minutes", type=float, help=f"for all stages left ({anew:.3g}, or {going_on:.3g} going on)")
     parser.add_argument("--parts", type=Path, default=demo.path(), help="model folder to share with")
     parser.add_argument(
         "--start-from", type=Path, help="model folder whose backbone to go on from: no frames stage, a new adapter"

@@ -299,7 +299,7 @@ class TestLosses:
         assert torch.equal(objective.add_noise(latents, noise, timestep)[2], noise[2])
 
     def test_clips_that_are_read_are_not_denoised(self, parts):
-        """What the network predicts of them is not in the loss, what is read of them is."""
+        """The denoising loss leaves them out; the reader's loss includes them."""
         torch.manual_seed(0)
         model = make_transformer(TINY, parts, (), 4)
         torch.nn.init.normal_(model.proj_out.weight, std=0.02)

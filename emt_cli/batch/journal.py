@@ -308,7 +308,7 @@ class Journal:
         """Add a line, on disk when this returns.
 
         Raises:
-            OSError: it could not be written, or is no longer in its folder; the journal is unchanged.
+            OSError: it cannot be written, or its folder has no such file; the journal keeps the lines it has.
         """
         line = {**line, "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")}
         content = dumps(line) + b"\n"
