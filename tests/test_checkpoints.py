@@ -40,8 +40,9 @@ from emt.backbones.sd15.few_steps import find_few_steps
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.stable_diffusion import StableDiffusion, apply_dreambooth, read_base, read_vae
-from emt.checkpoints import check_keys, check_sizes, peft_scale, read_checkpoint, read_config, shorten, without_memory
+from emt.checkpoints import check_keys, check_sizes, read_checkpoint, read_config, shorten, without_memory
 from emt.features import Motion, MotionFeatures
+from emt.lora_files import peft_scale
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 

@@ -39,7 +39,7 @@ emt_kernels
 emt emt.backbones emt.errors emt.presets emt.demo
 emt.prompt_syntax
 emt.storage emt.scratch emt.vocabulary emt.hub
-emt.video emt.contact_sheet | emt.checkpoints emt.parts | emt.synthetic
+emt.video emt.contact_sheet | emt.checkpoints emt.lora_files emt.parts | emt.synthetic
 emt.features | emt.evaluate
 emt.backbone emt.windows
 emt.cache emt.remote emt.shared_cache emt.model_folder | emt.device

@@ -16,21 +16,10 @@ from torch import Tensor
 from emt.backbones.sd15.checkpoint_kinds import LORA, describe, other_version, wrong_kind
 from emt.backbones.sd15.lora_layers import LoraLayer
 from emt.backbones.sd15.motion_checkpoint import published_motion_name
-from emt.checkpoints import (
-    Checkpoint,
-    Origin,
-    State,
-    differ,
-    not_read,
-    peft_scale,
-    peft_settings,
-    read_checkpoint,
-    share_alphas,
-    shorten,
-    untrained,
-)
+from emt.checkpoints import Checkpoint, Origin, State, differ, read_checkpoint, shorten
 from emt.errors import EmtError
 from emt.hub import OnFetch, folder_instead, locate
+from emt.lora_files import peft_scale, peft_settings, share_alphas, tensor_problem, untrained
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +252,7 @@ def _find_layers(state: Mapping[str, Tensor], problems: dict[str, list[str]]) ->
             continue
         role = _ROLES.get(match["role"], match["role"])
         layer = found.setdefault((match["module"], match.groupdict().get("adapter") or ""), LoraLayer())
-        if problem := not_read(key, tensor, is_number=role in ("alpha", "scalar")):
+        if problem := tensor_problem(key, tensor, is_number=role in ("alpha", "scalar")):
             problems.setdefault(problem[len(key) :], []).append(problem)
         elif role in layer.tensors or (role == "alpha" and layer.alpha is not None):
             problems.setdefault("twice", []).append(f"the {role} of one layer by two names, one of them {key}")

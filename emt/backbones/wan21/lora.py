@@ -19,19 +19,10 @@ import torch
 from torch import Tensor
 
 from emt.backbones.wan21.names import original_module, transformer_module
-from emt.checkpoints import (
-    Origin,
-    differ,
-    not_read,
-    peft_scale,
-    peft_settings,
-    read_checkpoint,
-    share_alphas,
-    shorten,
-    untrained,
-)
+from emt.checkpoints import Origin, differ, read_checkpoint, shorten
 from emt.errors import EmtError
 from emt.hub import OnFetch, locate
+from emt.lora_files import peft_scale, peft_settings, share_alphas, tensor_problem, untrained
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.(?P<adapter>\w+))?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
@@ -112,7 +103,7 @@ class LoraMerge:
             module = names.setdefault((self._module(match["module"]), kind), match["module"])
             if module != match["module"]:
                 found.append(f"one weight by two names: {module}, {match['module']}")
-            elif problem := not_read(key, tensor, is_number=bool(match["alpha"])):
+            elif problem := tensor_problem(key, tensor, is_number=bool(match["alpha"])):
                 found.append(problem)
             elif match["whole"]:
                 found.append(self._whole(match["module"], match["whole"], tensor, scale))
