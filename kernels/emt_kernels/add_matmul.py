@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emt_kernels.selection import custom_op
+
 
 def add_matmul_(out: Tensor, weight: Tensor, x: Tensor) -> None:
     """Add the matmul ``x @ weight.T`` to `out`, in place.
@@ -24,7 +26,7 @@ def add_matmul_(out: Tensor, weight: Tensor, x: Tensor) -> None:
 
 
 # Compiled code calls the operator, whose body then runs eagerly: is_compiling() is false there.
-_operator = torch.library.custom_op("emt::add_matmul_", add_matmul_, mutates_args={"out"})
+_operator = custom_op("emt::add_matmul_", mutates_args={"out"})(add_matmul_)
 
 
 @_operator.register_fake

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emt_kernels.geglu import geglu_reference
-from emt_kernels.selection import INSTALLED, interpreted, untraced, use_triton
+from emt_kernels.selection import INSTALLED, custom_op, interpreted, untraced, use_triton
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ if INSTALLED:
         return 3 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
     # Not a `triton_op`: what is traced cannot be described, so that compilers take it as it is.
-    @torch.library.custom_op("emt::geglu_linear", mutates_args={})
+    @custom_op("emt::geglu_linear")
     def _geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return launch(x, weight, bias)
 

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -104,11 +105,27 @@ class _Calls(threading.local):
 _calls = _Calls()
 
 
+def custom_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: register an operator that compilers take as it is, as `torch.library.custom_op` does.
+
+    That one's kernels import PyTorch's compiler at their first call, to keep it from following them, which takes as
+    long as importing PyTorch itself; here a compiler brings itself along.
+
+    Args:
+        name: of the operator, with its namespace.
+        mutates_args: names of the tensors that it writes to.
+    """
+
+    def register(body: Callable[..., Any]) -> Any:
+        return _register(name, body, body, mutates_args)
+
+    return register
+
+
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: register an operator that launches kernels by `wrap_triton`, which compilers see into.
 
-    `torch.library.triton_op` does the same, but imports PyTorch's compiler for it, which takes as long as PyTorch
-    itself; here a compiler brings itself along.
+    `torch.library.triton_op` does the same, but imports PyTorch's compiler for it, as `custom_op` says.
 
     Args:
         name: of the operator, with its namespace.
@@ -123,12 +140,31 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
             finally:
                 _calls.real = before
 
-        schema = torch.library.infer_schema(body, mutates_args=())
-        operator = torch.library.custom_op(name, compute, mutates_args=(), schema=schema)
+        operator = _register(name, body, compute, ())
         operator.register_torch_dispatch(FunctionalTensorMode, functools.partial(_decompose, name, body))
         return operator
 
     return register
+
+
+def _register(name: str, body: Callable[..., Any], compute: Callable[..., Any], mutates_args: Iterable[str]) -> Any:
+    """Define the operator of `body`'s signature without a kernel, then have it call `compute` on every device."""
+
+    hidden: Callable[..., Any] | None = None
+
+    def run(*args: Any, **options: Any) -> Any:
+        nonlocal hidden
+        if "torch._dynamo" not in sys.modules:
+            return compute(*args, **options)
+        # A compiler that has left a function to Python must not follow it through the operator into a launch.
+        if hidden is None:
+            hidden = torch.compiler.disable(compute)
+        return hidden(*args, **options)
+
+    schema = torch.library.infer_schema(body, mutates_args=tuple(mutates_args))
+    operator = torch.library.custom_op(name, body, mutates_args=mutates_args, schema=schema, device_types=())
+    torch.library.impl(name, "default", run)
+    return operator
 
 
 def _decompose(name: str, body: Callable[..., Any], mode: Any, op: Any, types: Any, args: Any, options: Any) -> Any:
