@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.backends.codec import pack
 from emt.train.objective import FlowObjective
+from recipes.hints import MotionHints
 from recipes.reader import MotionReader
 
 REFERENCE_TIMESTEP = 50
@@ -136,6 +137,9 @@ def backbone_loss(
     timestep: Tensor,
     subject: Tensor,
     read: int = 0,
+    told: int = 0,
+    hints: MotionHints | None = None,
+    first: int = 0,
     **truth: Tensor,
 ) -> Tensor:
     """Denoising loss of clips by the backbone, plus that of telling how everything in them moves.
@@ -147,6 +151,10 @@ def backbone_loss(
         weight: of its loss.
         read: first clips, which are as references are read. They are not denoised: what so little noise hides is
             hardly to be told from the rest, and sampling never comes there.
+        told: last clips, which are told how they move. Of them nothing is read, and where subjects are counts the
+            same at all noise levels (`known_places`).
+        hints: that tell them; None where there are none.
+        first: block before which they are told, the first that will take a reference, 1 or more.
         latents: (batch, channels, frames, height, width).
         text: encodings of the captions, (batch, tokens, width).
         noise: as `latents`.
@@ -158,10 +166,40 @@ def backbone_loss(
         A float32 scalar.
     """
     noisy = objective.add_noise(latents, noise, timestep)
-    prediction, _, hidden = model.denoise_with_hidden_states(noisy, timestep, text)
-    reading = reader(map(as_images, hidden.values()), share=objective.signal_variance(timestep), **truth)
-    drawn = (x[read:] for x in (prediction, latents, noise, timestep, subject))
-    return objective.loss(*drawn) + weight * reading
+    share = objective.signal_variance(timestep)
+    if hints is None:
+        prediction, _, hidden = model.denoise_with_hidden_states(noisy, timestep, text)
+        drawn = (x[read:] for x in (prediction, latents, noise, timestep, subject))
+        denoising = objective.loss(*drawn)
+    else:
+        down, across = model.config.patch_size[1:]
+        height, width = latents.shape[3] // down, latents.shape[4] // across
+        with hints.told(model.blocks[first - 1], told, height, width, **truth):
+            prediction, _, hidden = model.denoise_with_hidden_states(noisy, timestep, text)
+        share = torch.cat([share[:-told], torch.zeros_like(share[-told:])])
+        plain, last = slice(read, -told), slice(-told, None)
+
+        def denoising_of(part: slice, weight: Tensor) -> Tensor:
+            return objective.loss(*(x[part] for x in (prediction, latents, noise, timestep, weight)))
+
+        without, with_hints = (
+            denoising_of(plain, subject),
+            denoising_of(last, known_places(objective, subject, timestep)),
+        )
+        hints.note(without, denoising_of(last, subject))
+        n = len(latents) - read
+        denoising = ((n - told) * without + told * with_hints) / n
+    reading = reader(map(as_images, hidden.values()), share=share, **truth)
+    return denoising + weight * reading
+
+
+def known_places(objective: FlowObjective, subject: Tensor, timestep: Tensor) -> Tensor:
+    """Extra weight of subjects whose places something tells, a hint or a reference: the same at all noise levels.
+
+    `FlowObjective.loss` lowers it with the signal's variance, since elsewhere it would draw subjects to where the noise
+    still hides what is there. This raises it again, up to σ = 0.9.
+    """
+    return subject / objective.signal_variance(timestep).clamp(min=0.01).view(-1, *[1] * (subject.ndim - 1))
 
 
 def adapter_loss(
@@ -216,4 +254,5 @@ def adapter_loss(
     states = [as_images(hidden[path]) for path in list(hidden)[-len(reader.maps) :]]
     all_of_them = torch.ones_like(timestep)
     reading = reader(states, displacement, pose, all_of_them, all_of_them)
-    return objective.loss(prediction, latents, noise, timestep, subject) + weight * reading
+    known = known_places(objective, subject, timestep)
+    return objective.loss(prediction, latents, noise, timestep, known) + weight * reading

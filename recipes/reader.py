@@ -40,7 +40,7 @@ class MotionReader(nn.Module):
             nn.init.zeros_(linear.bias)
         # Squares of the last map's errors, and of the truth.
         self.register_buffer("_sums", torch.zeros(2, len(self.NAMES), device=device), persistent=False)
-        self.register_buffer("_units", torch.tensor(self.UNITS, device=device).view(-1, 1, 1), persistent=False)
+        self.register_buffer("_units", units_of_readings(device), persistent=False)
 
     def forward(
         self, hidden: Iterable[Tensor], displacement: Tensor, pose: Tensor, upright: Tensor, share: Tensor
@@ -55,14 +55,7 @@ class MotionReader(nn.Module):
             share: (batch,) of each clip in the sum; what noise hides cannot be read.
         """
         batch = displacement.shape[:2]
-        sine, cosine, turn, size = pose.float().split(1, dim=2)
-        there = sine.square() + cosine.square()
-        steps = displacement.diff(dim=1, prepend=displacement[:, :1])
-        exact = torch.cat([displacement, steps, sine, cosine - there, turn, size], 2).flatten(0, 1).float()
-        turned = upright.float().view(-1, 1, 1, 1, 1) * there
-        everywhere = torch.ones_like(there).expand(-1, -1, 4, -1, -1)
-        weight = torch.cat([everywhere, turned, turned, there, there], 2).flatten(0, 1)
-        exact = exact / self._units * weight
+        exact, weight = readings(displacement, pose, upright, self._units)
         losses = []
         for linear, states in zip(self.maps, hidden, strict=True):
             size_here = states.shape[2:]
@@ -83,3 +76,30 @@ class MotionReader(nn.Module):
         off, total = self._sums.tolist()
         self._sums.zero_()
         return {f"r2_{name}": 1 - a / max(b, 1e-12) for name, a, b in zip(self.NAMES, off, total, strict=True)}
+
+
+def units_of_readings(device: torch.device | str) -> Tensor:
+    """`MotionReader.UNITS` as `readings` divides by them."""
+    return torch.tensor(MotionReader.UNITS, device=device).view(-1, 1, 1)
+
+
+def readings(displacement: Tensor, pose: Tensor, upright: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """What is read of clips, and where it is there to be read, 0 or 1.
+
+    Args:
+        displacement: as `MotionReader.forward`.
+        pose: likewise.
+        upright: likewise.
+        units: `units_of_readings`.
+
+    Returns:
+        Two of (batch·frames, readings, height, width), float32; values are 0 where nothing is to be read.
+    """
+    sine, cosine, turn, size = pose.float().split(1, dim=2)
+    there = sine.square() + cosine.square()
+    steps = displacement.diff(dim=1, prepend=displacement[:, :1])
+    exact = torch.cat([displacement, steps, sine, cosine - there, turn, size], 2).flatten(0, 1).float()
+    turned = upright.float().view(-1, 1, 1, 1, 1) * there
+    everywhere = torch.ones_like(there).expand(-1, -1, 4, -1, -1)
+    weight = torch.cat([everywhere, turned, turned, there, there], 2).flatten(0, 1)
+    return exact / units * weight, weight

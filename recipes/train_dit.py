@@ -35,6 +35,7 @@ from recipes.dit import (
     one_frame_of_each,
     packed,
 )
+from recipes.hints import MotionHints
 from recipes.latents import Clips, tokenize, with_noise
 from recipes.networks import save_weights
 from recipes.optimizer import GraphTrainer
@@ -51,6 +52,7 @@ class Defaults(NamedTuple):
     hold: float  # share of the stage before the learning rate falls
     reading: float = 0.0  # weight of telling how everything moves
     references: float = 0.0  # share of clips that are as references are read
+    told: float = 0.0  # share of the others that are told how they move
     before: str | None = None  # the stage that it goes on from
 
 
@@ -95,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hold", type=float, help="share of the stage before the learning rate falls")
     parser.add_argument("--reading", type=float, help="video and adapter: weight of telling how everything moves")
     parser.add_argument("--references", type=float, help="video: share of clips that are as references are read")
+    parser.add_argument("--told", type=float, help="video: share of the others that are told how they move")
     parser.add_argument("--save-minutes", type=float, default=1.0, help="how often to keep what there is so far")
     parser.add_argument("--name", default="adapter", help="adapter: of the result")
     parser.add_argument("--blocks", type=int, nargs="+", help="adapter: blocks that take the reference")
@@ -119,12 +122,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = make_transformer(sizes, parts, blocks, stage.sizes.frames, o.neighbours)
     before = o.start_from or (stage.out / f"{o.before}.safetensors" if o.before else None)
     reader = make_reader(model, sizes.layers - min(blocks, default=0), stage.device, torch.float32)
+    read_clips = max(round(o.references * o.batch), 1)
+    told_clips = round(o.told * (o.batch - read_clips)) if o.stage == "video" else 0
+    hints = MotionHints(model.scale_shift_table.shape[-1], stage.device) if told_clips else None
     if before is not None and not o.compile_only:
         model.load_state_dict(model.state_dict() | backbone_of(before))
         if o.stage == "video" and before.is_file() and o.start_from is not None:
             reader.load_state_dict(reader.state_dict() | weights_of(before, "reader"))
+            if hints is not None:
+                hints.load_state_dict(hints.state_dict() | weights_of(before, "hints"))
     model.to(stage.device, stage.dtype)
-    reader.to(stage.dtype)
+    reader.maps.to(stage.dtype)
+    if hints is not None:
+        hints.map.to(stage.dtype)
     text = parts.text.to(stage.device, stage.dtype)
     if adapting:
         model.requires_grad_(False)
@@ -147,7 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return with_noise(batch, objective, stage.generator, stage.dtype, o.shift)
 
     reading = torch.tensor(o.reading, device=stage.device)
-    read_clips = max(round(o.references * o.batch), 1)
 
     def measure() -> dict[str, float]:
         """R² of the readings. A backbone that is late to see how clips move is taught with more weight from here on."""
@@ -156,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if o.stage == "video" and reading < MORE_READING and stage.share(trainer.step_count) > SEEN_BY and seen < SEEN:
             reading.fill_(MORE_READING)
             say(f"[{name}] R² of displacements is {seen:.2f}: they are read at a weight of {MORE_READING}")
-        return numbers
+        return numbers | (hints.losses() if hints is not None else {})
 
     def draw_videos() -> dict[str, Tensor]:
-        """Clips of which the first are as references are read."""
+        """Clips of which the first are as references are read, and the last are told how they move."""
         read = noisy(clips.draw(read_clips, stage.generator, drop=1.0, realistic=0.35))
         read["timestep"] = torch.full_like(read["timestep"], o.reference_timestep)
         others = noisy(clips.draw(o.batch - read_clips, stage.generator, drop=0.1, realistic=0.12))
@@ -176,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seen = objective.add_noise(batch["latents"], batch["noise"], batch["timestep"])
             return objective.loss(model(seen, batch["timestep"], captions), **batch)
         if not adapting:
-            return backbone_loss(model, objective, reader, text=captions, read=read_clips, **batch)
+            first = sizes.blocks[0]
+            which = {"read": read_clips, "told": told_clips, "hints": hints, "first": first}
+            return backbone_loss(model, objective, reader, text=captions, **which, **batch)
         level = o.reference_timestep
         return adapter_loss(
             model, objective, reader, o.reading, text=captions, empty=empty, reference_timestep=level, **batch
@@ -192,12 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_weights(path, facts, adapter={key: p.half() for key, p in model.adapter_parameters()})
             return
         state = {key: value.half() for key, value in model.state_dict().items()}
-        save_weights(path, metadata, transformer=state, reader={k: v.half() for k, v in reader.state_dict().items()})
+        maps = {"reader": reader} | ({"hints": hints} if hints is not None else {})
+        kept = {name: {k: v.half() for k, v in part.state_dict().items()} for name, part in maps.items()}
+        save_weights(path, metadata, transformer=state, **kept)
 
     matrices = [] if adapting else [p for p in model.blocks.parameters() if p.ndim == 2]
     apart = {id(p) for p in matrices}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
-    groups = [(trained, o.rate)] + ([] if o.stage == "frames" else [(list(reader.parameters()), 3 * o.rate)])
+    maps = [*([] if o.stage == "frames" else reader.parameters()), *(hints.parameters() if hints is not None else ())]
+    groups = [(trained, o.rate)] + ([(maps, 3 * o.rate)] if maps else [])
     draw = {"frames": draw_frames, "video": draw_videos, "adapter": draw_pairs}[o.stage]
     with compiled_blocks(stage, model.blocks):
         trainer = GraphTrainer(loss, groups, matrices=[(matrices, o.rate)], graph=stage.graph)

@@ -26,11 +26,13 @@ from recipes.dit import (
     SharedParts,
     adapter_loss,
     backbone_loss,
+    known_places,
     make_reader,
     make_transformer,
     one_frame_of_each,
     packed,
 )
+from recipes.hints import MotionHints
 from recipes.muon import Muon, orthogonalized
 from recipes.optimizer import GraphTrainer
 
@@ -174,6 +176,24 @@ class TestStages:
         assert not (tmp_path / "frames.safetensors").exists()
         for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
             assert (tmp_path / "model" / part).read_bytes() == (out / "model" / part).read_bytes()
+
+    def test_a_stage_whose_clips_are_told_keeps_what_tells_them(self, out, tmp_path):
+        """For the next run of the stage, which goes on with it; the model has nothing of it."""
+        options = ["--tiny", "--device", "cpu", "--steps", "2", "--batch", "8", "--told", "0.5"]
+        (tmp_path / "latents.safetensors").symlink_to(out / "latents.safetensors")
+        start = ["--start-from", str(out / "video.safetensors")]
+        train_dit.main(["video", "--out", str(tmp_path), *options, *start])
+        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert all(record["plain"] > 0 and record["told"] > 0 for record in log if "loss" in record)
+        saved = tmp_path / "video.safetensors"
+        hints = train_dit.weights_of(saved, "hints")
+        assert hints["map.weight"].abs().sum() > 0
+        assert (
+            train_dit.weights_of(saved, "transformer").keys()
+            == train_dit.weights_of(out / "video.safetensors", "transformer").keys()
+        )
+        train_dit.main(["video", "--out", str(tmp_path), *options, "--start-from", str(saved)])
+        assert not torch.equal(train_dit.weights_of(saved, "hints")["map.weight"], hints["map.weight"])
 
     @pytest.mark.parametrize(
         ("options", "expected"),
@@ -320,6 +340,63 @@ class TestLosses:
         displaced = {"displacement": batch["displacement"] * torch.tensor([2.0, 1.0, 1.0]).view(3, 1, 1, 1, 1)}
         assert not torch.equal(loss(1.0, 1), loss(1.0, 1, **displaced))
 
+    def test_what_clips_are_told_is_added_to_the_last_ones_alone(self, parts):
+        """Before the first block that takes a reference; a map that has learned nothing adds nothing."""
+        torch.manual_seed(0)
+        model = make_transformer(TINY, parts, (), 4).requires_grad_(False)
+        torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+        batch = packed(pairs_of_textures(3), 2)
+        truth = {name: batch[name] for name in ("displacement", "pose", "upright")}
+        text = torch.zeros(3, 3, parts.text.config.hidden_size)
+        hints = MotionHints(TINY.heads * TINY.head_channels)
+
+        def prediction(told: int, **changed: torch.Tensor) -> torch.Tensor:
+            with hints.told(model.blocks[0], told, 4, 4, **truth | changed):
+                return model(batch["latents"], torch.full((3,), 500.0), text)
+
+        plain = prediction(0)
+        assert torch.equal(prediction(2), plain)
+        torch.nn.init.normal_(hints.map.weight)
+        found = prediction(2)
+        assert torch.equal(found[:1], plain[:1])
+        assert all((found[i] - plain[i]).abs().max() > 1e-3 for i in (1, 2))
+        further = truth["displacement"] * torch.tensor([1.0, 1.0, 2.0]).view(3, 1, 1, 1, 1)
+        other = prediction(2, displacement=further)
+        assert torch.equal(other[:2], found[:2])
+        assert not torch.equal(other[2], found[2])
+        assert torch.equal(prediction(0), plain)
+
+    def test_clips_that_are_told_are_denoised_and_not_read(self, parts):
+        torch.manual_seed(0)
+        model = make_transformer(TINY, parts, (), 4)
+        torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+        reader, hints = make_reader(model, 3, "cpu", torch.float32), MotionHints(TINY.heads * TINY.head_channels)
+        batch = packed(pairs_of_textures(3), 2)
+        batch |= {"noise": torch.randn_like(batch["latents"]), "timestep": torch.tensor([50.0, 300.0, 900.0])}
+        batch["text"] = torch.zeros(3, 3, parts.text.config.hidden_size)
+        how = {"read": 1, "told": 1, "hints": hints, "first": 1}
+
+        def loss(weight: float, **changed: torch.Tensor) -> torch.Tensor:
+            return backbone_loss(model, FlowObjective(), reader, weight, **how, **batch | changed)
+
+        louder = {"noise": batch["noise"] * torch.tensor([1.0, 1.0, 2.0]).view(3, 1, 1, 1, 1)}
+        assert not torch.equal(loss(0.0), loss(0.0, **louder))
+        displaced = {"displacement": batch["displacement"] * torch.tensor([1.0, 1.0, 2.0]).view(3, 1, 1, 1, 1)}
+        assert torch.equal(loss(1.0), loss(1.0, **displaced))  # the map has learned nothing yet
+        loss(1.0).backward()
+        assert hints.map.weight.grad.abs().sum() > 0
+        noted = hints.losses()
+        assert noted.keys() == {"plain", "told"}
+        assert hints.losses() == {}
+
+    @pytest.mark.parametrize(("timestep", "expected"), [(0.0, 4.0), (500.0, 4.0), (850.0, 4.0), (1000.0, 1.0)])
+    def test_subjects_in_known_places_count_the_same_at_all_noise_levels(self, timestep, expected):
+        """Three times more than the rest, and no more where nothing of them is left."""
+        objective, level = FlowObjective(), torch.tensor([timestep])
+        zero, subject = torch.zeros(1, 2, 1, 2, 2), torch.full((1, 1, 1, 1, 1), 3.0)
+        known = known_places(objective, subject, level)
+        assert objective.loss(zero + 1, zero, zero, level, known).item() == pytest.approx(expected, rel=1e-4)
+
     def test_gradients_reach_the_adapter_alone_and_through_the_scaler(self, parts):
         torch.manual_seed(0)
         model = make_transformer(TINY, parts, TINY.blocks, 4).requires_grad_(False)
@@ -352,6 +429,13 @@ class TestLosses:
         loss.backward()
         assert all(p.grad.abs().sum() > 0 for p in adapter.values())
         assert all(p.grad is None for name, p in model.named_parameters() if name not in adapter)
+
+
+def pairs_of_textures(n: int) -> dict[str, torch.Tensor]:
+    """Clips of drifting textures with as many channels as the demo model's latents, without tokens."""
+    batch = drifting_textures(n, torch.Generator().manual_seed(0))
+    batch["latents"] = batch["latents"].repeat(1, 2, 1, 1, 1)
+    return {key: value for key, value in batch.items() if key not in ("tokens", "noise", "timestep")}
 
 
 @pytest.mark.slow
