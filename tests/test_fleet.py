@@ -26,6 +26,7 @@ import pytest
 
 from emt.errors import EmtError
 from emt_cli.batch import journal
+from emt_cli.batch.batch_sizes import BatchSizes
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.inputs import expand
 from emt_cli.batch.jobs import Item, Job, numerics
@@ -201,6 +202,26 @@ def test_gpus_are_counted_among_those_that_cuda_sees(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(EmtError, match="no NVIDIA GPU"):
         gpus.choose_gpus("1")
+
+
+def test_gpus_are_counted_by_the_drivers_library(monkeypatch):
+    """As far as a machine without one shows: its own calls, in order, and none of it where it does not start."""
+
+    class Library:
+        def __init__(self, fault=0):
+            self.fault = fault
+
+        def nvmlInit_v2(self):
+            return self.fault
+
+        def nvmlDeviceGetCount_v2(self, count):
+            count._obj.value = 3
+            return 0
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for library, names in ((Library(), ["0", "1", "2"]), (Library(fault=9), []), (None, [])):
+        monkeypatch.setattr(gpus, "management_library", lambda library=library: library)
+        assert gpus.visible_gpus() == names
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch):
@@ -524,6 +545,34 @@ def test_an_interrupt_ends_in_order_and_the_next_run_does_the_rest(folder, in_tu
     again = Heard()
     assert run(folder, "stopped", again, "0-9").exit_code() == 0
     assert again.states() == Counter(skipped=len(first), done=60 - len(first))
+
+
+def test_batches_of_workers_grow(folder, monkeypatch, in_turn):
+    """Although a worker is given its jobs one by one, while it is at those before."""
+
+    class Growing(BatchSizes):
+        batches = 0
+
+        def limit(self, *of: Any) -> int:
+            return min(4, 2**self.batches)
+
+        def learn(self, *of: Any) -> None:
+            self.batches += 1
+
+    made, generate = [], Generator.generate
+
+    def slowly(self: Generator, jobs: Sequence[Job], *rest: Any) -> Any:
+        made.append(len(jobs))
+        time.sleep(0.5)
+        return generate(self, jobs, *rest)
+
+    monkeypatch.setattr("emt_cli.batch.worker.BatchSizes", Growing)
+    monkeypatch.setattr(Generator, "generate", slowly)
+    heard = Heard()
+    run(folder, "growing", heard, "0-6")
+    assert heard.states() == Counter(done=42)
+    assert made[:2] == [1, 1]
+    assert sum(size for size in made if size == 4) >= 20, made
 
 
 def test_workers_wait_for_what_comes_into_a_queue_and_end_on_request(folder, in_turn):

@@ -74,6 +74,8 @@ class Intake:
                 task = self._ready.get(timeout=_POLL)
                 if isinstance(task, BaseException):
                     raise task
+                if task == "pause" and not self._ready.empty():
+                    continue  # what was to come has come meanwhile
                 return task
         return "stopped"
 
