@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import subprocess
+import sys
+from typing import Any
 
 from emt.errors import EmtError
 from emt_cli.batch.options import parse_gpus
@@ -15,12 +17,27 @@ def visible_gpus() -> list[str]:
     """GPUs that CUDA programs see here, in their order: by CUDA_VISIBLE_DEVICES where it is set, else by number."""
     if (given := os.environ.get(VISIBLE)) is not None:
         return [name.strip() for name in given.split(",") if name.strip() and name.strip() != "-1"]
+    return [str(number) for number in range(count_gpus(management_library()))]
+
+
+def management_library() -> Any:
+    """The library of NVIDIA's driver that knows its GPUs without starting them; None where there is none."""
     try:
-        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in output.splitlines() if line.strip().isdecimal()]
+        return ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+    except OSError:
+        return None
+
+
+def count_gpus(library: Any) -> int:
+    """Number of NVIDIA GPUs, as PyTorch counts them; `nvidia-smi` would take seconds to start each of them.
+
+    Args:
+        library: From `management_library`.
+    """
+    count = ctypes.c_uint()
+    if library is None or library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def choose_gpus(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from emt import __version__
 from emt.errors import EmtError
 from emt.remote import fetch
 from emt_cli.batch.finisher import Finisher
+from emt_cli.batch.generator import start_ahead
 from emt_cli.batch.jobs import Job
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.outcomes import Outcomes
@@ -222,8 +223,7 @@ class RemoteWorker:
 
     def _work(self) -> None:
         options = self._options
-        journal = take_journal(options.out, options.writer)
-        try:
+        with start_ahead(options.device), closing(take_journal(options.out, options.writer)) as journal:
             session = open_session(options.session, options.device, self._listener.say)
             session.generator.prompts = list(options.prompts)
             outcomes = Outcomes(journal, self._listener)
@@ -243,8 +243,6 @@ class RemoteWorker:
             with self._changed:
                 self._facts |= {"phases": dict(worker.phases.seconds), "device_wait": worker.device_wait}
                 self._facts |= {"device_busy_seconds": session.generator.busy_seconds}
-        finally:
-            journal.close()
 
     def _tasks(self) -> Iterator[Task | None]:
         """Tasks of the jobs that come; consecutive ones with the same sampling of the same content share a reference.
