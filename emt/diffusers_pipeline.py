@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,14 +20,24 @@ from emt.diffusers_loras import LoraInterface
 from emt.pipeline import MotionTransfer
 from emt.prompts import PromptEncoder
 
-#: Of a model folder: diffusers imports no network's module because a folder names it.
+_MODULE = "pipeline"
+"""The module of a model folder that diffusers imports, by the folder's `model_index.json`."""
+
+# diffusers imports no network's module because a folder names it. Packages that it finds missing are to be named as pip
+# knows them: lines that it reads as imports would name `emt`.
 _CUSTOM_PIPELINE = '''"""Opens this folder in diffusers, where emt is installed.
 
-    DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 """
 
-import {module}
-from emt.pipeline import MotionTransferPipeline
+try:
+    import emt.pipeline, {module}  # noqa: E401
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "emt":
+        raise
+    raise ModuleNotFoundError("This model needs emt: pip install emt-cli", name=error.name) from None
+
+{name} = emt.pipeline.{name}
 '''
 
 
@@ -91,6 +102,16 @@ class MotionTransferPipeline(
         self.models_scheduler = scheduler
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read a configuration; the module that one names for diffusers is left out.
+
+        So that no code of a folder runs, nor has to be trusted, where this class opens it.
+        """
+        config = super()._dict_from_json_file(json_file)
+        named = config.get("_class_name")
+        return config | {"_class_name": named[-1]} if isinstance(named, list) and named else config
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> MotionTransferPipeline:
         """Open a model folder or hub id, with the options of `DiffusionPipeline.from_pretrained`.
 
@@ -122,21 +143,23 @@ class MotionTransferPipeline(
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write a model folder, as `DiffusionPipeline.save_pretrained`, with the text encoder that is not open.
 
-        With `pipeline.py`, `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
-        trust_remote_code=True)` opens it, too; not a model whose prompts are encoded apart.
+        With `pipeline.py`, `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it, too; not a
+        model whose prompts are encoded apart.
         """
         if self.text_encoder is not None:  # diffusers' `unload_textual_inversion` leaves the number as it was
             self.text_encoder.config.vocab_size = self.text_encoder.get_input_embeddings().num_embeddings
         super().save_pretrained(str(save_directory), **options)
-        kind = type(self.unet).__name__
+        index, written = Path(save_directory) / "model_index.json", {}
+        kind, name = type(self.unet).__name__, MotionTransferPipeline.__name__
         if self.prompt_encoder is None and kind in BACKBONES:
-            text = _CUSTOM_PIPELINE.format(module=BACKBONES[kind][0])
-            (Path(save_directory) / "pipeline.py").write_text(text, encoding="utf-8")
+            text = _CUSTOM_PIPELINE.format(module=BACKBONES[kind][0], name=name)
+            (Path(save_directory) / f"{_MODULE}.py").write_text(text, encoding="utf-8")
+            written = {"_class_name": [_MODULE, name]}
         if self.prompt_encoder is not None:
-            source, index = self.prompt_encoder.model, Path(save_directory) / "model_index.json"
+            source = self.prompt_encoder.model
             shutil.copytree(source / "text_encoder", Path(save_directory) / "text_encoder")
-            listed = json.loads((source / "model_index.json").read_bytes())["text_encoder"]
-            index.write_text(json.dumps(json.loads(index.read_bytes()) | {"text_encoder": listed}, indent=2) + "\n")
+            written = {"text_encoder": json.loads((source / "model_index.json").read_bytes())["text_encoder"]}
+        index.write_text(json.dumps(json.loads(index.read_bytes()) | written, indent=2) + "\n")
 
     def save_memory(self, device: torch.device | str) -> None:
         """Make clips on a GPU with little memory, more slowly; the pipeline is in the computer's memory so far.

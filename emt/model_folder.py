@@ -317,7 +317,7 @@ def find_model(name: str | None, *, download: bool, on_fetch: OnFetch | None = N
         pass
     missing = []
     for part, kind in listed.items():
-        if not isinstance(kind, list) or not all(kind):
+        if part.startswith("_") or not isinstance(kind, list) or not all(kind):
             continue
         weights = part in ("unet", "vae", "text_encoder")
         if not (folder / part).is_dir() or (weights and not any((folder / part).glob("*.safetensors"))):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import accelerate
 import numpy as np
@@ -20,6 +23,7 @@ from emt.backbones.sd15.random_model import random_model
 from emt.diffusers_interface import MotionTransferOutput, read_video, videos_of
 from emt.errors import EmtError
 from emt.features import Motion
+from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.video import read_clip, write_clip
 
@@ -403,23 +407,54 @@ def test_offloading_makes_the_same_clip(folder, pipe, how, monkeypatch):
 # ---- the model folder ---------------------------------------------------------------------------------------------
 
 
-def test_diffusers_opens_a_model_folder_by_itself(folder, pipe):
-    """In a process that has not imported anything of this project."""
+def in_a_new_process(code: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Python that has not imported anything of this project, with a folder of its own for modules of models."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+
+
+@pytest.mark.parametrize("options", ["", "custom_pipeline='pipeline', "])
+def test_diffusers_opens_a_model_folder_by_itself(folder, pipe, options):
     code = (
         "import sys, numpy, torch\n"
         "from diffusers import DiffusionPipeline\n"
-        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline='pipeline', trust_remote_code=True)\n"
+        f"pipe = DiffusionPipeline.from_pretrained(sys.argv[1], {options}trust_remote_code=True)\n"
         "frames = pipe('a cat', output_type='np', generator=torch.Generator().manual_seed(3)).frames[0]\n"
         "numpy.save(sys.argv[2], frames)\n"
     )
     saved = folder.parent / "frames.npy"
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules")}
-    command = [sys.executable, "-c", code, str(folder), str(saved)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent)
+    done = in_a_new_process(code, folder, saved, folder=folder.parent)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal((np.load(saved) * 255).round().astype(np.uint8), made(pipe, "a cat"))
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline")
+
+
+def test_diffusers_alone_says_what_a_model_folder_needs(folder, tmp_path):
+    """That its code has to be trusted; and where emt is missing, the package by the name that pip knows."""
+    with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+        DiffusionPipeline.from_pretrained(folder)
+    code = (
+        "import sys\n"
+        "sys.modules['emt'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        "DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    )
+    done = in_a_new_process(code, folder, folder=tmp_path)
+    assert done.stderr.rstrip().endswith("ModuleNotFoundError: This model needs emt: pip install emt-cli"), done.stderr
+    assert "pip install emt`" not in done.stderr
+
+
+def test_no_code_of_a_folder_runs_where_this_class_opens_it(folder, tmp_path):
+    """Nor is a folder refused whose code cannot run, or whose index names another module."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "pipeline.py").write_text("raise SystemExit('ran')\n")
+    assert made(MotionTransferPipeline.from_pretrained(copy), "a cat").shape == (FRAMES, HEIGHT, WIDTH, 3)
+    again = tmp_path / "again"
+    load_pipeline(copy).save_pretrained(again)
+    for written in (folder, again):
+        named = json.loads((written / "model_index.json").read_bytes())["_class_name"]
+        assert named == ["pipeline", "MotionTransferPipeline"]
+    assert find_model(str(copy), download=False).folder == copy
 
 
 # ---- LoRAs and textual inversions ---------------------------------------------------------------------------------

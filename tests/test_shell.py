@@ -375,6 +375,26 @@ def test_config_show_names_the_source_of_each_option(here, monkeypatch, capsys):
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
+def test_quiet_and_verbose_exclude_each_other_and_the_command_line_wins(tmp_path):
+    """Both on the command line, or both in the environment, are bad usage."""
+
+    def shows_details(*flags: str, **variables: str) -> bool:
+        ended = emt("report", "nowhere", *flags, folder=tmp_path, environment=environment(tmp_path) | variables)
+        assert ended.code == 1, ended.err
+        return "options from emt.toml" in ended.err
+
+    (tmp_path / "emt.toml").write_text("steps = 3\n")
+    for command in (["plan", "x.mp4", "-p", "x"], ["doctor"], ["engines", "list"]):
+        ended = emt(*command, "-q", "--verbose", folder=tmp_path, environment=environment(tmp_path))
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.splitlines() == ["error: --quiet and --verbose exclude each other", "Give one of them."]
+    ended = emt("doctor", folder=tmp_path, environment=environment(tmp_path) | {"EMT_QUIET": "1", "EMT_VERBOSE": "1"})
+    assert ended.code == 2
+    assert not shows_details("-q", EMT_VERBOSE="1")
+    assert shows_details("-v", EMT_QUIET="1")
+    assert not shows_details(EMT_QUIET="1")
+
+
 def test_quiet_leaves_failures_verbose_adds_phases_and_the_log_file_has_all(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     arguments = ("transfer", "bad.mp4", "-p", "x", "-m", str(model()), "--device", "cpu", "--log-file", "log/a.txt")

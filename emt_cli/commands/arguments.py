@@ -159,8 +159,11 @@ def completed(
             parameter = parameter.replace(annotation=Annotated[get_args(parameter.annotation)[0], info])
         parameters.append(parameter)
 
+    running: list[typer.Context] = []
+
     def load(context: typer.Context, config: Path | None) -> Path | None:
         if not context.resilient_parsing:
+            running[:] = [context]
             loaded = Config.load(config)
             found = loaded.values(name, options, others)
             context.default_map = {parameter: value for parameter, (value, _) in found.items()}
@@ -171,7 +174,7 @@ def completed(
         common = {parameter: given.pop(parameter) for parameter in COMMON}
         config = common.pop("config")
         with usage_errors():
-            messages.start(**common)
+            messages.start(**_one_loudness(running[0], **common))
         if config is None and Path(FILE_NAME).is_file():  # a file that nobody has named may be anybody's
             messages.say(f"options from {FILE_NAME}")
         command(**given)
@@ -183,6 +186,20 @@ def completed(
 
 
 _META = "emt.config"
+
+
+def _one_loudness(context: typer.Context, quiet: bool, verbose: bool, **others: Any) -> dict[str, Any]:
+    """These options, of --quiet and --verbose that of the command line where an environment variable sets the other.
+
+    Raises:
+        EmtError: both are given, or both are set.
+    """
+    if quiet and verbose:
+        given = [getattr(context.get_parameter_source(name), "name", "") for name in ("quiet", "verbose")]
+        if given[0] == given[1]:
+            raise EmtError("--quiet and --verbose exclude each other", "Give one of them.")
+        quiet, verbose = (name == "COMMANDLINE" for name in given)
+    return {"quiet": quiet, "verbose": verbose, **others}
 
 
 def _common(load: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo]]:
