@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Option:
         min: Smallest number allowed.
         max: Largest number allowed.
         own: Set by the command's own section, or its own variable, alone.
+        metavar: What its help shows in place of a value, such as `WxH|NAME`; empty where that says no more than `kind`.
     """
 
     parameter: str
@@ -63,6 +65,7 @@ class Option:
     min: float | None = None
     max: float | None = None
     own: bool = False
+    metavar: str = ""
 
     def variables(self, command: str) -> list[str]:
         """Environment variables that set it, the first that is set wins; none if it takes several texts."""
@@ -82,7 +85,7 @@ class Option:
         return self._read_one(value, where)
 
     def _read_one(self, value: Any, where: str) -> Any:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        given, number = value, isinstance(value, int | float) and not isinstance(value, bool)
         if self.kind is bool:
             allowed, fits = "true or false", isinstance(value, bool)
         elif issubclass(self.kind, Enum):
@@ -102,14 +105,28 @@ class Option:
         else:
             may_be_empty = self.parameter in MAY_BE_EMPTY
             allowed = "a text" if may_be_empty else "a text that is not empty"
-            fits = number or (isinstance(value, str) and (value != "" or may_be_empty))
+            allowed += " without zero bytes" if isinstance(value, str) and "\0" in value else ""
+            allowed += f" ({self.metavar})" if self.metavar else ""
+            fits = number or (isinstance(value, str) and "\0" not in value and (value != "" or may_be_empty))
             value = str(value)
         if not fits:
-            raise EmtError(f"{where} is {value!r:.80}; allowed: {allowed}")
+            alone = ", and no list" if isinstance(given, list) and not self.multiple else ""
+            raise EmtError(f"{where} is {_toml(given):.80}; allowed: {allowed}{alone}")
         return value
 
     def _limits(self) -> tuple[tuple[str, float | None], tuple[str, float | None]]:
         return ("from", self.min), ("to" if self.min is not None else "up to", self.max)
+
+
+def _toml(value: Any) -> str:
+    """A value as the file has it, nearly."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {_toml(inner)}' for key, inner in value.items())}}}"
+    return value.isoformat() if isinstance(value, date | time) else repr(value)
 
 
 @dataclass(frozen=True)
@@ -247,13 +264,27 @@ def _check_sections(path: Path, table: Mapping[str, Any], others: Callable[[], M
     groups = {name.partition(" ")[0] for name in commands}
     for key, value in sections.items():
         if key.replace("_", "-") not in groups | {_PRESETS}:
+            for options in commands.values():
+                _check_no_table(path, options, key, value, key)
             raise _unknown(path, f"there is no section [{key}]", key, groups | {_PRESETS})
         for inner, content in value.items() if key != _PRESETS else ():
             if isinstance(content, dict) and f"{key} {inner}" not in commands:
+                _check_no_table(path, commands.get(key.replace("_", "-"), ()), inner, content, f"[{key}] {inner}")
                 raise _unknown(path, f"there is no section [{key}.{inner}]", f"{key} {inner}", commands)
+            for last, table in content.items() if isinstance(content, dict) else ():
+                if isinstance(table, dict):
+                    _check_no_table(path, commands[f"{key} {inner}"], last, table, f"[{key}.{inner}] {last}")
+                    raise UsageError(f"{path}: there is no section [{key}.{inner}.{last}]")
             if not isinstance(content, dict) and key.replace("_", "-") not in commands:
                 own = ", ".join(f"[{name.replace(' ', '.')}]" for name in commands if name.startswith(f"{key} "))
                 raise UsageError(f"{path}: [{key}] has no options, so no {inner!r}: its commands have, as in {own}")
+
+
+def _check_no_table(path: Path, options: Sequence[Option], name: str, table: Any, where: str) -> None:
+    """Raise the `UsageError` of an option's value if a table has the name of one."""
+    for option in options:
+        if name.replace("_", "-") in option.names:
+            _read(option, table, path, where)
 
 
 def _check_top(path: Path, key: str, others: Callable[[], Mapping[str, Sequence[Option]]]) -> None:

@@ -261,7 +261,8 @@ def options_of(command: Callable[..., Any]) -> list[Option]:
         kind = get_args(kind)[0] if multiple else kind
         long = tuple(name.partition("/")[0][2:] for name in _names(parameter) if name.startswith("--"))
         own = parameter.name in OWN and not general
-        found.append(Option(parameter.name, long, kind, multiple, info.min, info.max, own))
+        metavar = info.metavar if isinstance(info.metavar, str) and kind is str else ""
+        found.append(Option(parameter.name, long, kind, multiple, info.min, info.max, own, metavar))
     return found
 
 
