@@ -304,6 +304,26 @@ def test_k2_a_low_rank_change_beside_that_of_the_bias(files: Files, tmp_path: Pa
     assert_only(gains, f"{OUT}.weight", draw(rows, 4) @ draw(4, columns))
 
 
+@pytest.mark.parametrize("adapter", ["", ".default"])
+def test_k1_the_bias_of_pefts_low_rank_layers_is_scaled_as_they_are(adapter: str, files: Files, tmp_path: Path) -> None:
+    """PEFT's lora_bias: W x + b + alpha / rank · (B A x + b')."""
+    rows, columns = weight(files, OUT).shape
+    name, settings = f"base_model.model.{OUT}", {"unet.r": 4, "unet.lora_alpha": 8}
+    state = {f"{name}.lora_A{adapter}.weight": draw(4, columns), f"{name}.lora_B{adapter}.weight": draw(rows, 4)}
+    state[f"{name}.lora_B{adapter}.bias"] = draw(rows)
+    gains = gained(state, files, tmp_path, scale=0.5, lora_adapter_metadata=json.dumps(settings))
+    torch.testing.assert_close(gains.pop(f"{OUT}.bias"), draw(rows), rtol=1e-4, atol=1e-4)
+    assert_only(gains, f"{OUT}.weight", draw(rows, 4) @ draw(4, columns))
+
+
+def test_k2_a_bias_for_a_layer_that_has_none_is_refused_unless_it_is_zero(files: Files, tmp_path: Path) -> None:
+    rows, columns = weight(files, SPATIAL).shape
+    state = {f"{SPATIAL}.lora_A.weight": draw(4, columns), f"{SPATIAL}.lora_B.weight": draw(rows, 4)}
+    with pytest.raises(EmtError, match="no such bias in the model: the layer .* has none"):
+        gained(state | {f"{SPATIAL}.lora_B.bias": draw(rows)}, files, tmp_path)
+    assert list(gained(state | {f"{SPATIAL}.lora_B.bias": torch.zeros(rows)}, files, tmp_path))
+
+
 N = 32  # width of the layer OUT, (N, N) with a bias
 PARTS: dict[str, State] = {
     "LoRA": {"lora_down.weight": draw(4, N), "lora_up.weight": draw(N, 4)},
@@ -316,6 +336,7 @@ PARTS: dict[str, State] = {
     "difference": {"diff": draw(N, N)},
     "of a norm": {"w_norm": draw(N, N)},
     "bias": {"diff_b": draw(N)},
+    "bias of low rank": {"lora_B.bias": draw(N)},
     "bias of a norm": {"b_norm": draw(N)},
     "DoRA": {"dora_scale": draw(N, 1).abs() + 1},
     "PEFT's DoRA": {"lora_magnitude_vector": draw(N).abs() + 1},

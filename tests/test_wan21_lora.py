@@ -114,6 +114,22 @@ def test_k2_all_adapters_of_one_file_add_up(tmp_path, weights):
         merge.read(tmp_path / "twice.safetensors", 1.0)
 
 
+def test_k1_the_bias_of_pefts_low_rank_layers_is_scaled_as_they_are(tmp_path, weights):
+    module = "blocks.0.attn1.to_q"
+    down, up = halves(weights)[module]
+    bias = torch.randn_like(weights[f"{module}.bias"])
+    state = {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
+    settings = json.dumps({"transformer.lora_alpha": 2 * RANK})
+    save_file(state | {f"transformer.{module}.lora_B.bias": bias}, tmp_path / "l", {"lora_adapter_metadata": settings})
+    merge = LoraMerge(shapes(weights))
+    assert "1 layers of low rank" in merge.read(tmp_path / "l", 0.5).note
+    for name, change in ((f"{module}.weight", up @ down), (f"{module}.bias", bias)):
+        torch.testing.assert_close(merge(name, weights[name]), weights[name] + change)
+    save_file(state | {f"transformer.{module}.lora_B.bias": bias[1:]}, tmp_path / "short")
+    with pytest.raises(EmtError, match="wrong shape: the bias of"):
+        merge.read(tmp_path / "short", 1.0)
+
+
 def test_several_add_up_and_are_rounded_once(tmp_path, weights):
     merge = LoraMerge(shapes(weights))
     expected = {name: weight.bfloat16().float() for name, weight in weights.items()}

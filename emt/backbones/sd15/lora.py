@@ -29,6 +29,7 @@ _KEYS = tuple(
     re.compile(pattern)
     for pattern in (
         r"(?P<module>.+?)\.lora_(?P<role>down|up|mid|A|B)(\.(?P<adapter>[\w-]+))?\.weight",
+        r"(?P<module>.+?)\.lora_B(\.(?P<adapter>[\w-]+))?\.(?P<role>bias)",
         r"(?P<module>.+?)(\.lora(_linear_layer)?|_lora)\.(?P<role>down|up)\.weight",
         r"(?P<module>.+?)(_lora)?\.(?P<role>alpha)",
         r"(?P<module>.+?)\.lora_(?P<role>magnitude)_vector(\.(?P<adapter>[\w-]+?))?(\.weight)?",
@@ -45,6 +46,7 @@ _NOT_READ = {
     "AdaLoRA": re.compile(r"\.lora_E\b"),
     "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
     "embedding": re.compile(r"\.lora_embedding_"),
+    "trained bias": re.compile(r"(?<!\.lora_B)\.bias$"),  # PEFT's bias="all" and "lora_only"
 }
 # How the names of a network's layers begin, with underscores for dots.
 _FLAT_PREFIXES = {
@@ -147,13 +149,16 @@ class LoraMerge:
             return f"unexpected: {module}.{unread[0]} beside {layer.family}"
         if layer.rank == 0:
             return f"rank 0: {module}"
-        bias, weight = layer.bias_change(), state[f"{name}.weight"]
+        bias, weight = layer.bias_change(1.0), state[f"{name}.weight"]
         if not layer.fits(weight.shape):
             shapes = " × ".join(str(tuple(t.shape)) for t in reversed(list(layer.tensors.values())) if t.ndim)
             if {"down", "up"} <= layer.tensors.keys():
                 shapes = f"{tuple(layer.tensors['up'].shape)} × {tuple(layer.tensors['down'].shape)}"
             return f"wrong shape: {module} is {shapes}, the weight {tuple(weight.shape)}"
-        if bias is not None and (f"{name}.bias" not in state or state[f"{name}.bias"].shape != bias.shape):
+        if bias is not None and f"{name}.bias" not in state:
+            # PEFT trains one there, too, and cannot merge it either; one that is zero does nothing.
+            return f"no such bias in the model: the layer {module} has none" if bool(bias.any()) else ""
+        if bias is not None and state[f"{name}.bias"].shape != bias.shape:
             return f"wrong shape: the bias of {module} is {tuple(bias.shape)}"
         return ""
 
@@ -197,7 +202,7 @@ def _sums(state: State, name: str, layers: Sequence[tuple[LoraLayer, float, floa
     weight = sums.get(f"{name}.weight")
     changed = set()
     for layer, factor, scale in layers:
-        changes = {f"{name}.bias": layer.bias_change()}
+        changes = {f"{name}.bias": layer.bias_change(factor)}
         if weight is not None:
             changes[f"{name}.weight"] = layer.change(weight, factor)
         for key, change in changes.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _MAGNITUDES = ("dora_scale", "magnitude")
 _BIASES = ("diff_b", "b_norm")
+_LOW_RANK_BIAS = "bias"  # of `lora_B`, PEFT's lora_bias: scaled as the change of the weight is
 # Roles that a layer of a family may have; of a bias and magnitudes, any.
 _OF_FAMILY = {
     "LoHa": re.compile(r"hada_[wt]\d(_[ab])?|scalar"),
@@ -80,14 +81,18 @@ class LoraLayer:
         """Roles that its family does not read, or reads another instead of."""
         own = _OF_FAMILY[self.family]
         odd = [role for role in self.tensors if not own.fullmatch(role) and role not in (*_MAGNITUDES, *_BIASES)]
+        if self.family == "LoRA" and self.magnitude is None and "diff_b" not in self.tensors:
+            odd = [role for role in odd if role != _LOW_RANK_BIAS]
         if self.family == "difference" and not self.tensors.keys() & {"diff", "w_norm"}:
             odd += [role for role in (*_MAGNITUDES, "scalar") if role in self.tensors]  # they are of the weight's
         either = [("diff", "w_norm"), ("diff_b", "b_norm"), _MAGNITUDES]
         either += [(f"lokr_w{i}", f"lokr_w{i}_{half}") for i in (1, 2) for half in "ab"]
         return odd + [second for first, second in either if {first, second} <= self.tensors.keys()]
 
-    def bias_change(self) -> Tensor | None:
-        """Change of the bias; None for none."""
+    def bias_change(self, scale: float) -> Tensor | None:
+        """Change of the bias at scale 1, of a layer whose change is scaled by `scale` (alpha / rank); None for none."""
+        if (change := self.tensors.get(_LOW_RANK_BIAS)) is not None:
+            return scale * change.float()
         change = self.tensors.get("diff_b", self.tensors.get("b_norm"))
         return None if change is None else change.float()
 
@@ -125,6 +130,7 @@ class LoraLayer:
         """Return whether it changes no weight, whatever the weight is, with a change scaled by `scale`."""
         sums = [t for role, t in self.tensors.items() if role in ("diff", "w_norm", *_BIASES)]
         factors = [t for role, t in self.tensors.items() if _OF_FAMILY[self.family].fullmatch(role)]
+        sums += [scale * t.float() for role, t in self.tensors.items() if role == _LOW_RANK_BIAS]
         if self.magnitude is not None or any(bool(t.any()) for t in sums):
             return False
         return not scale or self.family == "difference" or not all(bool(t.any()) for t in factors)

@@ -3,7 +3,8 @@
 Modules are named by diffusers or PEFT (``transformer.blocks.0.attn1.to_q.lora_A.weight``), originally
 (``diffusion_model.blocks.0.self_attn.q.lora_A.weight``, DiffSynth without the prefix, with ``.default``) or by kohya
 (``lora_unet_blocks_0_self_attn_q.lora_down.weight``, Wan Fun with two underscores). lightx2v's have whole differences
-beside low-rank ones: ``.diff`` of a weight, ``.diff_b`` of a bias, ``.diff_m`` of a modulation.
+beside low-rank ones: ``.diff`` of a weight, ``.diff_b`` of a bias, ``.diff_m`` of a modulation. ``lora_B.bias``, of
+PEFT's lora_bias, is added to the bias and scaled as the change of the weight is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from emt.hub import OnFetch, locate
 from emt.lora_files import peft_scale, peft_settings, share_alphas, tensor_problem, untrained
 
 _KEY = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.(?P<adapter>\w+))?\.weight|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
+    r"(?P<module>.+)\.(?:lora_(?P<half>down|up|A|B)(?:\.(?P<adapter>\w+))?\.weight"
+    r"|lora_B(?:\.(?P<named>\w+))?\.(?P<bias>bias)|(?P<alpha>alpha)|(?P<whole>diff|diff_b|diff_m))"
 )
 _OTHERS = {
     re.compile(r"(^|[._])((down|up)_blocks|mid_block|(input|output)_blocks)[._]"): "Stable Diffusion",
@@ -46,6 +48,7 @@ _PREFIXES = (
 class _Layer:
     down: Tensor | None = None
     up: Tensor | None = None
+    bias: Tensor | None = None
     alpha: float | None = None
 
 
@@ -99,7 +102,8 @@ class LoraMerge:
             if match is None:
                 found.append(f"unexpected: {key} {tuple(tensor.shape)}")
                 continue
-            kind = match["whole"] or match["adapter"] or "low rank"
+            adapter = match["adapter"] or match["named"] or ""
+            kind = match["whole"] or adapter or "low rank"
             module = names.setdefault((self._module(match["module"]), kind), match["module"])
             if module != match["module"]:
                 found.append(f"one weight by two names: {module}, {match['module']}")
@@ -108,20 +112,23 @@ class LoraMerge:
             elif match["whole"]:
                 found.append(self._whole(match["module"], match["whole"], tensor, scale))
             else:
-                layer = layers.setdefault((match["module"], match["adapter"] or ""), _Layer())
+                layer = layers.setdefault((match["module"], adapter), _Layer())
                 down = match["half"] in ("down", "A")
                 if match["half"] and (layer.down if down else layer.up) is not None:
                     found.append(f"a half of one layer by two names, one of them {key}")
                 elif match["alpha"]:
                     layer.alpha = float(tensor)
+                elif match["bias"]:
+                    layer.bias = tensor
                 elif down:
                     layer.down = tensor
                 else:
                     layer.up = tensor
         share_alphas(layers)
         # An alpha alone, of a layer that was pruned, changes nothing.
-        layers = {name: layer for name, layer in layers.items() if layer.down is not None or layer.up is not None}
-        found += [self._low_rank(module, layer, metadata, scale) for (module, _), layer in layers.items()]
+        layers = {name: it for name, it in layers.items() if any(t is not None for t in (it.down, it.up, it.bias))}
+        for (module, _), layer in layers.items():
+            found += self._low_rank(module, layer, metadata, scale)
         problems = [problem for problem in found if isinstance(problem, str)]
         if problems:
             raise EmtError(
@@ -134,7 +141,7 @@ class LoraMerge:
             raise untrained(path, len(additions))
         for addition in additions:
             self._additions.setdefault(addition.name, []).append(addition)
-        whole = len(additions) - len(layers)
+        whole = len(additions) - len(layers) - sum(layer.bias is not None for layer in layers.values())
         note = f"scale {scale:g}; {len(layers)} layers of low rank" + (f", {whole} whole differences" if whole else "")
         return Origin("LoRA", str(lora), files, note, checkpoint.dropped)
 
@@ -147,29 +154,37 @@ class LoraMerge:
             weight = weight.float() + addition.factor * change.view(weight.shape)
         return weight
 
-    def _low_rank(self, module: str, layer: _Layer, metadata: Mapping[str, Any], scale: float) -> _Addition | str:
-        """Change by a pair of low-rank factors, or the reason why there is none."""
+    def _low_rank(self, module: str, layer: _Layer, metadata: Mapping[str, Any], scale: float) -> list[_Addition | str]:
+        """Change by a pair of low-rank factors and a bias, or the reason why there is none."""
         name = f"{self._module(module)}.weight"
         if name not in self._shapes:
-            return f"no such weight in the model: {module}"
+            return [f"no such weight in the model: {module}"]
         down, up = layer.down, layer.up
         if down is None or up is None:
-            return f"missing: the {'down' if down is None else 'up'} half of {module}"
+            return [f"missing: the {'down' if down is None else 'up'} half of {module}"]
         rows, columns = self._shapes[name][0], math.prod(self._shapes[name][1:])
         if (
             min(up.ndim, down.ndim) < 2
             or up.flatten(1).shape != (rows, len(down))
             or down.flatten(1).shape[1] != columns
         ):
-            return f"wrong shape: {module} is {tuple(up.shape)} × {tuple(down.shape)}, the weight ({rows}, {columns})"
+            return [f"wrong shape: {module} is {tuple(up.shape)} × {tuple(down.shape)}, the weight ({rows}, {columns})"]
         if not len(down):
-            return f"rank 0: {module}"
+            return [f"rank 0: {module}"]
         own = {key.removeprefix("transformer."): value for key, value in metadata.items()}
         try:
             factor = peft_scale(own, module, len(down)) if layer.alpha is None else layer.alpha / len(down)
         except ValueError as error:
-            return f"{error}: {module}"
-        return _Addition(name, up, down, scale * factor)
+            return [f"{error}: {module}"]
+        change = _Addition(name, up, down, scale * factor)
+        if layer.bias is None:
+            return [change]
+        shape = self._shapes.get(f"{self._module(module)}.bias")
+        if layer.bias.shape != shape:
+            return [
+                f"wrong shape: the bias of {module} is {tuple(layer.bias.shape)}, the model's {shape and tuple(shape)}"
+            ]
+        return [change, _Addition(f"{self._module(module)}.bias", layer.bias, None, scale * factor)]
 
     def _whole(self, module: str, kind: str, difference: Tensor, scale: float) -> _Addition | str:
         """Change by a full difference, or the reason why there is none."""
