@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -28,7 +29,7 @@ import time
 import urllib.parse
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -38,10 +39,15 @@ from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, megabytes
 from emt.storage import PARTIAL, exclusive, partial_file, sync, write_atomically
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 ATTEMPTS = 5
 """Times that a request is made before its fault is reported."""
+
+SLOW = 3.0
+"""Seconds after which a store that has not answered yet is named as what is waited for."""
 
 PAUSE = 0.5
 """Seconds before the second attempt, about; twice as many before each further one."""
@@ -203,7 +209,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
         except ImportError:
             raise EmtError(f"{shown(url)} needs aiohttp, which is not installed", "pip install aiohttp") from None
         # aiohttp's own limit is on the whole download, whose length nobody knows.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=60)}
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)}
+    elif scheme in ("s3", "s3a"):
+        # botocore would make each attempt several times without a word; attempts are counted here.
+        own = fsspec.config.conf.get("s3", {}).get("config_kwargs") or {}
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **own}
     try:
         found, path = fsspec.url_to_fs(url, **options)
     except ImportError as error:
@@ -234,8 +244,9 @@ def _request(url: str, verb: str, make: Callable[[Any, str], T]) -> T:
     renewed = False
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            system, path = _filesystem(url)  # that of ftp:// connects at once
-            return make(system, path)
+            with _naming_what_is_slow(url):
+                system, path = _filesystem(url)  # that of ftp:// connects at once
+                return make(system, path)
         except Exception as error:  # stores' libraries have no common base of errors
             kind = _kind(error)
             if kind == "denied" and not renewed:  # credentials may have been renewed where they come from
@@ -245,8 +256,35 @@ def _request(url: str, verb: str, make: Callable[[Any, str], T]) -> T:
                 continue
             if kind != "passing" or attempt == ATTEMPTS:
                 raise _explain(url, verb, kind, error, attempt) from None
+            if attempt == 1:
+                logger.warning("%s cannot be %s yet: %s; it is tried again", shown(url), verb, _reason(error))
             time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
     raise AssertionError
+
+
+_answered: set[str] = set()  # stores that have answered a request, or of which was said that they have not
+
+
+@contextmanager
+def _naming_what_is_slow(url: str) -> Iterator[None]:
+    """Context manager of a request: a store that has never answered is named once if it takes longer than SLOW."""
+    store = "/".join(shown(url).split("/")[:3])
+    if store in _answered:
+        yield
+        return
+
+    def tell() -> None:
+        _answered.add(store)
+        logger.warning("waiting for %s, which has not answered for %g s", store, SLOW)
+
+    timer = threading.Timer(SLOW, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+        _answered.add(store)
+    finally:
+        timer.cancel()
 
 
 _CREDENTIALS = frozenset({

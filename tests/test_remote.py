@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
@@ -28,6 +29,36 @@ def store() -> Iterator[fsspec.AbstractFileSystem]:
     yield store
     store.store.clear()
     store.pseudo_dirs[:] = [""]
+
+
+# ---- waiting ------------------------------------------------------------------------------------------------------
+
+
+def test_k4_a_store_that_does_not_answer_is_named_while_it_is_waited_for(monkeypatch, caplog):
+    """A listening socket that nobody accepts at: connections succeed, and nothing comes."""
+    monkeypatch.setattr(remote, "SLOW", 0.05)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        place = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        closing = threading.Timer(0.6, silent.close)  # what is waited for then ends, in an error
+        closing.start()
+        with pytest.raises(EmtError, match="tried 2 times"):
+            remote.stat(f"{place}/clip.mp4")
+        closing.join()
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == f"waiting for {place}, which has not answered for 0.05 s"
+    assert said[1].startswith(f"{place}/clip.mp4 cannot be read yet: ")
+    assert len(said) == 2, "each once"
+
+
+def test_k4_attempts_at_s3_are_counted_here_alone(monkeypatch):
+    """botocore makes five of each attempt, with seconds between them, and says nothing."""
+    pytest.importorskip("s3fs")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"signature_version": "s3v4"}})
+    system, _ = remote._filesystem("s3://bucket/clip.mp4")
+    assert system.config_kwargs == {"retries": {"total_max_attempts": 1}, "signature_version": "s3v4"}
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
