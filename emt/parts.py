@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from emt.checkpoints import check_keys, opened_files, read_checkpoint, without_memory
+from emt.errors import first_line
 
 T = TypeVar("T")
 N = TypeVar("N", bound="Network")
@@ -43,7 +45,10 @@ class Config(dict[str, Any]):
             OSError: there is none.
             ValueError: it is no JSON object.
         """
-        content = json.loads(file.read_bytes())
+        try:
+            content = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is no JSON: {first_line(error)}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{file} holds a {type(content).__name__}, no configuration")
         return cls(content)
@@ -126,15 +131,40 @@ def open_network(network: type[N], folder: Path, dtype: torch.dtype) -> N:
     Raises:
         EmtError: weights are missing, unexpected or of another shape, which it names; a file is damaged.
         OSError: there is no configuration.
+        ValueError: the configuration describes no network.
     """
     config = Config.read(folder / "config.json")
-    made = without_memory(lambda: network.from_config(config))
+    _check_kinds(network, config, folder / "config.json")
+    try:
+        made = without_memory(lambda: network.from_config(config))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"no network can be built by {folder / 'config.json'}: {first_line(error)}") from error
     made.register_to_config(_name_or_path=str(folder))
     state = {network.key(name): tensor for name, tensor in _read(folder)}
     own = {name: tensor.shape for name, tensor in made.state_dict().items()}
     check_keys(f"{folder.name} of the model {folder.parent}", state, own)
     made.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return nn.Module.to(made, dtype).eval()
+
+
+# What an argument of a network may be, by its annotation; of others, building says so.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+    "float": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number from 0"),
+    "bool": (lambda value: type(value) is bool, "true or false"),
+}
+
+
+def _check_kinds(network: type[Network], config: Config, file: Path) -> None:
+    """Check entries of a configuration that networks are built by, of which some fail as late as they compute.
+
+    Raises:
+        ValueError: one is of another kind than its argument.
+    """
+    for name, parameter in inspect.signature(network.__init__).parameters.items():
+        fits, allowed = _KINDS.get(parameter.annotation, (lambda value: True, ""))
+        if name in config and not fits(config[name]):
+            raise ValueError(f"{name} of {file} is {config[name]!r:.60}; allowed: {allowed}")
 
 
 def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,15 @@ from emt.presets import MOST_GUIDANCE, SCHEDULER_DEFAULTS
 from emt.prompt_syntax import PLAIN, WEBUI, expanded, words_of
 from emt.prompts import PromptEncoder
 from emt.remote import is_url
-from emt.sampling import DeepFeatureReuse, add_noise, check_finite, make_sampler, noise_generator, run_sampler
+from emt.sampling import (
+    DeepFeatureReuse,
+    add_noise,
+    check_finite,
+    check_schedule,
+    make_sampler,
+    noise_generator,
+    run_sampler,
+)
 from emt.scratch import scratch_array
 from emt.text_encoding import TextReader
 from emt.vocabulary import Vocabulary
@@ -285,7 +293,7 @@ class MotionTransfer:
             generators=generators,
             on_step=on_step,
         )
-        check_finite(latents, seeds)
+        check_finite(latents, seeds, self.unet.dtype)
         return self.decode_clips(list(latents), windows)
 
     def _network(
@@ -525,6 +533,7 @@ def load_pipeline(
         from emt.pipeline import MotionTransferPipeline
 
         pipe = MotionTransferPipeline.from_pretrained(str(model), dtype=dtype).to(device)
+        _check_numbers(pipe, model)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         if part is not None:
             align(part)
@@ -549,7 +558,32 @@ def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> MotionTransf
             return None
         scheduler = SimpleNamespace(config=Config.read(folder / "scheduler" / "scheduler_config.json"))
         own = {name: value for name, value in index.items() if name in (*DEFAULTS, "sampler", "adapter")}
-        return MotionTransfer(**parts, scheduler=scheduler, **own)
+        pipe = MotionTransfer(**parts, scheduler=scheduler, **own)
+        _check_numbers(pipe, folder)
+        return pipe
+
+
+def _check_numbers(pipe: MotionTransfer, model: str | Path) -> None:
+    """Check the numbers that a model's configurations give for what is computed between its networks.
+
+    Raises:
+        EmtError: one is none, or means what is not computed here.
+    """
+    try:
+        check_schedule(pipe.scheduler.config)
+    except EmtError as error:
+        raise EmtError(f"the model {model} cannot be opened: {error.problem}", error.hint) from None
+    if pipe.codec.streams:  # its latents are shifted and scaled by each channel's own
+        return
+    config = pipe.vae.config
+    scale = config.get("scaling_factor", 0.18215)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6:
+        problem = f"the model {model} cannot be opened: scaling_factor of vae/config.json is {scale!r:.60}"
+        raise EmtError(problem, "Allowed: a number above 0.")
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(name):
+            problem = f"the model {model} cannot be opened: {name} of vae/config.json is {config[name]!r:.60}"
+            raise EmtError(problem, "Allowed: null, for this network.")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,63 @@ FLOW_SCHEDULERS: dict[str, Kind] = {
 }
 
 
+_CLIPPING = ("ddim", "ddpm")  # that cut clips at 1 where their configuration does not say otherwise
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Check that a scheduler's configuration describes a schedule that latents are sampled by.
+
+    Args:
+        config: of any scheduler of diffusers.
+
+    Raises:
+        EmtError: it does not; names the entry that is wrong, and what is allowed.
+    """
+    if config.get("prediction_type") == "flow_prediction" or config.get("_class_name") == _FLOW_EULER:
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        _expect(config, "shift", _is_number(shift, 0) and shift > 0, "a number above 0")
+        return
+    count = config.get("num_train_timesteps", 1000)
+    _expect(config, "num_train_timesteps", type(count) is int and 2 <= count <= 100_000, "a number from 2 to 100000")
+    schedule = config.get("beta_schedule", "linear")
+    _expect(config, "beta_schedule", schedule in SCHEDULES, ", ".join(SCHEDULES))
+    if (betas := config.get("trained_betas")) is not None:
+        fit = isinstance(betas, list) and len(betas) == count and all(_is_number(b, 0) and 0 < b < 1 for b in betas)
+        _expect(config, "trained_betas", fit, f"null or {count} numbers between 0 and 1")
+    elif schedule != "squaredcos_cap_v2":
+        first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        _expect(config, "beta_start", _is_number(first, 0) and 0 < first < 1, "a number between 0 and 1")
+        _expect(config, "beta_end", _is_number(last, first) and last < 1, f"a number from {first:g} to 1")
+    kind = config.get("prediction_type", "epsilon")
+    _expect(config, "prediction_type", kind in PREDICTIONS, ", ".join(PREDICTIONS))
+    _expect(config, "timestep_spacing", config.get("timestep_spacing", "leading") in SPACINGS, ", ".join(SPACINGS))
+    offset = config.get("steps_offset", 0)
+    _expect(config, "steps_offset", type(offset) is int and 0 <= offset < count, f"a number from 0 to {count - 1}")
+    zero = config.get("rescale_betas_zero_snr", False)
+    _expect(config, "rescale_betas_zero_snr", isinstance(zero, bool), "true or false")
+    # Lin et al. 2023, section 3.3: of pure noise, the noise says nothing about the clip.
+    _expect(config, "rescale_betas_zero_snr", not (zero and kind == "epsilon"), "false with the prediction of noise")
+    for name in ("clip_sample", "thresholding"):
+        clips = config.get(name, name == "clip_sample" and config.get("_class_name") in ("DDIMScheduler",))
+        _expect(config, name, clips is False, "false, as latents are no pixels")
+
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+
+
+def _expect(config: Mapping[str, Any], name: str, fits: bool, allowed: str) -> None:
+    """Raise an EmtError about an entry of a scheduler's configuration unless it fits."""
+    if not fits:
+        value = config.get(name, "left out")
+        raise EmtError(f"{name} of scheduler_config.json is {value!r:.60}", f"Allowed: {allowed}.")
+
+
 def is_flow(scheduler: Any) -> bool:
     """True if a scheduler's model predicts the velocity of a flow, `noise − clip`, and not noise."""
     return scheduler.config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__ == _FLOW_EULER
@@ -136,7 +194,10 @@ def make_sampler(name: str, scheduler: Any, steps: int) -> Any:
         raise EmtError(f"{what} {name!r}", f"Allowed: {', '.join(allowed)}.")
     shift = flow_shift(scheduler)
     if not flow:
-        sampler = allowed[name].from_config(scheduler.config, **scheduler_options(name, steps))
+        options = scheduler_options(name, steps)
+        if name in _CLIPPING and "clip_sample" not in scheduler.config:  # of a sampler that has no such entry
+            options["clip_sample"] = False
+        sampler = allowed[name].from_config(scheduler.config, **options)
     elif allowed[name].name == _FLOW_EULER:
         sampler = allowed[name].load()(shift=shift)
     else:
@@ -214,18 +275,26 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) 
 
 
 class NonFiniteError(EmtError):
-    """A clip came out as NaN or infinity; `clips` are their indices in the batch."""
+    """A clip came out as NaN or infinity.
 
-    def __init__(self, clips: list[int], seeds: list[int]) -> None:
-        super().__init__(
-            f"the network produced NaN or infinity (seed {', '.join(map(str, seeds))})",
-            "Half precision may have overflowed: try --precision bf16 or --precision fp32, or a lower --guidance.",
-        )
+    Attributes:
+        clips: Their indices in the batch.
+        seeds: Their seeds.
+        half: They were computed in half precision, which may have overflowed.
+    """
+
+    def __init__(self, clips: list[int], seeds: list[int], half: bool = True) -> None:
+        hint = "Half precision may have overflowed: try --precision bf16 or --precision fp32, or a lower --guidance."
+        if not half:
+            hint = "It was computed in fp32: leave out what was added to the model (--lora, --embedding, --vae, "
+            hint += "--control), use a lower --guidance, or import the model again."
+        super().__init__(f"the network produced NaN or infinity (seed {', '.join(map(str, seeds))})", hint)
         self.clips = clips
         self.seeds = seeds
+        self.half = half
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.clips, self.seeds)
+        return type(self), (self.clips, self.seeds, self.half)
 
 
 def noise_generator(seed: int) -> torch.Generator:
@@ -239,11 +308,17 @@ def noise_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def check_finite(latents: Tensor, seeds: Sequence[int]) -> None:
-    """Raise `NonFiniteError` that names the clips (clips, …) that are not finite; waits for the device once."""
+def check_finite(latents: Tensor, seeds: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise `NonFiniteError` that names the clips (clips, …) that are not finite; waits for the device once.
+
+    Args:
+        latents: of the clips.
+        seeds: of each.
+        dtype: that the network computes in.
+    """
     broken = [i for i, good in enumerate(torch.isfinite(latents).flatten(1).all(1).tolist()) if not good]
     if broken:
-        raise NonFiniteError(broken, [seeds[i] for i in broken])
+        raise NonFiniteError(broken, [seeds[i] for i in broken], half=dtype != torch.float32)
 
 
 class DeepFeatureReuse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def run(*arguments: object, code: int = 0) -> str:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
+    sys.stderr.write(result.stderr)
     return result.stdout
 
 
@@ -237,6 +239,19 @@ def test_a_pair_that_cannot_be_read_is_reported_and_the_others_go_on(clips, tmp_
     assert (last["clips"], last["failed"]) == (1, 1)
 
 
+def test_k5_a_line_that_cannot_be_read_is_named_and_the_others_go_on(clips, capsys):
+    good = '{"reference": "right.mp4", "result": "follows.mp4"}\n'
+    bad = ["{broken", "[1]", '{"reference": 3, "result": "b.mp4"}', '{"reference": "s3://b/a", "result": "b"}']
+    bad += ['{"reference": "a.mp4", "result": "b.mp4", "seconds": "soon"}'] * 6
+    (clips / "lines.jsonl").write_text(good + "\n".join(bad) + "\n" + good)
+    *rows, last = lines(run(clips / "lines.jsonl", "--json", code=1))
+    assert [row["result"].endswith("follows.mp4") for row in rows] == [True, True]
+    assert (last["clips"], last["failed"]) == (2, 10)
+    said = capsys.readouterr().err
+    assert [f"line {number}:" in said for number in (2, 3, 4, 5, 6, 10)] == [True] * 5 + [False]
+    assert "and 2 more lines that cannot be read" in said
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -322,11 +337,11 @@ HOSTILE = {
 def test_k5_hostile_lines_of_a_journal_leave_the_others(folder):
     """Each line is a good one with one value of another kind."""
     from emt.evaluate.pairs import evaluate_pairs
-    from emt_cli.commands.evaluate import _pairs
+    from emt_cli.commands.evaluate import _from_results
 
     changes = [{field: value} for field, values in HOSTILE.items() for value in values]
     add(folder, *changes)
-    rows = evaluate_pairs(list(_pairs(folder, None)))
+    rows = evaluate_pairs(list(_from_results(folder, None)))
     assert rows[0].values["motion_fidelity"] > 0.95
     failed = {row.pair.result.name: row.error for row in rows if row.error is not None}
     assert len(rows) == 1 + len(changes) - 3, "paths out of the folder are no results"

@@ -319,7 +319,7 @@ def test_k1_the_bias_of_pefts_low_rank_layers_is_scaled_as_they_are(adapter: str
 def test_k2_a_bias_for_a_layer_that_has_none_is_refused_unless_it_is_zero(files: Files, tmp_path: Path) -> None:
     rows, columns = weight(files, SPATIAL).shape
     state = {f"{SPATIAL}.lora_A.weight": draw(4, columns), f"{SPATIAL}.lora_B.weight": draw(rows, 4)}
-    with pytest.raises(EmtError, match="no such bias in the model: the layer .* has none"):
+    with pytest.raises(EmtError, match="no such bias in the model: the layer"):
         gained(state | {f"{SPATIAL}.lora_B.bias": draw(rows)}, files, tmp_path)
     assert list(gained(state | {f"{SPATIAL}.lora_B.bias": torch.zeros(rows)}, files, tmp_path))
 

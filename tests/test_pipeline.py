@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pickle
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from emt.backbones.sd15.random_model import random_model
 from emt.errors import EmtError
 from emt.features import Motion, in_dtype
-from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.pipeline import MotionTransferPipeline, load_pipeline, open_model
 from emt.sampling import SCHEDULERS, NonFiniteError
 
 FRAMES, HEIGHT, WIDTH = 4, 24, 40
@@ -327,6 +328,7 @@ class TestErrors:
             pipe.generate("a cat", [motion, broken], seed=[5, 6], steps=1)
         assert error.value.clips == [1]
         assert pickle.loads(pickle.dumps(error.value)).clips == [1]
+        assert "It was computed in fp32" in pickle.loads(pickle.dumps(error.value)).hint, "half precision is no reason"
 
     def test_a_long_prompt_is_cut_aloud(self, pipe, caplog):
         with caplog.at_level(logging.WARNING):
@@ -370,6 +372,48 @@ class TestErrors:
             (model / "unet" / "config.json").write_text("{")
         with pytest.raises(EmtError, match="model"):
             load_pipeline(model)
+
+    @pytest.mark.parametrize(
+        ("part", "change", "said"),
+        [
+            ("vae", {"scaling_factor": 0}, "scaling_factor of vae/config.json is 0"),
+            ("vae", {"scaling_factor": float("nan")}, "vae/config.json is nan"),
+            ("vae", {"scaling_factor": "x"}, "vae/config.json is 'x'"),
+            ("vae", {"shift_factor": 0.1}, "shift_factor of vae/config.json is 0.1"),
+            ("vae", {"norm_num_groups": -1}, "vae/config.json is -1; allowed: a whole number from 0"),
+            ("vae", {"use_quant_conv": 1}, "vae/config.json is 1; allowed: true or false"),
+            ("vae", {"block_out_channels": []}, "vae/config.json: list index out of range"),
+            ("scheduler", {"beta_end": None}, "beta_end of scheduler_config.json is None"),
+            ("scheduler", {"beta_end": 0}, "beta_end of scheduler_config.json is 0"),
+            ("scheduler", {"beta_schedule": "cubic"}, "beta_schedule of scheduler_config.json is 'cubic'"),
+            ("scheduler", {"num_train_timesteps": 10**12}, "num_train_timesteps of scheduler_config.json"),
+            ("scheduler", {"prediction_type": "image"}, "prediction_type of scheduler_config.json is 'image'"),
+            ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr of scheduler_config.json"),
+            ("scheduler", {"clip_sample": True}, "clip_sample of scheduler_config.json is True"),
+            ("scheduler", {"thresholding": True}, "thresholding of scheduler_config.json is True"),
+            ("scheduler", {"steps_offset": 1000}, "steps_offset of scheduler_config.json is 1000"),
+            ("scheduler", {"timestep_spacing": "even"}, "timestep_spacing of scheduler_config.json is 'even'"),
+            ("scheduler", {"trained_betas": [0.1]}, "trained_betas of scheduler_config.json"),
+        ],
+    )
+    def test_k2_numbers_of_a_configuration_that_make_no_clips_are_named(self, folder, tmp_path, part, change, said):
+        model = shutil.copytree(folder, tmp_path / "model")
+        path = model / part / {"vae": "config.json", "scheduler": "scheduler_config.json"}[part]
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(EmtError, match="cannot be opened") as caught:
+            _ = open_model(model) or load_pipeline(model)
+        assert said in caught.value.problem
+
+    def test_k2_a_scheduler_of_another_class_does_not_have_latents_cut(self, folder, tmp_path):
+        """diffusers' DDIM cuts clips at 1 where its configuration does not say; those of other classes never do."""
+        model = shutil.copytree(folder, tmp_path / "model")
+        path = model / "scheduler" / "scheduler_config.json"
+        kept = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("clip_")}
+        path.write_text(json.dumps(kept | {"_class_name": "EulerDiscreteScheduler"}))
+        assert open_model(model).make_sampler("ddim", 2).config.clip_sample is False
+        path.write_text(json.dumps(kept))
+        with pytest.raises(EmtError, match="clip_sample of scheduler_config"):
+            open_model(model)
 
     def test_no_such_model(self):
         with pytest.raises(EmtError, match="cannot be opened"):

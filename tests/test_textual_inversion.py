@@ -83,6 +83,12 @@ def test_what_is_no_embedding_of_the_model_is_reported(content: Any, message: st
         read_embedding(tmp_path / "e.safetensors", WIDTH)
 
 
+def test_k7_an_embedding_that_diverged_is_named(tmp_path: Path) -> None:
+    save_file({"word": vectors(1) * 1e30}, tmp_path / "e.safetensors")
+    with pytest.raises(EmtError, match=r"has values up to .*e\+30"):
+        read_embedding(tmp_path / "e.safetensors", WIDTH)
+
+
 def test_a_word_and_a_file() -> None:
     assert split_word("easynegative=a/b=c.pt") == ("easynegative", "a/b=c.pt")
     for bad in ("x", "=x", "a b=x", "x=", ""):

@@ -125,6 +125,17 @@ def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
     assert len(said) == 6
 
 
+def test_k2_what_is_no_file_among_clips_is_named(tmp_path):
+    for name in ("good/a.mp4", "good/b.mp4", "good/b.txt", "good/c.swf", "good/metadata.jsonl"):
+        touch(tmp_path / name)
+    os.mkfifo(tmp_path / "good" / "pipe.mp4")
+    found, said = listed(tmp_path)
+    assert len(found) == 2
+    (line,) = said
+    assert line.startswith("ignored 2 files in ")
+    assert "pipe.mp4 (no file but a pipe, socket or device)" in line
+
+
 def test_copies_of_a_report_are_no_motion(tmp_path):
     """`emt report PAIRS` has been looked at before `emt train`: its clips are named by digests."""
     for name in ("m/a fox.mp4", "m/a cat.mp4", "report/0a1b.mp4", "report/2c3d.mp4"):

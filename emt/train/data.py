@@ -27,7 +27,7 @@ from emt.errors import EmtError
 from emt.storage import open_file, remove_partials, write_atomically
 from emt.synthetic.renderer import World
 from emt.train.run_folder import PAIRS_LAYOUT
-from emt.video import is_clip, read_clip, write_clip
+from emt.video import describe_unread, is_clip, read_clip, write_clip
 
 METADATA = "metadata.jsonl"
 SETTINGS = "pairs.json"
@@ -97,6 +97,8 @@ def find_pairs(
         except OSError as error:
             say(f"{motion}: skipped, {error.strerror}")
             continue
+        if clips and (left := describe_unread(motion, known=(METADATA,))):
+            say(left)
         for path in sorted(path for path in records if motion in path.parents and path not in clips):
             say(f"{path}: skipped, it is in {METADATA} but is no clip there")
         if len(clips) < 2:

@@ -224,7 +224,7 @@ class Teacher:
             latents = sampler.step(prediction, timestep, latents, **options).prev_sample
             if on_step:
                 on_step(i + 1, steps)
-        check_finite(latents, seeds)
+        check_finite(latents, seeds, self.unet.dtype)
         return latents
 
     def generate(

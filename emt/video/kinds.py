@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 
 from emt.errors import EmtError
@@ -64,13 +65,14 @@ def _holds_frames(folder: Path) -> bool:
     return bool(images) and not is_animation(folder / min(images, key=natural_key))
 
 
-def unread_files(folder: str | os.PathLike[str]) -> dict[str, str]:
+def unread_files(folder: str | os.PathLike[str], known: Collection[str] = ()) -> dict[str, str]:
     """Files of a folder that are no clip, no frame and nothing that belongs to one, in natural order, and why.
 
     Hidden files, folders, prompts beside a clip (`clip.txt`) and records of results (`clip.mp4.json`) are left out.
 
     Args:
         folder: A folder of clips, or of the frames of one.
+        known: Names of further files that are left out.
 
     Returns:
         For each name a reason such as ".swf is not read" or "a link that leads nowhere".
@@ -88,7 +90,7 @@ def unread_files(folder: str | os.PathLike[str]) -> dict[str, str]:
     unread = {}
     for name in names:
         path, suffix = folder / name, Path(name).suffix.lower()
-        if path.is_dir() or name.lower() in _OF_THE_SYSTEM:
+        if path.is_dir() or name in known or name.lower() in _OF_THE_SYSTEM:
             continue
         if (suffix == ".txt" and path.stem in companions) or (suffix == ".json" and path.stem in names):
             continue
@@ -102,17 +104,18 @@ def unread_files(folder: str | os.PathLike[str]) -> dict[str, str]:
     return unread
 
 
-def describe_unread(folder: str | os.PathLike[str], names: int = 4) -> str:
+def describe_unread(folder: str | os.PathLike[str], names: int = 4, known: Collection[str] = ()) -> str:
     """One line about the files of a folder that are not read; empty if there are none.
 
     Args:
         folder: A folder of clips, or of the frames of one.
         names: Most files to name, one for each reason first.
+        known: Names of files that the line leaves out.
 
     Raises:
         EmtError: The folder cannot be read.
     """
-    unread = unread_files(folder)
+    unread = unread_files(folder, known)
     groups: dict[str, list[str]] = {}
     for name, reason in unread.items():
         groups.setdefault(reason, []).append(name)

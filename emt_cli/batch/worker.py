@@ -279,7 +279,7 @@ class Worker:
                 clips, timings, peak = self.generator.generate(jobs, motions, on_step)  # type: ignore[arg-type]
         except NonFiniteError as error:
             for i in error.clips:
-                self.finisher.fail(tasks[i], NonFiniteError([0], [jobs[i].seed]))
+                self.finisher.fail(tasks[i], NonFiniteError([0], [jobs[i].seed], error.half))
             rest = [task for i, task in enumerate(tasks) if i not in error.clips]
             return rest, max(1, len(rest))
         except Exception as error:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from emt_cli.report.published import Folder
 
 _SHOWN = 40
+_NAMED = 8  # lines of a file that cannot be read
 _COLUMNS = {
     "temporal_consistency": "temporal",
     "text_alignment": "text",
@@ -113,20 +114,27 @@ def evaluate(
         if len(distinct([*sources, output])) == len(sources):
             raise EmtError(f"--output {output} is the file that is read", "Name another file.")
     folders = [Folder(source, say, fetch) for source in sources]
-    found = [(folder, list(_pairs(folder.path, frames))) for folder in folders]
+    unread: list[EmtError] = []
+    found = [(folder, list(_pairs(folder.path, frames, unread))) for folder in folders]
     pairs = [*_given_pairs(pair or [], frames), *(pair for _, own in found for pair in own)]
     if not pairs:
+        if unread:
+            raise unread[0]
         hint = "Give an output folder of `emt transfer`, a .jsonl or .csv file, or --pair REFERENCE=RESULT."
         if not sources:
             raise UsageError("Nothing to evaluate.", hint)
         named = " and ".join(map(str, sources))
         raise EmtError(f"{named} {'has' if len(sources) == 1 else 'have'} no finished results.", hint)
+    for error in unread[:_NAMED]:
+        say(message(error.problem, error.hint), WARNING)
+    if more := unread[_NAMED:]:
+        say(f"and {len(more)} more lines that cannot be read", WARNING)
     from emt.evaluate.pairs import summarise
 
     rows = _measure(pairs, text_model, device, workers)
     summary = summarise(rows)
-    lines = _lines(rows, summary)
-    failed = [row for row in rows if row.error is not None]
+    lines = _lines(rows, summary, len(unread))
+    failed = unread or any(row.error is not None for row in rows)
     unwritten = _write(output, lines) if output is not None else None
     row_of = {id(row.pair): row for row in rows}
     for folder, own in found:
@@ -167,7 +175,7 @@ def evaluate_results(out: Path, device: str) -> str:
     from emt_cli.report.published import Folder
 
     folder = Folder(out, say)
-    pairs = list(_pairs(folder.path, None))
+    pairs = list(_from_results(folder.path, None))
     if not pairs:
         return "nothing to evaluate: there are no finished results"
     rows = _measure(pairs, "auto", device, 4)
@@ -223,12 +231,12 @@ class _Progress:
         self._bar.stop()
 
 
-def _lines(rows: Sequence[Row], summary: dict[str, Estimate]) -> list[bytes]:
-    """Measures as JSON Lines: a row each, then their summary."""
+def _lines(rows: Sequence[Row], summary: dict[str, Estimate], unread: int = 0) -> list[bytes]:
+    """Measures as JSON Lines: a row each, then their summary, with `unread` lines that have no row."""
     failed = sum(row.error is not None for row in rows)
     totals = {name: estimate.as_dict() for name, estimate in summary.items()}
     lines = [dumps(row.as_dict()) for row in rows]
-    return [*lines, dumps({"summary": totals, "clips": len(rows) - failed, "failed": failed})]
+    return [*lines, dumps({"summary": totals, "clips": len(rows) - failed, "failed": failed + unread})]
 
 
 def _given_pairs(given: Sequence[str], frames: int | None) -> Iterator[Pair]:
@@ -243,34 +251,44 @@ def _given_pairs(given: Sequence[str], frames: int | None) -> Iterator[Pair]:
         yield Pair(Path(parts[0]), Path(parts[1]), parts[2] if len(parts) == 3 else None, frames=frames)
 
 
-def _pairs(source: Path, frames: int | None) -> Iterator[Pair]:
-    from emt.evaluate.pairs import Pair
-
+def _pairs(source: Path, frames: int | None, unread: list[EmtError]) -> Iterator[Pair]:
+    """Pairs of an output folder or a file; errors of lines that name none are added to `unread`."""
     if source.is_dir():
         yield from _from_results(source, frames)
     elif source.suffix.lower() in (".jsonl", ".csv"):
         for number, fields in _from_file(source):
-            if not isinstance(fields.get("reference"), str) or not isinstance(fields.get("result"), str):
-                raise EmtError(
-                    f"{source}, line {number}: no reference or no result.",
-                    'Each line needs both: {"reference": "walk.mp4", "result": "robot.mp4", "prompt": "a robot"}',
-                )
-            where = f"{source}, line {number}"
-            for name in ("reference", "result"):
-                check_on_disk(fields[name], f"{where}: the {name}")
-            reference, result = (source.parent / fields[name] for name in ("reference", "result"))
-            if not isinstance(prompt := fields.get("prompt") or None, str | None):
-                raise EmtError(f"{where}: the prompt {prompt!r:.100} is not a text.")
-            record = {name: fields[name] for name in ("seed", "model") if fields.get(name) is not None}
-            known = (name for name in ("seconds", "start", "duration", "stride") if fields.get(name) is not None)
-            numbers = {name: _number(fields[name], where) for name in known}
-            sampling = {**fields, **numbers} | ({"stride": int(numbers["stride"])} if "stride" in numbers else {})
-            yield Pair(reference, result, prompt, numbers.get("seconds"), sampling, frames, record)
+            try:
+                if isinstance(fields, EmtError):
+                    raise fields
+                yield _pair_of(source, f"{source}, line {number}", fields, frames)
+            except EmtError as error:
+                unread.append(error)
     else:
         raise EmtError(
             f"{source} is neither a folder nor a .jsonl or .csv file." if source.exists() else f"{source} not found.",
             "Give an output folder of `emt transfer`, or a file with the fields reference, result and prompt.",
         )
+
+
+def _pair_of(source: Path, where: str, fields: dict[str, Any], frames: int | None) -> Pair:
+    """The pair of a line of a file."""
+    from emt.evaluate.pairs import Pair
+
+    if not isinstance(fields.get("reference"), str) or not isinstance(fields.get("result"), str):
+        raise EmtError(
+            f"{where}: no reference or no result.",
+            'Each line needs both: {"reference": "walk.mp4", "result": "robot.mp4", "prompt": "a robot"}',
+        )
+    for name in ("reference", "result"):
+        check_on_disk(fields[name], f"{where}: the {name}")
+    reference, result = (source.parent / fields[name] for name in ("reference", "result"))
+    if not isinstance(prompt := fields.get("prompt") or None, str | None):
+        raise EmtError(f"{where}: the prompt {prompt!r:.100} is not a text.")
+    record = {name: fields[name] for name in ("seed", "model") if fields.get(name) is not None}
+    known = (name for name in ("seconds", "start", "duration", "stride") if fields.get(name) is not None)
+    numbers = {name: _number(fields[name], where) for name in known}
+    sampling = {**fields, **numbers} | ({"stride": int(numbers["stride"])} if "stride" in numbers else {})
+    return Pair(reference, result, prompt, numbers.get("seconds"), sampling, frames, record)
 
 
 def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
@@ -316,7 +334,12 @@ def _words(line: dict[str, Any]) -> str | None:
     return prompt
 
 
-def _from_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _from_file(path: Path) -> Iterator[tuple[int, dict[str, Any] | EmtError]]:
+    """Lines of a file by their numbers: their fields, or the error of one that has none.
+
+    Raises:
+        EmtError: the file cannot be read.
+    """
     try:
         text = read_text(path)
     except OSError as error:
@@ -330,16 +353,17 @@ def _from_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), 2):
                 yield number, {name: value for name, value in row.items() if name and value}
             return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
+    except csv.Error as error:  # of what follows nobody knows where lines begin
+        yield number, EmtError(f"{path}, line {number}: not CSV ({error}).")
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
                 fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise EmtError(f"{path}, line {number}: not a JSON object.")
-                yield number, fields
-    except csv.Error as error:
-        raise EmtError(f"{path}, line {number}: not CSV ({error}).") from None
-    except (ValueError, RecursionError) as error:
-        raise EmtError(f"{path}, line {number}: not JSON ({first_line(error)}).") from None
+                known = isinstance(fields, dict)
+                yield number, fields if known else EmtError(f"{path}, line {number}: not a JSON object.")
+            except (ValueError, RecursionError) as error:
+                yield number, EmtError(f"{path}, line {number}: not JSON ({first_line(error)}).")
 
 
 def _number(value: Any, where: str) -> float:

@@ -202,7 +202,9 @@ class Autoencoder(Network):
     def builds(config: dict[str, Any]) -> bool:
         """Return whether a configuration of diffusers is of an autoencoder of this kind."""
         kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
-        return config.get("act_fn", "silu") == "silu" and kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        shifted = any(config.get(name) for name in ("shift_factor", "latents_mean", "latents_std"))
+        known = kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        return config.get("act_fn", "silu") == "silu" and known and not shifted
 
     def encode(self, images: Tensor) -> Any:
         """The distribution of latents, `latent_dist`, of images (n, channels, height, width) from -1 to 1."""

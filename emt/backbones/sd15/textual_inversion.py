@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from emt.pipeline import MotionTransfer
 
 _WIDTHS = {1024: SD2, 1280: SDXL}
+_MOST = 1000.0  # of a value; vectors of words have about 0.1, those of words that were trained seldom 10
 
 
 def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None = None) -> Tensor:
@@ -51,6 +52,9 @@ def read_embedding(given: str | Path, width: int = 768, on_fetch: OnFetch | None
     (vectors,) = state.values()
     if not vectors.numel() or not vectors.is_floating_point() or not torch.isfinite(vectors.float()).all():
         raise EmtError(f"the embedding {path} has no vectors, or some that are not finite", "Download it again.")
+    if (most := float(vectors.detach().float().abs().max())) > _MOST:
+        problem = f"the embedding {path} has values up to {most:.3g}; those of words are below 1"
+        raise EmtError(problem, "Its training diverged: give one of an earlier step.")
     vectors = vectors.float().reshape(-1, vectors.shape[-1] if vectors.ndim else 1)
     if vectors.shape[1] != width:
         of = f", as {_WIDTHS[vectors.shape[1]]} has" if vectors.shape[1] in _WIDTHS else ""
