@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=0.0,
         help="share of moving cameras that go as often far as near; 0 for a first model",
     )
+    parser.add_argument(
+        "--patterns", type=float, default=1.0, help="how many times as often as others a scene with a pattern is drawn"
+    )
     stage = Stage("latents", parser.parse_args(arguments))
     o, world, generator = stage.options, stage.world, stage.generator
     tokenizer = make_tokenizer()
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subjects[rows] = cover(motions, side)
         displacements[rows], poses[rows] = motions.displacements(side), motions.poses(side)
         for i in range(o.appearances):
-            appearances = world.appearances(motions, generator, held_out=False)
+            appearances = world.appearances(motions, generator, held_out=False, patterns=o.patterns)
             realistic = i == o.appearances - 1
             clips = world.render(motions, appearances, realism=float(realistic), generator=generator)
             latents[rows, i] = encode(clips)

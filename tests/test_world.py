@@ -17,7 +17,7 @@ from PIL import Image
 from emt.synthetic import renderer as w
 from emt.synthetic.footage import compress, film, paint_textures
 from emt.synthetic.motions import FRAME
-from emt.synthetic.scenes import CANVAS, paint
+from emt.synthetic.scenes import CANVAS, PATTERNS, SCENES, paint
 from emt.synthetic.sprites import load_sprites
 
 SEEDS = st.integers(0, 2**31)
@@ -116,6 +116,15 @@ def test_training_and_held_out_combinations_are_disjoint_and_cover_everything(wo
     assert 0.1 < share < 0.4
     for part, names in enumerate((w.SUBJECTS, w.COLOURS, w.SCENES)):  # each is shown, in other company
         assert {triple[part] for triple in seen} == set(range(len(names)))
+
+
+def test_scenes_with_patterns_are_drawn_as_often_as_asked_and_no_combination_that_is_held_out(world: w.World):
+    assert torch.equal(world.appearances(500, rng(1)).scene, world.appearances(500, rng(1), patterns=1).scene)
+    looks = world.appearances(4000, rng(1), held_out=False, patterns=3)
+    share = torch.isin(looks.scene, torch.tensor([SCENES.index(name) for name in PATTERNS])).float().mean()
+    assert share == pytest.approx(15 / 26, abs=0.03)
+    held = w.held_out_combinations()
+    assert not held[looks.subject, looks.colour, looks.scene[:, None]].any()
 
 
 def test_two_subjects_of_a_clip_differ_in_kind_and_colour(world: w.World):

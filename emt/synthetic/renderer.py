@@ -35,7 +35,7 @@ from emt.synthetic.motions import (
     turned,
     uniform,
 )
-from emt.synthetic.scenes import CANVAS, PLACES, SCENES, paint_scenes
+from emt.synthetic.scenes import CANVAS, PATTERNS, PLACES, SCENES, paint_scenes
 from emt.synthetic.sprites import BORDER, COLOURS, SIDE, SUBJECTS, blur, finish, load_sprites, recolour
 
 __all__ = [
@@ -193,7 +193,7 @@ class World:
         )
 
     def appearances(
-        self, motions: Motions | int, generator: torch.Generator, *, held_out: bool | None = None
+        self, motions: Motions | int, generator: torch.Generator, *, held_out: bool | None = None, patterns: float = 1.0
     ) -> Appearances:
         """Draw what the clips show; two subjects of a clip differ in kind and in colour.
 
@@ -202,11 +202,13 @@ class World:
             generator: Source of all randomness.
             held_out: False draws only combinations of subject, colour and scene meant for training, True only
                 combinations never seen in training (for each subject of a clip), None draws from all.
+            patterns: How many times as often as each other scene one of `PATTERNS` is drawn.
         """
         n = motions if isinstance(motions, int) else len(motions)
         device = self.device
         allowed = self._allowed[held_out]
-        scene = choose(torch.ones(len(SCENES), device=device), n, generator)
+        weights = torch.tensor([patterns if scene in PATTERNS else 1.0 for scene in SCENES], device=device)
+        scene = choose(weights, n, generator)
         pairs = allowed.permute(2, 0, 1)[scene].float()  # (n, subjects, colours)
 
         def draw(weights: Tensor) -> tuple[Tensor, Tensor]:

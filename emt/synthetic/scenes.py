@@ -38,6 +38,8 @@ PLACES: dict[str, str] = {
 """Scene and how a caption places a subject in it."""
 SCENES: tuple[str, ...] = tuple(PLACES)
 """Every scene a caption can name."""
+PATTERNS: tuple[str, ...] = ("bricks", "checkerboard", "stripes", "dots", "wood")
+"""Scenes that look alike after a step, so that a result that is drawn a step off still looks right."""
 
 HORIZON = 165.0
 """Height of the horizon from the top of a canvas."""
