@@ -110,7 +110,7 @@ def _check(
 
 _LANES = 64  # channels that a program reads of a pixel, where groups are not read apart
 _BLOCK = 128  # pixels of a block of sums of gradients
-_ROWS = 32  # pixels that a program holds at once of two inputs; of one it holds twice as many
+_ROWS = 32  # pixels that a program holds at once of two inputs; of one it holds twice as many, or half with loads ahead
 _CACHED = 20_000  # values of a group that one program reads twice, the second time from the cache
 _WARP = 512  # values for which one more warp reads such a group
 
@@ -279,7 +279,7 @@ if INSTALLED:
         pivot = tl.sum(_load_pixels(x, beside, one, channel, channels, first, exists[None, :], PAIR), axis=0)
         sums = tl.zeros((ROWS, LANES), tl.float32)
         squares = tl.zeros((ROWS, LANES), tl.float32)
-        for start in range(0, here, ROWS):
+        for start in tl.range(0, here, ROWS, num_stages=4):  # loads run ahead of the sums
             mask = (start + row < here)[:, None] & exists[None, :]
             v = _load_pixels(x, beside, start + row, channel, channels, first, mask, PAIR)
             v = tl.where(mask, v - pivot[None, :], 0.0)
@@ -555,7 +555,7 @@ if INSTALLED:
         partial = torch.empty((frames, 2, grid[1], channels + more), device=x.device, dtype=torch.float32)
         statistics = torch.empty((frames, 2, groups), device=x.device, dtype=torch.float32)
         wrap_triton(_group_norm_statistics)[grid](
-            partial=partial, block=block, ROWS=2 * _ROWS, **_of_both(x, beside, shift)
+            partial=partial, block=block, ROWS=_ROWS // 2, **_of_both(x, beside, shift)
         )
         wrap_triton(_group_norm_combine)[(groups, frames)](
             partial=partial,
