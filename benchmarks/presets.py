@@ -49,7 +49,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
             "guidance_until": g,
             "cache_interval": c,
         }
-        for s, n, g, c in itertools.product(("dpm++", "unipc"), (12, 10, 8), (0.8, 0.6, 0.5), (1, 2))
+        for s, n, g, c in itertools.product(("dpm++", "unipc"), (12, 10, 8, 7, 6, 5), (0.8, 0.6, 0.5, 0.34), (1, 2, 3))
     },
     "fast": PRESETS["fast"],
 }
