@@ -1,6 +1,7 @@
 """Time the kernels on one GPU, against their references in eager PyTorch and under `torch.compile`.
 
     python benchmarks/kernels.py [temporal_attention] [group_norm_silu] [layer_norm] [geglu] [geglu_linear]
+    python benchmarks/kernels.py transformer    # the kernels of Wan's blocks
     python benchmarks/kernels.py temporal_attention_plans group_norm_silu_plans geglu_linear_plans
     python benchmarks/kernels.py --skip-compile upsample_conv_plans    # not in the network
 
@@ -29,10 +30,13 @@ from torch import Tensor
 from emt_kernels import geglu_linear as geglu_linear_module
 from emt_kernels import group_norm_silu as group_norm_module
 from emt_kernels import upsample_conv
+from emt_kernels.extend_attention import extend_attention, extend_attention_reference
 from emt_kernels.geglu import geglu, geglu_reference
 from emt_kernels.geglu_linear import geglu_linear, geglu_linear_reference
 from emt_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from emt_kernels.layer_norm import layer_norm, layer_norm_reference
+from emt_kernels.modulated_norm import norm_of_sum, norm_of_sum_reference
+from emt_kernels.rotated_norm import rotated_norm, rotated_norm_reference
 from emt_kernels.temporal_attention import Plan, launch, temporal_attention, temporal_attention_reference
 
 FOOTPRINT = 512 * 2**20  # bytes that the inputs of a timing fill, ten times the cache of an H100
@@ -184,6 +188,42 @@ def layer_norm_cases() -> Iterator[Case]:
             yield Case(name, inputs, layer_norm, layer_norm_reference, traffic)
 
 
+def transformer_cases() -> Iterator[Case]:
+    """A block of Wan 2.1 of 1.3 B, 17 frames of 512×512 with guidance."""
+    batch, tokens, heads, channels = 2, 5120, 12, 1536
+    x = (batch, tokens, channels)
+    size = torch.Size(x).numel()
+    vectors = [(batch, channels)] * 2
+
+    def norms(gated: bool) -> tuple[Any, ...]:
+        scale, shift, gate = (random(*shape).float() for shape in [*vectors, vectors[0]])
+        return random(*x), 1e-6, scale, shift, *((random(*x), gate) if gated else ())
+
+    for gated in (False, True):
+        name = f"norm_of_sum {x}" + " + gated sum" * gated
+        inputs = functools.partial(norms, gated)
+        yield Case(name, inputs, norm_of_sum, norm_of_sum_reference, 2 * size * (4 if gated else 2))
+
+    def part() -> tuple[Any, ...]:  # of a projection to query, key and value
+        angle = random(tokens, channels // heads // 2).float()
+        return random(*x[:2], 3 * channels)[..., :channels], random(channels), 1e-6, angle.cos(), angle.sin()
+
+    yield Case(f"rotated_norm {x}", part, rotated_norm, rotated_norm_reference, 4 * size)
+
+    def attended() -> tuple[Any, ...]:
+        own, query, key, value = (random(n, tokens, heads, channels // heads).transpose(1, 2) for n in (2, 2, 1, 1))
+        sums, bias = random(batch, heads, tokens).float(), random(batch, tokens, heads).transpose(1, 2)
+        return own, sums, query, key, value, bias, 5
+
+    for near in (None, 1):
+
+        def function(of: Callable[..., Tensor], near: int | None = near) -> Callable[..., Tensor]:
+            return lambda *given: of(*given, near)
+
+        name = f"extend_attention {x}" + ("" if near is None else " to frames ±1")
+        yield Case(name, attended, function(extend_attention), function(extend_attention_reference), 8 * size)
+
+
 def geglu_cases() -> Iterator[Case]:
     """The feed-forward layers at the same size."""
     for channels, tokens in ((320, 4096), (640, 1024), (1280, 256), (1280, 64)):
@@ -272,6 +312,7 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "temporal_attention": temporal_attention_cases,
     "group_norm_silu": group_norm_silu_cases,
     "layer_norm": layer_norm_cases,
+    "transformer": transformer_cases,
     "geglu": geglu_cases,
     "geglu_linear": geglu_linear_cases,
 }

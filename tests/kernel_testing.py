@@ -94,6 +94,7 @@ def compiled(
     num_warps: int,
     num_stages: int = 3,
     multiples: Collection[str] = (),
+    kinds: Mapping[str, str] | None = None,
 ) -> Any:
     """Compile a kernel for GPUs of a compute capability, none of which need be here; return what Triton made.
 
@@ -105,6 +106,7 @@ def compiled(
         num_warps: of the launch.
         num_stages: of the launch.
         multiples: parameters that are multiples of 16, as sizes and strides of real networks are.
+        kinds: Triton's type of parameters that are neither, such as {"x": "tensordesc<fp16[64, 64]>"}.
 
     Every other parameter is an int32. Triton's assembler has to accept the result: `.asm["cubin"]` is machine code.
     """
@@ -113,10 +115,12 @@ def compiled(
     from triton.compiler import ASTSource
 
     names = [parameter.name for parameter in kernel.params]
-    signature = {
-        name: "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else "i32"
-        for name in names
-    }
+    types = (
+        dict(kinds or {})
+        | {name: f"*{kind}" for name, kind in pointers.items()}
+        | dict.fromkeys(constants, "constexpr")
+    )
+    signature = {name: types.get(name, "i32") for name in names}
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *multiples) if name not in constants
     }

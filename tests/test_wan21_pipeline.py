@@ -13,7 +13,6 @@ from program import console
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from emt.backbones.wan21.facts import facts
-from emt.backbones.wan21.layers import rotate
 from emt.backbones.wan21.random_model import random_model
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer, with_strength
 from emt.backends.codec import VideoCodec
@@ -110,7 +109,7 @@ class TestTeacher:
         torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
         tokens, rotation = hidden.flatten(1, 3), pipe.unet._rotation(hidden.shape[1:4], hidden.device)
         attn = block.attn1
-        query, key = (rotate(attn.split(x), rotation) for x in (attn.query(tokens), attn.key(tokens)))
+        query, key = attn.turned_query(tokens, rotation), attn.turned_key(tokens, rotation)
         logits = (query @ key.mT / query.shape[-1] ** 0.5).unflatten(2, (frames, -1)).unflatten(4, (frames, -1))
         expected = torch.stack([logits[:, :, f, :, f + 1].softmax(-1).mean(1) for f in range(frames - 1)], 1)
         torch.testing.assert_close(maps, expected)

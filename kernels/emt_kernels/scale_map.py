@@ -10,18 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emt_kernels.selection import INSTALLED, untraced, use_triton
-
-
-def is_fused(x: Tensor) -> bool:
-    """Return whether the functions here launch kernels for such a tensor: at inference, and not for a compiler."""
-    return (
-        use_triton(x)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
-        and x.numel() < 2**31
-    )
+from emt_kernels.selection import INSTALLED, is_fused, untraced
 
 
 def gelu_of_sum_reference(x: Tensor, added: Tensor) -> Tensor:

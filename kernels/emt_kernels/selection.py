@@ -74,6 +74,17 @@ def use_triton(x: Tensor) -> bool:
     return not _substitutes and x.is_cuda and _requested != "reference" and not unavailable()
 
 
+def is_fused(x: Tensor) -> bool:
+    """Return whether functions without operators launch kernels for `x`: at inference, and not for a compiler."""
+    return (
+        use_triton(x)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.numel() < 2**31
+    )
+
+
 @contextlib.contextmanager
 def substitutes(**functions: Callable[..., Any]) -> Iterator[None]:
     """Have kernels' functions of these names call others meanwhile, as exporters to graphs with own operators need."""

@@ -22,7 +22,8 @@ from emt.backbones.sd15.layers import (
     sinusoidal_positions,
     tokens_of,
 )
-from emt_kernels.scale_map import gelu_of_sum, is_fused, scale_map
+from emt_kernels.scale_map import gelu_of_sum, scale_map
+from emt_kernels.selection import is_fused
 from emt_kernels.temporal_attention import temporal_attention
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emt_kernels.extend_attention import extend_attention, is_extensible
+
 #: Fused attention takes channels by the eight.
 _CHANNELS = 8
 #: What keeps a query from a reference token: e to its power is nothing, and float16 can hold it.
@@ -25,6 +27,12 @@ _NEVER = -1e4
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention: (batch, heads, tokens, channels), (batch, heads, others, channels) twice."""
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """(n, …) → (batch, …), sample i from i mod n; not copied where n is 1."""
+    n = x.shape[0]  # `len` would write the number of samples into an exported graph
+    return x.expand(batch, *x.shape[1:]) if n == 1 else x.repeat(batch // n, *[1] * (x.ndim - 1))
 
 
 def attention_with_reference(
@@ -39,19 +47,24 @@ def attention_with_reference(
 ) -> Tensor:
     """Attend to own and reference tokens, as the module's docstring defines it.
 
-    Inference with `neighbours` computes only the reference tokens that are seen, frame by frame, and merges that with
-    attention to the own tokens; everything else is one attention, which has gradients.
+    Inference on a Hopper GPU extends attention to the own tokens by a kernel. Elsewhere, inference with `neighbours`
+    computes only the reference tokens that are seen, frame by frame, and merges that with attention to the own tokens;
+    everything else is one attention, which has gradients.
 
     Args:
         query: of the clip, (batch, heads, tokens, channels); channels are a multiple of 8.
         key: of the clip, likewise.
         value: of the clip, likewise.
-        reference_key: (batch, heads, tokens, channels).
+        reference_key: (n, heads, tokens, channels), n a divisor of batch: sample i attends to reference i mod n.
         reference_value: likewise.
         bias: logarithm of how much a reference token counts, (batch, heads, tokens).
         frames: that `tokens` are divided into.
         neighbours: reference frames on either side that a frame sees besides the one at its own time; None for all.
     """
+    if is_extensible(query, reference_key, reference_value):
+        own, own_sum = _with_logsumexp(query, key, value, query.shape[-1])
+        return extend_attention(own, own_sum, query, reference_key, reference_value, bias, frames, neighbours)
+    reference_key, reference_value = (repeated(t, query.shape[0]) for t in (reference_key, reference_value))
     given = query, key, value, reference_key, reference_value, bias
     if neighbours is None or neighbours >= frames - 1:
         return _joined(*given, None)
@@ -146,6 +159,19 @@ def _with_logsumexp(query: Tensor, key: Tensor, value: Tensor, channels: int) ->
         return ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
     if query.dtype == torch.float32:
         out, total, *_ = ops._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
+    elif _by_cudnn(query, key, value):
+        out, total, *_ = ops._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, False, False, scale=scale
+        )
+        return out, total.squeeze(-1)
     else:
         out, total, *_ = ops._scaled_dot_product_flash_attention(query, key, value, scale=scale)
     return out, total[..., : query.shape[2]]
+
+
+def _by_cudnn(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether cuDNN's attention, which takes half the time of FlashAttention's, takes these; never compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    given = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_cudnn_attention(given)

@@ -9,17 +9,12 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-#: Cosines and sines by which queries and keys are turned, each (tokens, channels of a head / 2), float32.
+from emt_kernels.rotated_norm import rotated_norm
+from emt_kernels.selection import is_fused
+
+#: Cosines and sines by which queries and keys are turned (Su et al. 2021, arXiv 2104.09864), each (tokens, channels of
+#: a head / 2), float32.
 Rotation = tuple[Tensor, Tensor]
-
-
-class Float32LayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32, and passed on in it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, channels) → (…, channels), float32."""
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -34,6 +29,7 @@ class Attention(nn.Module):
     """Projections of multi-head attention; queries and keys are normed over all heads together."""
 
     fused: Tensor | None
+    fused_bias: Tensor | None
 
     def __init__(self, channels: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -45,6 +41,7 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(channels, eps=eps)
         self.norm_k = RMSNorm(channels, eps=eps)
         self.register_buffer("fused", None, persistent=False)
+        self.register_buffer("fused_bias", None, persistent=False)
 
     def fuse(self) -> None:
         """Let inference compute query, key and value in one matmul; weights become parts of one tensor, not copies."""
@@ -52,24 +49,49 @@ class Attention(nn.Module):
         if self.fused is not None and self.fused.data_ptr() == self.to_q.weight.data_ptr():
             return
         self.fused = torch.cat([layer.weight.data for layer in layers])
-        for layer, part in zip(layers, self.fused.chunk(3), strict=True):
-            layer.weight.data = part
+        self.fused_bias = torch.cat([layer.bias.data for layer in layers])
+        for layer, weight, bias in zip(layers, self.fused.chunk(3), self.fused_bias.chunk(3), strict=True):
+            layer.weight.data, layer.bias.data = weight, bias
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query and key, both normed, and value of the same (batch, tokens, channels)."""
+    def project(self, x: Tensor, rotation: Rotation, added: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key, normed and turned to their places, and value of the same (batch, tokens, channels).
+
+        Args:
+            x: tokens.
+            rotation: of their places.
+            added: to the query's norm, (batch, tokens, channels).
+
+        Returns:
+            Three of (batch, heads, tokens, channels per head).
+        """
         if self.fused is None or torch.is_grad_enabled():
-            return self.query(x), self.key(x), self.to_v(x)
-        bias = torch.cat([self.to_q.bias, self.to_k.bias, self.to_v.bias])
-        query, key, value = F.linear(x, self.fused, bias).chunk(3, dim=-1)
-        return self.norm_q(query), self.norm_k(key), value
+            query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)
+        else:
+            query, key, value = F.linear(x, self.fused, self.fused_bias).chunk(3, dim=-1)
+        return (
+            self._turned(query, self.norm_q, rotation, added),
+            self._turned(key, self.norm_k, rotation),
+            self.split(value),
+        )
+
+    def turned_query(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """(batch, tokens, channels) → (batch, heads, tokens, channels per head), normed and turned to its place."""
+        return self._turned(self.to_q(x), self.norm_q, rotation)
+
+    def turned_key(self, x: Tensor, rotation: Rotation, added: Tensor | None = None) -> Tensor:
+        """Likewise, with something added to its norm, (batch, tokens, channels)."""
+        return self._turned(self.to_k(x), self.norm_k, rotation, added)
+
+    def _turned(self, x: Tensor, norm: RMSNorm, rotation: Rotation, added: Tensor | None = None) -> Tensor:
+        return self.split(rotated_norm(x, norm.weight, norm.eps, *rotation, added))
 
     def query(self, x: Tensor) -> Tensor:
-        """(batch, tokens, channels) → the same, normed."""
-        return self.norm_q(self.to_q(x))
+        """(batch, tokens, channels) → (batch, heads, tokens, channels per head), normed."""
+        return self.split(self.norm_q(self.to_q(x)))
 
     def key(self, x: Tensor) -> Tensor:
-        """(batch, tokens, channels) → the same, normed."""
-        return self.norm_k(self.to_k(x))
+        """(batch, tokens, channels) → (batch, heads, tokens, channels per head), normed."""
+        return self.split(self.norm_k(self.to_k(x)))
 
     def split(self, x: Tensor) -> Tensor:
         """(batch, tokens, channels) → (batch, heads, tokens, channels per head)."""
@@ -89,6 +111,9 @@ class GELUProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, channels) → (…, inner)."""
+        if is_fused(x) and x.dtype != torch.float32:  # cuBLAS computes it where it writes
+            flat = torch._addmm_activation(self.proj.bias, x.flatten(0, -2), self.proj.weight.t(), use_gelu=True)
+            return flat.view(*x.shape[:-1], -1)
         return F.gelu(self.proj(x), approximate="tanh")
 
 
@@ -136,18 +161,6 @@ class ConditionEmbedder(nn.Module):
         waves = get_timestep_embedding(timestep, self.freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         time = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
         return time, self.time_proj(F.silu(time)).unflatten(1, (6, -1))
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn pairs of channels by angles that grow with a token's place (Su et al. 2021, arXiv 2104.09864).
-
-    Args:
-        x: (batch, heads, tokens, channels).
-        rotation: cosines and sines, each (tokens, channels/2), float32.
-    """
-    cos, sin = rotation
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def rotation_of(grid: tuple[int, int, int], channels: int, device: torch.device) -> Rotation:

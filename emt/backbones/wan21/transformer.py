@@ -20,18 +20,17 @@ from torch import Tensor, nn
 
 from emt.backbone import PLAIN, Execution, Facts
 from emt.backbones.wan21.adapter import Adapter, PreparedReference
-from emt.backbones.wan21.attention import attention, attention_with_reference
+from emt.backbones.wan21.attention import attention, attention_with_reference, repeated
 from emt.backbones.wan21.facts import default_reference_blocks, facts
 from emt.backbones.wan21.layers import (
     Attention,
     ConditionEmbedder,
     FeedForward,
-    Float32LayerNorm,
     Rotation,
-    rotate,
     rotation_of,
 )
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
+from emt_kernels.modulated_norm import gated_sum, norm_of_sum
 
 torch.export.register_dataclass(PreparedReference)
 
@@ -45,24 +44,23 @@ class Block(nn.Module):
     def __init__(self, path: str, channels: int, heads: int, inner: int, eps: float) -> None:
         super().__init__()
         self.path = path
-        self.norm1 = Float32LayerNorm(channels, eps, elementwise_affine=False)
+        self.eps = eps
         self.attn1 = Attention(channels, heads, eps)
-        self.norm2 = Float32LayerNorm(channels, eps)
+        self.norm2 = nn.LayerNorm(channels, eps)
         self.attn2 = Attention(channels, heads, eps)
-        self.norm3 = Float32LayerNorm(channels, eps, elementwise_affine=False)
         self.ffn = FeedForward(channels, inner)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, channels) / channels**0.5)
         self.adapter: Adapter | None = None
 
     def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of embedded prompts: (batch, tokens, channels) → two (batch, heads, tokens, …)."""
-        return self.attn2.split(self.attn2.key(text)), self.attn2.split(self.attn2.to_v(text))
+        return self.attn2.key(text), self.attn2.split(self.attn2.to_v(text))
 
     def prepare(self, hidden: Tensor, rotation: Rotation, strength: Tensor) -> PreparedReference:
         """Constants of references for all steps, from hidden states (n, tokens, channels) and strengths (n, 1, 1)."""
         attn, adapter = self.attn1, self.adapter
         return PreparedReference(
-            key=rotate(attn.split(attn.key(hidden) + adapter.key(hidden)), rotation),
+            key=attn.turned_key(hidden, rotation, adapter.key(hidden)),
             value=attn.split(attn.to_v(hidden) + adapter.value(hidden)),
             scaler=adapter.scaler.prepare(hidden),
             strength=strength,
@@ -72,7 +70,8 @@ class Block(nn.Module):
         """`WanMotionTransferTransformer.attention_maps` of this block, from hidden states (n, tokens, channels)."""
         attn = self.attn1
         query, key = (
-            rotate(attn.split(x), rotation).unflatten(2, (frames, -1)) for x in (attn.query(hidden), attn.key(hidden))
+            x.unflatten(2, (frames, -1))
+            for x in (attn.turned_query(hidden, rotation), attn.turned_key(hidden, rotation))
         )
         scale = query.shape[-1] ** -0.5
         pairs = zip(query.unbind(2)[:-1], key.unbind(2)[1:], strict=True)  # a frame at a time, for the memory's sake
@@ -83,15 +82,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """(batch, tokens, channels) → the same, by attention to the clip's own tokens and those of a reference."""
         attn = self.attn1
-        query, key, value = attn.project(h)
-        if reference is not None:
-            query = query + self.adapter.query(h)
-        query, key, value = rotate(attn.split(query), rotation), rotate(attn.split(key), rotation), attn.split(value)
+        added = None if reference is None else self.adapter.query(h)
+        query, key, value = attn.project(h, rotation, added)
         if reference is None:
             return attn.out(attention(query, key, value))
-        r = [_repeated(t, h.shape[0]) for t in (reference.key, reference.value, reference.scaler, reference.strength)]
-        bias = self.adapter.scaler(h, r[2]) + r[3]
-        return attn.out(attention_with_reference(query, key, value, r[0], r[1], bias, frames, neighbours))
+        scaler, strength = (repeated(t, h.shape[0]) for t in (reference.scaler, reference.strength))
+        bias = self.adapter.scaler(h, scaler) + strength
+        given = query, key, value, reference.key, reference.value, bias
+        return attn.out(attention_with_reference(*given, frames, neighbours))
 
     def forward(
         self,
@@ -108,7 +106,7 @@ class Block(nn.Module):
 
         Args:
             x: tokens. What is modulated and what is added to them is computed in float32.
-            modulation: of the noise level, (batch, 6, channels).
+            modulation: of the noise level, (batch, 6, channels), float32.
             text: keys and values of the prompts.
             rotation: of queries and keys, by their places.
             reference: None for none.
@@ -116,16 +114,18 @@ class Block(nn.Module):
             neighbours: reference frames on either side that a frame sees; None for all.
             ffn_tokens: that inference takes through the feed-forward layer at once.
         """
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation.float()).split(1, 1)
+        vectors = self.scale_shift_table + modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = vectors.unbind(1)
 
-        h = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
-        x = (x + gate * self.self_attention(h, rotation, reference, frames, neighbours)).to(x.dtype)
+        _, h = norm_of_sum(x, self.eps, scale, shift)
+        out = self.self_attention(h, rotation, reference, frames, neighbours)
 
-        query = self.attn2.split(self.attn2.query(self.norm2(x).to(x.dtype)))
-        x = x + self.attn2.out(attention(query, *text))
+        affine = self.norm2.weight.float()[None], self.norm2.bias.float()[None]
+        x, normed = norm_of_sum(x, self.eps, *affine, out, gate, modulated=False)
+        out = self.attn2.out(attention(self.attn2.query(normed), *text))
 
-        ffn_out = self.ffn((self.norm3(x) * (1 + ffn_scale) + ffn_shift).to(x.dtype), ffn_tokens)
-        x = (x + ffn_gate * ffn_out).to(x.dtype)
+        x, normed = norm_of_sum(x, self.eps, ffn_scale, ffn_shift, out)
+        x = gated_sum(x, self.ffn(normed, ffn_tokens), ffn_gate)
         return x, h
 
 
@@ -196,7 +196,6 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         self.patch_embedding = nn.Conv3d(in_channels, channels, tuple(patch_size), tuple(patch_size))
         self.condition_embedder = ConditionEmbedder(channels, freq_dim, text_dim)
         self.blocks = nn.ModuleList([Block(f"blocks.{i}", channels, heads, ffn_dim, eps) for i in range(num_layers)])
-        self.norm_out = Float32LayerNorm(channels, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(channels, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, channels) / channels**0.5)
         for i in fused:
@@ -370,6 +369,7 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         rotation = self._rotation(grid, sample.device)
         noise_level = torch.as_tensor(timestep, device=sample.device).expand(batch)
         time, modulation = self.condition_embedder(noise_level, self.patch_embedding.weight.dtype)
+        modulation = modulation.float()
         x = self.patch_embedding(sample).flatten(2).transpose(1, 2).contiguous()  # (batch, tokens, channels)
 
         features: dict[str, tuple[Tensor, ...]] = {}
@@ -390,8 +390,8 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
             if hidden is not None:
                 hidden[block.path] = x.unflatten(1, grid)
 
-        shift, scale = (self.scale_shift_table + time.unsqueeze(1)).split(1, 1)
-        patches = self.proj_out((self.norm_out(x) * (1 + scale) + shift).to(x.dtype))
+        shift, scale = (self.scale_shift_table + time.unsqueeze(1)).unbind(1)
+        patches = self.proj_out(norm_of_sum(x, self.config.eps, scale, shift)[1])
         image = patches.view(batch, *grid, down, across, -1).permute(0, 6, 1, 2, 4, 3, 5)
         return image.reshape(batch, -1, frames, height, width), MotionFeatures(features)
 
@@ -479,9 +479,3 @@ def with_strength(features: MotionFeatures, strength: float | Tensor) -> MotionF
     for path, (hidden, added) in features.layers.items():
         layers[path] = (hidden, added + weight.log().to(added))
     return MotionFeatures(layers)
-
-
-def _repeated(x: Tensor, batch: int) -> Tensor:
-    """(n, …) → (batch, …), sample i from i mod n; not copied where n is 1."""
-    n = x.shape[0]  # `len` would write the number of samples into an exported graph
-    return x.expand(batch, *x.shape[1:]) if n == 1 else x.repeat(batch // n, *[1] * (x.ndim - 1))
