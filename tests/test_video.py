@@ -491,7 +491,7 @@ def files_that_are_no_clips(folder: Path, good: Path) -> dict[str, str]:
         "zero.mp4": "is empty",
         "text.mp4": "cannot be read as a video",
         "noise.mkv": "cannot be read as a video",
-        "half.mp4": "cannot be read as a video: moov atom not found",
+        "half.mp4": "cannot be read as a video: its index (moov), which a recorder writes last, is missing",
         "head.gif": "cannot be read as a video",
         "concat.mp4": "cannot be read as a video",
         "playlist.mkv": "cannot be read as a video",

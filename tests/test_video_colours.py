@@ -31,6 +31,39 @@ def patches(height: int = 96) -> np.ndarray:
     return picture
 
 
+def mistagged(path: Path, pixels: str, matrix: str, transfer: str) -> Path:
+    """A clip of one colour whose frames are tagged, whatever is in them."""
+    tags = f"format={pixels},setparams=colorspace={matrix}:color_primaries=bt2020:color_trc={transfer}"
+    ffmpeg("-f", "lavfi", "-i", "color=0xDC1414:s=64x48:r=10:d=0.4", "-vf", tags, "-c:v", "ffv1", str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("matrix", "transfer", "said"),
+    [
+        ("ictcp", "bt709", "tagged as ICtCp, which is defined for PQ and HLG, with the transfer bt709"),
+        ("bt2020c", "smpte2084", "BT.2020 of constant luminance with PQ or HLG"),
+        ("ipt-c2", "smpte2084", "stored as IPT-C2"),
+        ("ycgco-re", "bt709", "stored as YCgCo-R"),
+        ("smpte2085", "bt709", "stored as Y'D'zD'x"),
+    ],
+)
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p10le"])
+def test_k7_colours_that_nothing_converts_are_named(tmp_path, pixels, matrix, transfer, said):
+    with pytest.raises(EmtError, match="cannot be read as a video: its colours are") as caught:
+        read_clip(mistagged(tmp_path / "clip.mkv", pixels, matrix, transfer), frames=2)
+    assert said in caught.value.problem
+
+
+@pytest.mark.parametrize("transfer", ["bt709", "smpte2084"])
+def test_k1_a_tag_of_rgb_on_other_pixels_does_not_count(tmp_path, transfer):
+    frames = [
+        read_clip(mistagged(tmp_path / f"{matrix}.mkv", "yuv420p", matrix, transfer), frames=2).frames
+        for matrix in ("gbr", "unknown")
+    ]
+    assert np.array_equal(*frames)
+
+
 def light(signal: np.ndarray) -> np.ndarray:
     """sRGB to light."""
     return np.where(signal < 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)

@@ -18,6 +18,8 @@ _UNKNOWN = ("unknown", "unspecified", "reserved", "")
 _RGB = re.compile(r"gbr|rgb|bgr|[ab]*0?(rgb|bgr)|argb|abgr|x2|pal8|xyz")
 # Matrices that swscale does not know (it would take them for BT.601's); zimg does.
 _ONLY_ZIMG = ("ycgco", "bt2020c", "chroma-derived-nc", "chroma-derived-c", "ictcp")
+# Those that neither knows.
+_UNREAD = {"smpte2085": "Y'D'zD'x", "ipt-c2": "IPT-C2", "ycgco-re": "YCgCo-R", "ycgco-ro": "YCgCo-R"}
 _WIDE = ("bt2020", "smpte431", "smpte432")
 _ENCODED_LIGHT = ("linear", "log100", "log316", "smpte428")  # shown as they are, they would be far too dark or grey
 _HDR = ("smpte2084", "arib-std-b67")
@@ -56,7 +58,24 @@ class Colours:
         tags = dict(re.findall(r"color_(space|primaries|trc|range):(\S+)", shown))
         values = {name: "unknown" if tags.get(name, "") in _UNKNOWN else tags[name] for name in ("space", "primaries")}
         transfer, span = (tags.get(name, "unknown") for name in ("trc", "range"))
-        return cls(values["space"], values["primaries"], transfer, span, bool(_RGB.match(pixels)), lines)
+        rgb = bool(_RGB.match(pixels))
+        if values["space"] == "gbr" and not rgb:  # a tag that contradicts the pixels
+            values["space"] = "unknown"
+        return cls(values["space"], values["primaries"], transfer, span, rgb, lines)
+
+    def unread(self) -> str:
+        """Reason why nothing here converts these colours; empty if they can be read."""
+        if self.rgb:
+            return ""
+        if (name := _UNREAD.get(self.matrix)) is not None:
+            return f"its colours are stored as {name}, which is not read"
+        if self.matrix == "ictcp" and not self.hdr:
+            return (
+                f"its colours are tagged as ICtCp, which is defined for PQ and HLG, with the transfer {self.transfer}"
+            )
+        if self.matrix == "bt2020c" and self.hdr:
+            return "its colours are stored as BT.2020 of constant luminance with PQ or HLG, which is not read"
+        return ""
 
     @property
     def hdr(self) -> bool:

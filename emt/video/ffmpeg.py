@@ -25,6 +25,12 @@ _FORMATS = (
     "rm,wtv"
 )
 
+# What ffmpeg says of common damage, in words for those who do not know the format.
+_REASONS = {
+    "moov atom not found": "its index (moov), which a recorder writes last, is missing: it was cut off",
+    "Cannot determine format of input": "nothing in it can be decoded: it was cut off, or is damaged",
+}
+
 
 def _name_of(number: int) -> str:
     """Name of a signal."""
@@ -103,7 +109,8 @@ class Ffmpeg:
         errors = re.findall(r"^(?:\[[^\]]*\] )*\[(?:error|fatal|panic)\] (.+)", self.log, re.MULTILINE)
         if self._process.returncode < 0:
             return f"ffmpeg crashed ({_name_of(-self._process.returncode)})"
-        return errors[0].strip().rstrip(".") if errors else "frames are missing when it is decoded"
+        reason = errors[0].strip().rstrip(".") if errors else "frames are missing when it is decoded"
+        return next((ours for theirs, ours in _REASONS.items() if theirs in reason), reason)
 
     def __enter__(self) -> Ffmpeg:
         return self

@@ -109,6 +109,8 @@ class Video:
             can_interlace=bool(_MARK_FRAMES.match(described)) and min(width, height) >= _FEWEST_LINES,
             keep_times=keep_times,
         )
+        if reason := video.colours.unread():
+            raise not_video(path, reason)
         # ffmpeg's own VP8 and VP9 decoders drop the alpha plane; libvpx keeps it.
         codec = re.match(r"vp([89])\b", described)
         if codec and re.search(r"^(?:\[info\])? *alpha_mode *: 1", listing.log, re.MULTILINE | re.IGNORECASE):
