@@ -209,7 +209,6 @@ def test_k7_prompts_are_read_in_the_encodings_that_shells_write(here, encoding):
         "ein Löwe".encode("utf-16-le"),
         bytes(100),
         b"\xff\xfe\0\xd8",
-        b"PK\3\4" + bytes(99),
     ],
 )
 def test_k7_what_is_no_text_is_one_line(here, content):
@@ -218,6 +217,22 @@ def test_k7_what_is_no_text_is_one_line(here, content):
     here.with_suffix(".txt").write_bytes(content)
     [rejected] = listed(here)
     assert rejected.error.problem == "a.txt is no text in UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"{\\rtf1\\ansi a fox}", "RTF"),
+        (b"PK\3\4" + bytes(99), "a document or archive"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b"\xd0\xcf\x11\xe0\xa1", "a document of an office program"),
+        (b"<!DOCTYPE html>\n<p>a fox", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p"])
+def test_k2_a_document_that_is_called_a_text_is_refused(here, name, content, kind):
+    with pytest.raises(UsageError, match=f"is {kind}.* no plain text"):
+        prompts_of(here, name, content)
 
 
 def test_a_line_in_another_encoding_fails_alone(here, tmp_path):
@@ -369,6 +384,58 @@ def test_k1_tables_as_spreadsheets_write_them(here, delimiter):
     assert prompts_of(here, "one.csv", b"prompt\na; b\n") == ["a; b"], "a single column has no delimiter"
     with pytest.raises(UsageError, match="between commas, semicolons or tabs"):
         prompts_of(here, "odd.csv", b"prompt|seed\na|1\n")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "prompt, seed\na, 1\n",
+        'prompt, seed\n"a", 1\n',
+        "Prompt,SEED\na,1\n",
+        "prompt,seed,\na,1,\n",
+        "\n\nprompt,seed\n\na,1\n,\n,,,\n",
+        "sep=;\nprompt;seed\na;1\n",
+        "sep=,\nseed,prompt\n1,a\n",
+        "prompt,seed\na,1.0\n",
+        '\ufeff"prompt";"seed"\n"a";"1"\n',
+    ],
+)
+def test_k1_tables_as_people_and_spreadsheets_write_them(here, tmp_path, table):
+    (tmp_path / "p.csv").write_text(table, encoding="utf-8")
+    assert [(job.prompt, job.seed) for job in listed(here, prompts=[tmp_path / "p.csv"])] == [("a", 1)]
+
+
+def test_k1_a_table_with_semicolons_may_have_decimal_commas(here, tmp_path):
+    (tmp_path / "p.csv").write_text("negative-prompt;prompt;guidance\n1,5;2,5;7,5\n")
+    [job] = listed(here, prompts=[tmp_path / "p.csv"])
+    assert (job.settings.negative_prompt, job.prompt, job.settings.guidance) == ("1,5", "2,5", 7.5)
+
+
+def test_k2_a_cell_of_a_column_without_a_name_is_not_passed_over(here, tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,\na,\nb,c\n")
+    rejected, job = listed(here, prompts=[tmp_path / "p.csv"])
+    assert job.prompt == "a"
+    assert (rejected.origin, rejected.error.problem) == ("p.csv line 3", "the line has more cells than columns")
+
+
+def test_k5_a_cell_of_any_length_fails_alone(here, tmp_path):
+    (tmp_path / "p.csv").write_text(f"prompt\n{'x' * (3 << 20)}\na fox\n")
+    rejected, job = listed(here, prompts=[tmp_path / "p.csv"])
+    assert "characters" in rejected.error.problem
+    assert job.prompt == "a fox"
+
+
+@pytest.mark.parametrize(("value", "how"), [([{"prompt": "a"}], ".[]"), ({"prompt": "a"}, ".")])
+def test_k7_json_over_several_lines_is_one_error(here, value, how):
+    with pytest.raises(UsageError, match="one JSON value over several lines") as error:
+        prompts_of(here, "p.jsonl", json.dumps(value, indent=1).encode())
+    assert error.value.hint == f"jq -c {how} p.jsonl"
+
+
+def test_k2_a_prompt_of_characters_without_width_is_empty(here):
+    here.with_suffix(".txt").write_text("\u200b\u200d\n", encoding="utf-8")
+    [rejected] = listed(here)
+    assert rejected.error.problem == "the prompt is empty"
 
 
 def test_standard_input_that_cannot_be_read_is_one_failure(here, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import sys
@@ -19,7 +18,7 @@ from emt.errors import EmtError, first_line
 from emt.remote import check_on_disk, distinct, is_url
 from emt.storage import check_replaceable, write_atomically
 from emt_cli.batch import journal
-from emt_cli.batch.inputs import delimiter_of, read_text
+from emt_cli.batch.inputs import read_table, read_text
 from emt_cli.batch.options import UsageError, check_device, usage_errors
 from emt_cli.batch.records import dumps
 from emt_cli.batch.results import reference_of
@@ -349,9 +348,9 @@ def _from_file(path: Path) -> Iterator[tuple[int, dict[str, Any] | EmtError]]:
     number = 1
     try:
         if path.suffix.lower() == ".csv":
-            delimiter = delimiter_of(text, lambda names: {"reference", "result"} <= {*names})
-            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), 2):
-                yield number, {name: value for name, value in row.items() if name and value}
+            table = read_table(text, lambda names: {"reference", "result"} <= {*names})
+            for number, cells in table.rows:
+                yield number, {name: cell for name, cell in zip(table.names, cells) if name and cell}
             return
     except csv.Error as error:  # of what follows nobody knows where lines begin
         yield number, EmtError(f"{path}, line {number}: not CSV ({error}).")

@@ -7,11 +7,14 @@ import csv
 import io
 import json
 import os
+import re
 import select
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from emt.remote import copy_of, fetch, is_url, normal, shown, to_path
 from emt_cli.batch.jobs import Rejected
 from emt_cli.batch.options import (
     JOB_FIELDS,
+    TEXT_FIELDS,
     UsageError,
     check_together,
     field_name,
@@ -41,6 +45,17 @@ _MARKS = {
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
+}
+
+#: The first bytes of files whose suffix hides what they are, in small letters.
+_OTHER_KINDS = {
+    b"{\\rtf": "RTF",
+    b"%pdf-": "a PDF",
+    b"pk\3\4": "a document or archive (zip)",
+    b"\xd0\xcf\x11\xe0": "a document of an office program",
+    b"\x1f\x8b": "a gzip archive",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
 }
 
 
@@ -92,6 +107,8 @@ def read_file(given: Path) -> list[Line | Rejected]:
         raise UsageError(f"{named} {error.problem}", error.hint) from None
     rows: list[Line | Rejected]
     if kind in _JOB_LINES:
+        if (hint := _as_lines(text, path.name)) is not None:
+            raise UsageError(f"{named} holds one JSON value over several lines, not a job a line", hint)
         lines = enumerate(text.split("\n"), 1)
         rows = [_parse_line(line, f"{path.name} line {number}") for number, line in lines if line.strip()]
     elif kind in _CELLS:
@@ -118,6 +135,8 @@ def read_text(path: Path) -> str:
         raise EmtError(f"is larger than {_MAX_PROMPTS >> 20} MiB", "Split it.")
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
     start = data[:4096]
+    if (kind := next((kind for mark, kind in _OTHER_KINDS.items() if start.lower().startswith(mark)), "")) != "":
+        raise EmtError(f"is {kind}, no plain text", "Save it as text in UTF-8.")
     try:
         if encoding == "utf-8" and start.count(0) > len(start) / 8:
             raise ValueError
@@ -125,6 +144,21 @@ def read_text(path: Path) -> str:
     except ValueError:
         raise EmtError("is no text in UTF-8", "Save it as text in UTF-8.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _as_lines(text: str, name: str) -> str | None:
+    """A hint how to make a job a line of JSON that is spread over several; None for a text that is not."""
+    first, _, others = text.strip().partition("\n")
+    try:
+        json.loads(first)
+        return None
+    except (ValueError, RecursionError):
+        pass
+    try:
+        value = json.loads(text) if others else None
+    except (ValueError, RecursionError):
+        return None
+    return None if value is None else f"jq -c {'.[]' if isinstance(value, list) else '.'} {shlex.quote(name)}"
 
 
 def _is_json(text: str) -> bool:
@@ -151,31 +185,97 @@ def read_lines(name: str, text: str) -> list[Line | Rejected]:
 
 
 def _read_csv(path: Path, text: str) -> list[Line | Rejected]:
-    csv.field_size_limit(MAX_LINE)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter_of(text, _are_fields))
     rows: list[Line | Rejected] = []
+    number = 1
+    table = read_table(text, _are_fields)
     try:
-        names = [field_name(name) for name in reader.fieldnames or []]
-        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-            raise UsageError(f"--prompts {path.name}: the column {twice[0]} is there twice", "Keep one of them.")
-        unknown = [name for name in reader.fieldnames or [] if field_name(name) not in JOB_FIELDS]
-        if unknown or not reader.fieldnames:
-            hint = unknown_field(unknown[0]).hint if unknown else f"They are of {', '.join(JOB_FIELDS)}."
-            problem = f"--prompts {path.name}: unknown columns {unknown}; the first line names the columns"
-            raise UsageError(f"{problem}, between commas, semicolons or tabs", hint)
-        for cells in reader:
-            origin = f"{path.name} line {reader.line_num}"
-            if None in cells:
+        for number, cells in table.rows:
+            origin = f"{path.name} line {number}"
+            if not rows:
+                _check_columns(path, table.names)
+            if any(not name and cell.strip() for name, cell in zip_longest(table.names, cells, fillvalue="")):
                 rows.append(Rejected(EmtError("the line has more cells than columns", "Quote commas."), origin))
-            else:
-                rows.append(check_line({name: cell for name, cell in cells.items() if cell}, origin))
+                continue
+            fields = {name: cell for name, cell in zip(table.names, cells) if name and cell}
+            if table.delimiter == ";":  # of languages whose decimal point is a comma
+                fields = {name: _with_point(name, cell) for name, cell in fields.items()}
+            rows.append(check_line(fields, origin))
     except csv.Error as error:
-        rows.append(Rejected(EmtError(f"not CSV from here on: {error}"), f"{path.name} line {reader.line_num}"))
+        rows.append(Rejected(EmtError(f"not CSV from here on: {error}"), f"{path.name} line {number}"))
+    if not rows:
+        _check_columns(path, table.names)
     return rows
+
+
+def _check_columns(path: Path, given: Sequence[str]) -> None:
+    """Raise a UsageError unless the columns of a table are fields of a job, each once."""
+    names = [field_name(name) for name in given if name]
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise UsageError(f"--prompts {path.name}: the column {twice[0]} is there twice", "Keep one of them.")
+    unknown = [name for name in given if name and field_name(name) not in JOB_FIELDS]
+    if unknown or not names:
+        hint = unknown_field(unknown[0]).hint if unknown else f"They are of {', '.join(JOB_FIELDS)}."
+        problem = f"unknown columns {unknown}" if unknown else "it names no columns"
+        raise UsageError(
+            f"--prompts {path.name}: {problem}; the first line names the columns, between commas, semicolons or tabs",
+            hint,
+        )
+
+
+def _with_point(name: str, cell: str) -> str:
+    """A number with a point for its comma; another cell as it is."""
+    return (
+        cell.replace(",", ".") if field_name(name) not in TEXT_FIELDS and re.fullmatch(r"\s*\d+,\d+\s*", cell) else cell
+    )
 
 
 def _are_fields(names: Sequence[str]) -> bool:
     return all(field_name(name) in JOB_FIELDS for name in names)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a text file.
+
+    Attributes:
+        names: Of its columns, by its first line; empty ones have none.
+        delimiter: Between cells.
+        rows: The other lines that have any cell, each with the number of its last line.
+    """
+
+    names: Sequence[str]
+    delimiter: str
+    rows: Iterator[tuple[int, Sequence[str]]]
+
+
+def read_table(text: str, are_columns: Callable[[Sequence[str]], bool]) -> Table:
+    """Read a table with commas, semicolons or tabs between its cells.
+
+    Empty lines count nowhere, nor does the line `sep=;` that spreadsheets write before all others.
+
+    Args:
+        text: The table.
+        are_columns: Whether names are those of such a table's columns.
+
+    Raises:
+        csv.Error: while rows are read: from there on it is no table.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell that is too long is for its own line to fail
+    body = text.lstrip("\n")
+    mark = re.match(r"sep=([,;\t])\n", body)
+    body = body[mark.end() :] if mark else body
+    before = text[: len(text) - len(body)].count("\n")
+    delimiter = mark[1] if mark else delimiter_of(body, are_columns)
+    head = csv.reader(io.StringIO(body.split("\n", 1)[0], newline=""), delimiter=delimiter, skipinitialspace=True)
+    names = [name.strip() for name in next(head, [])]
+
+    def rows() -> Iterator[tuple[int, Sequence[str]]]:
+        reader = csv.reader(io.StringIO(body, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+        for place, cells in enumerate(reader):
+            if place and any(cell.strip() for cell in cells):
+                yield before + reader.line_num, cells
+
+    return Table(names, delimiter, rows())
 
 
 def delimiter_of(text: str, are_columns: Callable[[Sequence[str]], bool]) -> str:
@@ -185,11 +285,11 @@ def delimiter_of(text: str, are_columns: Callable[[Sequence[str]], bool]) -> str
         text: The table.
         are_columns: Whether names are those of such a table's columns.
     """
-    head = text.lstrip("\n").split("\n", 1)[0]
+    head = text.split("\n", 1)[0]
 
     def fits(delimiter: str) -> bool:
         with suppress(csv.Error):
-            names = next(csv.reader([head], delimiter=delimiter), [])
+            names = [name for name in map(str.strip, next(csv.reader([head], delimiter=delimiter), [])) if name]
             return len(names) > 1 and are_columns(names)
         return False
 

@@ -37,11 +37,17 @@ def _hints() -> dict[str, tuple[type, bool, Any]]:
 _HINTS = _hints()
 SETTING_NAMES = tuple(_HINTS)
 JOB_FIELDS = ("reference", "prompt", "seed", *SETTING_NAMES)
+#: Fields that are texts, or may be.
+TEXT_FIELDS = ("reference", "prompt", *(n for n, (kind, *_) in _HINTS.items() if kind in (str, tuple)))
 _ALSO = {other[2:].replace("-", "_"): name for name, (*_, info) in _HINTS.items() for other in info.also}
 
 
 def field_name(name: str) -> str:
-    """The name of a field of a job, which may be given by another one of its option, such as `guidance_scale`."""
+    """The name of a field of a job, which may be given by another one of its option, such as `guidance_scale`.
+
+    Capitals, dashes for underscores and spaces around it do not count.
+    """
+    name = name.strip().lower().replace("-", "_")
     return _ALSO.get(name, name)
 
 
@@ -212,6 +218,8 @@ def _number(
     try:
         if isinstance(value, bool):
             raise ValueError
+        if kind is int and isinstance(value, str):  # programs of tables write whole numbers so
+            value = re.sub(r"\.0+\s*$", "", value)
         number = kind(value)
         if kind is int and isinstance(value, float) and number != value:
             raise ValueError
@@ -239,7 +247,9 @@ def _text(name: str, value: Any) -> str:
         value = _scheduled(name, value)
     if not isinstance(value, str):
         raise EmtError(f"{name} is {value!r:.100}", "It must be a text.")
-    if name != "negative_prompt" and not value.strip():
+    # Characters of no width say nothing either.
+    said = "".join(c for c in value if unicodedata.category(c) != "Cf") if name in _PROMPTS else value
+    if name != "negative_prompt" and not said.strip():
         hints = {"prompt": "Say what the clip shows.", "reference": "Name a clip."}
         raise EmtError(f"the {name} is empty", hints.get(name, "Name one."))
     if name == "reference":
