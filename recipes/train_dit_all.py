@@ -36,8 +36,10 @@ STAGES: dict[str, tuple[float, Callable[[Sequence[str]], None]]] = {
     },
 }
 """Minutes and command of each stage, whose result is OUT/<name>.safetensors."""
-FURTHER = {"latents": 1.3, "video": 10.2, "adapter": 2.5}
+FURTHER = {"latents": 1.3, "video": 9.2, "adapter": 3.0}
 """Minutes of the stages of a backbone that goes on from a model: it sees what moves, and has to learn to draw it."""
+TOLD = 0.5
+"""Share of the clips that such a backbone is told the motion of."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         o.parts = o.start_from
         stages = {name: (minutes, *stages[name][1:]) for name, minutes in FURTHER.items()}
         further = ["--start-from", str(o.start_from), "--reading", "1", "--references", "0.2", "--hold", "0.3"]
+        further += ["--told", str(TOLD)]
         stages["video"][2].extend(further)
     for name in train_dit.DEFAULTS.keys() & stages.keys():
         stages[name][2].extend(["--parts", str(o.parts)])
