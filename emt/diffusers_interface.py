@@ -24,7 +24,7 @@ from torch import Tensor
 
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
-from emt.features import Motion, in_dtype, joined
+from emt.features import Motion, TextFeatures, in_dtype, joined
 from emt.sampling import run_sampler
 from emt.video import Clip, read_clip
 from emt.video.frames import sample_frames
@@ -192,15 +192,22 @@ class DiffusersInterface:
 
         device = pipe._execution_device
         windows = pipe.windows_over(shape[0])
-        in_windows = WindowedDenoiser(windows, self.backend, motions, 1) if windows else None
-        moved = self.backend.prepare_motion(joined(motions)) if motions and not windows else None
+
+        def denoiser(some: list[Motion]) -> Callable[[Tensor, Tensor, TextFeatures], Tensor]:
+            if windows:
+                in_windows = WindowedDenoiser(windows, self.backend, some, 1)
+                return lambda sample, timestep, known: in_windows(sample, timestep, known, True)
+            moved = self.backend.prepare_motion(joined(some)) if some else None
+            return lambda sample, timestep, known: self.backend.denoise(sample, timestep, known, moved)
+
+        of_guidance = pipe.motions_of_guidance(motions, clips) if guided else motions
+        denoise = denoiser(motions)  # guidance may be turned on and off between steps
+        denoise_guided = denoise if of_guidance is motions else denoiser(of_guidance)
         text = _Text(self.unet, towards, away)
 
         def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
-            known = text.features if guided else text.alone
-            if in_windows:
-                return in_windows(sample.to(self.unet.dtype), timestep, known, True)
-            return self.backend.denoise(sample.to(self.unet.dtype), timestep, known, moved)
+            known, call = (text.features, denoise_guided) if guided else (text.alone, denoise)
+            return call(sample.to(self.unet.dtype), timestep, known)
 
         self._interrupt, self._num_timesteps = False, len(sampler.timesteps)
         with pipe.progress_bar(total=len(sampler.timesteps)) as bar:

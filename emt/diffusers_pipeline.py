@@ -62,6 +62,8 @@ class MotionTransferPipeline(
         reference_timestep: noise level at which the reference is read, of 1000.
         sampler: a name of `SCHEDULERS`.
         adapter: "none" if it is not trained.
+        guided_by_reference: guidance leads away from the clip with neither prompt nor reference, instead of from that
+            without the prompt; for the transformer of Wan 2.1.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -84,6 +86,7 @@ class MotionTransferPipeline(
         reference_timestep: int = 400,
         sampler: str = "ddim",
         adapter: str = "trained",
+        guided_by_reference: bool = False,
     ) -> None:
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_to_config(
@@ -96,6 +99,7 @@ class MotionTransferPipeline(
             # Only what is not usual, so that other versions open the folder, too.
             **({} if sampler == "ddim" else {"sampler": sampler}),
             **({} if adapter == "trained" else {"adapter": adapter}),
+            **({"guided_by_reference": True} if guided_by_reference else {}),
         )
         self._assemble()
         #: The scheduler that the model came with: one that was put in its place samples itself (`__call__`).

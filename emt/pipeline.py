@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
@@ -327,15 +328,21 @@ class MotionTransfer:
         features = self.unet.encode_text(text)
         alone = self.unet.encode_text(text[len(text) // 2 :]) if plain else features
         features.guided = guided
+        of_guidance = self.motions_of_guidance(motions, len(prompts)) if guided else motions
+        apart = plain and of_guidance is not motions
         if windows:
-            denoise_windows = WindowedDenoiser(windows, self.backend, motions, cache_interval)
+            denoise_windows = WindowedDenoiser(windows, self.backend, of_guidance, cache_interval)
+            denoise_alone = denoise_windows
+            if apart:
+                denoise_alone = WindowedDenoiser(windows, self.backend, motions, cache_interval)
 
             def predict_in_windows(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
-                known = features if guided else alone
-                return denoise_windows(sample.to(self.unet.dtype), timestep, known, step < moved_steps)
+                known, denoise = (features, denoise_windows) if guided else (alone, denoise_alone)
+                return denoise(sample.to(self.unet.dtype), timestep, known, step < moved_steps)
 
             return predict_in_windows
-        moved = self.backend.prepare_motion(joined(motions)) if motions else None
+        moved = self.backend.prepare_motion(joined(of_guidance)) if motions else None
+        moved_alone = self.backend.prepare_motion(joined(motions)) if motions and apart else moved
         if controls:
             controlled = ControlledSteps(self, controls, text, guided, len(prompts), shape)
 
@@ -350,10 +357,27 @@ class MotionTransfer:
         denoise = DeepFeatureReuse(self.backend, cache_interval)
 
         def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
-            known, reference = features if guided else alone, moved if step < moved_steps else None
-            return denoise(sample.to(self.unet.dtype), timestep, known, reference)
+            known, reference = (features, moved) if guided else (alone, moved_alone)
+            return denoise(sample.to(self.unet.dtype), timestep, known, reference if step < moved_steps else None)
 
         return predict
+
+    def motions_of_guidance(self, motions: list[Motion], clips: int) -> list[Motion]:
+        """Motions of a batch that is doubled for guidance: of the first half, without the prompt, and of the second.
+
+        Both halves follow the reference, unless the model is one that is `guided_by_reference`: then the first half has
+        none, and guidance leads towards the prompt and the reference together.
+
+        Args:
+            motions: of the clips, one of all or of each; or none.
+            clips: half of the batch.
+        """
+        if not motions or not self.config.get("guided_by_reference", False):
+            return motions
+        kind = type(self.unet).__name__
+        drop = module_of(kind, "transformer").without_reference
+        each = motions * clips if len(motions) == 1 else motions
+        return [*(replace(motion, features=drop(motion.features)) for motion in each), *each]
 
     # --------------------------------------------------------------------------------------------------- the parts
 
@@ -557,7 +581,8 @@ def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> MotionTransf
         if parts is None:
             return None
         scheduler = SimpleNamespace(config=Config.read(folder / "scheduler" / "scheduler_config.json"))
-        own = {name: value for name, value in index.items() if name in (*DEFAULTS, "sampler", "adapter")}
+        known = (*DEFAULTS, "sampler", "adapter", "guided_by_reference")
+        own = {name: value for name, value in index.items() if name in known}
         pipe = MotionTransfer(**parts, scheduler=scheduler, **own)
         _check_numbers(pipe, folder)
         return pipe

@@ -69,6 +69,7 @@ def assemble(
         steps=steps,
         guidance=guidance,
         reference_timestep=int(options["reference_timestep"]),
+        guided_by_reference=True,
     )
     return save_model(pipeline, folder, LIMIT)
 

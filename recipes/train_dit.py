@@ -148,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         empty = text(nothing)[0].clone()
 
-    def noisy(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return with_noise(packed(batch, sizes.pack), objective, stage.generator, stage.dtype, o.shift)
+    def noisy(batch: dict[str, Tensor], shift: float = o.shift) -> dict[str, Tensor]:
+        return with_noise(packed(batch, sizes.pack), objective, stage.generator, stage.dtype, shift)
 
     def draw_frames() -> dict[str, Tensor]:
         batch = packed(clips.draw(o.batch, stage.generator, drop=0.1, realistic=0.12), sizes.pack)
@@ -171,8 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """Clips of which the first are as references are read, and the last are told how they move."""
         read = noisy(clips.draw(read_clips, stage.generator, drop=1.0, realistic=0.35))
         read["timestep"] = torch.full_like(read["timestep"], o.reference_timestep)
-        others = noisy(clips.draw(o.batch - read_clips, stage.generator, drop=0.1, realistic=0.12))
-        return {key: torch.cat([part, others[key]]) for key, part in read.items()} | {"weight": reading}
+        plain = noisy(clips.draw(o.batch - read_clips - told_clips, stage.generator, drop=0.1, realistic=0.12))
+        drawn = [read, plain]
+        if told_clips:  # in noise that hides how they move, as the adapter has to tell it
+            told = clips.draw(told_clips, stage.generator, drop=0.1, realistic=0.12)
+            drawn.append(noisy(told, DEFAULTS["adapter"].shift))
+        return {key: torch.cat([part[key] for part in drawn]) for key in read} | {"weight": reading}
 
     def draw_pairs() -> dict[str, Tensor]:
         references, targets = clips.draw_pairs(o.batch, stage.generator, drop=0.15, realistic=0.35)

@@ -22,7 +22,7 @@ from emt.features import Motion
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.prompts import PromptEncoder
-from emt.sampling import add_noise, make_sampler
+from emt.sampling import add_noise, make_sampler, noise_generator
 from emt.train.objective import FlowObjective
 from emt.train.teacher import Guidance, Teacher
 from emt.video import write_clip
@@ -57,6 +57,21 @@ def motion(pipe) -> Motion:
 def far(a: np.ndarray, b: np.ndarray) -> float:
     """Mean difference of two clips, in levels of 256."""
     return np.abs(a.astype(int) - b.astype(int)).mean()
+
+
+@torch.no_grad()
+def two_calls(pipe, prompt: str, motion: Motion, steps: int, guided: int = 99, moved: int = 99) -> np.ndarray:
+    """A clip of guidance 3 by a call of the network with prompt and reference and another one with neither."""
+    sampler = pipe.make_sampler(pipe.config.get("sampler", "ddim"), steps)
+    text, empty = (pipe.unet.encode_text(pipe.encode_prompts([words])) for words in (prompt, ""))
+    latents = pipe.initial_noise([noise_generator(5)], FRAMES, HEIGHT, WIDTH)
+    for i, timestep in enumerate(sampler.timesteps):
+        found = pipe.unet(latents, timestep, text, motion.features if i < moved else None)
+        if i < guided:
+            away = pipe.unet(latents, timestep, empty, None)
+            found = away + 3.0 * (found - away)
+        latents = sampler.step(found, timestep, latents).prev_sample
+    return pipe.decode_latents(latents[0])
 
 
 class TestLongClips:
@@ -228,6 +243,42 @@ class TestMotion:
         assert far(np.round(found * 255), expected) == 0
         with pytest.raises(ValueError, match="num_frames is 8"):
             pipe("a cat", clip(), num_frames=8)
+
+    @pytest.mark.parametrize(
+        ("prompts", "each"), [(["a cat"], False), (["a cat", "a dog"], False), (["a cat", "a dog"], True)]
+    )
+    def test_guidance_by_the_reference_leads_away_from_the_clip_with_neither(self, pipe, motion, prompts, each):
+        """What the network predicts with neither prompt nor reference is as if it were alone."""
+        motions = [motion, pipe.extract_motion(clip(1))][: len(prompts)] if each else motion
+        pipe.register_to_config(guided_by_reference=True)
+        try:
+            found = pipe.generate(prompts, motions, seed=5, guidance=3.0, steps=3)
+            half = pipe.generate(prompts, motions, seed=5, guidance=3.0, steps=4, guidance_until=0.5, motion_until=0.75)
+            called = pipe(prompts[0], clip(), guidance_scale=3.0, num_inference_steps=3, output_type="np",
+                          generator=torch.Generator().manual_seed(5)).frames[0]  # fmt: skip
+        finally:
+            pipe.register_to_config(guided_by_reference=False)
+        given = motions if isinstance(motions, list) else [motion] * len(prompts)
+        for prompt, one, made, made_half in zip(prompts, given, found, half, strict=True):
+            assert far(made, two_calls(pipe, prompt, one, 3)) < 0.1
+            assert far(made_half, two_calls(pipe, prompt, one, 4, guided=2, moved=3)) < 0.1
+            assert far(made, pipe.generate(prompt, one, seed=5, guidance=3.0, steps=3)[0]) > 0.5
+        assert far(np.round(called * 255), found[0]) < 0.1
+
+    def test_long_clips_are_guided_by_the_reference_too(self, pipe, motion, tmp_path):
+        sizes = {"frames": 9, "height": HEIGHT, "width": WIDTH, "steps": 2, "max_frames": 9}
+        opened = load_pipeline(random_model(tmp_path / "model", **sizes))
+        opened.prompt_encoder.cache = None
+        long = opened.extract_motion(clip(frames=17))
+        plain = opened.generate("a cat", long)[0]
+        opened.register_to_config(guided_by_reference=True)
+        other = opened.generate("a cat", long)[0]
+        assert other.shape == plain.shape
+        assert far(other, plain) > 0.5
+        opened.save_pretrained(tmp_path / "saved")
+        again = load_pipeline(tmp_path / "saved")
+        again.prompt_encoder.cache = None
+        assert far(again.generate("a cat", long)[0], other) == 0
 
     @pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc", "dpm++"])
     def test_every_sampler_of_a_flow(self, pipe, motion, scheduler):

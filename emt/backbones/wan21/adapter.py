@@ -26,9 +26,10 @@ class LowRank(nn.Module):
         self.down = nn.Linear(channels, rank, bias=False)
         self.up = nn.Linear(rank, channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, channels) → (…, channels)."""
-        return self.up(self.down(x))
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """(…, channels) → (…, channels), times `share`, which broadcasts, if given."""
+        low = self.down(x)
+        return self.up(low if share is None else low * share)
 
 
 class Scaler(nn.Module):

@@ -35,6 +35,10 @@ from emt_kernels.modulated_norm import gated_sum, norm_of_sum
 torch.export.register_dataclass(PreparedReference)
 
 
+ABSENT = -1000.0
+"""Logarithm of the strength of a reference that is not there: beside own tokens its weigh 0 in any precision."""
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; `path` is its own name, the key of its features.
 
@@ -82,11 +86,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """(batch, tokens, channels) → the same, by attention to the clip's own tokens and those of a reference."""
         attn = self.attn1
-        added = None if reference is None else self.adapter.query(h)
-        query, key, value = attn.project(h, rotation, added)
         if reference is None:
-            return attn.out(attention(query, key, value))
+            return attn.out(attention(*attn.project(h, rotation, None)))
         scaler, strength = (repeated(t, h.shape[0]) for t in (reference.scaler, reference.strength))
+        added = self.adapter.query(h, (strength > ABSENT / 2).to(h.dtype))
+        query, key, value = attn.project(h, rotation, added)
         bias = self.adapter.scaler(h, scaler) + strength
         given = query, key, value, reference.key, reference.value, bias
         return attn.out(attention_with_reference(*given, frames, neighbours))
@@ -478,4 +482,14 @@ def with_strength(features: MotionFeatures, strength: float | Tensor) -> MotionF
     layers = {}
     for path, (hidden, added) in features.layers.items():
         layers[path] = (hidden, added + weight.log().to(added))
+    return MotionFeatures(layers)
+
+
+def without_reference(features: MotionFeatures) -> MotionFeatures:
+    """Features that leave the network as it is alone, for samples beside others that follow a reference.
+
+    Args:
+        features: of n references, as `encode_reference` gives them.
+    """
+    layers = {path: (hidden, torch.full_like(added, ABSENT)) for path, (hidden, added) in features.layers.items()}
     return MotionFeatures(layers)
