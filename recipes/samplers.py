@@ -3,8 +3,9 @@
     python -m recipes.samplers --out build/lcm --model emt/demo
     python -m recipes.samplers --out build/lcm --model emt/demo --lora build/lcm/lcm-lora.safetensors --rows lcm:4 lcm:8
 
-A row is a sampler and its steps, with a guidance scale if it is not the sampler's own. Every row makes the same
-held-out clips from the same noise. Motion fidelity is that of `emt evaluate`, by tracked points, of the first clips.
+A row is a sampler, or a preset such as `fast`, and its steps, with a guidance scale if it is not its own. Every row
+makes the same held-out clips from the same noise. Motion fidelity is that of `emt evaluate`, by tracked points, of the
+first clips.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from emt.evaluate.motion import tracklet_fidelity
 from emt.evaluate.statistics import mean
 from emt.evaluate.tracks import Tracklets, track
 from emt.evaluate.truth import Truth, evaluate_truth
+from emt.presets import PRESETS
 from recipes.evaluate_small import Cases, frames_of, play
 from recipes.networks import make_world
 from recipes.opening import Measured, measuring_parser
@@ -79,7 +81,9 @@ def format_rows(rows: Sequence[tuple[SamplerRow, Truth, Any, float]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure a model with several samplers; writes OUT/NAME.md and .json, after each row."""
     parser = measuring_parser(main.__doc__, "samplers")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="NAME:STEPS or NAME:STEPS:GUIDANCE")
+    parser.add_argument(
+        "--rows", nargs="*", default=list(ROWS), help="NAME:STEPS or NAME:STEPS:GUIDANCE, of a sampler or preset"
+    )
     parser.add_argument("--lora", type=Path, help="distilled weights of the rows that follow")
     parser.add_argument("--distilled", nargs="*", default=list(DISTILLED), help="rows with the LoRA")
     parser.add_argument("--tracked", type=int, default=32, help="clips whose points are tracked")
@@ -109,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows:
             if row.distilled and not pipeline.get_active_adapters():
                 pipeline.load_lora_weights(o.lora)
-            how = {"steps": row.steps, "scheduler": row.scheduler}
+            how = PRESETS.get(row.scheduler, {"scheduler": row.scheduler}) | {"steps": row.steps}
             how |= {} if row.guidance is None else {"guidance": row.guidance}
             play(
                 pipeline, cases.references[: o.batch], cases.captions[: o.batch], o.seed, o.batch, **how | {"steps": 2}

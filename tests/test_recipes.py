@@ -603,12 +603,12 @@ def test_a_lora_of_few_steps_is_distilled_and_its_file_changes_the_layers_that_i
     assert any(".conv1." in name for name in changed)
     assert not any(".scaler." in name for name in changed)
     Judge(JudgeVocabulary.of_world()).save(tmp_path / "judge.safetensors")
-    rows = ["--rows", "ddim:2", "--distilled", "lcm:1", "euler:1:1", "--clips", "3", "--tracked", "1"]
+    rows = ["--rows", "ddim:2", "fast:2", "--distilled", "lcm:1", "euler:1:1", "--clips", "3", "--tracked", "1"]
     lora = ["--lora", str(tmp_path / "lcm-lora.safetensors"), "--judge", str(tmp_path / "judge.safetensors")]
     samplers.main([*arguments, *rows, *lora])
     capsys.readouterr()
     table = (tmp_path / "samplers.md").read_text().splitlines()
-    names = ["ddim, 2 steps", "lcm, 1 steps, LoRA", "euler, 1 steps, guidance 1, LoRA"]
+    names = ["ddim, 2 steps", "fast, 2 steps", "lcm, 1 steps, LoRA", "euler, 1 steps, guidance 1, LoRA"]
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in names]
 
 
