@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 from program import EMT, clip, emt, environment, journal, model
 
 from emt.cache import ContentIndex, MotionCache
+from emt.features import Motion
 from emt.model_folder import find_model
 from emt.sampling import NonFiniteError
 from emt_cli import app
+from emt_cli.batch import worker
 from emt_cli.batch.estimates import memory, size_that_fits
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.inputs import expand
@@ -212,3 +215,35 @@ def test_k5_what_nobody_has_foreseen_is_two_lines_and_a_file_with_the_rest(tmp_p
     [kept] = tmp_path.iterdir()
     assert second == f"This is a fault of emt: please report it with {kept}."
     assert "in command" in kept.read_text()
+
+
+def test_motions_of_references_that_are_done_are_let_go(tmp_path, monkeypatch):
+    """However many threads have read references: on a GPU each holds half a gigabyte."""
+    encoded: list[weakref.ref[Motion]] = []
+    alive: list[int] = []
+
+    class Counting(Generator):
+        def encode(self, job, source):
+            motion = super().encode(job, source)
+            encoded.append(weakref.ref(motion))
+            return motion
+
+        def generate(self, jobs, motions, on_step):
+            alive.append(sum(motion() is not None for motion in encoded))
+            return super().generate(jobs, motions, on_step)
+
+    monkeypatch.setattr(worker, "_READERS", 8)
+    monkeypatch.setattr(worker, "_AHEAD", 10)
+    paths = [tmp_path / f"{number}.mp4" for number in range(6)]
+    for number, path in enumerate(paths):
+        clip(path, number)
+    found = find_model(str(model()), download=False)
+    index, log = ContentIndex(tmp_path / "cache"), Journal(tmp_path / "out")
+    jobs, _ = expand(TransferOptions([str(path) for path in paths], prompt=["a fox"]), found.defaults)
+    with ProgressReporter() as reporter:
+        generator = Counting(found, found.sha256(index), "cpu", "auto")
+        session = Session(found, index, MotionCache(tmp_path / "cache", 0), generator)
+        summary = LocalExecutor(session, log, reporter, RunOptions(batch_size=1)).run(jobs)
+    log.close()
+    assert summary.counts == {"done": 6}
+    assert max(alive) <= 2, "the one that is used, and one that is being let go"

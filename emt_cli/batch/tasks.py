@@ -32,6 +32,7 @@ class Reference:
         fps: Its frame rate.
         warnings: What is wrong with it.
         seconds: Times that no job's record has yet.
+        peak: Bytes of memory at the peak of encoding it.
     """
 
     def __init__(self, job: Job, sha256: str) -> None:
@@ -42,6 +43,7 @@ class Reference:
         self.fps = 0.0
         self.warnings: tuple[str, ...] = ()
         self.seconds: dict[str, float] = {}
+        self.peak = 0
         self._tracklets: Tracklets | None = None
         self._guard = threading.Lock()
 

@@ -113,23 +113,25 @@ class Intake:
 
     def _read(self) -> None:
         while True:
-            reference = self._to_read.get()
-            begun = time.monotonic()
-            try:
-                settings = reference.job.settings
-                shape = settings.frames, settings.height, settings.width
-                key = self.generator.motion_key(reference.job, reference.sha256)
-                kept = self.motions.load(key, shape)
-                if kept:
-                    source = Source(*kept, self.motions.warnings(key), kept=True)
-                else:
-                    clip = reference.read(self.index)
-                    source = Source(clip, clip.fps, clip.warnings)
-                self.outcomes.warn(source.warnings)
-                reference.seconds["decode"] = time.monotonic() - begun
-                reference.source.set_result(source)
-            except BaseException as error:  # it is raised where the reference is used
-                reference.source.set_exception(error)
+            self._read_one(self._to_read.get())  # nothing of it stays here while the next one is waited for
+
+    def _read_one(self, reference: Reference) -> None:
+        begun = time.monotonic()
+        try:
+            settings = reference.job.settings
+            shape = settings.frames, settings.height, settings.width
+            key = self.generator.motion_key(reference.job, reference.sha256)
+            kept = self.motions.load(key, shape)
+            if kept:
+                source = Source(*kept, self.motions.warnings(key), kept=True)
+            else:
+                clip = reference.read(self.index)
+                source = Source(clip, clip.fps, clip.warnings)
+            self.outcomes.warn(source.warnings)
+            reference.seconds["decode"] = time.monotonic() - begun
+            reference.source.set_result(source)
+        except BaseException as error:  # it is raised where the reference is used
+            reference.source.set_exception(error)
 
 
 class Worker:
@@ -222,8 +224,10 @@ class Worker:
                     return False
                 reference.fps, reference.warnings = found.fps, found.warnings
                 begun = time.monotonic()
+                self.generator.device.start_measuring()
                 with self.phases("encoding"), heard_warnings() as heard:
                     reference.motion = self.generator.encode(task.job, found.content)
+                reference.peak = self.generator.device.memory()[1]
                 self.outcomes.warn(heard)
                 reference.warnings = (*reference.warnings, *heard)
                 reference.seconds["reference"] = time.monotonic() - begun
@@ -309,7 +313,7 @@ class Worker:
             for i, (task, frames) in enumerate(zip(tasks, clips)):
                 batch = {"size": len(tasks), "index": i, "shared_reference": shared}
                 once = {name: task.reference.seconds.pop(name, 0.0) for name in ("decode", "reference")}
-                self.finisher.add(task, frames, batch, {**once, **timings}, peak)
+                self.finisher.add(task, frames, batch, {**once, **timings}, max(peak, task.reference.peak))
 
     def _room_on_disk(self, tasks: list[Task]) -> bool:
         """Return whether the clips of a batch can be written; it would be a pity to find that out afterwards."""
