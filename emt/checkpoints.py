@@ -42,11 +42,13 @@ class Checkpoint:
         state: the tensors, mapped from disk where the format allows.
         metadata: a safetensors file's own.
         dropped: names of what is beside the tensors and is no tensor.
+        scales: by which weights in float8 count, by the weights' names.
     """
 
     state: State
     metadata: dict[str, str]
     dropped: list[str] = field(default_factory=list)
+    scales: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,10 @@ def weights_files(path: Path) -> list[Path]:
     present = {file.name for file in path.glob("*") if file.is_file()}
     names = weights_names(present)
     if not names:
+        others = sorted(name for name in present if name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin")))
         raise EmtError(
             f"{path} has no weights: neither {' nor '.join(f'{stem}.safetensors' for stem in _WEIGHTS)} nor a .bin",
-            "Download the folder again.",
+            f"Give one of its files:{shorten([others])}" if others else "Download the folder again.",
         )
     if not names[0].endswith(".json"):
         return [path / names[0]]
@@ -158,20 +161,23 @@ def _is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
 
 
-def read_weights(path: Path) -> tuple[Checkpoint, list[Path]]:
+def read_weights(path: Path, *, scaled: bool = False) -> tuple[Checkpoint, list[Path]]:
     """Read the weights of a file or folder, which may be split over several files; and those files.
+
+    `scaled` is as `read_checkpoint` has it.
 
     Raises:
         EmtError: if there are none, a file is damaged, or a weight is in two.
     """
     whole, files = Checkpoint({}, {}), weights_files(path)
     for file in files:
-        part = read_checkpoint(file)
+        part = read_checkpoint(file, scaled=scaled)
         if twice := sorted(whole.state.keys() & part.state.keys()):
             raise EmtError(f"{file} has weights that another file has:{shorten([twice])}", "Download it again.")
         whole.state |= part.state
         whole.metadata |= part.metadata
         whole.dropped += part.dropped
+        whole.scales |= part.scales
     return whole, files
 
 
@@ -250,11 +256,15 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, scaled: bool = False) -> Checkpoint:
     """Read the tensors of a .safetensors, .ckpt, .pt or .bin file, mapped from disk where the format allows.
 
     Tensors under "state_dict", or under the one entry that holds weights, are taken out of it, and what wrappers of
     training put into names, such as `module.` and `_orig_mod.`, is taken out of them.
+
+    Args:
+        path: of the file.
+        scaled: read weights in float8 that have scales beside them, which are kept apart.
 
     Raises:
         EmtError: if the file is missing, damaged, unsafe, quantized, or holds no tensors.
@@ -278,9 +288,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         else:
             what = "is empty" if not head else f"is {_format(head)}"
-            raise EmtError(
-                f"{path} {what}", "Download it again; a page or a Git LFS pointer may have been saved instead."
-            )
+            again = "Download it again; a page or a Git LFS pointer may have been saved instead."
+            quantized = "Give the fp16 version of this file, as safetensors."
+            raise EmtError(f"{path} {what}", quantized if head.startswith(b"GGUF") else again)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         if culprit is None:
@@ -312,14 +322,38 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} holds tensors that are sparse, nested or without values: {', '.join(odd[:3])}",
             "Give a file that was saved with all of its weights in memory.",
         )
-    scaled = [n for n in state if n == "scaled_fp8" or n.endswith((".scale_weight", ".weight_scale", ".comfy_quant"))]
+    scales = _take_scales(state) if scaled else {}
+    marks = [n for n in state if n == "scaled_fp8" or n.endswith((".scale_weight", ".weight_scale", ".comfy_quant"))]
     packed = [n for n in state if n.endswith((".absmax", ".quant_map", ".qweight"))]
-    if scaled or packed:
+    if marks or packed:
         raise EmtError(
-            f"{path} is quantized ({len(scaled or packed)} keys such as {(scaled or packed)[0]}), which is not read",
+            f"{path} is quantized ({len(marks or packed)} keys such as {(marks or packed)[0]}), which is not read",
             "Give the fp16 version of this file.",
         )
-    return Checkpoint(state, metadata, dropped)
+    return Checkpoint(state, metadata, dropped, scales)
+
+
+def _take_scales(state: State) -> dict[str, Tensor]:
+    """Scales of weights in float8, by the weights' names, taken out of a state; what is quantized otherwise stays.
+
+    ComfyUI's files have `NAME.scale_weight` or `NAME.weight_scale`, one number or one of each row, by which
+    `NAME.weight` counts; scales of inputs and marks beside them say how a GPU multiplies.
+    """
+    scales: dict[str, Tensor] = {}
+    for key in [key for key in state if key.endswith((".scale_weight", ".weight_scale"))]:
+        module, scale = key.rpartition(".")[0], state[key]
+        weight = state.get(f"{module}.weight")
+        if weight is None or weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) or not weight.ndim:
+            return {}
+        if scale.numel() not in (1, len(weight)) or not scale.is_floating_point():
+            return {}
+        scales[f"{module}.weight"] = scale.float().view(-1, *[1] * (weight.ndim - 1)) if scale.numel() > 1 else scale
+    if not scales or not all(bool(scale.float().isfinite().all()) for scale in scales.values()):
+        return {}
+    beside = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
+    for key in [key for key in state if key == "scaled_fp8" or key.endswith(beside)]:
+        del state[key]
+    return scales
 
 
 _FORMATS = (

@@ -147,13 +147,13 @@ def import_weights(
             partial / "unet" / "diffusion_pytorch_model",
             transformer.state | adapter_state,
             lambda name: torch.float32 if any(part in name for part in kept) else stored,
-            merge,
+            lambda name, weight: merge(name, transformer.value(name, weight)),
         )
         step("Writing the text encoder")
         settings = UMT5Config(**text.config)
         settings.architectures, settings.dtype = ["UMT5EncoderModel"], stored
         settings.save_pretrained(partial / "text_encoder")
-        write_weights(partial / "text_encoder" / "model", text.state, lambda _: stored)
+        write_weights(partial / "text_encoder" / "model", text.state, lambda _: stored, text.value)
         step("Writing the VAE")
         with torch.device("meta"):
             AutoencoderKLWan(**latents.config).save_config(partial / "vae")

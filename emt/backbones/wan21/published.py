@@ -5,20 +5,29 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from emt.backbones.wan21.names import SUPPORTED, check_is_text_to_video, renamed, transformer_name, umt5_name, vae_names
-from emt.checkpoints import State, check_keys, check_sizes, read_config, read_weights, shorten, sizes_of_weights
+from emt.checkpoints import (
+    State,
+    check_keys,
+    check_sizes,
+    read_config,
+    read_weights,
+    shorten,
+    sizes_of_weights,
+    weights_names,
+)
 from emt.errors import EmtError, first_line
-from emt.hub import OnFetch, locate, matching
+from emt.hub import Choose, OnFetch, locate, matching
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -46,6 +55,31 @@ _HUB_FILES = [
     "google/*",
 ]
 _TOKENIZER_FILES = ["tokenizer*.json", "spiece.model", "special_tokens_map.json"]
+#: Where parts are in a folder of all of Wan.
+_PLACES = {
+    "diffusers": {"text encoder": "text_encoder", "VAE": "vae", "tokenizer": "tokenizer"},
+    "original": {
+        "text encoder": "models_t5_umt5-xxl-enc-*.pth",
+        "VAE": "Wan2.1_VAE.pth",
+        "tokenizer": "google/umt5-xxl",
+    },
+}
+#: Pipelines of diffusers whose transformers are of other kinds.
+_OTHER_PIPELINES = {
+    "WanImageToVideoPipeline": "Wan image to video",
+    "WanVACEPipeline": "Wan 2.1 VACE",
+    "WanAnimatePipeline": "Wan 2.2 Animate",
+    "WanSpeechToVideoPipeline": "Wan 2.2 S2V, which is driven by sound",
+}
+#: The same by `model_type` of an original configuration.
+_OTHER_KINDS = {
+    "i2v": "Wan image to video",
+    "flf2v": "Wan image to video",
+    "vace": "Wan 2.1 VACE",
+    "ti2v": "Wan 2.2 TI2V-5B",
+    "s2v": "Wan 2.2 S2V, which is driven by sound",
+    "animate": "Wan 2.2 Animate",
+}
 
 
 @dataclass
@@ -56,6 +90,11 @@ class Component:
     config: dict[str, Any]
     where: str
     files: list[Path] = field(default_factory=list)
+    scales: State = field(default_factory=dict)  # by which weights in float8 count
+
+    def value(self, name: str, weight: Tensor) -> Tensor:
+        """A weight as it counts: itself, or times its scale."""
+        return weight.float() * self.scales[name] if name in self.scales else weight
 
 
 @dataclass
@@ -74,21 +113,61 @@ class Base:
         """
         option = f"--{name.replace(' ', '-').lower()}"
         if given is not None:
-            return locate(given, name, matching("*"), on_fetch=self.on_fetch)
-        places = {
-            "diffusers": {"text encoder": "text_encoder", "VAE": "vae", "tokenizer": "tokenizer"},
-            "original": {
-                "text encoder": "models_t5_umt5-xxl-enc-*.pth",
-                "VAE": "Wan2.1_VAE.pth",
-                "tokenizer": "google/umt5-xxl",
-            },
-        }
-        pattern = places.get(self.layout, {}).get(name)
+            path = locate(given, name, _files_of(name), on_fetch=self.on_fetch)
+            inside = [found for places in _PLACES.values() for found in sorted(path.glob(places[name]))]
+            return inside[0] if path.is_dir() and inside else path
+        pattern = _PLACES.get(self.layout, {}).get(name)
         found = sorted(self.path.glob(pattern)) if pattern else []
         if not found:
             problem = f"{self.path} has no {name}" + (f": no {pattern}" if pattern else "; it is the transformer alone")
             raise EmtError(problem, f"Give {option} FILE_OR_FOLDER, or a folder of all of Wan 2.1 as --base.")
         return found[0]
+
+
+def _files_of(part: str) -> Choose:
+    """Files to fetch of a repository that a part is in: of all of Wan, or of other networks, its own alone."""
+
+    def choose(names: Sequence[str]) -> list[str]:
+        of_all = [place for places in _PLACES.values() for place in (places[part], f"{places[part]}/*")]
+        if inside := matching(*of_all)(names):
+            return inside
+        if part == "tokenizer":
+            return matching(*_TOKENIZER_FILES, "config.json")(names)
+        weights = weights_names(name for name in names if "/" not in name)
+        return [*weights, *matching("config.json")(names)] if weights else []
+
+    return choose
+
+
+def _text_to_video(base: str | Path, *patterns: str) -> Choose:
+    """Files to fetch of a repository of patterns, but nothing of one that shows by its names that it is Wan 2.2.
+
+    Raises:
+        EmtError: when it chooses, if it is.
+    """
+
+    def choose(names: Sequence[str]) -> list[str]:
+        if any(name.split("/")[0] in ("high_noise_model", "transformer_2") for name in names):
+            raise EmtError(f"{base} is Wan 2.2, which has two transformers", SUPPORTED)
+        return matching(*patterns)(names)
+
+    return choose
+
+
+def _check_kind(base: str | Path, folder: Path) -> None:
+    """Raise an EmtError for a folder whose configurations say that it is of another kind, or of Wan 2.2."""
+    if not folder.is_dir():
+        if re.search(r"(high|low)[-_ ]?noise", f"{folder.parent.name}/{folder.name}", re.IGNORECASE):
+            raise EmtError(f"{base} is one of the two transformers of Wan 2.2", SUPPORTED)
+        return
+    index, settings = _settings(folder / "model_index.json"), _settings(folder / "config.json")
+    second = index.get("transformer_2")
+    two = (second and second != [None, None]) or index.get("boundary_ratio") is not None
+    if two or (folder / "high_noise_model").is_dir():
+        raise EmtError(f"{base} is Wan 2.2, which has two transformers", SUPPORTED)
+    kind = _OTHER_PIPELINES.get(str(index.get("_class_name"))) or _OTHER_KINDS.get(str(settings.get("model_type")))
+    if kind:
+        raise EmtError(f"{base} is {kind}, which is not supported", SUPPORTED)
 
 
 def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> tuple[Base, Component]:
@@ -98,12 +177,12 @@ def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> tuple[Base, 
         EmtError: if there is no such base, or it is of another network of the family, which it names.
     """
     hint = "Give Wan-AI/Wan2.1-T2V-1.3B-Diffusers, a folder that `hf download` made of it, or a file."
-    path = locate(base, "base", matching(*_HUB_FILES), hint=hint, on_fetch=on_fetch)
+    # What a repository is, its configurations say: of another kind nothing is fetched for hours.
+    small = _text_to_video(base, "model_index.json", "config.json")
+    _check_kind(base, locate(base, "base", small, hint=hint, on_fetch=on_fetch))
+    path = locate(base, "base", _text_to_video(base, *_HUB_FILES), hint=hint, on_fetch=on_fetch)
     if (path / "model_index.json").is_file():
         index, _ = read_config(path / "model_index.json")
-        second = index.get("transformer_2")
-        if (second and second != [None, None]) or index.get("boundary_ratio") is not None:
-            raise EmtError(f"{base} is Wan 2.2, which has two transformers", SUPPORTED)
         if not (path / "transformer").is_dir():
             raise EmtError(f"{base} has no transformer: it is a {index.get('_class_name')}", hint)
         found, folder = Base(path, "diffusers", on_fetch), path / "transformer"
@@ -112,11 +191,11 @@ def read_base(base: str | Path, on_fetch: OnFetch | None = None) -> tuple[Base, 
         found, folder = Base(path, "original" if whole else "transformer", on_fetch), path
     else:
         found, folder = Base(path, "transformer", on_fetch), path
-    checkpoint, files = read_weights(folder)
-    state = renamed(checkpoint.state, _bare_transformer_name, str(folder))
+    checkpoint, files = read_weights(folder, scaled=True)
+    state, scales = (renamed(x, _bare_transformer_name, str(folder)) for x in (checkpoint.state, checkpoint.scales))
     check_is_text_to_video(state, str(folder))
     settings = _settings((folder if folder.is_dir() else folder.parent) / "config.json")
-    return found, Component(state, transformer_config(state, settings, str(folder)), str(folder), files)
+    return found, Component(state, transformer_config(state, settings, str(folder)), str(folder), files, scales)
 
 
 def _bare_transformer_name(name: str) -> str:
@@ -172,8 +251,8 @@ def read_text_encoder(base: Base, given: str | Path | None) -> Component:
         EmtError: if it is no UMT5.
     """
     path = base.part("text encoder", given)
-    checkpoint, files = read_weights(path)
-    state = renamed(checkpoint.state, umt5_name, str(path))
+    checkpoint, files = read_weights(path, scaled=True)
+    state, scales = (renamed(x, umt5_name, str(path)) for x in (checkpoint.state, checkpoint.scales))
     state.pop("spiece_model", None)  # the tokenizer's, which some single files carry
     first = "encoder.block.0.layer"
     with sizes_of_weights(f"{path} is not the text encoder UMT5", "Give Wan's UMT5."):
@@ -193,7 +272,7 @@ def read_text_encoder(base: Base, given: str | Path | None) -> Component:
     model = without_values(lambda: UMT5EncoderModel(UMT5Config(**config)), str(path))
     shapes = {name: p.shape for name, p in model.state_dict().items() if "embed_tokens" not in name}
     check_keys(f"text encoder {path}", state, shapes)
-    return Component(state, config, str(path), files)
+    return Component(state, config, str(path), files, scales)
 
 
 def read_vae(base: Base, given: str | Path | None, channels: int) -> Component:
