@@ -985,8 +985,9 @@ def test_an_engine_of_a_diffusion_transformer_is_as_good_as_pytorch(tmp_path):
     assert own.parity is not None
     assert own.parity < 1e-4
     clip = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8)
-    for folder in folders:
+    for folder, by_reference in zip(folders, (False, True), strict=True):
         pipe = load_pipeline(folder)
+        pipe.register_to_config(guided_by_reference=by_reference)
         wanted = pipe.generate("a cat", pipe.extract_motion(clip), seed=1)[0]
         pipe.backend = opened(target, pipe)
         found = pipe.generate("a cat", pipe.extract_motion(clip), seed=1)[0]
