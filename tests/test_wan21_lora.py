@@ -36,6 +36,10 @@ DIALECTS = {
     "UniAnimate": ("pipe.dit.{old}", "lora_A.default.weight", "lora_B.default.weight"),
     "kohya": ("lora_unet_{flat}", "lora_down.weight", "lora_up.weight"),
     "Wan Fun": ("lora_unet__{flat}", "lora_down.weight", "lora_up.weight"),
+    "LyCORIS": ("lycoris_{flat}", "lora_down.weight", "lora_up.weight"),
+    "OneTrainer": ("lora_transformer_{flat_new}", "lora_down.weight", "lora_up.weight"),
+    "of a network called unet": ("unet.{old}", "lora_A.weight", "lora_B.weight"),
+    "of a network called model": ("model.{new}", "lora_A.weight", "lora_B.weight"),
     "kohya of diffusers' names": ("lora_unet_{flat_new}", "lora_down.weight", "lora_up.weight"),
 }
 

@@ -33,6 +33,8 @@ _OTHERS = {
     re.compile(r"(^|[._])((down|up)_blocks|mid_block|(input|output)_blocks)[._]"): "Stable Diffusion",
     re.compile(r"(^|[._])(double|single)_(transformer_)?blocks[._]"): "Flux or HunyuanVideo",
 }
+# Of names with underscores for dots: kohya's, LyCORIS' and OneTrainer's.
+_FLAT = re.compile(r"(lora_unet|lora_transformer|lycoris)__?")
 _PREFIXES = (
     "base_model.model.",
     "module.",
@@ -41,6 +43,8 @@ _PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
     "transformer.",
+    "unet.",
+    "model.",
 )
 
 
@@ -203,8 +207,8 @@ class LoraMerge:
 
     def _module(self, module: str) -> str:
         """A module as a LoRA names it, by diffusers' name."""
-        if module.startswith("lora_unet_"):
-            return self._flat.get(module.removeprefix("lora_unet_").removeprefix("_"), module)
+        if flat := _FLAT.match(module):
+            return self._flat.get(module[flat.end() :], module)
         return transformer_module(_bare(module))
 
     def _guess(self, state: Mapping[str, Tensor]) -> str:
