@@ -6,6 +6,7 @@ what users of diffusers have in hand, and computes the same clip from the same n
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -324,10 +325,15 @@ class DiffusersInterface:
         if self.scheduler is pipe.models_scheduler:
             return pipe.make_sampler(self.config.get("sampler", "ddim"), steps)
         sampler: SchedulerMixin = self.scheduler
-        if not hasattr(sampler, "set_timesteps"):
+        name = type(sampler).__name__
+        if not hasattr(sampler, "set_timesteps") or not _takes_samples(getattr(sampler, "step", None)):
             hint = "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
-            raise TypeError(f"scheduler is {sampler!r}, allowed are those of diffusers, as in {hint}")
-        sampler.set_timesteps(steps, device="cpu")
+            raise TypeError(f"scheduler is a {name}, allowed are those of diffusers for images, as in {hint}")
+        try:
+            sampler.set_timesteps(steps, device="cpu")
+        except ValueError as error:
+            problem = f"{name} does not take num_inference_steps={steps} ({error})"
+            raise ValueError(f"{problem}: give another number, or another scheduler") from None
         return sampler
 
     def _noise(
@@ -448,6 +454,16 @@ def _check_counts(**given: Any) -> None:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _takes_samples(step: Any) -> bool:
+    """Whether a scheduler's step needs nothing but a prediction, a timestep and a sample."""
+    if not callable(step):
+        return False
+    needed = [
+        p for p in inspect.signature(step).parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+    return len(needed) <= 3
 
 
 def _texts(name: str, value: Any) -> list[str]:

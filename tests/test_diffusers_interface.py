@@ -13,7 +13,15 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    RePaintScheduler,
+    ScoreSdeVeScheduler,
+)
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import export_to_video
 from PIL import Image
@@ -363,11 +371,22 @@ def test_what_a_callback_returns_has_to_fit(pipe, motion):
         pipe("a cat", motion=motion, callback_on_step_end=lambda *_: {"prompt_embeds": wrong})
 
 
-def test_a_scheduler_that_is_none_is_named(folder, motion):
+@pytest.mark.parametrize("scheduler", [None, RePaintScheduler(), ScoreSdeVeScheduler()])
+def test_a_scheduler_that_does_not_step_from_noise_to_clips_is_named(folder, motion, scheduler):
     pipe = load_pipeline(folder)
-    pipe.scheduler = None
-    with pytest.raises(TypeError, match="allowed are those of diffusers"):
+    pipe.scheduler = scheduler
+    with pytest.raises(TypeError, match=f"scheduler is a {type(scheduler).__name__}, allowed are those of diffusers"):
         pipe("a cat", motion=motion)
+
+
+def test_steps_that_a_scheduler_does_not_take_are_named(restored, motion):
+    """PNDM begins with Runge-Kutta steps unless it is told to skip them, of which it needs four."""
+    restored.scheduler = PNDMScheduler.from_config(restored.models_scheduler.config)
+    with pytest.raises(ValueError, match=r"PNDMScheduler does not take num_inference_steps=3 .*: give another number"):
+        restored("a cat", motion=motion, num_inference_steps=3)
+    assert made(restored, "a cat", motion=motion, num_inference_steps=4).shape == (FRAMES, HEIGHT, WIDTH, 3)
+    restored.scheduler = PNDMScheduler.from_config(restored.models_scheduler.config, skip_prk_steps=True)
+    assert made(restored, "a cat", motion=motion, num_inference_steps=3).shape == (FRAMES, HEIGHT, WIDTH, 3)
 
 
 def test_a_callback_ends_the_call_and_the_next_one_is_whole(pipe, motion):
