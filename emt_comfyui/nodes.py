@@ -7,12 +7,15 @@ torch and the networks wait for the first run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from emt import demo
@@ -113,14 +116,23 @@ class LoadReference:
         }
 
     @classmethod
-    def IS_CHANGED(cls, path: str, **others: Any) -> float:
-        """Time at which the file was written, so that one that is replaced is read again."""
-        return os.stat(path).st_mtime if os.path.exists(path) else float("nan")
+    def IS_CHANGED(cls, path: str | None = None, **others: Any) -> str | float:
+        """What tells the clip apart from one that takes its place: times and sizes of its files.
+
+        Of a path that another node makes nothing is known here (`path` is None): then its value decides.
+        """
+        if path is None:
+            return ""
+        if not os.path.exists(path):
+            return float("nan")
+        files = [Path(path), *(sorted(Path(path).iterdir()) if os.path.isdir(path) else [])]
+        stats = [(file.name, file.stat()) for file in files]
+        return repr([(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats])
 
     @classmethod
-    def VALIDATE_INPUTS(cls, path: str) -> bool | str:
-        """True, or why the clip cannot be read, before anything runs."""
-        return True if os.path.exists(path) else f"there is no file or folder {path!r}"
+    def VALIDATE_INPUTS(cls, path: str | None = None) -> bool | str:
+        """True, or why the clip cannot be read, before anything runs; `path` is None where another node makes it."""
+        return True if path is None or os.path.exists(path) else f"there is no file or folder {path!r}"
 
     def load(
         self,
@@ -282,16 +294,46 @@ class RunBatch:
         texts = [part for line in prompts.splitlines() if line.strip() for part in ("--prompt", line.strip())]
         named = ["--out", out, "--model", model, "--seeds", seeds, "--json"]
         arguments = [*self.command, "transfer", *named, *texts, *shlex.split(options), "--", *given]
-        ended = subprocess.run(arguments, capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in ended.stdout.splitlines()]
+        code, said, complaints = _run(arguments)
+        lines = [json.loads(line) for line in said.splitlines()]
         failed = [line for line in lines if line.get("state") == "failed"]
         if failed:
             hint = f"{len(lines) - len(failed)} of {len(lines)} jobs are done; run it again for the others."
             raise EmtError(f"{failed[0].get('reference', '')}: {failed[0].get('error', '')}", hint)
-        if ended.returncode:
-            raise EmtError(ended.stderr.strip() or f"emt transfer ended with code {ended.returncode}")
+        if code:
+            raise EmtError(complaints.strip() or f"emt transfer ended with code {code}")
         clips = [str(line["path"]) for line in lines if line.get("path")]
         return "\n".join(clips), len(clips)
+
+
+def _run(command: Sequence[str]) -> tuple[int, str, str]:
+    """Exit code and standard streams of a program, which ends after its batch where ComfyUI's user interrupts."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+        check = _interruption()
+        try:
+            while process.poll() is None:
+                check()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        texts = []
+        for stream in (output, errors):
+            stream.seek(0)
+            texts.append(stream.read().decode("utf-8", "replace"))
+    return process.returncode, texts[0], texts[1]
+
+
+def _interruption() -> Callable[[], None]:
+    """ComfyUI's own check, which raises where its user has pressed Cancel; outside of it, nothing."""
+    try:
+        from comfy.model_management import throw_exception_if_processing_interrupted
+    except ImportError:
+        return lambda: None
+    return throw_exception_if_processing_interrupted  # type: ignore[no-any-return]
 
 
 def _pixels(images: Tensor) -> Any:
@@ -309,14 +351,14 @@ def _images(frames: Any) -> Tensor:
 def _progress() -> Callable[[int, int], None] | None:
     """Shows steps in ComfyUI, and ends where its user interrupts; None outside of it."""
     try:
-        from comfy.model_management import throw_exception_if_processing_interrupted
         from comfy.utils import ProgressBar
     except ImportError:
         return None
     bar: list[Any] = []
+    check = _interruption()
 
     def show(done: int, steps: int) -> None:
-        throw_exception_if_processing_interrupted()
+        check()
         if not bar:
             bar.append(ProgressBar(steps))
         bar[0].update_absolute(done, steps)

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_a_workflow_makes_the_clip_of_the_library(nodes, tmp_path):
     loader = nodes.NODE_CLASS_MAPPINGS["EMTLoadReference"]
     assert loader.VALIDATE_INPUTS(str(path)) is True
     assert "nothing.mp4" in loader.VALIDATE_INPUTS("nothing.mp4")
-    assert loader.IS_CHANGED(str(path), frames=2) == path.stat().st_mtime
+    assert loader.VALIDATE_INPUTS() is loader.VALIDATE_INPUTS(path=None) is True, "another node makes the path"
     images, fps = run(nodes, "EMTLoadReference", path=str(path), frames=FRAMES, width=SIDE, height=SIDE)
     expected = read_clip(path, frames=FRAMES, size=(SIDE, SIDE))
     assert (images.shape, fps) == ((FRAMES, SIDE, SIDE, 3), expected.fps)
@@ -115,6 +116,48 @@ def test_a_workflow_makes_the_clip_of_the_library(nodes, tmp_path):
     assert len(short) == 3, "the model's number, as far as there are"
     with pytest.raises(ValueError, match="has 4 frames, but 9 are needed"):
         run(nodes, "EMTTransferMotion", **inputs, frames=9)
+
+
+def test_a_clip_that_is_replaced_is_read_again_and_no_other(nodes, tmp_path):
+    """A picture of a folder, too, whose own time it leaves as it was."""
+    changed = nodes.NODE_CLASS_MAPPINGS["EMTLoadReference"].IS_CHANGED
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for file in (tmp_path / "a.mp4", pictures / "0.png", pictures / "1.png"):
+        file.write_bytes(b"before")
+    for source, file in ((tmp_path / "a.mp4",) * 2, (pictures, pictures / "1.png")):
+        before = changed(str(source), frames=2)
+        assert changed(path=str(source), frames=3) == before
+        file.write_bytes(b"another one")
+        assert changed(str(source)) != before
+    assert changed(path=None, frames=2) == changed(frames=2), "another node makes it"
+    assert changed("nothing.mp4") != changed("nothing.mp4")
+
+
+def test_cancel_ends_a_batch(nodes, tmp_path, monkeypatch):
+    """By ComfyUI's own check: the program is asked to end, and is waited for."""
+
+    class Interrupted(Exception):
+        pass
+
+    def check():
+        if (tmp_path / "started").exists():
+            raise Interrupted
+
+    monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
+    management = types.ModuleType("comfy.model_management")
+    management.throw_exception_if_processing_interrupted = check
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+    code = (
+        "import pathlib, signal, time\n"
+        "def end(*_): pathlib.Path('ended').touch(); raise SystemExit\n"
+        "signal.signal(signal.SIGTERM, end); pathlib.Path('started').touch(); time.sleep(60)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["EMTRunBatch"], "command", (sys.executable, "-c", code))
+    with pytest.raises(Interrupted):
+        run(nodes, "EMTRunBatch", references="a.mp4", prompts="a cat")
+    assert (tmp_path / "ended").exists()
 
 
 def test_a_batch_is_a_run_of_the_program(nodes, tmp_path, monkeypatch):
