@@ -371,11 +371,16 @@ class MotionTransfer:
         Args:
             motions: of the clips, one of all or of each; or none.
             clips: half of the batch.
+
+        Raises:
+            EmtError: the network cannot do that.
         """
         if not motions or not self.config.get("guided_by_reference", False):
             return motions
-        kind = type(self.unet).__name__
-        drop = module_of(kind, "transformer").without_reference
+        drop = getattr(self.unet, "without_reference", None)
+        if drop is None:
+            problem = f"a {type(self.unet).__name__} is not guided by the reference"
+            raise EmtError(problem, "Take guided_by_reference out of the model's model_index.json.")
         each = motions * clips if len(motions) == 1 else motions
         return [*(replace(motion, features=drop(motion.features)) for motion in each), *each]
 

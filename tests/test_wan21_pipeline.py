@@ -12,6 +12,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from program import console
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from emt.backbones.sd15.random_model import random_model as other_model
 from emt.backbones.wan21.facts import facts
 from emt.backbones.wan21.random_model import random_model
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer, with_strength
@@ -264,6 +265,17 @@ class TestMotion:
             assert far(made_half, two_calls(pipe, prompt, one, 4, guided=2, moved=3)) < 0.1
             assert far(made, pipe.generate(prompt, one, seed=5, guidance=3.0, steps=3)[0]) > 0.5
         assert far(np.round(called * 255), found[0]) < 0.1
+
+    def test_k5_another_network_is_not_guided_by_the_reference(self, tmp_path):
+        folder = other_model(tmp_path / "model")
+        index = json.loads((folder / "model_index.json").read_text()) | {"guided_by_reference": True}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        opened = load_pipeline(folder)
+        shape = opened.config.height, opened.config.width
+        motion = opened.extract_motion(clip(0, opened.config.frames, *shape))
+        with pytest.raises(EmtError, match="a MotionTransferUNet is not guided by the reference") as error:
+            opened.generate("a cat", motion, steps=1)
+        assert "model_index.json" in error.value.hint
 
     def test_long_clips_are_guided_by_the_reference_too(self, pipe, motion, tmp_path):
         sizes = {"frames": 9, "height": HEIGHT, "width": WIDTH, "steps": 2, "max_frames": 9}

@@ -420,6 +420,12 @@ class WanMotionTransferTransformer(ModelMixin, ConfigMixin):
         """Paths of the blocks that take a reference, in the order in which they run."""
         return [self.blocks[i].path for i in self._fused()]
 
+    @staticmethod
+    def without_reference(features: MotionFeatures) -> MotionFeatures:
+        """Features of n references that leave it as it is alone, for samples beside others that follow a reference."""
+        layers = {path: (hidden, torch.full_like(added, ABSENT)) for path, (hidden, added) in features.layers.items()}
+        return MotionFeatures(layers)
+
     def fuse_projections(self) -> None:
         """Let inference compute query, key and value of each self-attention in one matmul."""
         for block in self.blocks:
@@ -482,14 +488,4 @@ def with_strength(features: MotionFeatures, strength: float | Tensor) -> MotionF
     layers = {}
     for path, (hidden, added) in features.layers.items():
         layers[path] = (hidden, added + weight.log().to(added))
-    return MotionFeatures(layers)
-
-
-def without_reference(features: MotionFeatures) -> MotionFeatures:
-    """Features that leave the network as it is alone, for samples beside others that follow a reference.
-
-    Args:
-        features: of n references, as `encode_reference` gives them.
-    """
-    layers = {path: (hidden, torch.full_like(added, ABSENT)) for path, (hidden, added) in features.layers.items()}
     return MotionFeatures(layers)
