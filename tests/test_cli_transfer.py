@@ -18,8 +18,8 @@ import pytest
 from program import EMT, FRAMES, SIDE, Run, clip, console, emt, environment, journal, lines, model, start, transfer
 
 from emt.video import read_clip, read_metadata, write_clip
-from emt_cli.batch.journal import Journal
-from emt_cli.batch.results import is_untouched
+from emt_cli.batch.journal import Journal, current, read
+from emt_cli.batch.results import is_untouched, reference_of
 from emt_cli.commands.rerun import compare
 
 
@@ -60,6 +60,27 @@ def test_references_times_prompts_become_clips_that_carry_their_settings(tmp_pat
         assert record["kernels"] == "reference"
         assert record["settings"]["steps"] == 2, "the model's own default"
     assert not list(tmp_path.rglob(".emt-partial-*"))
+
+
+def test_k2_a_reference_that_has_moved_is_found_where_the_next_run_found_it(tmp_path):
+    """`emt evaluate` and `emt report` read the journal; a copy beside the old one changes nothing."""
+    (tmp_path / "clips").mkdir()
+    old = clip(tmp_path / "clips" / "a.mp4", 1)
+    arguments = ("--prompt", "x", "--json", "-o", "out")
+
+    def named() -> tuple[int, list[Path]]:
+        found = current(tmp_path / "out")
+        return len(read(tmp_path / "out")), [reference_of(tmp_path / "out", line["reference"]) for line in found]
+
+    assert states(transfer(tmp_path, "clips", *arguments)) == {"done": 1}
+    assert named() == (2, [old])
+    shutil.copytree(tmp_path / "clips", tmp_path / "copy")
+    assert states(transfer(tmp_path, "copy", *arguments)) == {"skipped": 1}
+    assert named() == (3, [old])
+    shutil.rmtree(tmp_path / "clips")
+    for lines_then in (5, 6):  # it is said once
+        assert states(transfer(tmp_path, "copy", *arguments)) == {"skipped": 1}
+        assert named() == (lines_then, [tmp_path / "copy" / "a.mp4"])
 
 
 def test_finished_jobs_are_skipped_while_contents_and_settings_are_the_same(tmp_path):

@@ -145,6 +145,7 @@ class Feeder:
         made = known.done[line["output"]]
         if place.looked and state == "done":
             self.outcomes.seen(line, place.looked)
+        self.outcomes.moved(line, made.get("reference"))
         self.outcomes.unchanged(
             {**line, **{key: made[key] for key in ("seed", "best_of") if "best_of" in made}}, "skipped"
         )

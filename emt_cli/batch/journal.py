@@ -24,7 +24,9 @@ Lines with `"event": "job"` are about a job:
     warnings    what could not be honoured, a line each
 
 Lines with `"event": "file"` say that a clip was found whole with another time (a copied folder): output, id, bytes,
-mtime_ns, etag. Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds
+mtime_ns, etag; or that its reference is elsewhere than it was: output, id, reference.
+
+Lines with `"event": "run"` end a run: done, skipped, failed, dropped (of `emt make-pairs`), seconds
 since the process was started, first_clip (the seconds until the first one was finished), phases (where they went;
 they add up to the whole), device, device_wait (the share of the time between the first and the last batch in which the
 device waited for data), device_busy (the share of all seconds in which it computed; of several workers, of theirs
@@ -46,6 +48,7 @@ import heapq
 import os
 import re
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -119,6 +122,10 @@ def current(out: Path) -> list[dict[str, Any]]:
     # Jobs that failed before they had an output, by which of their facts are known, and by these.
     nameless: dict[tuple[bool, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
     for line in lines(out):
+        if line.get("event") == "file" and "reference" in line:
+            made = named.get(line.get("output", ""), {})
+            if made and made.get("id") == line.get("id"):
+                made["reference"] = line["reference"]
         if line.get("event") != "job" or line.get("state") not in ("done", "failed", "dropped"):
             continue
         facts = tuple(line.get(key) for key in ("origin", "reference", "prompt", "seed"))
@@ -194,14 +201,15 @@ class Known:
     """Index of the clips of earlier runs: the latest line on each, in little memory.
 
     Attributes:
-        done: By output: id, bytes and mtime_ns of a finished clip; seed and best_of where one was chosen; measures.
+        done: By output: id, reference, bytes and mtime_ns of a finished clip; its seed and best_of where one was
+            chosen; its measures.
         dropped: By output: id and measures of a clip that was dropped.
         failed: By output: id and error of a job whose last word is that it failed.
         store: Where the clips are, if not in a folder on disk.
     """
 
     _KEPT = ("id", "bytes", "mtime_ns", "etag", "motion_fidelity", "temporal_consistency")
-    FIELDS = (*_KEPT, "event", "state", "output", "best_of", "seed", "error")
+    FIELDS = (*_KEPT, "event", "state", "output", "reference", "best_of", "seed", "error")
 
     def __init__(self) -> None:
         self.done: dict[str, dict[str, Any]] = {}
@@ -217,9 +225,11 @@ class Known:
         if line.get("event") == "file":
             known = self.done.get(output, {})
             if known and known.get("id") == line.get("id"):
-                known |= {name: line[name] for name in ("bytes", "mtime_ns", "etag") if name in line}
+                known |= {name: line[name] for name in ("bytes", "mtime_ns", "etag", "reference") if name in line}
             return
         kept = {name: line[name] for name in self._KEPT if name in line}
+        if "reference" in line:
+            kept["reference"] = sys.intern(line["reference"])  # many clips have one
         if "best_of" in line and "seed" in line:
             kept |= {"best_of": line["best_of"], "seed": line["seed"]}
         if state == "failed":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emt.errors import EmtError
+from emt.remote import is_url
 from emt_cli.batch.journal import Journal
 from emt_cli.batch.phases import Phases, process_age
 from emt_cli.batch.results import sidecar
@@ -120,6 +121,19 @@ class Outcomes:
         stamps = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         with suppress(OSError):  # then it looks
             self.journal.append({"event": "file", "id": line["id"], "output": line["output"], **stamps})
+
+    def moved(self, line: dict[str, Any], before: str | None) -> None:
+        """The reference of a finished clip may be elsewhere by now: then readers of the journal look for it there.
+
+        Args:
+            line: The job as it is now.
+            before: Path or URL of its reference by the journal; None if that has none.
+        """
+        if before is None or before == line["reference"] or is_url(before) or os.path.exists(self.out / before):
+            return
+        with suppress(OSError):
+            names = ("id", "output", "reference")
+            self.journal.append({"event": "file", **{name: line[name] for name in names}})
 
     def dropped(self, line: dict[str, Any], reason: str) -> None:
         """A clip has not passed a filter; one of that name from an earlier run goes, too.
