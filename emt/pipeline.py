@@ -594,26 +594,45 @@ def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> MotionTransf
 
 
 def _check_numbers(pipe: MotionTransfer, model: str | Path) -> None:
-    """Check the numbers that a model's configurations give for what is computed between its networks.
+    """Check the numbers that a model's configurations give for what is computed with and between its networks.
 
     Raises:
-        EmtError: one is none, or means what is not computed here.
+        EmtError: one is none, contradicts another, or means what is not computed here.
     """
+
+    def expect(fits: bool, name: str, value: Any, allowed: str) -> None:
+        if not fits:
+            raise EmtError(f"the model {model} cannot be opened: {name} is {value!r:.60}", f"Allowed: {allowed}.")
+
     try:
         check_schedule(pipe.scheduler.config)
     except EmtError as error:
         raise EmtError(f"the model {model} cannot be opened: {error.problem}", error.hint) from None
-    if pipe.codec.streams:  # its latents are shifted and scaled by each channel's own
+    last = pipe.scheduler.config.get("num_train_timesteps", 1000) - 1
+    level = pipe.config.get("reference_timestep")
+    expect(
+        level is None or (type(level) is int and 0 <= level <= last),
+        "reference_timestep of model_index.json",
+        level,
+        f"0 to {last}",
+    )
+    if pipe.codec.streams:  # its latents are scaled by each channel, its text encoder may be elsewhere
         return
     config = pipe.vae.config
     scale = config.get("scaling_factor", 0.18215)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6:
-        problem = f"the model {model} cannot be opened: scaling_factor of vae/config.json is {scale!r:.60}"
-        raise EmtError(problem, "Allowed: a number above 0.")
+    number = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < 1e6
+    expect(number, "scaling_factor of vae/config.json", scale, "a number above 0")
     for name in ("shift_factor", "latents_mean", "latents_std"):
-        if config.get(name):
-            problem = f"the model {model} cannot be opened: {name} of vae/config.json is {config[name]!r:.60}"
-            raise EmtError(problem, "Allowed: null, for this network.")
+        expect(not config.get(name), f"{name} of vae/config.json", config.get(name), "null, for this network")
+    if pipe.text_encoder is None:
+        return
+    text, network = pipe.text_encoder.config, pipe.unet.config
+    width = network.get("cross_attention_dim", network.get("text_dim", text.hidden_size))
+    expect(text.hidden_size == width, "hidden_size of text_encoder/config.json", text.hidden_size, f"{width}")
+    tokens, positions = pipe.tokenizer.model_max_length, text.max_position_embeddings
+    expect(tokens <= positions, "model_max_length of the tokenizer", tokens, f"up to {positions}")
+    words = len(pipe.tokenizer)
+    expect(words <= text.vocab_size, "the vocabulary of the tokenizer", words, f"up to {text.vocab_size}")
 
 
 @contextlib.contextmanager

@@ -382,6 +382,11 @@ class TestErrors:
             ("vae", {"shift_factor": 0.1}, "shift_factor of vae/config.json is 0.1"),
             ("vae", {"norm_num_groups": -1}, "vae/config.json is -1; allowed: a whole number from 0"),
             ("vae", {"use_quant_conv": 1}, "vae/config.json is 1; allowed: true or false"),
+            ("", {"reference_timestep": -1}, "reference_timestep of model_index.json is -1"),
+            ("", {"reference_timestep": 1000}, "reference_timestep of model_index.json is 1000"),
+            ("tokenizer", {"model_max_length": 78}, "model_max_length of the tokenizer is 78"),
+            ("tokenizer", {"model_max_length": 1}, "no number of tokens"),
+            ("tokenizer", {"pad_token": None}, "no token that fills up (pad_token)"),
             ("vae", {"block_out_channels": []}, "vae/config.json: list index out of range"),
             ("scheduler", {"beta_end": None}, "beta_end of scheduler_config.json is None"),
             ("scheduler", {"beta_end": 0}, "beta_end of scheduler_config.json is 0"),
@@ -398,11 +403,30 @@ class TestErrors:
     )
     def test_k2_numbers_of_a_configuration_that_make_no_clips_are_named(self, folder, tmp_path, part, change, said):
         model = shutil.copytree(folder, tmp_path / "model")
-        path = model / part / {"vae": "config.json", "scheduler": "scheduler_config.json"}[part]
+        names = {"": "model_index", "vae": "config", "scheduler": "scheduler_config", "tokenizer": "tokenizer_config"}
+        path = model / part / f"{names[part]}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(EmtError, match="cannot be opened") as caught:
             _ = open_model(model) or load_pipeline(model)
         assert said in caught.value.problem
+
+    def test_k5_a_text_encoder_of_another_network_is_refused(self, folder, tmp_path):
+        """Of another width, or with fewer words than its tokenizer has: both fail in the middle of a prompt."""
+        for change in ({"hidden_size": 64}, {"vocab_size": 300}):
+            model = shutil.copytree(folder, tmp_path / str(change))
+            path = model / "text_encoder" / "config.json"
+            config = json.loads(path.read_text())
+            path.write_text(json.dumps(config | change))
+            weights = load_file(path.with_name("model.safetensors"))
+            wide, words = (change.get(name, config[name]) for name in ("hidden_size", "vocab_size"))
+            sizes = {config["hidden_size"]: wide, config["vocab_size"]: words}
+            made = {
+                name: torch.zeros([sizes.get(n, n) for n in weight.shape], dtype=weight.dtype)
+                for name, weight in weights.items()
+            }
+            save_file(made, path.with_name("model.safetensors"))
+            with pytest.raises(EmtError, match=r"cannot be opened: (hidden_size|the vocabulary)"):
+                open_model(model)
 
     def test_k2_a_scheduler_of_another_class_does_not_have_latents_cut(self, folder, tmp_path):
         """diffusers' DDIM cuts clips at 1 where its configuration does not say; those of other classes never do."""

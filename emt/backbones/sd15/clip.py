@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
+from emt.errors import first_line
 from emt.parts import Config, Network, configured
 
 
@@ -179,18 +180,18 @@ class Tokenizer:
 
         Raises:
             OSError: a file is missing.
-            ValueError: its configuration is of another kind.
-            Exception: a file is damaged; tokenizers raises nothing narrower.
+            ValueError: its configuration is of another kind, or a file is damaged.
         """
-        config, backend = (
-            Config.read(folder / "tokenizer_config.json"),
-            Backend.from_file(str(folder / "tokenizer.json")),
-        )
-        pad = config["pad_token"]
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        if not isinstance(pad, str) or backend.token_to_id(pad) is None or type(config["model_max_length"]) is not int:
-            raise ValueError(f"{folder} has no token that fills up, or no number of tokens")
-        return cls(backend, config["model_max_length"], pad)
+        config = Config.read(folder / "tokenizer_config.json")
+        try:
+            backend = Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {first_line(error)}") from None
+        pad, length = config.get("pad_token"), config.get("model_max_length")
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        if not isinstance(pad, str) or backend.token_to_id(pad) is None or type(length) is not int or length < 3:
+            raise ValueError(f"{folder} has no token that fills up (pad_token), or no number of tokens")
+        return cls(backend, length, pad)
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()
