@@ -483,6 +483,7 @@ def files_that_are_no_clips(folder: Path, good: Path) -> dict[str, str]:
     )
     Image.new("RGB", (8, 8)).save(folder / "picture.mp4", "PNG")
     (folder / "clip.txt").write_bytes(whole)
+    (folder / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     os.mkfifo(folder / "pipe.mp4")
     (folder / "loop.mp4").symlink_to("loop.mp4")
     (folder / "broken.mp4").symlink_to("nowhere.mp4")
@@ -491,6 +492,7 @@ def files_that_are_no_clips(folder: Path, good: Path) -> dict[str, str]:
         "zero.mp4": "is empty",
         "text.mp4": "cannot be read as a video",
         "noise.mkv": "cannot be read as a video",
+        "pointer.mp4": "a page, a note or a pointer (Git LFS) may have been saved instead",
         "half.mp4": "cannot be read as a video: its index (moov), which a recorder writes last, is missing",
         "head.gif": "cannot be read as a video",
         "concat.mp4": "cannot be read as a video",

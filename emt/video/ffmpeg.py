@@ -18,6 +18,7 @@ from emt.video.clip import MAX_PIXELS
 from emt.video.names import show
 
 _LONGEST_LOG = 1 << 20
+_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
 # Demuxers of files that hold their video themselves. Those of playlists and lists of files (hls, dash, concat, imf,
 # sdp, image2) open other files by what a file holds, so they are left out.
 _FORMATS = (
@@ -110,7 +111,15 @@ class Ffmpeg:
         if self._process.returncode < 0:
             return f"ffmpeg crashed ({_name_of(-self._process.returncode)})"
         reason = errors[0].strip().rstrip(".") if errors else "frames are missing when it is decoded"
+        if "moov atom not found" in reason and not self._is_of_boxes():
+            return "there is none in it: a page, a note or a pointer (Git LFS) may have been saved instead"
         return next((ours for theirs, ours in _REASONS.items() if theirs in reason), reason)
+
+    def _is_of_boxes(self) -> bool:
+        """Return whether the file begins as those of MP4 and QuickTime do."""
+        with suppress(OSError), self._path.open("rb") as file:
+            return file.read(8)[4:] in _BOXES
+        return False
 
     def __enter__(self) -> Ffmpeg:
         return self
