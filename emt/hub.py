@@ -36,7 +36,7 @@ def split_scale(value: str, option: str = "lora") -> tuple[str, float]:
     has one begins no scale.
 
     Raises:
-        EmtError: if the scale is no finite number.
+        EmtError: if the scale is no finite number, or there is no file.
     """
     path, colon, scale = value.rpartition(":")
     if not colon or re.search(r"[/\\]", scale) or os.path.exists(value):
@@ -47,8 +47,10 @@ def split_scale(value: str, option: str = "lora") -> tuple[str, float]:
         if "://" in path and "?" in path:  # a time in the parameters of a signed URL
             return value, 1.0
         number = math.nan
+    hint = f"Write --{option} FILE or --{option} FILE:0.8."
+    if not path.strip():
+        raise EmtError(f"--{option} {value}: no file is named", hint)
     if not math.isfinite(number):
-        hint = f"Write --{option} FILE or --{option} FILE:0.8."
         raise EmtError(f"--{option} {value}: the scale {scale!r} is not a number", hint)
     return path, number
 
@@ -57,13 +59,15 @@ def split_frame(value: str) -> tuple[str, int]:
     """`FILE` or `FILE@FRAME` → path or address, and the number of a frame, 0 unless given.
 
     Raises:
-        EmtError: if the frame is no whole number from 0.
+        EmtError: if the frame is no whole number from 0, or there is no file.
     """
     path, at, frame = value.rpartition("@")
     if not at or re.search(r"[/\\]", frame) or os.path.exists(value):
         return value, 0
+    hint = "Write --control-image FILE or --control-image FILE@15; frames count from 0."
+    if not path.strip():
+        raise EmtError(f"--control-image {value}: no file is named", hint)
     if not (frame.isascii() and frame.isdecimal() and len(frame) < 8):
-        hint = "Write --control-image FILE or --control-image FILE@15; frames count from 0."
         raise EmtError(f"--control-image {value}: the frame {frame!r} is no number of a frame", hint)
     return path, int(frame)
 

@@ -357,6 +357,30 @@ def test_k2_results_are_no_references_whatever_way_leads_to_them(tmp_path, monke
     assert [path.name for path in named] == ["prompt-0.mp4"], "nothing else is named"
 
 
+def test_k2_results_of_other_output_folders_are_no_references_unless_they_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip(tmp_path / "clips" / "a.mp4")
+    clip(tmp_path / "before" / "kept.mp4")  # somebody's own, beside the results
+    result = clip(tmp_path / "before" / "a_1234" / "prompt-0.mp4")
+    result.with_name(f"{result.name}.json").write_text('{"id": "1", "settings": {}}')
+    (tmp_path / "before" / "journal.jsonl").touch()
+    said = []
+    assert [path.name for path in Finder(True, Path("out"), said.append).find(["."])] == ["kept.mp4", "a.mp4"]
+    assert any("left out: 1 result of earlier runs" in line for line in said)
+    for named in ("before", "before/a_1234", str(result)):
+        found = Finder(True, Path("out"), said.append).find([named])
+        assert [path.name for path in found][:1] == ["prompt-0.mp4"], "it is what was asked for"
+
+
+@pytest.mark.parametrize("folder", ["@eaDir", "$RECYCLE.BIN", "lost+found", "__MACOSX"])
+def test_k2_folders_of_systems_hold_no_references_unless_they_are_named(tmp_path, folder):
+    clip(tmp_path / "a.mp4")
+    inside = clip(tmp_path / folder / "b.mp4")
+    finder = Finder(True, tmp_path / "out", lambda text: None)
+    assert [path.name for path in finder.find([str(tmp_path)])] == ["a.mp4"]
+    assert finder.find([str(inside.parent)]) == [inside]
+
+
 @pytest.mark.parametrize(
     ("given", "out"),
     [

@@ -14,6 +14,7 @@ from typing import Any
 from emt.errors import EmtError
 from emt.remote import Downloads, MissingError, child, copy_of, files, is_url, matching, normal, shown, stat, to_path
 from emt.storage import open_file
+from emt_cli.batch import journal
 from emt_cli.batch.inputs.prompt_files import SUFFIXES
 from emt_cli.batch.jobs import Rejected
 from emt_cli.batch.options import UsageError
@@ -62,6 +63,10 @@ class ReferencePaths:
         if path in self.sources:
             self.downloads.fetch(self.sources[path])
         return path
+
+
+# Folders in which systems and storage devices keep previews, deleted files and what they lost.
+_OF_SYSTEMS = ("@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx")
 
 
 class Finder:
@@ -173,8 +178,13 @@ class Finder:
             self._note(f"not read in {shown(url)}: {unread[0]}{more}")
         return [child(url, name) for name in sorted(clips, key=lambda name: _by_name(Path(name)))]
 
-    def _inside(self, folder: Path) -> list[Path]:
-        """The clips in a folder, with --recursive in its folders too."""
+    def _inside(self, folder: Path, made: bool = False) -> list[Path]:
+        """The clips in a folder, with --recursive in its folders too.
+
+        Args:
+            folder: The folder.
+            made: It is, or is in, another run's output folder that was found on the way.
+        """
         from emt.video import is_clip, natural_key
         from emt.video.names import count
 
@@ -187,16 +197,16 @@ class Finder:
             if entry.name.startswith(".") or os.path.join(self._real(folder), entry.name) == self._out:
                 continue
             if is_clip(path):
-                if self._is_result(path):
+                if self._is_result(path, made):
                     results += 1
                 else:
                     clips.append(path)
-            elif entry.is_dir(follow_symlinks=False):
+            elif entry.is_dir(follow_symlinks=False) and entry.name.lower() not in _OF_SYSTEMS:
                 if not self.recursive:
                     passed += 1
                     continue
                 try:
-                    clips.extend(self._inside(path))
+                    clips.extend(self._inside(path, made or journal.exists(path)))
                 except OSError as error:
                     self._note(f"ignored the folder {path}: {error.strerror}")
         if passed and clips:
@@ -205,10 +215,15 @@ class Finder:
             self._note(f"left out: {count(results, 'result')} of earlier runs in {folder}")
         return clips
 
-    def _is_result(self, clip: Path) -> bool:
-        """Return whether a clip in the output folder, which may be one of references, was made by a run."""
+    def _is_result(self, clip: Path, made: bool = False) -> bool:
+        """Return whether a clip in an output folder, which may be one of references, was made by a run.
+
+        Args:
+            clip: The clip.
+            made: Its folder is known to be one of results.
+        """
         real = os.path.join(self._real(clip.parent), clip.name)
-        if is_url(self._out) or not real.startswith(os.path.join(self._out, "")):
+        if not made and (is_url(self._out) or not real.startswith(os.path.join(self._out, ""))):
             return False
         try:
             with open_file(sidecar(clip)) as file:
