@@ -33,7 +33,7 @@ from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.exc import CppCompileError
 
 from emt.backbones.sd15.random_model import random_model
-from emt.backbones.sd15.switching import merge_loras
+from emt.backbones.sd15.switching import WeightSwitch
 from emt.backbones.wan21.random_model import random_model as wan_model
 from emt.backends.base import Backend
 from emt.backends.torch import TorchBackend
@@ -813,7 +813,10 @@ def test_engines_are_in_a_folder_of_the_cache(tmp_path):
 
 def test_auto_says_nothing_where_there_are_no_engines(model, tmp_path):
     said: list[str] = []
-    assert choice("auto", model, tmp_path, said).find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES) is None
+    chosen = choice("auto", model, tmp_path, said)
+    assert chosen.find(Device.open("cpu", "auto"), SIDE, SIDE, FRAMES) is None
+    assert not chosen.applies(2)
+    assert not chosen.applies(1, has_long_text=True)
     assert not said
 
 
@@ -1022,23 +1025,21 @@ def write_lora(path: Path, pipe: MotionTransferPipeline, seed: int) -> Path:
 
 
 def test_a_lora_and_another_and_the_first_again(network, pipe, tmp_path):
-    """The engine reads the weights where they lie: whatever is merged into them shows, and A after B is A."""
+    """As `emt transfer` lays them over a model: the engine reads the weights where they lie, and A after B is A."""
     first, second = (write_lora(tmp_path / f"{name}.safetensors", pipe, seed) for seed, name in enumerate("ab"))
-    base = {name: parameter.detach().clone() for name, parameter in pipe.unet.named_parameters()}
-    backend = opened(network, pipe)
+    backend, switch = opened(network, pipe), WeightSwitch(pipe)
 
-    def made(lora: Path) -> torch.Tensor:
-        with torch.no_grad():
-            for name, parameter in pipe.unet.named_parameters():
-                parameter.copy_(base[name])
-        merge_loras(pipe, [(lora, 1.0)])
+    def made(*loras: Path) -> torch.Tensor:
+        switch.set([(lora, 1.0) for lora in loras])
         found = step(backend, pipe)
         torch.testing.assert_close(found, step(TorchBackend(pipe), pipe), atol=1e-5, rtol=1e-4)
         return found
 
-    a, b, again = made(first), made(second), made(first)
+    none, a, b, again, both, none_again = made(), made(first), made(second), made(first), made(first, second), made()
     assert torch.equal(a, again)
-    assert (a - b).abs().max() > 0.01
+    assert torch.equal(none, none_again)
+    for one, other in itertools.combinations((none, a, b, both), 2):
+        assert (one - other).abs().max() > 0.01
 
 
 def test_k5_a_package_that_cannot_be_loaded_is_an_error_in_words(network, pipe, tmp_path):

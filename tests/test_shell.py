@@ -292,6 +292,9 @@ def test_k7_what_several_options_have_wrong_together_names_the_source(here, monk
     monkeypatch.setenv("EMT_SEEDS", "y")
     assert said() == "an environment variable: --seeds has 'y'"
     assert said("--seeds", "z") == "--seeds has 'z'"
+    monkeypatch.setenv("EMT_SIZE", "32")
+    assert said() == "an environment variable: size is '32'", "a setting of the clip, too"
+    assert said("--size", "33") == "size is '33'"
 
 
 def test_k5_a_config_folder_that_cannot_be_looked_into_has_no_file(here, monkeypatch):

@@ -58,11 +58,10 @@ def _taking(command: Callable[[TransferOptions], None], several: bool = False) -
             # An option that may be repeated is an empty list where it is left out.
             if (value := given.pop(name)) not in (None, [], ()):
                 source = getattr(context.get_parameter_source(name), "name", "")
-                where = f"{files[name]}: " if source == "DEFAULT_MAP" else ""
                 try:
                     layers.get(source, layers["COMMANDLINE"])[name] = parse_field(name, value)
                 except EmtError as error:
-                    raise UsageError(f"{where}{error.problem}", error.hint) from None
+                    raise UsageError(f"{_origin(context, files, name)}{error.problem}", error.hint) from None
         settings = layers.pop("COMMANDLINE")
         if several:
             given["out"], *given["others"] = distinct(given["out"])
@@ -70,7 +69,8 @@ def _taking(command: Callable[[TransferOptions], None], several: bool = False) -
         try:
             options.check()
         except UsageError as error:
-            raise UsageError(f"{_origin(context, files, error.problem)}{error.problem}", error.hint) from None
+            name = error.problem.partition(" ")[0].removeprefix("--").replace("-", "_")
+            raise UsageError(f"{_origin(context, files, name)}{error.problem}", error.hint) from None
         command(options)
 
     parameters = []
@@ -91,9 +91,8 @@ def _taking(command: Callable[[TransferOptions], None], several: bool = False) -
     return _with_parameters(run, [context, *parameters], command)
 
 
-def _origin(context: typer.Context, files: Mapping[str, Path], problem: str) -> str:
-    """Origin of the option that a problem begins with: the file or the variable that sets it, or nothing."""
-    name = problem.partition(" ")[0].removeprefix("--").replace("-", "_")
+def _origin(context: typer.Context, files: Mapping[str, Path], name: str) -> str:
+    """The file or the variable that sets an option, before what is said of it; nothing on the command line."""
     source = getattr(context.get_parameter_source(name), "name", "") if name in context.params else ""
     if source == "ENVIRONMENT":
         return "an environment variable: "

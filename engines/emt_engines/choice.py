@@ -164,9 +164,11 @@ class EngineChoice:
             )
 
     def applies(self, cache_interval: int, has_long_text: bool = False) -> bool:
-        """Return whether an engine may make a clip; reports, once for each, what rules it out."""
+        """Return whether an engine may make a clip; reports, once for each, what rules out those that there are."""
         if (cache_interval == 1 and not has_long_text) or self.requested == TORCH:
             return True
+        if not self.named and not self._has_engines():
+            return False
         reason = "engines do not reuse deep features (--cache-interval)"
         if cache_interval == 1:
             reason = "engines read one text of the text encoder, not longer prompts nor ones that change over the clip"
@@ -215,6 +217,13 @@ class EngineChoice:
         elif self._fitting:
             self.say(f"engine: torch for {frames} frames of {width}x{height}, which no engine here has")
         return fitting[0] if fitting else None
+
+    def _has_engines(self) -> bool:
+        """Whether the cache has any."""
+        try:
+            return bool(list_engines(self.folder)[0])
+        except EmtError:
+            return False
 
     def _fits(self, device: Device) -> list[Engine]:
         """The named engine, or the engines of the cache that may run."""
