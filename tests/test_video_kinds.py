@@ -321,7 +321,8 @@ def test_k5_chunks_that_are_too_short_are_at_most_one_error(tmp_path: Path, kind
     try:
         read_clip(tmp_path, frames=1)
     except EmtError as error:
-        assert "a.png cannot be read as an image: " in error.problem  # noqa: PT017
+        said = ("a.png cannot be read as an image: ", "a.png is no image")  # the second of Pillow 10
+        assert any(text in error.problem for text in said)  # noqa: PT017
     assert not is_clip(path)
 
 
