@@ -21,7 +21,7 @@ from emt.video import write_clip
 from emt_cli.batch.inputs import PromptWarnings, expand, prompt_files
 from emt_cli.batch.inputs.references import Finder
 from emt_cli.batch.jobs import Job, Rejected
-from emt_cli.batch.options import Settings, TransferOptions, UsageError
+from emt_cli.batch.options import JOB_FIELDS, Settings, TransferOptions, UsageError, parse_field
 
 
 def listed(*references: object, **options: object) -> list[Job | Rejected]:
@@ -633,3 +633,12 @@ def test_k2_syntax_that_is_not_honoured_is_in_the_record(tmp_path):
 )
 def test_plain_words_are_not_taken_for_syntax(prompt):
     assert not warnings_of(prompt)
+
+
+@pytest.mark.parametrize("name", JOB_FIELDS)
+def test_k7_a_long_value_of_any_field_is_not_repeated_whole(name):
+    for value in ("x" * 5_000, ["x" * 5_000], {"x" * 5_000: 1}, 10**4_000):
+        try:
+            parse_field(name, value)
+        except EmtError as error:
+            assert len(error.problem) < 300  # noqa: PT017

@@ -89,7 +89,7 @@ def parse_field(name: str, value: Any) -> Any:
             return kind(value)
         except ValueError:
             allowed = ", ".join(str(member.value) for member in kind)
-            raise EmtError(f"{name} is {value!r}", f"Allowed are {allowed}.") from None
+            raise EmtError(f"{name} is {value!r:.100}", f"Allowed are {allowed}.") from None
     if name == "size":
         return _size(value)
     if kind is str:
