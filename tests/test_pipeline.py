@@ -428,6 +428,16 @@ class TestErrors:
             with pytest.raises(EmtError, match=r"cannot be opened: (hidden_size|the vocabulary)"):
                 open_model(model)
 
+    @pytest.mark.parametrize("name", ["attention_heads", "motion_attention_heads", "norm_num_groups"])
+    def test_k2_what_no_weight_shows_is_not_guessed(self, folder, tmp_path, name):
+        model = shutil.copytree(folder, tmp_path / "model")
+        path = model / "unet" / "config.json"
+        config = json.loads(path.read_text())
+        del config[name]
+        path.write_text(json.dumps(config))
+        with pytest.raises(EmtError, match=f"unet/config.json does not say {name}"):
+            open_model(model)
+
     def test_k2_a_scheduler_of_another_class_does_not_have_latents_cut(self, folder, tmp_path):
         """diffusers' DDIM cuts clips at 1 where its configuration does not say; those of other classes never do."""
         model = shutil.copytree(folder, tmp_path / "model")

@@ -19,6 +19,8 @@ _CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": Tokenizer.CLASSES,
 }
+#: Entries of the network's configuration that no shape of a weight depends on: with another number clips are wrong.
+_NOT_IN_WEIGHTS = {"attention_heads", "motion_attention_heads", "norm_num_groups"}
 
 
 def open_parts(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any] | None:
@@ -32,6 +34,7 @@ def open_parts(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> di
     Raises:
         EmtError: a part has not the weights that its file holds.
         OSError: a file is missing.
+        ValueError: a configuration is damaged.
     """
     for name, classes in _CLASSES.items():
         entry = index.get(name)
@@ -41,6 +44,8 @@ def open_parts(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> di
         return None
     if not Autoencoder.builds(Config.read(folder / "vae" / "config.json")):
         return None
+    if missing := _NOT_IN_WEIGHTS - Config.read(folder / "unet" / "config.json").keys():
+        raise ValueError(f"{folder / 'unet' / 'config.json'} does not say {', '.join(sorted(missing))}")
     if Config.read(folder / "text_encoder" / "config.json").get("hidden_act", "quick_gelu") not in ACTIVATIONS:
         return None
     return {
