@@ -95,6 +95,11 @@ class Motion:
     seed: int
 
     @property
+    def references(self) -> int:
+        """References that its features are of: one, or those of a batch."""
+        return next(tensors_of(self.features)).shape[0]
+
+    @property
     def bytes(self) -> int:
         """Bytes of its features."""
         return sum(x.numel() * x.element_size() for x in tensors_of(self.features))

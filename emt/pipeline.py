@@ -381,7 +381,7 @@ class MotionTransfer:
         if drop is None:
             problem = f"a {type(self.unet).__name__} is not guided by the reference"
             raise EmtError(problem, "Take guided_by_reference out of the model's model_index.json.")
-        each = motions * clips if len(motions) == 1 else motions
+        each = motions * (clips // motions[0].references) if len(motions) == 1 else motions
         return [*(replace(motion, features=drop(motion.features)) for motion in each), *each]
 
     # --------------------------------------------------------------------------------------------------- the parts

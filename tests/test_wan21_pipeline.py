@@ -19,7 +19,7 @@ from emt.backbones.wan21.transformer import WanMotionTransferTransformer, with_s
 from emt.backends.codec import VideoCodec
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
-from emt.features import Motion
+from emt.features import Motion, joined
 from emt.model_folder import find_model
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.prompts import PromptEncoder
@@ -255,6 +255,10 @@ class TestMotion:
         try:
             found = pipe.generate(prompts, motions, seed=5, guidance=3.0, steps=3)
             half = pipe.generate(prompts, motions, seed=5, guidance=3.0, steps=4, guidance_until=0.5, motion_until=0.75)
+            if each:  # as one motion of all references
+                batch = Motion(joined(motions), FRAMES, HEIGHT, WIDTH, 0)
+                at_once = pipe.generate(prompts, batch, seed=5, guidance=3.0, steps=3)
+                assert all(far(a, b) == 0 for a, b in zip(at_once, found, strict=True))
             called = pipe(prompts[0], clip(), guidance_scale=3.0, num_inference_steps=3, output_type="np",
                           generator=torch.Generator().manual_seed(5)).frames[0]  # fmt: skip
         finally:
