@@ -263,7 +263,7 @@ class DiffusersInterface:
             ]
             _check_shape(pipe, *shape)
             return [pipe.extract_motion(read_video(each, shape[0], (shape[2], shape[1]))) for each in videos_of(video)]
-        motions = in_dtype([motion] if isinstance(motion, Motion) else list(motion or []), self.unet.dtype)
+        motions = in_dtype([] if motion is None else motion, self.unet.dtype)
         for one in motions:
             for name, own in zip(given, (one.frames, one.height, one.width)):
                 if given[name] not in (None, own):
@@ -350,6 +350,8 @@ class DiffusersInterface:
         if latents is not None:
             if tuple(latents.shape) != size:
                 raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {size}")
+            if not torch.isfinite(latents).all():
+                raise ValueError("latents have NaN or infinity, allowed are finite numbers")
             return latents.float()
         generators = list(generator) if isinstance(generator, Sequence) else generator
         for one in generators if isinstance(generators, list) else [generators]:
@@ -487,7 +489,8 @@ def _check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
 def _each(name: str, values: list[T], count: int, repeats: int = 1) -> list[T]:
     """One value for each of so many prompts, of one for all or one for each; each as often as it has clips."""
     if len(values) not in (1, count):
-        raise ValueError(f"{name} has {len(values)} entries, expected 1 or {count}")
+        expected = f"1 or {count}" if count > 1 else "1, as there is one prompt"
+        raise ValueError(f"{name} has {len(values)} entries, expected {expected}")
     return [value for value in values * (count // len(values)) for _ in range(repeats)]
 
 

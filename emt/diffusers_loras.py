@@ -152,6 +152,7 @@ class LoraInterface:
                 hint = "Merge it into a model folder: emt import-weights --lora"
                 raise EmtError(f"a {network} takes no LoRA while it is open", hint)
             self._switch = module_of(network, "switching").WeightSwitch(self)
+            self._loras, self._active, self._disabled = {}, {}, {}  # as long as nothing could be loaded
         if any(p.is_meta for part in (self.text_encoder, self.vae) for p in part.parameters()):
             raise ValueError("weights are offloaded layer by layer: load LoRAs before enable_sequential_cpu_offload")
         self._switch.keep_words()

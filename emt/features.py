@@ -144,14 +144,21 @@ class Motion:
             raise EmtError(f"{path} is not a motion file: {error}", "Read the motion from the clip again.") from error
 
 
-def in_dtype(motions: Sequence[Motion], dtype: torch.dtype) -> list[Motion]:
-    """The same motions, for a network of another dtype than read them, or that read what a file keeps.
+def in_dtype(motions: Motion | Sequence[Motion], dtype: torch.dtype) -> list[Motion]:
+    """The same motion or motions, for a network of another dtype than read them, or that read what a file keeps.
 
     Hidden states are converted, (n, frames, height, width, channels); numbers beside them stay as they are. A motion
     that is there several times is one object still (`joined`).
+
+    Raises:
+        TypeError: one of them is something else.
     """
+    motions = list(motions) if isinstance(motions, Sequence) and not isinstance(motions, str) else [motions]
     found: dict[int, Motion] = {}
     for motion in motions:
+        if not isinstance(motion, Motion):
+            allowed = "what extract_motion returns or Motion.load reads, or a list of such"
+            raise TypeError(f"motion is {motion!r:.100}, allowed is {allowed}")
         if id(motion) in found:
             continue
         layers = {

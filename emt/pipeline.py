@@ -250,7 +250,7 @@ class MotionTransfer:
             "negative_prompt", [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt), count
         )
         seeds = _broadcast("seed", [seed] if isinstance(seed, int) else list(seed), count)
-        motions = in_dtype([motion] if isinstance(motion, Motion) else list(motion or []), self.unet.dtype)
+        motions = in_dtype([] if motion is None else motion, self.unet.dtype)
         if len(motions) > 1:
             motions = _broadcast("motion", motions, count)
         if guidance is None:

@@ -365,6 +365,31 @@ def test_a_scale_of_one_or_less_is_without_guidance(pipe, motion, scale):
     )
 
 
+@pytest.mark.parametrize("call", ["__call__", "generate"])
+@pytest.mark.parametrize("wrong", ["spin.safetensors", 3, ["spin.safetensors"]])
+def test_what_is_no_motion_is_named(pipe, call, wrong):
+    with pytest.raises(TypeError, match=r"motion is .*, allowed is what extract_motion returns"):
+        getattr(pipe, call)("a cat", motion=wrong)
+
+
+def test_a_lora_that_could_not_be_loaded_leaves_nothing(folder):
+    pipe = load_pipeline(folder)
+    with pytest.raises(EmtError, match="does not exist"):
+        pipe.load_lora_weights("nowhere.safetensors")
+    with pytest.raises(ValueError, match="there is no adapter 'x', loaded are: none"):
+        pipe.set_adapters("x")
+    pipe.disable_lora()
+    pipe.unload_lora_weights()
+    assert not pipe.get_active_adapters()
+    assert not pipe.get_list_adapters()
+
+
+def test_latents_that_are_not_finite_are_not_the_networks(pipe, motion):
+    latents = torch.full((1, pipe.unet.latent_channels, FRAMES, HEIGHT // 8, WIDTH // 8), torch.nan)
+    with pytest.raises(ValueError, match="latents have NaN or infinity"):
+        pipe("a cat", motion=motion, latents=latents)
+
+
 def test_what_a_callback_returns_has_to_fit(pipe, motion):
     wrong = torch.zeros(3, 77, pipe.unet.text_width)
     with pytest.raises(ValueError, match="prompt_embeds that a callback returned have shape"):
