@@ -112,7 +112,7 @@ def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
     ]
     (tmp_path / "good" / "metadata.jsonl").write_text("\n".join(lines))
     found, said = listed(tmp_path)
-    assert sorted({target for _, target, _ in found}) == ["a.mp4", "b.mp4"]
+    assert {target for _, target, _ in found} == {"b.mp4"}
     for name, reason in [
         ("empty.mp4", "caption is empty"),
         ("metadata.jsonl:2", "a line is"),
@@ -123,6 +123,60 @@ def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
     ]:
         assert [line for line in said if name in line and reason in line], (name, said)
     assert len(said) == 6
+
+
+LINE = '{"file": "a.mp4", "caption": "a löwe"}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINE.encode("utf-16"),
+        LINE.encode("utf-8-sig"),
+        LINE.replace("\n", "\r\n").encode(),
+        LINE.strip().encode() + b"\r",
+    ],
+)
+def test_k1_metadata_in_the_encodings_that_people_have(tmp_path, content):
+    for name in ("m/a.mp4", "m/b.mp4"):
+        touch(tmp_path / name)
+    (tmp_path / "m" / "metadata.jsonl").write_bytes(content)
+    found, said = listed(tmp_path)
+    assert [caption for _, _, caption in found] == ["a löwe", "b"]
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"file": "a.mp4", "role": "Reference"}', "its role is 'Reference', allowed are"),
+        ('{"file": "a.mp4", "caption": 3}', "its caption is 3, which is no text"),
+        ('{"file": "a.mp4", "caption": "\\ud800"}', "not valid text"),
+        ('{"file": "a.mp4", "caption": "x\\u0000"}', "not valid text"),
+        ('{"file": "a.mp4", "caption": "\\u200b"}', "its caption is empty"),
+        (b'{"file": "a.mp4", "caption": "l\xf6we"}', "not valid text"),
+    ],
+)
+def test_k2_a_clip_whose_metadata_are_wrong_is_no_target_by_its_name(tmp_path, line, reason):
+    for name in ("m/a.mp4", "m/b.mp4"):
+        touch(tmp_path / name)
+    (tmp_path / "m" / "metadata.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
+    found, said = listed(tmp_path)
+    assert found == [("a.mp4", "b.mp4", "b")]
+    assert len(said) == 1
+    assert reason in said[0]
+
+
+def test_k7_metadata_of_other_places_and_of_a_thousand_bad_lines_are_a_few_words(tmp_path):
+    for name in ("m/a.mp4", "m/b.mp4"):
+        touch(tmp_path / name)
+    lines = ['{"file": "/etc/passwd"}', '{"file": ""}', '{"file": "../b/c.mp4"}', LINE.strip(), LINE.strip()]
+    (tmp_path / "m" / "metadata.jsonl").write_text("\n".join(lines + ["x"] * 1000), encoding="utf-8")
+    found, said = listed(tmp_path)
+    assert len(found) == 2
+    assert [text in line for text, line in zip(["outside"] * 3 + ["replaces"], said)] == [True] * 4
+    assert said[-1].endswith("and so 996 more lines")
+    assert len(said) == 9
 
 
 def test_k2_what_is_no_file_among_clips_is_named(tmp_path):

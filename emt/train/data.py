@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -34,6 +36,7 @@ SETTINGS = "pairs.json"
 # What `emt report` writes beside the motions: a page, and a folder of its own copies of their clips.
 _REPORT = "report"
 ROLES = ("reference", "target")
+_NAMED = 8  # lines of metadata that cannot be used
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -109,7 +112,7 @@ def find_pairs(
             if record.get("role") == "reference":
                 continue
             caption = record.get("caption", target.stem if target.is_file() else target.name).strip()
-            if not caption:
+            if all(unicodedata.category(character) == "Cf" for character in caption):  # of no width, if any
                 say(f"{target}: skipped as a target, its caption is empty")
                 continue
             try:
@@ -128,32 +131,59 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _read_metadata(folder: Path, say: Callable[[str], None]) -> dict[Path, dict[str, Any]]:
-    """Metadata of a folder's clips, by path; a line that cannot be used is named and left out."""
+    """Metadata of a folder's clips, by path; lines that cannot be used are named and left out.
+
+    A clip whose line says something that is not allowed is never a target: its name is no caption for it.
+    """
     path = folder / METADATA
     try:
         with open_file(path) as file:
-            lines = file.read().splitlines()
+            data = file.read()
     except FileNotFoundError:
         return {}
     except OSError as error:
         say(f"{path}: skipped, {error.strerror}")
         return {}
-    records = {}
-    for number, line in enumerate(lines, 1):
+    records: dict[Path, dict[str, Any]] = {}
+    problems = []
+    # Line ends within a line's texts, such as U+2028, are none of the file's.
+    text = data.decode(json.detect_encoding(data), "surrogateescape").lstrip("\ufeff")
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            file = record["file"]
-            if not all(isinstance(record.get(key, ""), str) for key in ("file", "caption", "role")):
-                raise TypeError
-            if record.get("role", "target") not in ROLES:
-                say(f"{path}:{number}: skipped, the role is {record['role']!r}, allowed are {' and '.join(ROLES)}")
-                continue
+            clip = folder / os.path.normpath(record["file"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            if line.strip():
-                say(f'{path}:{number}: skipped, a line is {{"file": "...", "caption": "...", "role": "target"}}')
+            problems.append(
+                f'{path}:{number}: skipped, a line is {{"file": "...", "caption": "...", "role": "target"}}'
+            )
             continue
-        records[folder / file] = record
+        if folder not in clip.parents or ".." in clip.parts[len(folder.parts) :]:
+            problems.append(f"{path}:{number}: skipped, {record['file']!r:.100} is outside of the folder")
+            continue
+        if clip in records:
+            problems.append(f"{path}:{number}: it replaces an earlier line on {clip.name}")
+        if problem := _problem_of(record):
+            problems.append(f"{path}:{number}: {clip.name} is no target, {problem}")
+            record = {"role": "reference"}
+        records[clip] = record
+    for problem in problems[:_NAMED]:
+        say(problem)
+    if more := problems[_NAMED:]:
+        say(f"{path}: and so {len(more)} more lines")
     return records
+
+
+def _problem_of(record: dict[str, Any]) -> str:
+    """What a line of metadata says that is not allowed; empty if all of it is."""
+    if (role := record.get("role", "target")) not in ROLES:
+        return f"its role is {role!r:.100}, allowed are {' and '.join(ROLES)}"
+    if not isinstance(caption := record.get("caption", ""), str):
+        return f"its caption is {caption!r:.100}, which is no text"
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in caption if character not in "\t\n\r"):
+        return "its caption is not valid text (UTF-8), or has control characters"
+    return ""
 
 
 class PairDataset(Dataset[Sample]):
