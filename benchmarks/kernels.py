@@ -194,6 +194,7 @@ def transformer_cases() -> Iterator[Case]:
     x = (batch, tokens, channels)
     size = torch.Size(x).numel()
     vectors = [(batch, channels)] * 2
+    inference = torch.no_grad()  # which these kernels are for
 
     def norms(gated: bool) -> tuple[Any, ...]:
         scale, shift, gate = (random(*shape).float() for shape in [*vectors, vectors[0]])
@@ -202,13 +203,13 @@ def transformer_cases() -> Iterator[Case]:
     for gated in (False, True):
         name = f"norm_of_sum {x}" + " + gated sum" * gated
         inputs = functools.partial(norms, gated)
-        yield Case(name, inputs, norm_of_sum, norm_of_sum_reference, 2 * size * (4 if gated else 2))
+        yield Case(name, inputs, inference(norm_of_sum), norm_of_sum_reference, 2 * size * (4 if gated else 2))
 
     def part() -> tuple[Any, ...]:  # of a projection to query, key and value
         angle = random(tokens, channels // heads // 2).float()
         return random(*x[:2], 3 * channels)[..., :channels], random(channels), 1e-6, angle.cos(), angle.sin()
 
-    yield Case(f"rotated_norm {x}", part, rotated_norm, rotated_norm_reference, 4 * size)
+    yield Case(f"rotated_norm {x}", part, inference(rotated_norm), rotated_norm_reference, 4 * size)
 
     def attended() -> tuple[Any, ...]:
         own, query, key, value = (random(n, tokens, heads, channels // heads).transpose(1, 2) for n in (2, 2, 1, 1))
@@ -221,7 +222,8 @@ def transformer_cases() -> Iterator[Case]:
             return lambda *given: of(*given, near)
 
         name = f"extend_attention {x}" + ("" if near is None else " to frames ±1")
-        yield Case(name, attended, function(extend_attention), function(extend_attention_reference), 8 * size)
+        kernel = inference(function(extend_attention))
+        yield Case(name, attended, kernel, function(extend_attention_reference), 8 * size, alone=True)
 
 
 def geglu_cases() -> Iterator[Case]:
