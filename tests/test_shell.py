@@ -326,7 +326,7 @@ def test_a_variable_of_another_type_names_itself(here, monkeypatch):
 def settings(here, *layers: dict[str, object], line: dict[str, object] | None = None) -> Settings:
     """The settings of a job: config file, environment, command line, and its own line over them."""
     *background, given = [{name: parse_field(name, value) for name, value in layer.items()} for layer in layers]
-    mine = {"draft": {"steps": 6, "guidance": 2.0}}
+    mine = {"draft": {"steps": 5, "guidance": 2.0}}
     [job] = jobs_of(here, line or {}, settings=given, background=background, presets=mine)
     return job.settings if not isinstance(job, Rejected) else job.error
 
@@ -335,11 +335,11 @@ def test_a_preset_wins_over_what_a_weaker_source_sets_and_yields_to_its_own(here
     def steps(*layers, line=None):
         return settings(here, *layers, line=line).steps
 
-    assert steps({"steps": 30}, {}, {"preset": "fast"}) == 8
+    assert steps({"steps": 30}, {}, {"preset": "fast"}) == 6
     assert steps({}, {"preset": "draft"}, {"steps": 30}) == 30
     assert steps({"preset": "draft", "steps": 30}, {}, {}) == 30
-    assert steps({"preset": "fast"}, {}, {"preset": "draft"}) == 6
-    assert steps({"steps": 30}, {}, {}, line={"preset": "draft"}) == 6
+    assert steps({"preset": "fast"}, {}, {"preset": "draft"}) == 5
+    assert steps({"steps": 30}, {}, {}, line={"preset": "draft"}) == 5
     assert steps({}, {}, {"steps": 30}, line={"preset": "draft"}) == 30, "explicit options win over presets"
 
 
