@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ import pytest
 
 from emt.errors import EmtError
 from emt_cli.batch import journal
+from emt_cli.batch.addons import Addon, Addons
 from emt_cli.batch.batch_sizes import BatchSizes
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.inputs import expand
@@ -545,6 +546,19 @@ def test_an_interrupt_ends_in_order_and_the_next_run_does_the_rest(folder, in_tu
     again = Heard()
     assert run(folder, "stopped", again, "0-9").exit_code() == 0
     assert again.states() == Counter(skipped=len(first), done=60 - len(first))
+
+
+def test_jobs_of_a_worker_share_a_reference_only_if_the_same_weights_read_it(folder):
+    """As in one process: a LoRA changes what is read, and a clip of another one must not be made of it."""
+    lora = Addon("lora", Path("a.safetensors"), "0" * 64, 1.0)
+    jobs = [Job(folder / "a.mp4", prompt, 0, Settings()) for prompt in ("a fox", "a fish", "a cat")]
+    jobs[1] = replace(jobs[1], addons=Addons((lora,)))
+    worker = object.__new__(RemoteWorker)
+    worker._changed, worker._closed = threading.Condition(), True
+    worker._orders = deque(Order(job, job.prompt, f"{job.prompt}.mp4", "1" * 64) for job in [*jobs, jobs[2]])
+    first, laid, plain, again = worker._tasks()
+    assert len({id(task.reference) for task in (first, laid, plain)}) == 3
+    assert again.reference is plain.reference
 
 
 def test_batches_of_workers_grow(folder, monkeypatch, in_turn):

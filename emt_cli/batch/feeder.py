@@ -58,10 +58,8 @@ class Feeder:
                     {"event": "job", **{key: value for key, value in known.items() if value}}, item.error
                 )
             elif task := self._task(item):
-                laid = str(task.job.addons.of_motion())
-                key = (item.reference, task.reference.sha256, item.settings.method, laid, *item.sampling.values())
-                if reference is None or key != group:
-                    group, reference = key, task.reference
+                if reference is None or task.key != group:
+                    group, reference = task.key, task.reference
                 task.reference = reference
                 self.outcomes.expect(task.output)
                 yield task

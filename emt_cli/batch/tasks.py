@@ -120,6 +120,12 @@ class Task:
     warnings: tuple[str, ...] = ()
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """Key that consecutive tasks have in common for which a reference is read once, by the same weights."""
+        job, laid = self.job, str(self.job.addons.of_motion())
+        return job.reference, self.reference.sha256, job.settings.method, laid, *job.sampling.values()
+
+    @property
     def line(self) -> dict[str, Any]:
         """The job as journal lines describe it."""
         named = {"id": self.identity, "output": self.output, "reference_sha256": self.reference.sha256}

@@ -31,9 +31,8 @@ class Parcel:
 
     @property
     def key(self) -> Hashable:
-        """Key that jobs with the same sampling of the same reference share: its motion is read once for them."""
-        job = self.task.job
-        return job.reference, self.task.reference.sha256, *job.sampling.values()
+        """Key that jobs share whose reference is read once for them (`Task.key`)."""
+        return self.task.key
 
 
 class Scheduler:

@@ -245,7 +245,7 @@ class RemoteWorker:
                 self._facts |= {"device_busy_seconds": session.generator.busy_seconds}
 
     def _tasks(self) -> Iterator[Task | None]:
-        """Tasks of the jobs that come; consecutive ones with the same sampling of the same content share a reference.
+        """Tasks of the jobs that come; consecutive ones of the same key share a reference.
 
         Yields:
             A task; or None where the next one is yet to come.
@@ -267,10 +267,11 @@ class RemoteWorker:
                 continue
             waited = False
             job = _here(order.job)
-            key = (job.reference, order.reference_sha256, *job.sampling.values())
-            if reference is None or key != group:
-                group, reference = key, Reference(job, order.reference_sha256)
-            yield Task(job, order.identity, order.output, reference)
+            task = Task(job, order.identity, order.output, Reference(job, order.reference_sha256))
+            if reference is None or task.key != group:
+                group, reference = task.key, task.reference
+            task.reference = reference
+            yield task
 
 
 def _here(job: Job) -> Job:
