@@ -224,6 +224,7 @@ def test_motions_of_references_that_are_done_are_let_go(tmp_path, monkeypatch):
 
     class Counting(Generator):
         def encode(self, job, source):
+            alive.append(sum(motion() is not None for motion in encoded))
             motion = super().encode(job, source)
             encoded.append(weakref.ref(motion))
             return motion
@@ -246,4 +247,5 @@ def test_motions_of_references_that_are_done_are_let_go(tmp_path, monkeypatch):
         summary = LocalExecutor(session, log, reporter, RunOptions(batch_size=1)).run(jobs)
     log.close()
     assert summary.counts == {"done": 6}
-    assert max(alive) <= 2, "the one that is used, and one that is being let go"
+    assert max(alive) == 1, "the one that is used, and none while the next one is encoded"
+    assert alive[::2] == [0] * 6

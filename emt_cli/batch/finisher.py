@@ -69,7 +69,7 @@ class Finisher:
 
     def keep_motion(self, reference: Reference) -> None:
         """Keep the motion of a reference for later runs; waits for room in the queue."""
-        self._queue.put(partial(self._keep_motion, reference))
+        self._queue.put(partial(self._keep_motion, reference, reference.motion))
 
     def fail(self, task: Task, error: EmtError) -> None:
         """A job has failed, or one of its candidates, which leaves the others."""
@@ -154,11 +154,11 @@ class Finisher:
         except Exception as error:
             self.outcomes.failed(task.line, self.generator.explain(error, task.job))
 
-    def _keep_motion(self, reference: Reference) -> None:
+    def _keep_motion(self, reference: Reference, motion: Any) -> None:
         try:
             key = self.generator.motion_key(reference.job, reference.sha256)
             with self.generator.device.beside():
-                self.motions.save(key, reference.motion, reference.fps, reference.warnings)  # type: ignore[arg-type]
+                self.motions.save(key, motion, reference.fps, reference.warnings)
         except Exception as error:
             self.motions.limit = 0  # once is enough: the run goes on without
             reason = self.generator.explain(error, reference.job)

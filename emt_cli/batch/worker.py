@@ -157,6 +157,7 @@ class Worker:
         self.sizes = BatchSizes(options.batch_size, session.motions.folder.parent)
         self._intake = Intake(session, outcomes)
         self.taken, self.batch = 0, options.batch_size or 1
+        self._encoded: list[Reference] = []  # whose motions are on the device
         self._busy = False
         self._first_batch = self._last_batch = 0.0  # when
         self._waited = (0.0, 0.0)  # until then
@@ -189,6 +190,8 @@ class Worker:
             if task == "end":
                 return
             self.taken += isinstance(task, Task)
+            if isinstance(task, Task):
+                self._let_go([task, *batch])
             if isinstance(task, Task) and self._encode(task):
                 for candidate in task.split():
                     batch.append(candidate)
@@ -203,6 +206,14 @@ class Worker:
         self._run_batch(batch)
         self._busy = False
         return []
+
+    def _let_go(self, tasks: list[Task]) -> None:
+        """Free the motions of references that none of these tasks has: clips of theirs are written meanwhile."""
+        needed = {id(task.reference) for task in tasks}
+        for reference in self._encoded:
+            if id(reference) not in needed:
+                reference.motion = None
+        self._encoded = [reference for reference in self._encoded if id(reference) in needed]
 
     def _encode(self, task: Task) -> bool:
         """Have the motion of a task's reference on the device; if that cannot be, the task has failed."""
@@ -227,6 +238,7 @@ class Worker:
                 self.generator.device.start_measuring()
                 with self.phases("encoding"), heard_warnings() as heard:
                     reference.motion = self.generator.encode(task.job, found.content)
+                self._encoded.append(reference)
                 reference.peak = self.generator.device.memory()[1]
                 self.outcomes.warn(heard)
                 reference.warnings = (*reference.warnings, *heard)
