@@ -36,7 +36,7 @@ class MotionHints(nn.Module):
         self.register_buffer("_units", units_of_readings(device), persistent=False)
 
     def forward(self, displacement: Tensor, pose: Tensor, upright: Tensor, height: int, width: int) -> Tensor:
-        """What tokens are told, (batch, frames · height · width, channels).
+        """Values for each token of what it is told, (batch, frames · height · width, channels).
 
         Args:
             displacement: (batch, frames, 2, …), as `MotionReader.forward`.
