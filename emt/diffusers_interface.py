@@ -459,7 +459,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _takes_samples(step: Any) -> bool:
-    """Whether a scheduler's step needs nothing but a prediction, a timestep and a sample."""
+    """Return whether a scheduler's step needs nothing but a prediction, a timestep and a sample."""
     if not callable(step):
         return False
     needed = [

@@ -176,7 +176,7 @@ def _read_metadata(folder: Path, say: Callable[[str], None]) -> dict[Path, dict[
 
 
 def _problem_of(record: dict[str, Any]) -> str:
-    """What a line of metadata says that is not allowed; empty if all of it is."""
+    """Reason why a line of metadata is not allowed; empty if it is."""
     if (role := record.get("role", "target")) not in ROLES:
         return f"its role is {role!r:.100}, allowed are {' and '.join(ROLES)}"
     if not isinstance(caption := record.get("caption", ""), str):
