@@ -117,7 +117,7 @@ class LoadReference:
 
     @classmethod
     def IS_CHANGED(cls, path: str | None = None, **others: Any) -> str | float:
-        """What tells the clip apart from one that takes its place: times and sizes of its files.
+        """Times and sizes of a clip's files, which tell it apart from one that takes its place.
 
         Of a path that another node makes nothing is known here (`path` is None): then its value decides.
         """

@@ -84,7 +84,7 @@ def units_of_readings(device: torch.device | str) -> Tensor:
 
 
 def readings(displacement: Tensor, pose: Tensor, upright: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-    """What is read of clips, and where it is there to be read, 0 or 1.
+    """Readings of clips, and where they are there to be read, 0 or 1.
 
     Args:
         displacement: as `MotionReader.forward`.

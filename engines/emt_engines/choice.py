@@ -219,7 +219,7 @@ class EngineChoice:
         return fitting[0] if fitting else None
 
     def _has_engines(self) -> bool:
-        """Whether the cache has any."""
+        """Return whether the cache has any."""
         try:
             return bool(list_engines(self.folder)[0])
         except EmtError:
