@@ -47,7 +47,8 @@ class Interrupts:
         self._writer.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._previous: dict[int, Any] = {number: signal.signal(number, self._handle) for number in heeded()}
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -55,6 +56,9 @@ class Interrupts:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_wakeup)
         self._writer.close()  # ends the thread
+        # It holds the run by its callbacks. Were it the last to do so, it would free tensors while the interpreter
+        # ends, which ends the process by SIGABRT.
+        self._watcher.join()
 
     def _handle(self, number: int, frame: object) -> None:
         first, self.came = not self.came, True
