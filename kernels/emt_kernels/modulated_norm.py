@@ -82,8 +82,7 @@ def norm_of_sum(
     _check(x, added, {"scale": scale, "shift": shift, "gate": gate})
     if not is_fused(x):
         return norm_of_sum_reference(x, eps, scale, shift, added, gate, modulated)
-    total, out = launch(x, added, gate, scale, shift, eps, modulated)
-    return total, out
+    return launch(x, added, gate, scale, shift, eps, modulated)
 
 
 def _check(x: Tensor, added: Tensor | None, vectors: dict[str, Tensor | None]) -> None:
@@ -146,6 +145,11 @@ if INSTALLED:
             y = difference * rstd[:, None] * factor[None, :] + offset[None, :]
             tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
+    def token_blocks(channels: int) -> tuple[int, int, int]:
+        """Lanes, tokens and warps of a program that holds all channels of its tokens."""
+        lanes = triton.next_power_of_2(channels)
+        return lanes, max(4096 // lanes, 1), 4 if lanes <= 2048 else 8
+
     def launch(
         x: Tensor,
         added: Tensor | None = None,
@@ -162,8 +166,8 @@ if INSTALLED:
         x = x.contiguous()
         total = x if added is None else torch.empty_like(x)
         out = total if scale is None else torch.empty_like(x)
-        lanes = triton.next_power_of_2(channels)
-        rows = rows or max(4096 // lanes, 1)
+        lanes, own_rows, own_warps = token_blocks(channels)
+        rows = rows or own_rows
         untraced(_norm_of_sum)[(triton.cdiv(tokens, rows), batch)](
             x=x,
             added=x if added is None else added.contiguous(),
@@ -178,7 +182,7 @@ if INSTALLED:
             MODULATED=modulated,
             ROWS=rows,
             LANES=lanes,
-            num_warps=warps or (4 if lanes <= 2048 else 8),
+            num_warps=warps or own_warps,
             **_vectors(x, gate=gate, scale=scale, shift=shift),
         )
         return total, out

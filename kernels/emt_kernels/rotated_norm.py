@@ -68,6 +68,8 @@ if INSTALLED:
     import triton
     import triton.language as tl
 
+    from emt_kernels.modulated_norm import token_blocks
+
     @triton.jit
     def _rotated_norm(
         x,
@@ -122,8 +124,8 @@ if INSTALLED:
         batch, tokens, channels = x.shape
         x = x if x.stride(2) == 1 else x.contiguous()
         out = x.new_empty((batch, tokens, channels))
-        lanes = triton.next_power_of_2(channels)
-        rows = rows or max(4096 // lanes, 1)
+        lanes, own_rows, own_warps = token_blocks(channels)
+        rows = rows or own_rows
         untraced(_rotated_norm)[(triton.cdiv(tokens, rows), batch)](
             x=x,
             weight=weight.contiguous(),
@@ -140,6 +142,6 @@ if INSTALLED:
             ADDED=added is not None,
             ROWS=rows,
             LANES=lanes,
-            num_warps=warps or (4 if lanes <= 2048 else 8),
+            num_warps=warps or own_warps,
         )
         return out
