@@ -189,10 +189,11 @@ class Worker:
                 batch = self._finish(batch)
             if task == "end":
                 return
-            self.taken += isinstance(task, Task)
-            if isinstance(task, Task):
-                self._let_go([task, *batch])
-            if isinstance(task, Task) and self._encode(task):
+            if not isinstance(task, Task):
+                continue
+            self.taken += 1
+            self._let_go([task, *batch])
+            if self._encode(task):
                 for candidate in task.split():
                     batch.append(candidate)
                     if len(batch) >= self._limit(task.job):
