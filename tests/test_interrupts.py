@@ -9,7 +9,7 @@ from emt_cli.executors.interrupts import Interrupts
 
 
 class Run:
-    """What the callbacks of a run hold: on a device, its tensors."""
+    """Run, of which the callbacks are methods; a real one has tensors on its device."""
 
     def idle(self) -> bool:
         return True

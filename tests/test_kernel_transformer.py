@@ -128,7 +128,7 @@ def test_a_rotation_keeps_lengths_and_turns_by_its_angles() -> None:
 
 @dataclass(frozen=True)
 class Attended:
-    """What `extend_attention` takes, in float64 but for what is narrow, and what comes out."""
+    """Inputs of `extend_attention` in the dtype under test, and its output in float64."""
 
     narrow: tuple[Tensor, ...]
     exact: Tensor

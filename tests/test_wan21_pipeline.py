@@ -249,7 +249,7 @@ class TestMotion:
         ("prompts", "each"), [(["a cat"], False), (["a cat", "a dog"], False), (["a cat", "a dog"], True)]
     )
     def test_guidance_by_the_reference_leads_away_from_the_clip_with_neither(self, pipe, motion, prompts, each):
-        """What the network predicts with neither prompt nor reference is as if it were alone."""
+        """Prediction with neither prompt nor reference is that of the network alone."""
         motions = [motion, pipe.extract_motion(clip(1))][: len(prompts)] if each else motion
         pipe.register_to_config(guided_by_reference=True)
         try:
