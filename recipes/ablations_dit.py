@@ -47,6 +47,12 @@ def thirds(blocks: Sequence[int]) -> dict[str, list[int]]:
     return {name: list(blocks[a:b]) for name, a, b in zip(names, cuts, cuts[1:], strict=False) if a < b}
 
 
+def parts_of(blocks: Sequence[int]) -> dict[str, list[int]]:
+    """Parts of the blocks that take the reference, by name: thirds, and two in the middle, as five of Wan's thirty."""
+    middle = len(blocks) // 2
+    return thirds(blocks) | {"two": list(blocks[middle - 1 : middle + 1])}
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """A row of the model as it is, used in another way."""
@@ -69,7 +75,7 @@ def options_of(blocks: Sequence[int]) -> dict[str, Option]:
         "same-frame-only": Option("reference tokens of the same frame alone, not trained so", neighbours=0),
         "one-neighbour-only": Option("of the same frame ±1, not trained so", neighbours=1),
     }
-    for name, some in thirds(blocks).items():
+    for name, some in parts_of(blocks).items():
         listed = ", ".join(map(str, some))
         named[f"{name}-only"] = Option(f"{name} blocks ({listed}) alone, not trained so", blocks=tuple(some))
     for level in (10, 100, 200, 400):
@@ -82,9 +88,13 @@ def options_of(blocks: Sequence[int]) -> dict[str, Option]:
 def variants_of(blocks: Sequence[int]) -> dict[str, tuple[str, list[str]]]:
     """Names of trained variants: row of the table, and arguments of `recipes.train_dit adapter`."""
     named = {"short": ("full method", []), "no-scaler": ("without scaler", ["--no-scaler"])}
-    for name, some in thirds(blocks).items():
-        listed = list(map(str, some))
+    parts = {name: list(map(str, some)) for name, some in parts_of(blocks).items()}
+    for name, listed in parts.items():
         named[name] = (f"{name} blocks ({', '.join(listed)})", ["--blocks", *listed])
+    named |= {
+        f"{name}-one-neighbour": (f"{named[name][0]}, same frame ±1", ["--blocks", *parts[name], "--neighbours", "1"])
+        for name in ("middle", "two")
+    }
     named |= {
         "same-frame": ("reference tokens of the same frame", ["--neighbours", "0"]),
         "one-neighbour": ("of the same frame ±1", ["--neighbours", "1"]),

@@ -219,6 +219,9 @@ def adapter_loss(
     subject: Tensor,
     displacement: Tensor,
     pose: Tensor,
+    hints: MotionHints | None = None,
+    taught: float = 0.0,
+    first: int = 0,
 ) -> Tensor:
     """Loss of denoising targets that move as their references do, plus that of telling how they move.
 
@@ -241,6 +244,10 @@ def adapter_loss(
         subject: extra weight on parts of them.
         displacement: how they move (`Clips.truth`).
         pose: how their subjects are held.
+        hints: of the backbone's training, which tell it the truth where the adapter has a reference; None without.
+        taught: share of what the backbone predicts so in what the adapter learns to predict, beside the target itself:
+            the mean of what may be drawn of a motion has less noise than one clip of it.
+        first: block before which hints tell it, as of `backbone_loss`.
 
     Returns:
         A float32 scalar.
@@ -255,4 +262,13 @@ def adapter_loss(
     all_of_them = torch.ones_like(timestep)
     reading = reader(states, displacement, pose, all_of_them, all_of_them)
     known = known_places(objective, subject, timestep)
-    return objective.loss(prediction, latents, noise, timestep, known) + weight * reading
+    wanted = latents
+    if hints is not None:
+        down, across = model.config.patch_size[1:]
+        height, width = latents.shape[3] // down, latents.shape[4] // across
+        truth = {"displacement": displacement, "pose": pose, "upright": all_of_them}
+        with torch.no_grad(), hints.told(model.blocks[first - 1], len(latents), height, width, **truth):
+            told = model(noisy, timestep, text)
+        # Latents whose velocity is that of the backbone's prediction, in part.
+        wanted = torch.lerp(latents.float(), noise.float() - told.float(), taught)
+    return objective.loss(prediction, wanted, noise, timestep, known) + weight * reading

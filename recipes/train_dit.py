@@ -98,6 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reading", type=float, help="video and adapter: weight of telling how everything moves")
     parser.add_argument("--references", type=float, help="video: share of clips that are as references are read")
     parser.add_argument("--told", type=float, help="video: share of the others that are told how they move")
+    parser.add_argument(
+        "--taught",
+        type=float,
+        default=0.0,
+        help="adapter: share of what the backbone predicts, told the truth, in what is learnt; 0 for the clips alone",
+    )
     parser.add_argument("--save-minutes", type=float, default=1.0, help="how often to keep what there is so far")
     parser.add_argument("--name", default="adapter", help="adapter: of the result")
     parser.add_argument("--blocks", type=int, nargs="+", help="adapter: blocks that take the reference")
@@ -124,9 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reader = make_reader(model, sizes.layers - min(blocks, default=0), stage.device, torch.float32)
     read_clips = max(round(o.references * o.batch), 1)
     told_clips = round(o.told * (o.batch - read_clips)) if o.stage == "video" else 0
-    hints = MotionHints(model.scale_shift_table.shape[-1], stage.device) if told_clips else None
+    taught = o.taught if adapting else 0.0
+    hints = MotionHints(model.scale_shift_table.shape[-1], stage.device) if told_clips or taught else None
     if before is not None and not o.compile_only:
         model.load_state_dict(model.state_dict() | backbone_of(before))
+        if hints is not None and taught:
+            hints.load_state_dict(hints.state_dict() | weights_of(before, "hints"))
         if o.stage == "video" and before.is_file() and o.start_from is not None:
             reader.load_state_dict(reader.state_dict() | weights_of(before, "reader"))
             if hints is not None:
@@ -134,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.to(stage.device, stage.dtype)
     reader.maps.to(stage.dtype)
     if hints is not None:
-        hints.map.to(stage.dtype)
+        hints.map.to(stage.dtype).requires_grad_(not taught)
     text = parts.text.to(stage.device, stage.dtype)
     if adapting:
         model.requires_grad_(False)
@@ -192,10 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             first = sizes.blocks[0]
             which = {"read": read_clips, "told": told_clips, "hints": hints, "first": first}
             return backbone_loss(model, objective, reader, text=captions, **which, **batch)
-        level = o.reference_timestep
-        return adapter_loss(
-            model, objective, reader, o.reading, text=captions, empty=empty, reference_timestep=level, **batch
-        )
+        which = {"empty": empty, "reference_timestep": o.reference_timestep}
+        teacher = {"hints": hints, "taught": taught, "first": sizes.blocks[0]}
+        return adapter_loss(model, objective, reader, o.reading, text=captions, **which, **teacher, **batch)
 
     so_far, metadata = stage.out / f"{name}-so-far.safetensors", {"reference_timestep": str(o.reference_timestep)}
 
@@ -214,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     matrices = [] if adapting else [p for p in model.blocks.parameters() if p.ndim == 2]
     apart = {id(p) for p in matrices}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
-    maps = [*([] if o.stage == "frames" else reader.parameters()), *(hints.parameters() if hints is not None else ())]
+    maps = [] if o.stage == "frames" else [*reader.parameters()]
+    maps += [] if hints is None or taught else [*hints.parameters()]
     groups = [(trained, o.rate)] + ([(maps, 3 * o.rate)] if maps else [])
     draw = {"frames": draw_frames, "video": draw_videos, "adapter": draw_pairs}[o.stage]
     with compiled_blocks(stage, model.blocks):

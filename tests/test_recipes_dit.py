@@ -211,6 +211,22 @@ class TestStages:
         if "--no-scaler" in options:
             assert all((tensor == 0).all() for tensor in scalers)
 
+    def test_an_adapter_taught_by_the_backbone_that_is_told_the_truth(self, out, tmp_path):
+        """It learns something else than from the clips alone; the hints and the backbone stay as they are."""
+        options = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--steps", "2", "--batch", "8"]
+        for part in ("latents", "frames"):
+            (tmp_path / f"{part}.safetensors").symlink_to(out / f"{part}.safetensors")
+        train_dit.main(["video", *options, "--told", "0.5"])
+        video = (tmp_path / "video.safetensors").read_bytes()
+        for name, share in (("alone", "0"), ("taught", "0.7")):
+            train_dit.main(["adapter", *options, "--name", name, "--taught", share])
+        alone, taught = (
+            train_dit.weights_of(tmp_path / f"{name}.safetensors", "adapter") for name in ("alone", "taught")
+        )
+        assert alone.keys() == taught.keys()
+        assert any(not torch.equal(alone[name], taught[name]) for name in alone)
+        assert (tmp_path / "video.safetensors").read_bytes() == video
+
 
 class TestAblations:
     def test_options_and_trained_variants_are_rows_of_one_table(self, out):
@@ -240,6 +256,9 @@ class TestAblations:
 
     def test_thirds_leave_no_block_out(self):
         assert ablations_dit.thirds(SMALL.blocks) == {"early": [1, 2], "middle": [3, 4, 5], "late": [6, 7]}
+
+    def test_two_blocks_are_as_far_from_the_first_as_from_the_last(self):
+        assert ablations_dit.parts_of(range(1, 7))["two"] == [3, 4]
 
     def test_unknown_rows_are_refused(self, out):
         with pytest.raises(SystemExit, match=r"no rows are \['sideways'\]"):
