@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -53,13 +54,20 @@ from emt_cli.commands.build_engine import insistent_interrupts
 from emt_engines.attempts import repeat
 from emt_engines.build import build_engine, open_engine
 from emt_engines.choice import EngineChoice, engines_dir, list_engines
-from emt_engines.compiler_hooks import Phases, declared_size_arrays, loses_declarations, remembered_writes
+from emt_engines.compiler_hooks import (
+    Phases,
+    declared_size_arrays,
+    loses_declarations,
+    rare_collections,
+    remembered_writes,
+)
 from emt_engines.fingerprint import Host, Weights, _instructions, _tensor_digests, code_sha256, weights_of
 from emt_engines.inductor import InductorBackend, _Configurations, _Job, _side_by_side, images_at_once
 from emt_engines.manifest import FILE, FORMAT, Manifest, Part, Request, Size, TensorSpec
 from emt_engines.parts import feature_tensors, features_of, function, text_tensors
 from emt_engines.registry import builder_modules, load_builder
 from emt_engines.toolchain import links_statically, toolchain
+from emt_kernels.selection import _decompose
 
 FRAMES, SIDE = 4, 32
 #: One level and one layer: the least that has every kind of block.
@@ -697,6 +705,32 @@ def test_phases_are_reported_and_timed():
     assert [word for word in phases.summary().split() if word.isalpha() and word != "s"][-1] == "loading"
     torch.compile(lambda x: x - new, fullgraph=True)(torch.ones(3))
     assert reported[-1] == "loading", "it is followed within the block alone"
+
+
+def test_the_kernels_of_an_operator_are_looked_up_once_however_often_a_compiler_meets_it(monkeypatch):
+    """Reading and parsing their source for each of 500 calls was a tenth of the tracing of a full-size network."""
+    from torch._library import triton as known
+
+    looked_up: list[object] = []
+    monkeypatch.setattr(known, "triton_ops_to_kernels", {})
+    monkeypatch.setattr(known, "get_inner_triton_kernels", lambda body: looked_up.append(body) or [], raising=False)
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    found = [_decompose("emt::double", double, contextlib.nullcontext(), None, (), (n,), {}) for n in range(3)]
+    assert found == [0, 2, 4]
+    assert looked_up == [double]
+    assert known.triton_ops_to_kernels == {"emt::double": []}
+
+
+def test_garbage_is_looked_for_rarely_while_compiling_and_as_before_afterwards():
+    usual = gc.get_threshold()
+    with contextlib.suppress(KeyError), rare_collections():
+        assert gc.get_threshold() == (100 * usual[0], *usual[1:])
+        assert gc.get_freeze_count() > 1000
+        raise KeyError
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (usual, 0)
 
 
 def test_what_a_kernel_writes_is_found_once_for_all_calls_that_are_translated_alike(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,24 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Context manager: Python looks for garbage in cycles a hundredth as often, and not among what there is already.
+
+    A graph of a network is hundreds of thousands of objects, which a collection goes through, and of which it frees
+    next to nothing.
+    """
+    usual = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100 * usual[0], *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from emt.errors import EmtError, first_line
 from emt.features import MotionFeatures, PreparedMotion, TextFeatures
 from emt.storage import sha256_of
 from emt_engines.attempts import ATTEMPTS, failed, new_log, repeat, summary
-from emt_engines.compiler_hooks import Phases, declared_size_arrays, remembered_writes
+from emt_engines.compiler_hooks import Phases, declared_size_arrays, rare_collections, remembered_writes
 from emt_engines.manifest import Manifest, Part, Request, Size
 from emt_engines.parts import Function, by_reference, features_of, function, text_tokens, times_of
 from emt_engines.toolchain import missing_compiler, missing_toolkit, toolchain
@@ -192,8 +192,9 @@ class _Failure:
 
 def _workers(pipe: MotionTransfer, jobs: int) -> int:
     """Processes that compile at once: each keeps some cores busy and, on a GPU, has networks of its own there."""
-    workers = min(jobs, max(1, processors() // 4))
-    if pipe.device.type == "cuda":
+    on_gpu = pipe.device.type == "cuda"  # where most of the time is spent in Python, on one core
+    workers = min(jobs, max(1, processors() // (2 if on_gpu else 4)))
+    if on_gpu:
         free, _ = torch.cuda.mem_get_info(pipe.device)
         own = sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae) for p in part.parameters())
         workers = min(workers, max(1, free // (4 * own)))
@@ -312,6 +313,7 @@ def _compile(pipe: Any, job: _Job, report: Callable[[str], None]) -> Part:
         toolchain(job.request.device),
         declared_size_arrays(),
         remembered_writes(),
+        rare_collections(),
         phases.of_compiler(),
     ):
         part = _package(pipe, execution, job, phases)

@@ -185,8 +185,9 @@ def _decompose(name: str, body: Callable[..., Any], mode: Any, op: Any, types: A
     from torch._subclasses.functional_tensor import FunctionalTensor
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    if hasattr(known, "get_inner_triton_kernels"):  # their source is part of the key of compiled code
-        known.triton_ops_to_kernels.setdefault(name, known.get_inner_triton_kernels(body))
+    # Their source is part of the key of compiled code. It is read and parsed for that: once an operator, not each call.
+    if hasattr(known, "get_inner_triton_kernels") and name not in known.triton_ops_to_kernels:
+        known.triton_ops_to_kernels[name] = known.get_inner_triton_kernels(body)
     if custom_triton_ops_decomposition_disabled():
         return mode.__torch_dispatch__(op, types, args, options)
     if any(kind not in (Tensor, FunctionalTensor) and not issubclass(kind, FakeTensor) for kind in types):
