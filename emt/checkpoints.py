@@ -467,6 +467,40 @@ def check_keys(part: str, given: Mapping[str, Tensor], wanted: Mapping[str, torc
     )
 
 
+def check_varied(part: str, weights: Mapping[str, Tensor], hint: str = "Download it again.") -> None:
+    """Raise an EmtError if a weight with several axes has one value throughout, as where a file has a hole.
+
+    Nothing that was trained has, and a clip of such weights is noise or one colour, which nothing else may notice.
+
+    Args:
+        part: of the network, and the file; for the message.
+        weights: by name, but for those that training starts from zero.
+        hint: what to do.
+    """
+    flat = [
+        f"{name} {tuple(x.shape)}: all {x.flatten()[0].item():g}" for name, x in weights.items() if _has_one_value(x)
+    ]
+    if flat:
+        count = "1 weight" if len(flat) == 1 else f"{len(flat)} weights"
+        raise EmtError(f"{count} of the {part} have one value throughout, so were never trained{shorten([flat])}", hint)
+
+
+def _has_one_value(x: Tensor) -> bool:
+    if sum(side > 1 for side in x.shape) < 2 or x.is_meta or not x.is_floating_point():
+        return False
+    if x.element_size() == 1:
+        x = x.view(torch.uint8)  # float8 is not compared
+    start = x[(0,) * (x.ndim - 1)][:16]  # of most tensors this is all that is looked at
+    return bool((start == start[0]).all()) and bool((x == start[0]).all())
+
+
+def without_adapter(network: nn.Module, weights: Mapping[str, Tensor]) -> State:
+    """Weights of a network without those of its adapter, some of which start from zero; by their names in it."""
+    learnt = getattr(network, "adapter_parameters", None)
+    own = {name for name, _ in learnt()} if learnt is not None else set()
+    return {name: weight for name, weight in weights.items() if name not in own}
+
+
 def differ(count: int) -> str:
     """`1 key differs`, `3 keys differ`."""
     return "1 key differs" if count == 1 else f"{count} keys differ"
@@ -550,8 +584,12 @@ def _check_part(name: str, model: nn.Module, folder: Path, variant: str | None) 
     for file in opened_files(folder, variant):
         given |= {_bare(key): tensor for key, tensor in read_checkpoint(file).state.items()}
     given = {key: tensor for key, tensor in given.items() if not key.endswith(".position_ids")}
+    # Of two names of one weight, such as UMT5's embeddings, files have one.
+    stored = {own[key].data_ptr() for key in own.keys() & given.keys()} - {0}
+    own = {key: tensor for key, tensor in own.items() if key in given or tensor.data_ptr() not in stored}
     where = f"{name} of the model {folder.parent}"
     check_keys(where, given, {key: tensor.shape for key, tensor in own.items()})
+    check_varied(where, without_adapter(model, given))
     wrong = [f"not loaded: {key}" for key in own if not _same_ends(own[key], given[key])]
     if wrong:
         from diffusers import __version__ as diffusers_version

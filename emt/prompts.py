@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from emt.cache import ContentIndex, default_dir
+from emt.checkpoints import check_loaded
 from emt.errors import EmtError, first_line
 from emt.remote import MissingError, child, copy, put, shown
 from emt.storage import write_atomically
@@ -202,6 +203,7 @@ class PromptEncoder:
             raise EmtError(
                 f"the text encoder of {self.model} cannot be opened: {first_line(error)}", "Import the model again."
             ) from error
+        check_loaded({"text_encoder": encoder}, self.model)
         encoder.to(device).eval()
         for prompt in prompts:  # one by one, so that what is done when something happens stays done
             encoding = encode_prompts([prompt], tokenizer, encoder, self.tokens)[0]

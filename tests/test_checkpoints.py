@@ -40,11 +40,19 @@ from emt.backbones.sd15.few_steps import find_few_steps
 from emt.backbones.sd15.motion_checkpoint import read_motion_module
 from emt.backbones.sd15.random_model import byte_tokenizer, random_model
 from emt.backbones.sd15.stable_diffusion import StableDiffusion, apply_dreambooth, read_base, read_vae
-from emt.checkpoints import check_keys, check_sizes, read_checkpoint, read_config, shorten, without_memory
+from emt.checkpoints import (
+    check_keys,
+    check_sizes,
+    check_varied,
+    read_checkpoint,
+    read_config,
+    shorten,
+    without_memory,
+)
 from emt.features import Motion, MotionFeatures
 from emt.lora_files import peft_scale
 from emt.model_folder import find_model
-from emt.pipeline import MotionTransferPipeline, load_pipeline
+from emt.pipeline import MotionTransferPipeline, load_pipeline, open_model
 
 DEEP = "[" * 100_000
 
@@ -688,12 +696,56 @@ def test_k2_a_tensor_that_is_missing_or_too_many_is_named(opener: Any, part: str
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("opener", [load_pipeline, MotionTransferPipeline.from_pretrained])
+def test_k2_weights_of_one_value_throughout_are_named(opener: Any, part: str, model: Path, tmp_path: Path) -> None:
+    """Where a download left a hole, all is zero: the clip would be noise."""
+    first = next(name for name, x in load_file(model / part / WEIGHTS[part]).items() if min(x.shape) > 1 < x.ndim)
+
+    def emptied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return state | {first: torch.zeros_like(state[first])}
+
+    own = first.removeprefix("text_model.")
+    with pytest.raises(EmtError, match=rf"1 weight of the {part} of (.|\n)*{re.escape(own)} .*: all 0"):
+        opener(changed(model, tmp_path / "hole", part, emptied))
+    folder = changed(model, tmp_path / "zeros", part, lambda state: {k: torch.zeros_like(x) for k, x in state.items()})
+    with pytest.raises(EmtError, match=r"never trained") as caught:
+        opener(folder)
+    assert lines(caught) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_k2_weights_of_one_value_are_found_in_any_dtype_and_no_others(dtype: torch.dtype) -> None:
+    """Norms begin at one, and rows of zeros are words that nothing trained."""
+    table = torch.cat([torch.zeros(1, 8), torch.rand(3, 8) + 1]).to(dtype)
+    check_varied("part", {"norm": torch.ones(8, 1, 1).to(dtype), "table": table, "scalar": torch.ones(1, 1).to(dtype)})
+    with pytest.raises(EmtError, match=r"1 weight of the part .*\n  flat \(4, 8\): all 1"):
+        check_varied("part", {"table": table, "flat": torch.ones(4, 8).to(dtype)})
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
 def test_k2_weights_by_names_that_the_library_does_not_read(part: str, model: Path, tmp_path: Path) -> None:
     """As transformers 5.0 to 5.5 does not those that later ones write: its networks would keep random weights."""
     folder = changed(model, tmp_path / "m", part, lambda state: {f"network.{k}": v for k, v in state.items()})
     with pytest.raises(EmtError, match=rf"the {part} of the model (.|\n)*missing: ") as caught:
         load_pipeline(folder)
     assert lines(caught) <= 8
+
+
+@pytest.mark.parametrize("damage", ["no marks", "a gap"])
+def test_k2_a_tokenizer_that_is_not_of_the_text_encoder_is_refused(damage: str, model: Path, tmp_path: Path) -> None:
+    """Without the tokens around a prompt, or with numbers that have no embedding."""
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_bytes())
+    if damage == "no marks":
+        content["post_processor"] = None
+    else:
+        vocabulary = content["model"]["vocab"]
+        vocabulary[next(iter(vocabulary))] = 10 * len(vocabulary)
+    file.write_text(json.dumps(content))
+    with pytest.raises(EmtError, match=r"cannot be opened: (what the tokenizer makes|the vocabulary)"):
+        open_model(folder)
 
 
 def test_k2_weights_that_were_opened_with_other_values_are_noticed(model: Path, monkeypatch: Any) -> None:

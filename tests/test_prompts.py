@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import weakref
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from emt import prompts
@@ -183,6 +185,23 @@ class TestCache:
         monkeypatch.setattr(UMT5EncoderModel, "__init__", remember)
         PromptEncoder(model, cache, index)(["a"])
         assert [encoder() for encoder in made] == [None]
+
+
+@pytest.mark.parametrize("damage", ["renamed", "missing", "empty"])
+def test_k2_a_text_encoder_without_the_weights_of_its_file_is_refused(damage, model, tmp_path):
+    """transformers would draw them at random, and prompts mean nothing."""
+    shutil.copytree(model, tmp_path / "m")
+    (file,) = (tmp_path / "m" / "text_encoder").glob("*.safetensors")
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("SelfAttention.q.weight"))
+    weight = state.pop(name)
+    if damage == "renamed":
+        state[f"network.{name}"] = weight
+    elif damage == "empty":
+        state[name] = torch.zeros_like(weight)
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(EmtError, match=rf"text_encoder of the model (.|\n)*{re.escape(name)}"):
+        PromptEncoder(tmp_path / "m", None, ContentIndex(tmp_path / "index"))(["a"])
 
 
 def test_a_model_without_a_text_encoder(tmp_path):

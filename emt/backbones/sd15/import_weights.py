@@ -33,7 +33,7 @@ from emt.backbones.sd15.stable_diffusion import (
     tokenizer_files,
 )
 from emt.backbones.sd15.unet import MotionTransferUNet
-from emt.checkpoints import M, Origin, allocate, check_keys, shorten
+from emt.checkpoints import M, Origin, allocate, check_keys, check_varied, shorten, without_adapter
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate
 from emt.importing import ImportReport, Progress, Steps, import_card
@@ -184,7 +184,7 @@ def _assemble(
     text_encoder = _build(lambda: CLIPTextModel(text_config), stored, model.text_encoder.where)
     _fill(text_encoder, merge.states["text_encoder"], f"text encoder of {model.text_encoder.where}")
     for name, part in (("UNet", unet), ("VAE", vae), ("text encoder", text_encoder)):
-        _check_finite(name, part, dtype)
+        _check_values(name, part, dtype)
     sources = [o for kind in ("motion module", "LoRA", "DreamBooth model") for o in origins if o.kind == kind]
     few = find_few_steps(name for source in sources for name in (source.name, *(path.name for path in source.files)))
     defaults: dict[str, Any] = {}
@@ -219,13 +219,14 @@ def _read_tokenizer(
             raise ValueError("it makes no tokenizer")
         if type(tokenizer.model_max_length) is not int or tokenizer.model_max_length < 3:
             raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r:.60}")
+        if len(tokenizer("").input_ids) != 2:
+            raise ValueError("it puts no token before a prompt and one after it, as CLIP's does")
     except Exception as error:  # damaged files fail in any way in the parsers of tokenizers
         reason = "it has code of its own, which is not run" if "trust_remote_code" in str(error) else first_line(error)
         raise EmtError(f"the tokenizer {name} cannot be loaded: {reason}", hint) from error
-    if len(tokenizer) > config.vocab_size:
-        raise EmtError(
-            f"the tokenizer {name} has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}", hint
-        )
+    words = max(tokenizer.get_vocab().values(), default=0) + 1  # numbers may have gaps
+    if words > config.vocab_size:
+        raise EmtError(f"the tokenizer {name} has {words} tokens, the text encoder knows {config.vocab_size}", hint)
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     read = [folder / name for name in tokenizer_files(sorted(path.name for path in folder.iterdir()))]
     return tokenizer, Origin("tokenizer", str(name), read, f"{len(tokenizer)} tokens")
@@ -307,10 +308,12 @@ def _reset_scalers(unet: MotionTransferUNet) -> None:
                 module.reset_parameters()
 
 
-def _check_finite(what: str, model: nn.Module, dtype: str) -> None:
+def _check_values(what: str, model: nn.Module, dtype: str) -> None:
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         raise EmtError(
             f"{len(bad)} weights of the {what} are not finite in {dtype}:{shorten([bad])}",
             "Store it with --dtype fp32." if dtype == "fp16" else "The source is damaged: download it again.",
         )
+    weights = without_adapter(model, dict(model.named_parameters()))
+    check_varied(what, weights, "The source is damaged: download it again.")

@@ -28,7 +28,7 @@ from emt.backbones.wan21.published import (
     without_values,
 )
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer
-from emt.checkpoints import Origin, check_keys, shorten
+from emt.checkpoints import Origin, check_keys, check_varied, shorten
 from emt.errors import EmtError
 from emt.importing import ImportReport, Progress, Steps, import_card
 from emt.model_folder import UNTRAINED, new_folder
@@ -135,6 +135,9 @@ def import_weights(
             Origin("tokenizer", str(tokenizer or base), words_files, f"{len(words)} tokens"),
             Origin("adapter", "none", [], "not trained") if trained is None else trained.origin,
         ]
+        check_varied(f"transformer {transformer.where}", transformer.state)
+        check_varied(f"text encoder {text.where}", text.state)
+        check_varied(f"VAE {latents.where}", latents.state)
         merge = LoraMerge({name: tensor.shape for name, tensor in transformer.state.items()})
         for path, scale in loras:
             step(f"Reading LoRA {Path(path).name}")
