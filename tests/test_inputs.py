@@ -330,6 +330,12 @@ def test_k2_marks_of_files_that_were_put_together_are_no_text(here):
     assert prompts_of(here, "p.txt", "\ufeffa\r\n\ufeff b\n\ufeff# c\n".encode()) == ["a", "b"]
 
 
+def test_k2_comments_of_a_table_are_no_prompts(here):
+    rows = '# of Monday\nprompt,seed\na,1\n#b,2\n"#1 dog",3\n"c\n# d",4\n  # e,5\nf,x\n'
+    assert prompts_of(here, "p.csv", rows.encode()) == ["seed is 'x'", "a", "#1 dog", "c\n# d"]
+    assert listed(here, prompts=[here.with_name("p.csv")])[0].origin == "p.csv line 9"
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_k2_results_are_no_references_where_the_output_folder_is_theirs(tmp_path, own):
     clip(tmp_path / "a.mp4")
@@ -367,9 +373,14 @@ def test_k2_results_of_other_output_folders_are_no_references_unless_they_are_na
     said = []
     assert [path.name for path in Finder(True, Path("out"), said.append).find(["."])] == ["kept.mp4", "a.mp4"]
     assert any("left out: 1 result of earlier runs" in line for line in said)
-    for named in ("before", "before/a_1234", str(result)):
+    said = []
+    assert [path.name for path in Finder(False, Path("out"), said.append).find(["**/*.mp4"])] == ["kept.mp4", "a.mp4"]
+    assert said == ["note: left out: 1 result of earlier runs in **/*.mp4"]
+    for named in ("before", "before/a_1234", str(result), "before/*/*.mp4"):
+        said = []
         found = Finder(True, Path("out"), said.append).find([named])
         assert [path.name for path in found][:1] == ["prompt-0.mp4"], "it is what was asked for"
+        assert "note: among the references is 1 result of earlier runs" in said, "a shell's glob may have asked for it"
 
 
 @pytest.mark.parametrize("folder", ["@eaDir", "$RECYCLE.BIN", "lost+found", "__MACOSX"])

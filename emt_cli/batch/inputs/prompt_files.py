@@ -251,7 +251,8 @@ class Table:
 def read_table(text: str, are_columns: Callable[[Sequence[str]], bool]) -> Table:
     """Read a table with commas, semicolons or tabs between its cells.
 
-    Empty lines count nowhere, nor does the line `sep=;` that spreadsheets write before all others.
+    Empty lines count nowhere, nor does the line `sep=;` that spreadsheets write before all others, nor do comments:
+    lines that begin with `#` outside of quotes, as in a file of prompts; before the names of the columns, with `# `.
 
     Args:
         text: The table.
@@ -261,7 +262,7 @@ def read_table(text: str, are_columns: Callable[[Sequence[str]], bool]) -> Table
         csv.Error: while rows are read: from there on it is no table.
     """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell that is too long is for its own line to fail
-    body = text.lstrip("\n")
+    body = re.sub(r"\A(?:\s*\n|# .*\n)+", "", text)
     mark = re.match(r"sep=([,;\t])\n", body)
     body = body[mark.end() :] if mark else body
     before = text[: len(text) - len(body)].count("\n")
@@ -270,10 +271,21 @@ def read_table(text: str, are_columns: Callable[[Sequence[str]], bool]) -> Table
     names = [name.strip() for name in next(head, [])]
 
     def rows() -> Iterator[tuple[int, Sequence[str]]]:
-        reader = csv.reader(io.StringIO(body, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+        number, is_begun = before, True  # lines read so far; whether a row goes on: a cell may have several
+
+        def lines() -> Iterator[str]:
+            nonlocal number, is_begun
+            for line in io.StringIO(body, newline=""):
+                number += 1
+                if is_begun or not line.lstrip().startswith("#"):
+                    is_begun = True
+                    yield line
+
+        reader = csv.reader(lines(), delimiter=delimiter, skipinitialspace=True, strict=True)
         for place, cells in enumerate(reader):
+            is_begun = False
             if place and any(cell.strip() for cell in cells):
-                yield before + reader.line_num, cells
+                yield number, cells
 
     return Table(names, delimiter, rows())
 

@@ -90,6 +90,8 @@ class Finder:
 
     def find(self, arguments: Iterable[str]) -> list[Path | Rejected]:
         """Absolute paths of the clips, each once, in the order of the arguments and in natural order of names."""
+        from emt.video.names import count
+
         found: list[Path | Rejected] = []
         named = list(dict.fromkeys(argument for argument in arguments if argument != "-"))
         for argument in named:
@@ -104,7 +106,11 @@ class Finder:
                     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                     error = EmtError(f"cannot read it: {reason}")
                 found.append(Rejected(error, "", shown(normal(argument)) if is_url(argument) else argument))
-        return list(dict.fromkeys(found))
+        distinct = list(dict.fromkeys(found))
+        taken = sum(isinstance(path, Path) and self._is_result(path, made=True) for path in distinct)
+        if taken:  # named by themselves, so wanted; or by a shell's glob that reached too far
+            self._note(f"among the references {'is' if taken == 1 else 'are'} {count(taken, 'result')} of earlier runs")
+        return distinct
 
     def clips(self, folders: Iterable[str]) -> list[Path]:
         """Absolute paths of the clips in folders, in natural order; those of a folder that cannot be read are none."""
@@ -125,7 +131,7 @@ class Finder:
             clips = [match for match in matches if is_clip(match)] or matches
             if not clips:
                 raise EmtError("no such file", "Name a clip, a folder of clips or a glob that matches some.")
-            own = [clip for clip in clips if not self._is_result(clip)]
+            own = [clip for clip in clips if not self._is_result(clip, made=True)]
             if own and len(own) < len(clips):
                 self._note(f"left out: {count(len(clips) - len(own), 'result')} of earlier runs in {argument}")
             return own or clips
@@ -216,14 +222,17 @@ class Finder:
         return clips
 
     def _is_result(self, clip: Path, made: bool = False) -> bool:
-        """Return whether a clip in an output folder, which may be one of references, was made by a run.
+        """Return whether a clip was made by a run, by the record beside it.
 
         Args:
             clip: The clip.
-            made: Its folder is known to be one of results.
+            made: Its folder may be any; without it, only clips in the output folder are looked at.
         """
-        real = os.path.join(self._real(clip.parent), clip.name)
-        if not made and (is_url(self._out) or not real.startswith(os.path.join(self._out, ""))):
+        if not made:
+            real = os.path.join(self._real(clip.parent), clip.name)
+            if is_url(self._out) or not real.startswith(os.path.join(self._out, "")):
+                return False
+        if not os.path.exists(f"{clip}.json"):  # of most clips, of which there may be many
             return False
         try:
             with open_file(sidecar(clip)) as file:
