@@ -269,6 +269,29 @@ def test_k2_light_that_is_stored_as_it_is(tmp_path: Path) -> None:
     assert_patches(tagged(tmp_path / "a.mkv", light(patches()), "bt709", 10, True, **tags))
 
 
+@pytest.mark.parametrize(
+    ("matrix", "transfer", "reason"),
+    [
+        ("bt709", "log100", ""),
+        ("bt2020nc", "log316", ""),
+        ("bt709", "smpte428", "digital cinema"),
+        ("bt2020c", "linear", "of a kind that is not read"),
+        ("ictcp", "bt709", "ICtCp"),
+    ],
+)
+def test_k7_rare_colours_are_read_or_refused_in_plain_words(
+    matrix: str, transfer: str, reason: str, tmp_path: Path
+) -> None:
+    tags = f"format=yuv444p,setparams=colorspace={matrix}:color_trc={transfer}:color_primaries=bt2020"
+    path = encode(tmp_path / "a.mkv", np.full((2, 48, 64, 3), 255, np.uint8), "-vf", tags, "-c:v", "ffv1")
+    if not reason:
+        assert_near(read_clip(path, frames=2).frames, (255, 255, 255))
+        return
+    with pytest.raises(EmtError, match=reason) as error:
+        read_clip(path, frames=2)
+    assert "filter" not in str(error.value), "the words of ffmpeg"
+
+
 def test_k2_hdr_without_zimg_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tags = {"color_primaries": "bt2020", "color_trc": "smpte2084", "colorspace": "bt2020nc", "range": "tv"}
     path = tagged(tmp_path / "a.mp4", pq(light(patches()) @ BT2020.T), "bt2020nc", 10, **tags)

@@ -21,7 +21,8 @@ _ONLY_ZIMG = ("ycgco", "bt2020c", "chroma-derived-nc", "chroma-derived-c", "ictc
 # Those that neither knows.
 _UNREAD = {"smpte2085": "Y'D'zD'x", "ipt-c2": "IPT-C2", "ycgco-re": "YCgCo-R", "ycgco-ro": "YCgCo-R"}
 _WIDE = ("bt2020", "smpte431", "smpte432")
-_ENCODED_LIGHT = ("linear", "log100", "log316", "smpte428")  # shown as they are, they would be far too dark or grey
+_LOGARITHMIC = ("log100", "log316")  # swscale refuses them, even where it leaves them as they are
+_ENCODED_LIGHT = ("linear", *_LOGARITHMIC)  # shown as they are, they would be far too dark or grey
 _HDR = ("smpte2084", "arib-std-b67")
 _ZIMG_TRANSFERS = (*_HDR, *_ENCODED_LIGHT, "bt709", "smpte170m", "iec61966-2-1", "bt2020-10", "bt2020-12")
 
@@ -59,12 +60,16 @@ class Colours:
         values = {name: "unknown" if tags.get(name, "") in _UNKNOWN else tags[name] for name in ("space", "primaries")}
         transfer, span = (tags.get(name, "unknown") for name in ("trc", "range"))
         rgb = bool(_RGB.match(pixels))
+        if pixels.startswith("xyz"):  # of digital cinema: swscale knows its primaries and transfer, and leads to sRGB
+            values["primaries"] = transfer = "unknown"
         if values["space"] == "gbr" and not rgb:  # a tag that contradicts the pixels
             values["space"] = "unknown"
         return cls(values["space"], values["primaries"], transfer, span, rgb, lines)
 
     def unread(self) -> str:
         """Reason why nothing here converts these colours; empty if they can be read."""
+        if self.transfer == "smpte428":
+            return "its light is encoded by SMPTE ST 428-1 (digital cinema), which is not read"
         if self.rgb:
             return ""
         if (name := _UNREAD.get(self.matrix)) is not None:
@@ -97,11 +102,13 @@ class Colours:
         return "bt709" if self.lines >= 720 or self.primaries in _WIDE else "smpte170m"
 
     def before_scaling(self) -> list[str]:
-        """Filters for the frames as they are decoded: a matrix as their tag that swscale takes, the decided one's."""
-        decided = self.decided_matrix()
-        if self.rgb or (decided in (self.matrix, "smpte170m") and decided not in _ONLY_ZIMG):  # swscale's default
-            return []
-        return [f"setparams=colorspace={'bt709' if decided in _ONLY_ZIMG else decided}"]
+        """Filters for the frames as they are decoded: tags that swscale takes, of the decided matrix's."""
+        decided, tags = self.decided_matrix(), []
+        if not self.rgb and (decided not in (self.matrix, "smpte170m") or decided in _ONLY_ZIMG):  # swscale's default
+            tags += [f"colorspace={'bt709' if decided in _ONLY_ZIMG else decided}"]
+        if self.transfer in _LOGARITHMIC:
+            tags += ["color_trc=bt709"]
+        return [f"setparams={':'.join(tags)}"] if tags else []
 
     def while_scaling(self) -> str:
         """Options of the scale filter: what zimg converts keeps its range until then."""

@@ -26,8 +26,12 @@ _FORMATS = (
     "rm,wtv"
 )
 
-# What ffmpeg says of common damage, in words for those who do not know the format.
+# What ffmpeg says of common damage and of rare kinds, in words for those who do not know the format.
+_COLOURS = "its colours are tagged as of a kind that is not read"
 _REASONS = {
+    "Impossible to convert between the formats": _COLOURS,
+    "Unsupported input (": _COLOURS,
+    "no path between colorspaces": _COLOURS,
     "moov atom not found": "its index (moov), which a recorder writes last, is missing: it was cut off",
     "Cannot determine format of input": "nothing in it can be decoded: it was cut off, or is damaged",
 }
