@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import IPNDMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from emt.backbones.sd15.random_model import random_model
+from emt.backends.vae import decode_exactly
 from emt.errors import EmtError
 from emt.features import Motion, in_dtype
 from emt.pipeline import MotionTransferPipeline, load_pipeline, open_model
@@ -206,13 +208,26 @@ class TestOverflowingVAE:
         assert np.abs(clip.astype(int) - wanted.astype(int)).mean() < 3
         assert half.vae.dtype == torch.float16
 
-    @pytest.mark.parametrize(("name", "factor"), [("decoder.conv_in.weight", math.inf), ("decoder.conv_out.weight", 0)])
+    @pytest.mark.parametrize(
+        ("name", "factor"), [("decoder.conv_in.weight", math.inf), ("decoder.conv_out.weight", 1e-9)]
+    )
     def test_k2_one_that_makes_no_pictures_at_all_is_named(self, folder, tmp_path, name, factor):
         model = self.with_vae(folder, tmp_path / "m", name, factor)
         for dtype in (torch.float32, torch.float16):
             pipe = load_pipeline(model, dtype=dtype)
             with pytest.raises(EmtError, match=r"the VAE .*m/vae makes no pictures"):
                 pipe.generate("a cat", steps=1)
+
+    @pytest.mark.parametrize("factor", [0, 1e6])
+    def test_k7_latents_of_no_image_are_not_blamed_on_it(self, folder, factor):
+        """Schedulers of diffusers that take no single step make zeros, and LoRAs of large scales anything."""
+        pipe = load_pipeline(folder)
+        latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(EmtError, match=r"sampling made latents from .* which no VAE makes pictures of"):
+            decode_exactly(pipe.vae, factor * latents)
+        pipe.scheduler = IPNDMScheduler.from_config(pipe.scheduler.config)
+        with pytest.raises(EmtError, match="sampling made latents from 0 to 0"):
+            pipe("a cat", num_inference_steps=1)
 
     def test_k2_an_encoder_that_gives_nan_is_named(self, folder, tmp_path):
         pipe = load_pipeline(self.with_vae(folder, tmp_path / "m", "encoder.conv_in.weight", math.nan))

@@ -14,6 +14,8 @@ from emt_kernels.group_norm_silu import group_norm_silu
 
 logger = logging.getLogger(__name__)
 
+#: Largest number in latents of a clip, scaled as the network has them, of which variance is about 1.
+_MOST = 1000.0
 #: Pixels that the VAE takes at once on a GPU: two frames of 512×512 fill it, and take one GiB of activations.
 VAE_PIXELS = 2 * 512 * 512
 #: Frames that it takes at once elsewhere.
@@ -98,8 +100,14 @@ def decode_exactly(vae: Any, latents: Tensor) -> Tensor:
     """Decode latents (n, channels, h/8, w/8) in float32, of which half precision made no pictures.
 
     Raises:
-        EmtError: they are none in float32 either.
+        EmtError: they are none in float32 either, or the latents are none of an image.
     """
+    least, most = (x.item() * vae.config.get("scaling_factor", 1.0) for x in latents.aminmax())
+    if least == most or max(-least, most) > _MOST:
+        raise EmtError(
+            f"sampling made latents from {least:.2g} to {most:.2g}, which no VAE makes pictures of",
+            "Use more --steps or another --scheduler, a lower --guidance, or lower scales of --lora.",
+        )
     exact = _in_float32(vae, latents.device)
     images = torch.cat([exact.decode(latent.float()).sample for latent in latents.split(1)])
     if not are_pictures(images):
