@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import re
@@ -30,6 +31,7 @@ _STATES = ("state_dict", "string_to_param")
 _BESIDE = re.compile(r"(^|_)(ema|averaged?|optim\w*|opt|sched\w*|lr|rng\w*)(_|$)", re.IGNORECASE)
 # What wrappers of training put into names: torch.compile, FSDP, checkpointed gradients, Lightning Fabric.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".non_ema")
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _MOST_LINES = 4  # of keys in a message, which is read in a terminal
 
@@ -110,10 +112,13 @@ def read_config(path: Path) -> tuple[dict[str, Any], Path]:
 def weights_names(names: Iterable[str]) -> list[str]:
     """The files of weights to read among a folder's of diffusers or transformers; safetensors, full precision first.
 
+    What diffusers calls a variant is taken where nothing else is there: repositories have one alone to save space.
+
     One file, or an index and the files that the weights are split over; none if there are no weights.
     """
     present = set(names)
-    for variant, suffix in (("", "safetensors"), (".fp16", "safetensors"), ("", "bin"), (".fp16", "bin"), ("", "ckpt")):
+    kinds = itertools.product(("safetensors", "bin"), _VARIANTS)
+    for suffix, variant in (*kinds, ("ckpt", "")):
         for stem in _WEIGHTS:
             if f"{stem}{variant}.{suffix}" in present:
                 return [f"{stem}{variant}.{suffix}"]

@@ -46,6 +46,7 @@ from emt.checkpoints import (
     check_varied,
     read_checkpoint,
     read_config,
+    read_weights,
     shorten,
     without_memory,
 )
@@ -563,6 +564,22 @@ def test_k7_one_of_several_files_and_a_folder_of_several_are_told(files: Files, 
             torch.save(files.motion, tmp_path / given / name)
         with pytest.raises(EmtError, match=r"holds 2 files of weights: x\.ckpt, y\.ckpt"):
             read(tmp_path / given)
+
+
+@pytest.mark.parametrize("variant", ["fp32", "fp16", "bf16", "non_ema"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_k1_a_variant_is_read_where_it_is_alone(variant: str, suffix: str, tmp_path: Path) -> None:
+    def write(name: str, value: float) -> Path:
+        state = {"w": torch.full((2, 2), value)}
+        (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
+        return tmp_path / name
+
+    alone = write(f"diffusion_pytorch_model.{variant}.{suffix}", 1)
+    checkpoint, read = read_weights(tmp_path)
+    assert read == [alone]
+    assert checkpoint.state["w"].eq(1).all()
+    plain = write(f"diffusion_pytorch_model.{suffix}", 2)
+    assert read_weights(tmp_path)[1] == [plain]
 
 
 def test_k2_of_two_motion_modules_in_one_file_none_is_guessed(files: Files, tmp_path: Path) -> None:
