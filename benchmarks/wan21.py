@@ -1,13 +1,14 @@
 """Time and memory of Wan 2.1 T2V-1.3B's network with random weights: steps, reference pass, training of the adapter.
 
-    python benchmarks/wan21.py speed [--sizes 17x512x512 81x480x832] [--output wan21.json]
+    python benchmarks/wan21.py speed [--sizes 17x512x512 81x480x832] [--clips 8] [--output wan21.json]
     python benchmarks/wan21.py memory [--sizes 17x256x256 81x480x832]
 
-`speed`: a step of guidance (a batch of two, text encoded, bf16) by diffusers' `WanTransformer3DModel`, eager and with
-its blocks compiled, and by this project's network: without a reference, with one in the default blocks and in the
-middle third of them, seen whole and by same frame ±1; and the reference pass. A row is the median of `--repeats`
-calls, of a CUDA graph where it says so or where the network is this project's; calls of more than 0.3 s are not
-captured, and repeated less often.
+`speed`: a step of guidance (a batch of two, or two for each of `--clips` of one reference, text encoded, bf16) by
+diffusers' `WanTransformer3DModel`, eager and with its blocks compiled, and by this project's network: without a
+reference, with one in the default blocks and in the middle third of them, seen whole and by same frame ±1, by both
+halves of the batch and, as `guided_by_reference` has it, by one; and the reference pass. A row is the median of
+`--repeats` calls, of a CUDA graph where it says so or where the network is this project's; calls of more than 0.3 s are
+not captured, and repeated less often.
 `memory`: the peak of memory that tensors take in a step of training the adapter with gradients checkpointed, a batch of
 one, AdamW in float32. `--tiny` takes toy sizes, to try it on a CPU.
 """
@@ -94,7 +95,7 @@ def free(device: str) -> None:
 def speed(size: tuple[int, int, int], o: argparse.Namespace) -> dict[str, float]:
     """Seconds of every row at a size."""
     frames, height, width = size
-    shape = (2, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
+    shape = (2 * o.clips, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
     given = torch.randn(shape, device=o.device, dtype=torch.bfloat16)
     rows: dict[str, float] = {}
 
@@ -118,29 +119,37 @@ def time_own(given: Tensor, row: Callable[..., None], o: argparse.Namespace) -> 
     """Rows of this project's network."""
     model = make(WanMotionTransferTransformer, o.device, given.dtype, **(TINY if o.tiny else FULL))
     model.fuse_projections()
-    words = torch.randn(2, TEXT_TOKENS, model.config.text_dim, device=o.device, dtype=given.dtype)
-    level = torch.full((2,), 700.0, device=o.device)
+    words = torch.randn(len(given), TEXT_TOKENS, model.config.text_dim, device=o.device, dtype=given.dtype)
+    level = torch.full((len(given),), 700.0, device=o.device)
     text, empty = model.encode_text(words), model.encode_text(words[:1])
     row("emt, without reference", lambda: model(given, level, text))
     row("emt, reference pass", lambda: model.encode_reference(given[:1], level[:1], empty))
     features = model.encode_reference(given[:1], level[:1], empty)
+    absent = model.without_reference(features)
     default = [i for i, block in enumerate(model.blocks) if block.adapter is not None]
     third = len(default) // 3
     for blocks in (default, default[third : len(default) - third]):
         for i in set(default) - set(blocks):
             model.blocks[i].adapter = None
-        motion = model.prepare(MotionFeatures({path: features.layers[path] for path in model.reference_layers()}))
-        for neighbours, seen in ((None, "all frames"), (1, "same frame ±1")):
-            model.register_to_config(reference_neighbours=neighbours)
-            name = f"emt, with reference in blocks {blocks[0]} to {blocks[-1]}, {seen}"
-            row(name, functools.partial(model, given, level, text, motion))
+        for parts, half in (([features], ""), ([absent] * o.clips + [features] * o.clips, ", in half of the batch")):
+            joined = {
+                path: tuple(map(torch.cat, zip(*(part.layers[path] for part in parts), strict=True)))
+                for path in model.reference_layers()
+            }
+            motion = model.prepare(MotionFeatures(joined))
+            del joined
+            for neighbours, seen in ((None, "all frames"), (1, "same frame ±1")):
+                model.register_to_config(reference_neighbours=neighbours)
+                name = f"emt, with reference in blocks {blocks[0]} to {blocks[-1]}, {seen}{half}"
+                row(name, functools.partial(model, given, level, text, motion))
+            del motion
 
 
 def time_published(given: Tensor, row: Callable[..., None], rows: dict[str, float], o: argparse.Namespace) -> None:
     """Rows of diffusers' network."""
     model = make(WanTransformer3DModel, o.device, given.dtype, **(TINY if o.tiny else FULL))
-    words = torch.randn(2, TEXT_TOKENS, model.config.text_dim, device=o.device, dtype=given.dtype)
-    level = torch.full((2,), 700.0, device=o.device)
+    words = torch.randn(len(given), TEXT_TOKENS, model.config.text_dim, device=o.device, dtype=given.dtype)
+    level = torch.full((len(given),), 700.0, device=o.device)
 
     def step() -> Tensor:
         return model(given, level, words, return_dict=False)[0]
@@ -201,6 +210,7 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "memory"))
     parser.add_argument("--sizes", nargs="+", default=["17x512x512", "81x480x832"], help="frames × height × width")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clips", type=int, default=1, help="speed: of one reference, made at once")
     parser.add_argument("--no-compile", action="store_true", help="leave out diffusers' compiled row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path)

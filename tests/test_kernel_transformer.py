@@ -197,6 +197,17 @@ def test_keys_that_count_for_nothing_change_nothing(device) -> None:
     assert torch.equal(out, given[0])
 
 
+@kernel_test
+@pytest.mark.parametrize("near", [None, 1])
+def test_samples_without_further_keys_stay_as_they_are(device, near) -> None:
+    case = attended(Draw(device, "float32"), 4, 2, 2, 3, 7, near)
+    present = torch.tensor([False, True], device=device)
+    with poisoned_memory():
+        out = extending.launch(*case.narrow, 3, near, present, rows=16, keys=16, warps=4)
+    assert torch.equal(out[0::2], case.narrow[0][0::2])
+    torch.testing.assert_close(out[1::2].double(), case.exact[1::2], atol=2e-5, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
@@ -213,6 +224,9 @@ def test_without_a_gpu_they_are_their_references() -> None:
     out = extend_attention(*case.narrow, 4, 1)
     assert torch.equal(out, extend_attention_reference(*case.narrow, 4, 1))
     torch.testing.assert_close(out.double(), case.exact, atol=1e-5, rtol=1e-5)
+    some = extend_attention(*case.narrow, 4, 1, torch.tensor([True, False]))
+    assert torch.equal(some[0::2], out[0::2])
+    assert torch.equal(some[1::2], case.narrow[0][1::2])
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -237,6 +251,8 @@ def test_what_does_not_fit_is_named() -> None:
         extend_attention(own, own_sum, query, draw(3, 1, 6, 16), draw(3, 1, 6, 16), bias, 2)
     with pytest.raises(ValueError, match=r"4 frames do not divide the tokens of query, shape \(2, 1, 6, 16\)"):
         extend_attention(own, own_sum, query, key, value, bias, 4)
+    with pytest.raises(ValueError, match=r"present has shape \(3,\), expected \(2,\), or a divisor of it"):
+        extend_attention(own, own_sum, query, key, value, bias, 2, present=torch.ones(3, dtype=torch.bool))
 
 
 @needs_triton
@@ -258,8 +274,8 @@ def test_norms_compile_for_real_gpus(capability: int) -> None:
 @pytest.mark.parametrize("near", [False, True])
 def test_attention_compiles_for_hopper_to_its_matmuls(near: bool) -> None:
     blocks = dict.fromkeys(("query", "key", "value"), "tensordesc<bf16[128, 128]>")
-    pointers = dict.fromkeys(("bias", "own", "out"), "bf16") | {"own_sum": "fp32"}
-    constants = {"NEAR": near, "ROWS": 128, "KEYS": 128, "CHANNELS": 128}
+    pointers = dict.fromkeys(("bias", "own", "out"), "bf16") | {"own_sum": "fp32", "present": "u8"}
+    constants = {"NEAR": near, "SOME": True, "ROWS": 128, "KEYS": 128, "CHANNELS": 128}
     kinds = blocks | {"scale": "fp32"}
     made = compiled(extending._extend_attention, pointers, constants, 90, num_warps=8, num_stages=2, kinds=kinds)
     assert made.asm["cubin"]

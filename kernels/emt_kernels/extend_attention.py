@@ -38,6 +38,7 @@ def extend_attention_reference(
     bias: Tensor,
     frames: int,
     neighbours: int | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch reference of `extend_attention`."""
     batch, _, tokens, channels = query.shape
@@ -47,6 +48,8 @@ def extend_attention_reference(
         frame = torch.arange(tokens, device=query.device) // (tokens // frames)
         logits = logits.masked_fill((frame[:, None] - frame).abs() > neighbours, -torch.inf)
     share = torch.sigmoid(logits.logsumexp(-1) - own_sum).unsqueeze(-1)
+    if present is not None:
+        share = share * present.repeat(batch // len(present)).view(-1, 1, 1, 1)
     return ((1 - share) * own + share * (logits.softmax(-1) @ value)).to(own.dtype)
 
 
@@ -59,6 +62,7 @@ def extend_attention(
     bias: Tensor,
     frames: int,
     neighbours: int | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Extend an attention to more keys. Has no gradients.
 
@@ -73,6 +77,8 @@ def extend_attention(
         bias: of further keys, (batch, heads, tokens).
         frames: that tokens are divided into.
         neighbours: frames on either side whose further keys a query sees besides those of its own; None for all.
+        present: which samples have further keys, (m,) bool, m a divisor of batch: sample i as of i mod m. Those without
+            are `own`, and take no time. None for all.
 
     Returns:
         As `own`.
@@ -93,7 +99,9 @@ def extend_attention(
         raise ValueError(f"key has shape {tuple(key.shape)}, expected {shape}, or a divisor of its batch")
     if shape[2] % frames:
         raise ValueError(f"{frames} frames do not divide the tokens of query, shape {shape}")
-    given = own, own_sum, query, key, value, bias, frames, neighbours
+    if present is not None and (present.ndim != 1 or shape[0] % len(present)):
+        raise ValueError(f"present has shape {tuple(present.shape)}, expected ({shape[0]},), or a divisor of it")
+    given = own, own_sum, query, key, value, bias, frames, neighbours, present
     return launch(*given) if is_extensible(query, key, value) else extend_attention_reference(*given)
 
 
@@ -110,9 +118,11 @@ if INSTALLED:
         bias,
         own,
         own_sum,
+        present,
         out,
         tokens,
         references,
+        presences,
         frame,
         neighbours,
         heads,
@@ -125,6 +135,7 @@ if INSTALLED:
         sum_head,
         scale,
         NEAR: tl.constexpr,
+        SOME: tl.constexpr,
         ROWS: tl.constexpr,
         KEYS: tl.constexpr,
         CHANNELS: tl.constexpr,
@@ -147,6 +158,8 @@ if INSTALLED:
             last = tl.minimum(first + ROWS, tokens) - 1
             begin = tl.maximum(first // frame - neighbours, 0) * frame
             end = tl.minimum((last // frame + neighbours + 1) * frame, tokens)
+        if SOME:
+            end = tl.where(tl.load(present + sample % presences) != 0, end, begin)
         q = query.load([(sample * tokens).to(tl.int32) + first, column])
         # A row may see none of the first block's keys: from here on its weights are 0 where minus infinity is added.
         highest = tl.full((ROWS,), -1e30, tl.float32)
@@ -165,7 +178,7 @@ if INSTALLED:
             total = total * shrink + tl.sum(weights, axis=1)
             mean = tl.dot(weights.to(q.dtype), value.load([base + start, column]), mean * shrink[:, None])
             highest = higher
-        total = tl.where(has, total, 1.0)
+        total = tl.where(has & (total > 0.0), total, 1.0)  # of no keys the share is e to the power of -1e30
         a_sum = tl.load(own_sum + sample * sum_sample + head * sum_head + row, mask=has, other=0.0)
         own += sample * own_sample + head * own_head
         a = tl.load(own + row.to(tl.int64)[:, None] * own_token + channel[None, :], mask=has[:, None], other=0.0)
@@ -183,6 +196,7 @@ if INSTALLED:
         bias: Tensor,
         frames: int,
         neighbours: int | None = None,
+        present: Tensor | None = None,
         rows: int = 64,
         keys: int = 64,
         warps: int = 4,
@@ -205,9 +219,11 @@ if INSTALLED:
             bias=bias,
             own=own,
             own_sum=own_sum,
+            present=own_sum if present is None else present.view(torch.uint8),
             out=out,
             tokens=tokens,
             references=key.shape[0],
+            presences=1 if present is None else len(present),
             frame=tokens // frames,
             neighbours=frames if neighbours is None else neighbours,
             heads=heads,
@@ -220,6 +236,7 @@ if INSTALLED:
             sum_head=own_sum.stride(1),
             scale=channels**-0.5,
             NEAR=neighbours is not None,
+            SOME=present is not None,
             ROWS=rows,
             KEYS=keys,
             CHANNELS=channels,

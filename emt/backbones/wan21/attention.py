@@ -44,6 +44,7 @@ def attention_with_reference(
     bias: Tensor,
     frames: int,
     neighbours: int | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Attend to own and reference tokens, as the module's docstring defines it.
 
@@ -60,10 +61,13 @@ def attention_with_reference(
         bias: logarithm of how much a reference token counts, (batch, heads, tokens).
         frames: that `tokens` are divided into.
         neighbours: reference frames on either side that a frame sees besides the one at its own time; None for all.
+        present: which samples have a reference, (m,) bool, m a divisor of batch, for what need not be computed: biases
+            of the others are such that reference tokens weigh nothing.
     """
     if is_extensible(query, reference_key, reference_value):
         own, own_sum = _with_logsumexp(query, key, value, query.shape[-1])
-        return extend_attention(own, own_sum, query, reference_key, reference_value, bias, frames, neighbours)
+        given = own, own_sum, query, reference_key, reference_value, bias
+        return extend_attention(*given, frames, neighbours, present)
     reference_key, reference_value = (repeated(t, query.shape[0]) for t in (reference_key, reference_value))
     given = query, key, value, reference_key, reference_value, bias
     if neighbours is None or neighbours >= frames - 1:

@@ -89,11 +89,12 @@ class Block(nn.Module):
         if reference is None:
             return attn.out(attention(*attn.project(h, rotation, None)))
         scaler, strength = (repeated(t, h.shape[0]) for t in (reference.scaler, reference.strength))
-        added = self.adapter.query(h, (strength > ABSENT / 2).to(h.dtype))
+        present = reference.strength > ABSENT / 2
+        added = self.adapter.query(h, repeated(present, h.shape[0]).to(h.dtype))
         query, key, value = attn.project(h, rotation, added)
         bias = self.adapter.scaler(h, scaler) + strength
         given = query, key, value, reference.key, reference.value, bias
-        return attn.out(attention_with_reference(*given, frames, neighbours))
+        return attn.out(attention_with_reference(*given, frames, neighbours, present.flatten()))
 
     def forward(
         self,
