@@ -10,6 +10,7 @@ python -m recipes.train_dit adapter --out build/dit --name same-frame --neighbou
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=0.0,
         help="adapter: share of what the backbone predicts, told the truth, in what is learnt; 0 for the clips alone",
     )
+    parser.add_argument("--rank", type=int, help="adapter: of its additions (as the model's sizes have it)")
+    parser.add_argument(
+        "--muon", action="store_true", help="adapter: its matrices take Muon's steps, as a backbone's do"
+    )
     parser.add_argument("--save-minutes", type=float, default=1.0, help="how often to keep what there is so far")
     parser.add_argument("--name", default="adapter", help="adapter: of the result")
     parser.add_argument("--blocks", type=int, nargs="+", help="adapter: blocks that take the reference")
@@ -123,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = o.name if adapting else o.stage
     stage = Stage(name, o)
     sizes, parts = TINY if o.tiny else SMALL, SharedParts.load(o.parts)
+    sizes = dataclasses.replace(sizes, rank=o.rank or sizes.rank)
 
     blocks = (o.blocks or sizes.blocks) if adapting else ()
     model = make_transformer(sizes, parts, blocks, stage.sizes.frames, o.neighbours)
@@ -211,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """In half precision: what is trained, and the maps that the next run of the stage goes on with."""
         if adapting:
             options = {"reference_blocks": list(blocks), "reference_neighbours": o.neighbours, **metadata}
+            options["adapter_rank"] = sizes.rank
             facts = {"options": json.dumps(options), "steps": str(trainer.step_count)}
             save_weights(path, facts, adapter={key: p.half() for key, p in model.adapter_parameters()})
             return
@@ -219,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = {name: {k: v.half() for k, v in part.state_dict().items()} for name, part in maps.items()}
         save_weights(path, metadata, transformer=state, **kept)
 
-    matrices = [] if adapting else [p for p in model.blocks.parameters() if p.ndim == 2]
+    with_muon = o.muon or not adapting
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad] if with_muon else []
     apart = {id(p) for p in matrices}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     maps = [] if o.stage == "frames" else [*reader.parameters()]

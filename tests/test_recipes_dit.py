@@ -19,7 +19,7 @@ from emt.backbones.wan21.transformer import WanMotionTransferTransformer
 from emt.backends.codec import ImageCodec, pack, unpack
 from emt.pipeline import MotionTransferPipeline, load_pipeline
 from emt.train.objective import FlowObjective
-from recipes import ablations_dit, train_dit, train_dit_all
+from recipes import ablations_dit, assemble_dit, train_dit, train_dit_all
 from recipes.dit import (
     SMALL,
     TINY,
@@ -200,6 +200,7 @@ class TestStages:
         [
             (["--blocks", "2", "--neighbours", "0"], {"reference_blocks": [2], "reference_neighbours": 0}),
             (["--no-scaler", "--reference-timestep", "300"], {"reference_timestep": "300"}),
+            (["--rank", "2", "--muon"], {"adapter_rank": 2}),
         ],
     )
     def test_ablations_of_the_adapter(self, out, options, expected):
@@ -210,6 +211,7 @@ class TestStages:
             scalers = [file.get_tensor(name) for name in file.keys() if "scaler.out" in name]  # noqa: SIM118
         if "--no-scaler" in options:
             assert all((tensor == 0).all() for tensor in scalers)
+        assemble_dit.assemble(out, out / "model-ablation", demo.path(), tiny=True, adapter="ablation")
 
     def test_an_adapter_taught_by_the_backbone_that_is_told_the_truth(self, out, tmp_path):
         """It learns something else than from the clips alone; the hints and the backbone stay as they are."""
