@@ -31,7 +31,6 @@ CATEGORY = "emt"
 MODEL = "EMT_MODEL"
 DEFAULT = "the model's"
 _SIDE = {"min": 0, "max": 4096, "step": 8}
-_RUN = "from emt_cli.app import main; main()"
 
 
 def _outside_inference_mode(node: F) -> F:
@@ -214,8 +213,9 @@ class TransferMotion:
         """Make the clip.
 
         Raises:
-            EmtError: the prompt has words that the model does not know, or the result is not finite.
-            ValueError: the reference has too few frames, or the model makes no clips of this shape.
+            EmtError: the reference has too few frames, the prompt has words that the model does not know, or the
+                result is not finite.
+            ValueError: the model makes no clips of this shape.
         """
         from emt.train.teacher import Teacher
         from emt.video.frames import sample_frames
@@ -223,6 +223,8 @@ class TransferMotion:
         config = model.config
         size = (width or config.width, height or config.height)
         count = frames or min(config.frames, len(reference))
+        if count > len(reference):
+            raise EmtError(f"frames is {count}, the reference has {len(reference)}", "Set frames to 0, or load more.")
         motion = model.extract_motion(sample_frames(_pixels(reference), count, size))
         own = config.get("sampler", "ddim")
         options: dict[str, Any] = {
@@ -254,7 +256,7 @@ class RunBatch:
     )
 
     #: The program, in a process of its own: it takes signals, which a server's threads cannot, and gives the GPU back.
-    command: ClassVar[Sequence[str]] = (sys.executable, "-c", _RUN)
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "emt_cli")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -286,14 +288,18 @@ class RunBatch:
         """Run it to its end: paths of the clips, one a line, and how many there are.
 
         Raises:
-            EmtError: the command line makes no sense, or a job failed; says what the program said.
+            EmtError: the options make no sense, or a job failed; says what the program said.
         """
         import shlex
 
         given = [line.strip() for line in references.splitlines() if line.strip()]
         texts = [part for line in prompts.splitlines() if line.strip() for part in ("--prompt", line.strip())]
         named = ["--out", out, "--model", model, "--seeds", seeds, "--json"]
-        arguments = [*self.command, "transfer", *named, *texts, *shlex.split(options), "--", *given]
+        try:
+            more = shlex.split(options)
+        except ValueError as error:
+            raise EmtError(f"options are {options!r}: {error}", "Give them as in a shell, quotes in pairs.") from error
+        arguments = [*self.command, "transfer", *named, *texts, *more, "--", *given]
         code, said, complaints = _run(arguments)
         lines = [json.loads(line) for line in said.splitlines()]
         failed = [line for line in lines if line.get("state") == "failed"]

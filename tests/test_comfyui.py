@@ -114,7 +114,7 @@ def test_a_workflow_makes_the_clip_of_the_library(nodes, tmp_path):
     assert smaller.shape == (2, 24, 16, 3)
     (short,) = run(nodes, "EMTTransferMotion", **{**inputs, "reference": images[:3]})
     assert len(short) == 3, "the model's number, as far as there are"
-    with pytest.raises(ValueError, match="has 4 frames, but 9 are needed"):
+    with pytest.raises(EmtError, match="frames is 9, the reference has 4"):
         run(nodes, "EMTTransferMotion", **inputs, frames=9)
 
 
@@ -173,3 +173,15 @@ def test_a_batch_is_a_run_of_the_program(nodes, tmp_path, monkeypatch):
     assert (set(clips.splitlines()), count) == (set(ended.out.splitlines()), 2)
     with pytest.raises(EmtError, match=r"nothing.*no such file"):
         run(nodes, "EMTRunBatch", references="nothing", **inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--stepz 2", r"no such option: --stepz \(did you mean --steps\?\); python.* -m emt_cli transfer --help"),
+        ("--steps '2", "No closing quotation"),
+    ],
+)
+def test_options_of_a_batch_that_make_no_sense_are_said_in_words_that_can_be_typed(nodes, options, message):
+    with pytest.raises(EmtError, match=message):
+        run(nodes, "EMTRunBatch", references="a.mp4", prompts="a cat", options=options)
