@@ -252,6 +252,10 @@ class TestStored:
         assert {t.dtype for t in stored(tmp_path / "model" / "vae").values()} == {torch.float32}
         assert {t.dtype for t in stored(tmp_path / "model" / "text_encoder").values()} == {dtype}
 
+    def test_guidance_leads_away_from_the_clip_with_neither_prompt_nor_reference(self, tmp_path, diffusers_folder):
+        import_weights(tmp_path / "model", base=diffusers_folder, dtype="fp32")
+        assert load_pipeline(tmp_path / "model").config.guided_by_reference
+
     def test_an_import_is_repeatable(self, tmp_path, diffusers_folder):
         for name in ("a", "b"):
             import_weights(tmp_path / name, base=diffusers_folder)

@@ -165,7 +165,7 @@ def import_weights(
         flow_scheduler().save_pretrained(partial / "scheduler")
         tokenizer_class = json.loads((partial / "tokenizer" / "tokenizer_config.json").read_text())["tokenizer_class"]
         index = {"_class_name": "MotionTransferPipeline", "tokenizer": ["transformers", tokenizer_class]}
-        index |= _PARTS | DEFAULTS | ({"adapter": UNTRAINED} if trained is None else {})
+        index |= _PARTS | DEFAULTS | {"guided_by_reference": True} | ({"adapter": UNTRAINED} if trained is None else {})
         (partial / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         step("Hashing the sources")
         sources = tuple(origin.hashed() for origin in origins)
