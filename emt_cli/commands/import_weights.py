@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -176,23 +177,10 @@ def import_weights(
         addresses = {file.option: file.address for file in _PUBLISHED_FILES}
         base, motion_module = base or addresses["base"], motion_module or addresses["motion_module"]
         adapter, dreambooth = adapter or addresses["adapter"], dreambooth or addresses["dreambooth"]
-    network = next((name for name in OTHERS if base and module_of(name, "recognition").recognizes(base)), PUBLISHED)
-    parts: dict[str, object] = {"motion_module": motion_module, "dreambooth": dreambooth}
-    parts["prediction_type"] = prediction_type.value if prediction_type else None
+    of_sd15 = {"motion_module": motion_module, "dreambooth": dreambooth}
+    of_sd15["prediction_type"] = prediction_type.value if prediction_type else None
     of_reference = {"reference_blocks": reference_blocks, "reference_neighbours": reference_neighbours}
-    of_wan: dict[str, object] = {"text_encoder": text_encoder, **of_reference}
-    if network != PUBLISHED:
-        if given := _given(parts):
-            raise UsageError(f"{', '.join(given)}: not of Wan, which {base} is", "Leave it out.")
-        parts = of_wan | ({"reference_blocks": parse_blocks(reference_blocks)} if reference_blocks is not None else {})
-        if adapter is not None and _given(of_reference):
-            problem = "--reference-blocks and --reference-neighbours: those of the adapter are in its file"
-            raise UsageError(problem, "Leave them out, or --adapter.")
-    elif given := _given(of_wan):
-        raise UsageError(f"{', '.join(given)}: the base is no Wan", "Leave it out.")
-    elif base is None or motion_module is None:
-        missing = [name for name, given in (("--base", base), ("--motion-module", motion_module)) if given is None]
-        raise UsageError(f"{' and '.join(missing)} missing", "Give both, or --published for the published files.")
+    network, parts = _network_and_parts(base, adapter, of_sd15, {"text_encoder": text_encoder}, of_reference)
 
     from emt.hub import expect_there, parse_lora
 
@@ -202,28 +190,11 @@ def import_weights(
         if source is not None:
             expect_there(source, kind, folder)
 
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from transformers.utils.logging import disable_progress_bar
-
     from emt.remote import check_on_disk
 
     check_on_disk(output, "--output")
     importer = module_of(network, "import_weights")
-    disable_progress_bar()  # it would write over ours
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = stderr_console()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Importing", total=1)
-        written = time.monotonic()
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            nonlocal written
-            progress.update(task, description=what, completed=done, total=total)
-            # A log gets a line now and then of an import that takes long.
-            if not console.is_terminal and time.monotonic() - written > _LOG_INTERVAL:
-                say(f"{what} ({done} of {total} steps done)")
-                written = time.monotonic()
-
+    with _shown_progress() as on_progress:
         report = importer.import_weights(
             output,
             base=base,
@@ -237,6 +208,66 @@ def import_weights(
             **({"dtype": dtype.value} if dtype else {}),
         )
     typer.echo(os.fsencode(report.folder))
+
+
+def _network_and_parts(
+    base: str | None,
+    adapter: str | None,
+    of_sd15: dict[str, str | None],
+    of_wan: dict[str, str | None],
+    of_reference: dict[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The network that a base is of, by its name in `BACKBONES`, and what its importer takes besides.
+
+    Args:
+        base: the source.
+        adapter: of which network it is depends on the base.
+        of_sd15: options of Stable Diffusion 1.5 alone, by their parameters; None where they are not given.
+        of_wan: of Wan alone.
+        of_reference: of an adapter of Wan that is to be trained.
+
+    Raises:
+        UsageError: an option is of the other network, or one that is needed is missing.
+    """
+    network = next((name for name in OTHERS if base and module_of(name, "recognition").recognizes(base)), PUBLISHED)
+    if network == PUBLISHED:
+        if given := _given(of_wan | of_reference):
+            raise UsageError(f"{', '.join(given)}: the base is no Wan", "Leave it out.")
+        needed = {"--base": base, "--motion-module": of_sd15["motion_module"]}
+        if missing := [name for name, source in needed.items() if source is None]:
+            raise UsageError(f"{' and '.join(missing)} missing", "Give both, or --published for the published files.")
+        return network, of_sd15
+    if given := _given(of_sd15):
+        raise UsageError(f"{', '.join(given)}: not of Wan, which {base} is", "Leave it out.")
+    blocks = of_reference["reference_blocks"]
+    parts = of_wan | of_reference | ({"reference_blocks": parse_blocks(blocks)} if blocks is not None else {})
+    if adapter is not None and _given(of_reference):
+        problem = "--reference-blocks and --reference-neighbours: those of the adapter are in its file"
+        raise UsageError(problem, "Leave them out, or --adapter.")
+    return network, parts
+
+
+@contextmanager
+def _shown_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, and in a log a line now and then; called with what is done, the steps done and all steps."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it would write over ours
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = stderr_console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Importing", total=1)
+        written = time.monotonic()
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            nonlocal written
+            progress.update(task, description=what, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - written > _LOG_INTERVAL:
+                say(f"{what} ({done} of {total} steps done)")
+                written = time.monotonic()
+
+        yield on_progress
 
 
 def _given(options: Mapping[str, object]) -> list[str]:
