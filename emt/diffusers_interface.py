@@ -25,11 +25,11 @@ from torch import Tensor
 
 from emt.backends.torch import TorchBackend
 from emt.errors import EmtError
-from emt.features import Motion, TextFeatures, in_dtype, joined
+from emt.features import Motion, in_dtype
 from emt.sampling import run_sampler
 from emt.video import Clip, read_clip
 from emt.video.frames import sample_frames
-from emt.windowed import WindowedDenoiser
+from emt.windowed import denoiser
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -193,22 +193,14 @@ class DiffusersInterface:
 
         device = pipe._execution_device
         windows = pipe.windows_over(shape[0])
-
-        def denoiser(some: list[Motion]) -> Callable[[Tensor, Tensor, TextFeatures], Tensor]:
-            if windows:
-                in_windows = WindowedDenoiser(windows, self.backend, some, 1)
-                return lambda sample, timestep, known: in_windows(sample, timestep, known, True)
-            moved = self.backend.prepare_motion(joined(some)) if some else None
-            return lambda sample, timestep, known: self.backend.denoise(sample, timestep, known, moved)
-
         of_guidance = pipe.motions_of_guidance(motions, clips) if guided else motions
-        denoise = denoiser(motions)  # guidance may be turned on and off between steps
-        denoise_guided = denoise if of_guidance is motions else denoiser(of_guidance)
+        denoise = denoiser(self.backend, motions, windows)  # guidance may be turned on and off between steps
+        denoise_guided = denoise if of_guidance is motions else denoiser(self.backend, of_guidance, windows)
         text = _Text(self.unet, towards, away)
 
         def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
             known, call = (text.features, denoise_guided) if guided else (text.alone, denoise)
-            return call(sample.to(self.unet.dtype), timestep, known)
+            return call(sample.to(self.unet.dtype), timestep, known, True)
 
         self._interrupt, self._num_timesteps = False, len(sampler.timesteps)
         with pipe.progress_bar(total=len(sampler.timesteps)) as bar:

@@ -33,7 +33,6 @@ from emt.prompt_syntax import PLAIN, WEBUI, expanded, words_of
 from emt.prompts import PromptEncoder
 from emt.remote import is_url
 from emt.sampling import (
-    DeepFeatureReuse,
     add_noise,
     check_finite,
     check_schedule,
@@ -44,7 +43,7 @@ from emt.sampling import (
 from emt.scratch import scratch_array
 from emt.text_encoding import TextReader
 from emt.vocabulary import Vocabulary
-from emt.windowed import WindowedDenoiser, read_in_windows
+from emt.windowed import denoiser, read_in_windows
 from emt.windows import Windows, windows_over
 
 if TYPE_CHECKING:
@@ -329,22 +328,9 @@ class MotionTransfer:
         alone = self.unet.encode_text(text[len(text) // 2 :]) if plain else features
         features.guided = guided
         of_guidance = self.motions_of_guidance(motions, len(prompts)) if guided else motions
-        apart = plain and of_guidance is not motions
-        if windows:
-            denoise_windows = WindowedDenoiser(windows, self.backend, of_guidance, cache_interval)
-            denoise_alone = denoise_windows
-            if apart:
-                denoise_alone = WindowedDenoiser(windows, self.backend, motions, cache_interval)
-
-            def predict_in_windows(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
-                known, denoise = (features, denoise_windows) if guided else (alone, denoise_alone)
-                return denoise(sample.to(self.unet.dtype), timestep, known, step < moved_steps)
-
-            return predict_in_windows
-        moved = self.backend.prepare_motion(joined(of_guidance)) if motions else None
-        moved_alone = self.backend.prepare_motion(joined(motions)) if motions and apart else moved
         if controls:
             controlled = ControlledSteps(self, controls, text, guided, len(prompts), shape)
+            moved = self.backend.prepare_motion(joined(of_guidance)) if motions else None
 
             def predict_controlled(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
                 known, reference = features if guided else alone, moved if step < moved_steps else None
@@ -354,11 +340,13 @@ class MotionTransfer:
                 )
 
             return predict_controlled
-        denoise = DeepFeatureReuse(self.backend, cache_interval)
+        denoise_guided = denoise = denoiser(self.backend, of_guidance, windows, cache_interval)
+        if plain and of_guidance is not motions:
+            denoise = denoiser(self.backend, motions, windows, cache_interval)
 
         def predict(sample: Tensor, timestep: Tensor, step: int, guided: bool) -> Tensor:
-            known, reference = (features, moved) if guided else (alone, moved_alone)
-            return denoise(sample.to(self.unet.dtype), timestep, known, reference if step < moved_steps else None)
+            known, call = (features, denoise_guided) if guided else (alone, denoise)
+            return call(sample.to(self.unet.dtype), timestep, known, step < moved_steps)
 
         return predict
 

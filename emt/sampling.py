@@ -1,4 +1,4 @@
-"""Sampling: the solvers and their timesteps, the steps with guidance, and the reuse of deep features between them."""
+"""Sampling: the solvers and their timesteps, and the steps with guidance."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emt.errors import EmtError
 from emt.solvers import DDIM, DPMSolver
-
-if TYPE_CHECKING:
-    from emt.backends.base import Backend
-    from emt.features import PreparedMotion, TextFeatures
 
 _FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
 
@@ -319,30 +315,3 @@ def check_finite(latents: Tensor, seeds: Sequence[int], dtype: torch.dtype) -> N
     broken = [i for i, good in enumerate(torch.isfinite(latents).flatten(1).all(1).tolist()) if not good]
     if broken:
         raise NonFiniteError(broken, [seeds[i] for i in broken], half=dtype != torch.float32)
-
-
-class DeepFeatureReuse:
-    """Denoises, computing the part below the highest resolution in every n-th call only (DeepCache, arXiv 2312.00858).
-
-    A call of another batch size than the last one, such as the first without guidance, computes it, too.
-
-    Args:
-        backend: executes the network.
-        interval: n.
-    """
-
-    def __init__(self, backend: Backend, interval: int) -> None:
-        self._backend, self._interval = backend, interval
-        self._deep: Tensor | None = None
-        self._batch = self._age = 0
-
-    def __call__(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
-        """As `emt.backends.base.Backend.denoise`."""
-        if self._interval == 1:
-            return self._backend.denoise(sample, timestep, text, motion)
-        self._age += 1
-        if self._deep is None or self._age == self._interval or self._batch != len(sample):
-            self._batch, self._age = len(sample), 0
-            prediction, self._deep = self._backend.denoise_deep(sample, timestep, text, motion)
-            return prediction
-        return self._backend.denoise_shallow(sample, timestep, text, motion, self._deep)

@@ -1,4 +1,4 @@
-"""Reading references and denoising clips window by window (`emt.windows` says why, and where windows are)."""
+"""Reading references and denoising clips, window by window where they are long (`emt.windows` says where and why)."""
 
 from __future__ import annotations
 
@@ -90,8 +90,58 @@ def text_of(text: TextFeatures, sample: Tensor, part: slice) -> TextFeatures:
     return TextFeatures(layers, text.guided)
 
 
+Denoiser = Callable[[Tensor, Tensor, TextFeatures, bool], Tensor]
+"""A prediction of noisy latents, their timestep, features of prompts, and whether the references are attended to."""
+
+
+def denoiser(backend: Backend, motions: Sequence[Motion], windows: Windows | None, interval: int = 1) -> Denoiser:
+    """Denoiser of all frames of clips: in windows, or at once where there are none.
+
+    Args:
+        backend: executes the network.
+        motions: of the references of a batch; or none.
+        windows: over the clips' frames; None where the network takes all of them at once.
+        interval: steps of which one computes what lies below the highest resolution.
+
+    Raises:
+        ValueError: a reference was read in other windows.
+    """
+    if windows:
+        return WindowedDenoiser(windows, backend, motions, interval)
+    moved = backend.prepare_motion(joined(motions)) if motions else None
+    denoise = DeepFeatureReuse(backend, interval)
+    return lambda sample, timestep, text, attended: denoise(sample, timestep, text, moved if attended else None)
+
+
+class DeepFeatureReuse:
+    """Denoises, computing the part below the highest resolution in every n-th call only (DeepCache, arXiv 2312.00858).
+
+    A call of another batch size than the last one, such as the first without guidance, computes it, too.
+
+    Args:
+        backend: executes the network.
+        interval: n.
+    """
+
+    def __init__(self, backend: Backend, interval: int) -> None:
+        self._backend, self._interval = backend, interval
+        self._deep: Tensor | None = None
+        self._batch = self._age = 0
+
+    def __call__(self, sample: Tensor, timestep: Tensor, text: TextFeatures, motion: PreparedMotion | None) -> Tensor:
+        """As `emt.backends.base.Backend.denoise`."""
+        if self._interval == 1:
+            return self._backend.denoise(sample, timestep, text, motion)
+        self._age += 1
+        if self._deep is None or self._age == self._interval or self._batch != len(sample):
+            self._batch, self._age = len(sample), 0
+            prediction, self._deep = self._backend.denoise_deep(sample, timestep, text, motion)
+            return prediction
+        return self._backend.denoise_shallow(sample, timestep, text, motion, self._deep)
+
+
 class WindowedDenoiser:
-    """Denoises all frames of clips, window by window, as `emt.sampling.DeepFeatureReuse` denoises one window.
+    """Denoises all frames of clips, window by window, as `DeepFeatureReuse` denoises one window.
 
     Args:
         windows: over the clips' frames.
