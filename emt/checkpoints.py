@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from emt.errors import EmtError, first_line
+from emt.signatures import LENGTH, kind_of
 from emt.storage import check_readable, open_file, sha256_of
 
 State = dict[str, Tensor]
@@ -278,7 +279,7 @@ def read_checkpoint(path: Path, *, scaled: bool = False) -> Checkpoint:
     metadata: dict[str, str] = {}
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(LENGTH)
         if head[8:9] == b"{":
             with safe_open(path, framework="pt") as tensors:
                 metadata = tensors.metadata() or {}
@@ -361,24 +362,10 @@ def _take_scales(state: State) -> dict[str, Tensor]:
     return scales
 
 
-_FORMATS = (
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file, such as Keras saves"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"7z\xbc\xaf", "a 7z archive"),
-    (b"Rar!", "a RAR archive"),
-    (b"\x93NUMPY", "an array of numpy"),
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"RIFF", "a WebP picture or another RIFF file"),
-)
-
-
 def _format(head: bytes) -> str:
     """A file's format in words, by its first bytes."""
-    for start, name in _FORMATS:
-        if head.startswith(start):
-            return f"{name}, which is neither safetensors nor a PyTorch checkpoint"
+    if kind := kind_of(head):
+        return f"{kind}, which is neither safetensors nor a PyTorch checkpoint"
     return f"neither safetensors nor a PyTorch checkpoint: it begins {head[:24]!r}"
 
 

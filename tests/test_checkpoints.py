@@ -289,7 +289,9 @@ def test_k5_tensors_without_plain_values_are_refused(kind: str, tmp_path: Path) 
         ("zip", "is a zip archive of model.safetensors, notes.txt, not one of torch.save"),
         ("HDF5", "is an HDF5 file"),
         ("gzip", "is a gzip archive"),
-        ("PNG", "is a PNG picture"),
+        ("PNG", "is a PNG picture, which is neither safetensors nor"),
+        ("MP4", "is an MP4 or QuickTime video"),
+        ("PDF", "is a PDF"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -307,9 +309,13 @@ def test_k7_a_file_of_another_format_is_named(kind: str, message: str, tmp_path:
             archive.writestr("model.safetensors", b"")
             archive.writestr("notes.txt", b"")
     else:
-        path.write_bytes(
-            {"HDF5": b"\x89HDF\r\n\x1a\n", "gzip": b"\x1f\x8b\x08", "PNG": b"\x89PNG\r\n"}[kind] + bytes(100)
-        )
+        start = {
+            "HDF5": b"\x89HDF\r\n\x1a\n",
+            "gzip": b"\x1f\x8b\x08",
+            "PNG": b"\x89PNG\r\n\x1a\n",
+            "PDF": b"%PDF-1.7\n",
+        }
+        path.write_bytes((start | {"MP4": b"\0\0\0\x20ftypisom"})[kind] + bytes(100))
     with pytest.raises(EmtError, match=message):
         read_checkpoint(path)
 

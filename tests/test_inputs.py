@@ -227,6 +227,8 @@ def test_k7_what_is_no_text_is_one_line(here, content):
         (b"%PDF-1.7\n", "a PDF"),
         (b"\xd0\xcf\x11\xe0\xa1", "a document of an office program"),
         (b"<!DOCTYPE html>\n<p>a fox", "a web page"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG picture"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
     ],
 )
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p"])

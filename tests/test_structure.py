@@ -38,7 +38,7 @@ ROOMS = """
 emt_kernels
 emt emt.backbones emt.errors emt.presets emt.demo
 emt.prompt_syntax
-emt.storage emt.scratch emt.vocabulary emt.hub
+emt.storage emt.scratch emt.vocabulary emt.hub emt.signatures
 emt.video emt.contact_sheet | emt.checkpoints emt.lora_files emt.parts | emt.synthetic
 emt.features | emt.evaluate
 emt.backbone emt.windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -483,6 +484,9 @@ def files_that_are_no_clips(folder: Path, good: Path) -> dict[str, str]:
     )
     Image.new("RGB", (8, 8)).save(folder / "picture.mp4", "PNG")
     (folder / "clip.txt").write_bytes(whole)
+    (folder / "note.mp4").write_text("moved to another disk\n")
+    (folder / "page.mp4").write_text("\n<!doctype HTML><title>404</title>")
+    (folder / "archive.mov").write_bytes(gzip.compress(whole))
     (folder / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     os.mkfifo(folder / "pipe.mp4")
     (folder / "loop.mp4").symlink_to("loop.mp4")
@@ -492,7 +496,10 @@ def files_that_are_no_clips(folder: Path, good: Path) -> dict[str, str]:
         "zero.mp4": "is empty",
         "text.mp4": "cannot be read as a video",
         "noise.mkv": "cannot be read as a video",
-        "pointer.mp4": "a page, a note or a pointer (Git LFS) may have been saved instead",
+        "note.mp4": "a page or a note may have been saved instead",
+        "page.mp4": "cannot be read as a video: it is a web page",
+        "archive.mov": "cannot be read as a video: it is a gzip archive",
+        "pointer.mp4": "cannot be read as a video: it is a pointer of Git LFS",
         "half.mp4": "cannot be read as a video: its index (moov), which a recorder writes last, is missing",
         "head.gif": "cannot be read as a video",
         "concat.mp4": "cannot be read as a video",

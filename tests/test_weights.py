@@ -626,8 +626,11 @@ def test_a_malicious_pickle_is_refused_and_not_run(which: str, zipped: bool, fil
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is neither safetensors nor"),
-        (b"<!DOCTYPE html><html>", "is neither safetensors nor"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a pointer of Git LFS, which is neither safetensors",
+        ),
+        (b"<!DOCTYPE html><html>", "is a web page, which is neither safetensors nor"),
         (b"PK\x03\x04 no archive", "is truncated or damaged"),
         (b"\x80\x02garbage", "damaged"),
         ((8).to_bytes(8, "little") + b'{"a": 1}', "is truncated or damaged"),

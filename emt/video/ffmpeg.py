@@ -14,6 +14,7 @@ from pathlib import Path
 import imageio_ffmpeg
 
 from emt.errors import EmtError
+from emt.signatures import holds_no_video, kind_of_file
 from emt.video.clip import MAX_PIXELS
 from emt.video.names import show
 
@@ -114,9 +115,11 @@ class Ffmpeg:
         errors = re.findall(r"^(?:\[[^\]]*\] )*\[(?:error|fatal|panic)\] (.+)", self.log, re.MULTILINE)
         if self._process.returncode < 0:
             return f"ffmpeg crashed ({_name_of(-self._process.returncode)})"
+        if holds_no_video(kind := kind_of_file(self._path)):
+            return f"it is {kind}"
         reason = errors[0].strip().rstrip(".") if errors else "frames are missing when it is decoded"
         if "moov atom not found" in reason and not self._is_of_boxes():
-            return "there is none in it: a page, a note or a pointer (Git LFS) may have been saved instead"
+            return "there is none in it: a page or a note may have been saved instead"
         return next((ours for theirs, ours in _REASONS.items() if theirs in reason), reason)
 
     def _is_of_boxes(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -53,17 +52,6 @@ def is_animation(path: Path) -> bool:
             return bool(getattr(image, "is_animated", False))
     except EmtError:
         return False
-
-
-def picture_kind(path: Path) -> str:
-    """Kind of picture a file is by its first bytes, whatever its name: "PNG", "WebP", "JPEG" or ""."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError:
-        return ""
-    kinds = {"PNG": rb"\x89PNG\r\n\x1a\n", "WebP": rb"RIFF....WEBP", "JPEG": rb"\xff\xd8\xff"}
-    return next((kind for kind, start in kinds.items() if re.match(start, head, re.DOTALL)), "")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from emt.errors import EmtError
 from emt.scratch import scratch_array
+from emt.signatures import picture_format
 from emt.video.clip import (
     FITS,
     MAX_FRAMES,
@@ -25,7 +26,7 @@ from emt.video.clip import (
 )
 from emt.video.kinds import ANIMATED_SUFFIXES, check_readable, not_video
 from emt.video.names import count, describe_part, show
-from emt.video.pictures import Animation, Images, picture_kind
+from emt.video.pictures import Animation, Images
 from emt.video.stream import Video
 
 _GOOD_RATE = 8  # sampled frames a second that a hint suggests: movement of people and cameras shows in them
@@ -200,7 +201,7 @@ def _open(path: Path) -> Source:
     check_readable(path)
     if path.is_dir():
         return Images.open(path)
-    kind, suffix = picture_kind(path), path.suffix.lower()
+    kind, suffix = picture_format(path), path.suffix.lower()
     if kind in ("PNG", "WebP"):
         animation = Animation.open(path)
         if animation.info.frames == 1 and suffix not in (".gif", ".apng"):

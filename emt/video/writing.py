@@ -16,12 +16,13 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from emt.errors import EmtError
+from emt.signatures import picture_format
 from emt.storage import partial_file, replace_folder, sync
 from emt.video.clip import Sound
 from emt.video.ffmpeg import Ffmpeg, open_file
 from emt.video.kinds import check_readable, not_video
 from emt.video.names import show, unusable
-from emt.video.pictures import Images, is_animation, picture, picture_kind
+from emt.video.pictures import Images, is_animation, picture
 
 MAX_METADATA = 100_000
 """Most bytes of metadata, as ASCII JSON, that `write_clip` embeds."""
@@ -230,7 +231,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     if path.is_dir():
         with picture(Images.open(path).files[0]) as image:
             comment = image.info.get("Comment", "")
-    elif kind := picture_kind(path):
+    elif kind := picture_format(path):
         if not is_animation(path):
             raise not_video(path, f"it is one {kind} picture")
         comment = ""  # no format that is written here

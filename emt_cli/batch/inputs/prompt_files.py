@@ -20,6 +20,7 @@ from typing import Any
 
 from emt.errors import EmtError
 from emt.remote import copy_of, fetch, is_url, normal, shown, to_path
+from emt.signatures import LENGTH, kind_of
 from emt_cli.batch.jobs import Rejected
 from emt_cli.batch.options import (
     JOB_FIELDS,
@@ -45,17 +46,6 @@ _MARKS = {
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
-}
-
-#: The first bytes of files whose suffix hides what they are, in small letters.
-_OTHER_KINDS = {
-    b"{\\rtf": "RTF",
-    b"%pdf-": "a PDF",
-    b"pk\3\4": "a document or archive (zip)",
-    b"\xd0\xcf\x11\xe0": "a document of an office program",
-    b"\x1f\x8b": "a gzip archive",
-    b"<!doctype html": "a web page",
-    b"<html": "a web page",
 }
 
 
@@ -134,10 +124,10 @@ def read_text(path: Path) -> str:
     if len(data) > _MAX_PROMPTS:
         raise EmtError(f"is larger than {_MAX_PROMPTS >> 20} MiB", "Split it.")
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
-    start = data[:4096]
-    if (kind := next((kind for mark, kind in _OTHER_KINDS.items() if start.lower().startswith(mark)), "")) != "":
+    if kind := kind_of(data[:LENGTH]):
         raise EmtError(f"is {kind}, no plain text", "Save it as text in UTF-8.")
     try:
+        start = data[:4096]
         if encoding == "utf-8" and start.count(0) > len(start) / 8:
             raise ValueError
         text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
