@@ -117,13 +117,13 @@ class Outcomes:
         self._report(line)
 
     def seen(self, line: dict[str, Any], status: os.stat_result) -> None:
-        """A clip was looked at and found whole with another time: the next run need not look."""
+        """Note in the journal the time of a clip that was looked at and found whole: the next run need not look."""
         stamps = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         with suppress(OSError):  # then it looks
             self.journal.append({"event": "file", "id": line["id"], "output": line["output"], **stamps})
 
     def moved(self, line: dict[str, Any], before: str | None) -> None:
-        """The reference of a finished clip may be elsewhere by now: then readers of the journal look for it there.
+        """Note in the journal where the reference of a finished clip is now, if its readers would not find it there.
 
         Args:
             line: The job as it is now.
@@ -136,7 +136,7 @@ class Outcomes:
             self.journal.append({"event": "file", **{name: line[name] for name in names}})
 
     def dropped(self, line: dict[str, Any], reason: str) -> None:
-        """A clip has not passed a filter; one of that name from an earlier run goes, too.
+        """Report a clip that has not passed a filter; one of that name from an earlier run goes, too.
 
         Raises:
             OSError: it could not be written down.
