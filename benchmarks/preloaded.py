@@ -23,14 +23,15 @@ import imageio_ffmpeg
 #: What is imported once: the program, and what it imports on the way when it runs.
 _IMPORTED = """
 emt.pipeline emt.video emt.backbones.sd15.import_weights emt.backbones.sd15.opening emt.backends.measured
-emt.evaluate.pairs emt.train.trainer
+emt.backbones.wan21.import_weights emt.backbones.wan21.transformer emt.evaluate.pairs emt.train.trainer
+emt_engines.inductor
 emt_cli.app emt_cli.batch.planning emt_cli.executors.choice emt_cli.executors.local emt_cli.report.page
 emt_cli.report.published emt_cli.terminal
 emt_cli.commands.bench emt_cli.commands.config emt_cli.commands.engines emt_cli.commands.evaluate
 emt_cli.commands.group emt_cli.commands.import_weights emt_cli.commands.plan emt_cli.commands.report
 emt_cli.commands.rerun emt_cli.commands.train emt_cli.commands.transfer
-PIL.GifImagePlugin PIL.JpegImagePlugin cv2 fsspec.implementations.http numpy.ma pydantic.fields pydantic.type_adapter
-pydantic.types rich.progress rich.table s3fs torch.utils.tensorboard
+PIL.GifImagePlugin PIL.JpegImagePlugin cv2 diffusers.guiders fsspec.implementations.http ftfy numpy.ma
+pydantic.fields pydantic.type_adapter pydantic.types rich.progress rich.table s3fs torch.utils.tensorboard
 """
 
 _FORK = multiprocessing.get_context("forkserver")

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -629,8 +630,11 @@ def test_networks_of_another_process_have_the_dtypes_of_the_pipelines(model, dty
     assert TorchBackend(there).encode_reference(sample, timestep, prompt)
 
 
-def test_a_compiler_that_dies_twice_is_reported_in_three_lines_with_its_log(model, tmp_path, logs, capfd):
+def test_a_compiler_that_dies_twice_is_reported_in_three_lines_with_its_log(model, tmp_path, logs, capfd, monkeypatch):
     """Of those that compile parts side by side; a pool of processes would wait for it."""
+    # Forked from one that has imported PyTorch; processes that are started anew, as they are, are in the next test.
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     job = _Job(KillsItself(), request_for(model), "vae_decoder", SIZE, tmp_path)
     said: list[str] = []
     with pytest.raises(EmtError, match="decoder for 32x32 failed 2 times: its process ended with signal SIG") as caught:

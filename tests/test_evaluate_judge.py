@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import fields, replace
@@ -44,15 +45,27 @@ from emt.synthetic.renderer import COLOURS, SCENES, SUBJECTS, World
 WORDS = JudgeVocabulary(SUBJECTS, COLOURS, SCENES)
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def _painted() -> World:
+    """A world of few paintings, which take longest and are the same whatever the number of frames."""
+    return World(variants=1, textures=4)
+
+
+def world_of(frames: int) -> World:
+    world = copy.copy(_painted())
+    world.frames = frames
+    return world
+
+
+@pytest.fixture
 def world() -> World:
-    return World(frames=4, variants=1, textures=4)
+    return world_of(4)
 
 
 @pytest.fixture(scope="module")
 def cases():
     """40 motions of 16 frames, what is requested, and the references' looks."""
-    world = World(variants=1, textures=4)
+    world = world_of(16)
     generator = torch.Generator().manual_seed(0)
     motions = world.motions(40, generator, two_subjects=0.4, camera=0.5)
     return motions, world.appearances(motions, generator), world.appearances(motions, generator)
@@ -119,7 +132,7 @@ def test_flat_frames_give_numbers(judge, align):
 
 def moving_scenes(count: int) -> tuple[torch.Tensor, Any]:
     """Rendered clips, subjects and all, and their motions."""
-    world = World(variants=1, textures=4)
+    world = world_of(16)
     generator = torch.Generator().manual_seed(1)
     motions = world.motions(count, generator, camera=1.0, two_subjects=0.5)
     return world.render(motions, world.appearances(motions, generator)), motions
@@ -152,7 +165,7 @@ def test_of_several_guesses_the_one_that_explains_the_frames_is_taken():
 
 def test_scenes_that_leap_are_found_though_they_repeat():
     """Dots and stripes at 18 pixels a frame."""
-    world = World(frames=4, variants=1, textures=4)
+    world = world_of(4)
     generator = torch.Generator().manual_seed(2)
     motions = world.motions(2, generator, camera=1.0, two_subjects=0.0)
     motions.camera = (
@@ -231,7 +244,7 @@ def test_degraded_frames_stay_like_what_they_were():
 
 
 def test_the_program_prints_a_judges_own_errors(judge, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(renderer, "World", functools.partial(World, frames=4, variants=1, textures=4))
+    monkeypatch.setattr(renderer, "World", lambda device: world_of(4))
     path = judge.save(tmp_path / "judge.safetensors")
     main(["check", str(path), "--clips", "2", "--device", "cpu"])
     printed = capsys.readouterr().out
@@ -243,7 +256,7 @@ def test_the_program_prints_a_judges_own_errors(judge, tmp_path, monkeypatch, ca
 
 def test_prompts_are_read_as_the_world_writes_them(cases):
     motions, requested, _ = cases
-    for i, caption in enumerate(World(variants=1, textures=4).captions(requested, motions)):
+    for i, caption in enumerate(world_of(16).captions(requested, motions)):
         count = int(motions.subjects[i])
         expected = Prompt(
             tuple(requested.subject[i, :count].tolist()),
@@ -345,7 +358,7 @@ def test_rotation_of_unreadable_subjects_does_not_count(cases):
 
 def test_tracked_points_tell_the_camera_of_a_rendered_clip():
     pytest.importorskip("cv2")
-    world = World(frames=6, variants=1, textures=4)
+    world = world_of(6)
     generator = torch.Generator().manual_seed(3)
     motions = world.motions(2, generator, camera=1.0)
     clips = world.render(motions, world.appearances(motions, generator))
