@@ -69,6 +69,8 @@ def _run(app: Callable[..., object], came: list[int]) -> int:
     """
     from emt.errors import EmtError
 
+    if not _has_working_folder():
+        return _without_working_folder()
     try:
         try:
             code = app(standalone_mode=False)
@@ -100,8 +102,8 @@ def _run(app: Callable[..., object], came: list[int]) -> int:
         from emt_cli.streams import OUTPUT
 
         if isinstance(error, FileNotFoundError) and not error.filename and not _has_working_folder():
-            _print("error: the working folder was removed\nChange into another one: cd FOLDER")
-        elif error.filename != OUTPUT:  # that is said at the end
+            return _without_working_folder()
+        if error.filename != OUTPUT:  # that is said at the end
             _print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
         return EXIT_FAILED
     except Exception as error:
@@ -114,6 +116,12 @@ def _has_working_folder() -> bool:
     except OSError:
         return False
     return True
+
+
+def _without_working_folder() -> int:
+    """Say that the working folder is gone: libraries of PyTorch end the process there, whatever paths are given."""
+    _print("error: the working folder was removed\nChange into another one: cd FOLDER")
+    return EXIT_FAILED
 
 
 def _unexpected(error: Exception) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -19,6 +20,7 @@ OUTPUT = "standard output"
 _CHUNK = 4096  # PIPE_BUF of Linux: a pipe that can be written to takes so many bytes without waiting
 _GATHERING = 0.002  # seconds
 _POLL = 0.2  # seconds between looks at whether to give up
+_ESCAPES = "emt.escapes"  # name of the handler of characters that standard output's encoding does not have
 _LAST_WORDS = 2.0  # seconds that a line at the end of the program waits for its reader
 
 
@@ -136,8 +138,10 @@ def open_standard_streams() -> None:
     """Make standard streams safe to use, for this process.
 
     The places of those that were closed before the start are filled, lest other files take them. Errors of standard
-    output name it (`OUTPUT`). What is written to standard error never fails: it is for people, and a run does not end
-    because they have stopped listening. A stream that the caller has replaced, as a notebook or a test does, stays.
+    output name it (`OUTPUT`), and characters that its encoding does not have become escapes, as in the locales of some
+    terminals and in files that Windows redirects to. What is written to standard error never fails: it is for people,
+    and a run does not end because they have stopped listening. A stream that the caller has replaced, as a notebook or
+    a test does, stays.
     """
     for number in (0, 1, 2):
         try:
@@ -146,13 +150,23 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
     if sys.stdout is None or _descriptor(sys.stdout) == 1:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        errors = getattr(sys.stdout, "errors", None) or "surrogateescape"
         buffer = io.BufferedWriter(_Output(1, "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(buffer, encoding, errors, line_buffering=os.isatty(1))
+        codecs.register_error(_ESCAPES, _escaped)
+        sys.stdout = io.TextIOWrapper(buffer, encoding, _ESCAPES, line_buffering=os.isatty(1))
     if sys.stderr is None or _descriptor(sys.stderr) == 2:
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         raw = _Unfailing(2)
         sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True, write_through=True)  # type: ignore[arg-type]
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a name that is no text as they are, and what an encoding does not have as an escape."""
+    assert isinstance(error, UnicodeEncodeError)
+    code = ord(error.object[error.start])
+    if 0xDC80 <= code <= 0xDCFF:  # as `surrogateescape`
+        return bytes([code - 0xDC00]), error.start + 1
+    one = UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    return codecs.backslashreplace_errors(one)
 
 
 class _Output(io.FileIO):

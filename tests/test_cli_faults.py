@@ -200,7 +200,22 @@ def test_k7_a_working_folder_that_was_removed_is_said(tmp_path, monkeypatch, cap
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert app._run(lambda **_: Path("a").absolute(), []) == 1
+    begun = []
+    assert app._run(lambda **_: begun.append(1), []) == 1
+    assert not begun, "PyTorch's libraries would end the process"
+    assert capfd.readouterr().err == "error: the working folder was removed\nChange into another one: cd FOLDER\n"
+
+
+def test_k7_a_working_folder_that_is_removed_in_mid_run_is_said(tmp_path, monkeypatch, capfd):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+
+    def command(**_):
+        gone.rmdir()
+        Path("a").absolute()
+
+    assert app._run(command, []) == 1
     assert capfd.readouterr().err.startswith("error: the working folder was removed\n")
 
 

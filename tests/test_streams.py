@@ -32,6 +32,23 @@ main()
 """
 
 
+@pytest.mark.parametrize(
+    ("encoding", "written"),
+    [
+        ("ascii:strict", rb"\xfc \u732b \ud800 "),
+        ("latin-1", b"\xfc \\u732b \\ud800 "),
+        ("utf-8:strict", "ü 猫 ".encode() + rb"\ud800 "),
+        ("cp1252", b"\xfc \\u732b \\ud800 "),
+    ],
+)
+def test_k5_what_an_encoding_does_not_have_is_written_as_an_escape(encoding, written):
+    """Terminals of other locales, and files that Windows redirects to; names that are no text stay as they are."""
+    code = "import sys; from emt_cli import streams; streams.open_standard_streams(); print('ü 猫 \\ud800 \\udcff')"
+    surroundings = os.environ | {"PYTHONIOENCODING": encoding}
+    ended = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, check=True)
+    assert ended.stdout == written + b"\xff\n"
+
+
 @pytest.mark.parametrize("name", ["emt_cli.streams", "typer", "emt_cli.commands.plan", "emt.model_folder"])
 def test_k4_an_interrupt_while_the_program_is_imported_is_quiet(name):
     with subprocess.Popen(
