@@ -148,7 +148,7 @@ def weights_files(path: Path) -> list[Path]:
         others = sorted(name for name in present if name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin")))
         raise EmtError(
             f"{path} has no weights: neither {' nor '.join(f'{stem}.safetensors' for stem in _WEIGHTS)} nor a .bin",
-            f"Give one of its files:{shorten([others])}" if others else "Download the folder again.",
+            f"Give one of its files{shorten([others])}" if others else "Download the folder again.",
         )
     if not names[0].endswith(".json"):
         return [path / names[0]]
@@ -159,7 +159,7 @@ def weights_files(path: Path) -> list[Path]:
             "Download it again.",
         )
     if missing := sorted(set(listed.values()) - present):
-        raise EmtError(f"{path} lacks what {names[0]} lists:{shorten([missing])}", "Download the folder again.")
+        raise EmtError(f"{path} lacks what {names[0]} lists{shorten([missing])}", "Download the folder again.")
     return [path / name for name in sorted(set(listed.values()))]
 
 
@@ -179,7 +179,7 @@ def read_weights(path: Path, *, scaled: bool = False) -> tuple[Checkpoint, list[
     for file in files:
         part = read_checkpoint(file, scaled=scaled)
         if twice := sorted(whole.state.keys() & part.state.keys()):
-            raise EmtError(f"{file} has weights that another file has:{shorten([twice])}", "Download it again.")
+            raise EmtError(f"{file} has weights that another file has{shorten([twice])}", "Download it again.")
         whole.state |= part.state
         whole.metadata |= part.metadata
         whole.dropped += part.dropped
@@ -212,7 +212,7 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
         if len(values) > 1000 or any(not -most <= x <= most for x in numbers):
             wrong.append(f"{name} is {value!r:.60}")
     if wrong:
-        raise EmtError(f"{where} does not describe a network:" + shorten([wrong]), "Download it again.")
+        raise EmtError(f"{where} does not describe a network" + shorten([wrong]), "Download it again.")
 
 
 class _Inert:
@@ -499,12 +499,15 @@ def differ(count: int) -> str:
 
 
 def shorten(groups: Sequence[Sequence[str]]) -> str:
-    """Lines of a message, indented: the first of each group, then more of each, and how many are left out."""
+    """A colon and lines of a message, indented: the first of each group, more of each, and how many are left out.
+
+    Where a message is shown on one line, the colon is what parts them from what is said before.
+    """
     rounds = max(map(len, groups))
     chosen = [(i, g) for i in range(min(rounds, _MOST_LINES)) for g, group in enumerate(groups) if i < len(group)]
     lines = [groups[g][i] for i, g in sorted(chosen[:_MOST_LINES], key=lambda place: place[::-1])]
     left = sum(map(len, groups)) - len(lines)
-    return "".join(f"\n  {line}" for line in [*lines, *([f"… and {left} more"] if left else [])])
+    return ":" + "".join(f"\n  {line}" for line in [*lines, *([f"… and {left} more"] if left else [])])
 
 
 def _extra_prefix(missing: Iterable[str], unexpected: Sequence[str]) -> str:

@@ -312,7 +312,7 @@ def _check_values(what: str, model: nn.Module, dtype: str) -> None:
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         raise EmtError(
-            f"{len(bad)} weights of the {what} are not finite in {dtype}:{shorten([bad])}",
+            f"{len(bad)} weights of the {what} are not finite in {dtype}{shorten([bad])}",
             "Store it with --dtype fp32." if dtype == "fp16" else "The source is damaged: download it again.",
         )
     weights = without_adapter(model, dict(model.named_parameters()))

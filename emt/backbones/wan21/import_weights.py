@@ -208,7 +208,7 @@ def write_weights(
         tensors = {name: change(name, state[name]).to(dtype_of(name)).contiguous() for name in names}
         if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
             raise EmtError(
-                f"{len(bad)} weights are not finite in {dtype_of(bad[0])}:{shorten([bad])}",
+                f"{len(bad)} weights are not finite in {dtype_of(bad[0])}{shorten([bad])}",
                 "Store them with --dtype bf16 or fp32; if that does not help, the source is damaged.",
             )
         save_file(tensors, stem.with_name(file), {"format": "pt"})

@@ -136,7 +136,7 @@ class LoraMerge:
         problems = [problem for problem in found if isinstance(problem, str)]
         if problems:
             raise EmtError(
-                f"the LoRA {path} does not fit this model{self._guess(checkpoint.state)}, {differ(len(problems))}:"
+                f"the LoRA {path} does not fit this model{self._guess(checkpoint.state)}, {differ(len(problems))}"
                 f"{shorten([problems])}",
                 "Give a LoRA of Wan 2.1 text to video of the same size; LoHa, LoKr and DoRA are not read.",
             )
