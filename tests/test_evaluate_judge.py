@@ -141,15 +141,14 @@ def moving_scenes(count: int) -> tuple[torch.Tensor, Any]:
 def test_aligned_frames_tell_the_camera_to_a_part_of_a_pixel():
     """Of all kinds of scenes and steps, though subjects go their own way; without aligning, it is off by more."""
     clips, motions = moving_scenes(10)
-    judge = Judge.load()
-    errors = [
-        (judge.observe(clips, motions.subjects, align=align).camera - motions.camera).abs() for align in (False, True)
-    ]
-    pans = [error[..., :2].norm(dim=-1) for error in errors]
-    assert pans[1].mean() < 0.1
-    assert pans[1].quantile(0.95) < 0.25
-    assert pans[1].mean() < 0.3 * pans[0].mean()
-    assert errors[1][..., 2:].mean() < 0.003
+    judge, few = Judge.load(), 3
+    error = (judge.observe(clips, motions.subjects, align=True).camera - motions.camera).abs()
+    guessed = (judge.observe(clips[:few], motions.subjects[:few]).camera - motions.camera[:few]).abs()
+    pan = error[..., :2].norm(dim=-1)
+    assert pan.mean() < 0.1
+    assert pan.quantile(0.95) < 0.25
+    assert pan[:few].mean() < 0.3 * guessed[..., :2].norm(dim=-1).mean()
+    assert error[..., 2:].mean() < 0.003
 
 
 def test_of_several_guesses_the_one_that_explains_the_frames_is_taken():
