@@ -7,7 +7,6 @@ python -m recipes.assemble_dit --out build/dit --adapter no-scaler
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +55,6 @@ def assemble(
     with safe_open(str(path), "pt") as file:
         options = json.loads(file.metadata()["options"])
     sizes, clips = (TINY, networks.TINY) if tiny else (SMALL, networks.SMALL)
-    sizes = dataclasses.replace(sizes, rank=options["adapter_rank"])
     model = make_transformer(sizes, shared, options["reference_blocks"], clips.frames, options["reference_neighbours"])
     model.load_state_dict(weights_of(out / "video.safetensors", "transformer") | weights_of(path, "adapter"))
     pipeline = MotionTransferPipeline(

@@ -10,7 +10,6 @@ python -m recipes.train_dit adapter --out build/dit --name same-frame --neighbou
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=0.0,
         help="adapter: share of what the backbone predicts, told the truth, in what is learnt; 0 for the clips alone",
     )
-    parser.add_argument("--rank", type=int, help="adapter: of its additions (as the model's sizes have it)")
     parser.add_argument(
         "--muon", action="store_true", help="adapter: its matrices take Muon's steps, as a backbone's do"
     )
@@ -128,7 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = o.name if adapting else o.stage
     stage = Stage(name, o)
     sizes, parts = TINY if o.tiny else SMALL, SharedParts.load(o.parts)
-    sizes = dataclasses.replace(sizes, rank=o.rank or sizes.rank)
 
     blocks = (o.blocks or sizes.blocks) if adapting else ()
     model = make_transformer(sizes, parts, blocks, stage.sizes.frames, o.neighbours)
@@ -217,7 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """In half precision: what is trained, and the maps that the next run of the stage goes on with."""
         if adapting:
             options = {"reference_blocks": list(blocks), "reference_neighbours": o.neighbours, **metadata}
-            options["adapter_rank"] = sizes.rank
             facts = {"options": json.dumps(options), "steps": str(trainer.step_count)}
             save_weights(path, facts, adapter={key: p.half() for key, p in model.adapter_parameters()})
             return

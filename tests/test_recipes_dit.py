@@ -200,7 +200,7 @@ class TestStages:
         [
             (["--blocks", "2", "--neighbours", "0"], {"reference_blocks": [2], "reference_neighbours": 0}),
             (["--no-scaler", "--reference-timestep", "300"], {"reference_timestep": "300"}),
-            (["--rank", "2", "--muon"], {"adapter_rank": 2}),
+            (["--muon"], {"reference_blocks": [1, 2]}),
         ],
     )
     def test_ablations_of_the_adapter(self, out, options, expected):
