@@ -21,7 +21,7 @@ from wan21_testing import (
 )
 
 from emt.backbone import Execution
-from emt.backbones.wan21.facts import default_reference_blocks
+from emt.backbones.wan21.facts import default_reference_blocks, trained_reference_blocks
 from emt.backbones.wan21.transformer import WanMotionTransferTransformer, with_strength
 from emt.features import Motion
 
@@ -358,3 +358,6 @@ def test_blocks_that_take_the_reference():
     assert default_reference_blocks(30) == range(4, 19)
     assert default_reference_blocks(40) == range(5, 25)
     assert default_reference_blocks(1) == range(1)
+    assert trained_reference_blocks(30) == range(8, 18)
+    assert trained_reference_blocks(40) == range(11, 24)
+    assert trained_reference_blocks(1) == range(1)

@@ -483,7 +483,8 @@ class TestRefused:
 class TestAdapter:
     @torch.no_grad()
     def test_without_one_it_starts_untrained(self, tmp_path, diffusers_folder):
-        import_weights(tmp_path / "model", base=diffusers_folder, dtype="fp32")
+        """A reference that is the clip itself changes nothing where all of its frames are seen."""
+        import_weights(tmp_path / "model", base=diffusers_folder, dtype="fp32", reference_neighbours=None)
         model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "unet")
         sample, timestep, text = inputs(channels=16)
         text = torch.nn.functional.pad(text, (0, 20))
@@ -492,6 +493,14 @@ class TestAdapter:
         opened = find_model(str(tmp_path / "model"), download=False)
         assert not opened.has_adapter  # so that clips are made by guidance, and --method adapter is refused
         assert opened.defaults["method"] == "guidance"
+
+    def test_one_to_be_trained_sees_neighbouring_frames_in_the_middle_third_of_the_blocks(
+        self, tmp_path, diffusers_folder
+    ):
+        import_weights(tmp_path / "model", base=diffusers_folder, dtype="fp32")
+        model = WanMotionTransferTransformer.from_pretrained(tmp_path / "model" / "unet")
+        assert model.reference_layers() == ["blocks.1"]  # of two
+        assert model.config.reference_neighbours == 1
 
     @pytest.mark.parametrize("as_folder", [False, True])
     def test_a_trained_one_is_taken_with_its_options(self, tmp_path, diffusers_folder, as_folder):

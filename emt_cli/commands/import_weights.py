@@ -133,7 +133,7 @@ def import_weights(
         typer.Option(
             metavar="BLOCKS",
             help="Blocks of Wan that take the reference, such as 10-14 or 4,8,12: those of an adapter that is to be "
-            "trained. Default: 4-18 of 30, as many in proportion of others.",
+            "trained. Default: 8-17 of 30, as many in proportion of others.",
             show_default=False,
         ),
     ] = None,
@@ -141,8 +141,8 @@ def import_weights(
         int | None,
         typer.Option(
             metavar="N",
-            help="Frames of the reference on either side of its own that a frame of Wan sees, of latents. Default: "
-            "all.",
+            help="Frames of the reference on either side of its own that a frame of Wan sees, of latents: 20 are all "
+            "of 81 frames. Default: 1.",
             min=0,
             show_default=False,
         ),

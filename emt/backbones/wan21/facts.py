@@ -19,6 +19,16 @@ def default_reference_blocks(layers: int) -> range:
     return range(round(layers * 4 / 30), max(round(layers * 19 / 30), 1))
 
 
+def trained_reference_blocks(layers: int) -> range:
+    """Blocks that an adapter to be trained has if none are given: 8 to 17 of 30, as many in proportion of others.
+
+    A third in the middle follows a reference as all of `default_reference_blocks` do, within the intervals of the small
+    transformer's ablations, at two thirds of the cost (docs/wan.md).
+    """
+    first = round(layers * 8 / 30)
+    return range(first, max(round(layers * 18 / 30), first + 1))
+
+
 def facts(config: Mapping[str, Any]) -> Facts:
     """Limits and costs of a network with this configuration, by its arithmetic; its memory was not measured.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import UMT5Config
 
 from emt.backbones.wan21.adapter_file import initial_adapter, read_adapter
+from emt.backbones.wan21.facts import trained_reference_blocks
 from emt.backbones.wan21.lora import LoraMerge
 from emt.backbones.wan21.published import (
     read_base,
@@ -65,7 +66,7 @@ def import_weights(
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     reference_blocks: Sequence[int] | None = None,
-    reference_neighbours: int | None = None,
+    reference_neighbours: int | None = 1,
     dtype: str = "bf16",
     overwrite: bool = False,
     on_progress: Progress | None = None,
@@ -83,8 +84,9 @@ def import_weights(
         tokenizer: folder or hub id; None takes the base's.
         adapter: what `emt train` learnt, a file or model folder. None starts it untrained.
         loras: files and scales, merged into the transformer.
-        reference_blocks: of an untrained adapter, as `WanMotionTransferTransformer` has them.
-        reference_neighbours: likewise.
+        reference_blocks: of an untrained adapter, as `WanMotionTransferTransformer` has them; None for
+            `trained_reference_blocks`.
+        reference_neighbours: likewise, None for all: frames further away add nothing (docs/wan.md).
         dtype: of the stored weights, "bf16", "fp16" or "fp32". The VAE, and what diffusers keeps so, stay in float32.
         overwrite: replace the output folder, if it is a model folder.
         on_progress: called with what is being done, steps done and steps in all.
@@ -104,7 +106,9 @@ def import_weights(
         options: dict[str, Any] = {"reference_blocks": reference_blocks, "reference_neighbours": reference_neighbours}
         if trained is not None:
             options = trained.options
-        elif reference_blocks is not None and not 0 <= max(reference_blocks) < transformer.config["num_layers"]:
+        elif reference_blocks is None:
+            options["reference_blocks"] = list(trained_reference_blocks(transformer.config["num_layers"]))
+        elif not 0 <= max(reference_blocks) < transformer.config["num_layers"]:
             raise EmtError(
                 f"reference_blocks has {max(reference_blocks)}",
                 f"The transformer {transformer.where} has blocks 0 to {transformer.config['num_layers'] - 1}.",
