@@ -26,7 +26,13 @@ _SET_ASIDE = ".was."  # in the name of a folder that another one is to replace, 
 
 
 def partial_beside(path: Path) -> Path:
-    """A name in the folder of `path` to write under before renaming."""
+    """A name in the folder of `path` to write under before renaming.
+
+    Raises:
+        OSError: The path has no name, as `/` and `.`, whose place no file takes.
+    """
+    if not path.name:
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
 
 
@@ -329,6 +335,14 @@ def check_replaceable(path: Path, kind: str, begins: tuple[bytes, ...]) -> None:
         return
     if begin and not begin.startswith(begins):
         raise EmtError(f"{path} is there, and no {kind}: it is not replaced", "Name another file, or remove it.")
+
+
+def unwritable(folder: Path) -> str:
+    """Reason why nothing can be written into a folder, which may be yet to come; empty if it can."""
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} may not be written to"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

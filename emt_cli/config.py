@@ -34,6 +34,7 @@ from emt_cli.text import nearest
 
 FILE_NAME = "emt.toml"
 _PRESETS = "presets"
+_MOST = 4 << 20  # bytes of a file
 #: Options that an empty text says something about; elsewhere it would name the working folder or the demo model.
 MAY_BE_EMPTY = ("prompt", "negative_prompt")
 #: Options of a command that its own section alone sets: elsewhere the name means another kind of file.
@@ -216,7 +217,11 @@ def _parse(path: Path) -> Mapping[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        with open(path, "rb") as file:
+            content = file.read(_MOST + 1)
+        if len(content) > _MOST:  # such as /dev/zero, which has no end
+            raise UsageError(f"{path} is larger than {_MOST >> 20} MiB, so no config file", "Name a TOML file.")
+        return tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "Name a TOML file with --config.") from None
     except (ValueError, RecursionError) as error:

@@ -507,6 +507,14 @@ def test_rerun_makes_the_very_same_frames(batched, which):
     assert rerun(folder, source, "-o", folder / f"again{which}").code == 1, "it does not overwrite unless requested"
 
 
+def test_k7_rerun_says_at_once_where_nothing_can_be_written(batched):
+    folder, results = batched
+    ended = rerun(folder, results[0], "-o", folder / "a.xyz")
+    assert ended.code == 1
+    assert "under such a name" in ended.err
+    assert "loading" not in ended.err
+
+
 def test_rerun_is_not_silent_while_it_works(batched, tmp_path):
     """Each thing that may take a while has its line, in order; one that takes a second has it without --verbose."""
     folder, results = batched

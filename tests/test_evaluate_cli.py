@@ -119,6 +119,14 @@ def test_k7_a_device_that_is_none_and_clips_behind_urls_are_said_at_once(tmp_pat
             run(*arguments)
 
 
+@pytest.mark.parametrize("option", ["--plots", "--output"])
+def test_k7_a_place_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, option, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("emt_cli.commands.evaluate._measure", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(EmtError, match=rf"{option} cannot be written: .*file is not a folder"):
+        run("--pair", "a.mp4=b.mp4", option, tmp_path / "file" / "x.jsonl")
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_k1_pairs_from_a_table_as_spreadsheets_write_it(tmp_path, delimiter):
     table = tmp_path / "pairs.csv"

@@ -16,7 +16,7 @@ import typer
 from program import clip, emt, environment, model
 
 from emt.errors import EmtError
-from emt_cli import messages
+from emt_cli import config, messages
 from emt_cli.batch.inputs import expand
 from emt_cli.batch.jobs import Rejected
 from emt_cli.batch.options import Settings, TransferOptions, UsageError, parse_field, parse_seeds
@@ -295,6 +295,13 @@ def test_k7_what_several_options_have_wrong_together_names_the_source(here, monk
     monkeypatch.setenv("EMT_SIZE", "32")
     assert said() == "an environment variable: size is '32'", "a setting of the clip, too"
     assert said("--size", "33") == "size is '33'"
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "large.toml"])
+def test_k8_a_config_file_without_end_is_not_read_into_memory(here, name):
+    (here / "large.toml").write_bytes(b"#" * (5 << 20))
+    with pytest.raises(UsageError, match="larger than 4 MiB, so no config file"):
+        config._parse(Path(name))
 
 
 def test_k5_a_config_folder_that_cannot_be_looked_into_has_no_file(here, monkeypatch):

@@ -160,3 +160,11 @@ def test_k3_a_replaced_folder_survives_a_failure_and_a_crash(tmp_path, monkeypat
     assert not folder.exists()
     remove_partials(tmp_path)
     assert (folder / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("place", ["/", ".", ".."])
+def test_k5_a_path_without_a_name_is_no_place_for_a_file(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"director|busy"):
+        write_atomically(Path(place), b"x")
+    assert not os.listdir(tmp_path)

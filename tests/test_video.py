@@ -27,6 +27,7 @@ from emt.errors import EmtError
 from emt.storage import remove_partials
 from emt.video import (
     FOLDER_FPS,
+    check_place,
     count_frames,
     is_clip,
     probe,
@@ -969,3 +970,13 @@ def test_fits_of_odd_pictures(picture, target, fit, box, size) -> None:
     found, scaled = fitted(*picture, target, fit)
     assert found == pytest.approx(box)
     assert scaled == size
+
+
+def test_k7_a_place_where_no_clip_can_be_written_is_said_before_one_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file.mp4").touch()
+    for name in ("a.mp4", "new/folder/a.webm", "frames", "frames/%04d.png"):
+        check_place(tmp_path / name)
+    for name, said in (("a.xyz", "under such a name"), ("a.png", "one image"), ("file.mp4/a.mp4", "is not a folder")):
+        with pytest.raises(EmtError, match=said):
+            check_place(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file.mp4"]

@@ -6,10 +6,10 @@ Nothing here imports torch, so that what is missing shows at once and not after 
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from emt.errors import EmtError
+from emt.storage import unwritable
 
 CHECKPOINTS = "checkpoints"
 PAIRS_LAYOUT = "It holds a folder for each motion, with clips named <caption>.mp4: `emt make-pairs` writes such a one."
@@ -55,10 +55,8 @@ def check_run(pairs: Path, run: Path, resume: Path | None) -> None:
         raise EmtError(f"{pairs} is not a folder of pairs", PAIRS_LAYOUT)
     if run.resolve() == pairs.resolve():
         raise EmtError(f"{run} is the folder of pairs", "Give another -o RUN: its clips would be taken for pairs.")
-    parent = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        reason = "may not be written to" if parent.is_dir() else "is not a folder"
-        raise EmtError(f"cannot write to {run}: {parent} {reason}", "Give another -o RUN, or check its permissions.")
+    if reason := unwritable(run):
+        raise EmtError(f"cannot write to {run}: {reason}", "Give another -o RUN, or check its permissions.")
     found = find_checkpoints(run)
     if resume is None and found:
         raise EmtError(

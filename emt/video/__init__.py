@@ -21,7 +21,7 @@ from emt.video.kinds import VIDEO_SUFFIXES, describe_unread, is_clip, unread_fil
 from emt.video.names import natural_key
 from emt.video.pictures import IMAGE_SUFFIXES
 from emt.video.reading import count_frames, probe, read_clip, sampled_sound
-from emt.video.writing import MAX_METADATA, read_metadata, write_clip
+from emt.video.writing import MAX_METADATA, check_place, read_metadata, write_clip
 
 __all__ = [
     "FITS",
@@ -36,6 +36,7 @@ __all__ = [
     "ClipInfo",
     "Fit",
     "Sound",
+    "check_place",
     "count_frames",
     "describe_unread",
     "is_clip",

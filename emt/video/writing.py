@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from emt.errors import EmtError
 from emt.signatures import picture_format
-from emt.storage import partial_file, replace_folder, sync
+from emt.storage import partial_file, replace_folder, sync, unwritable
 from emt.video.clip import Sound
 from emt.video.ffmpeg import Ffmpeg, open_file
 from emt.video.kinds import check_readable, not_video
@@ -109,15 +109,17 @@ def write_clip(
     return target
 
 
+def check_place(path: Path) -> None:
+    """Raise an EmtError if no clip can be written under a path, before it takes minutes to make one."""
+    suffix = path.suffix.lower()
+    _check_name(path, suffix)
+    if reason := unwritable((path.parent if suffix == ".png" else path).parent):
+        raise EmtError(f"{show(path)} cannot be written: {reason}.", "Pass another name with -o.")
+
+
 def _check_format(path: Path, suffix: str, frames: np.ndarray, fps: float) -> None:
     height, width = frames.shape[1:3]
-    if suffix not in (*_ENCODERS, ".png", "") or not path.name:
-        raise EmtError(
-            f"{show(path)}: clips are not written under such a name.",
-            "Pass -o with a name ending in .mp4, .webm or .gif, or a folder for PNG frames.",
-        )
-    if suffix == ".png" and not re.fullmatch(r"[^%]*%(0\d)?d[^%]*", path.name, re.DOTALL):
-        raise EmtError(f"{show(path)} names one image, but a clip is several.", "Pass a folder, or FOLDER/%04d.png.")
+    _check_name(path, suffix)
     if suffix == ".mp4" and (width % 2 or height % 2):
         raise EmtError(
             f"{show(path)}: H.264 in yuv420p needs an even width and height, not {width}x{height}.",
@@ -128,6 +130,16 @@ def _check_format(path: Path, suffix: str, frames: np.ndarray, fps: float) -> No
     fastest = 50 if suffix == ".gif" else 1000  # gif counts in 1/100 s, and viewers slow down 1/100
     if not 0.01 <= fps <= fastest:
         raise EmtError(f"{show(path)} cannot play at {fps:g} frames a second.", f"Pass --fps with 0.01 to {fastest}.")
+
+
+def _check_name(path: Path, suffix: str) -> None:
+    if suffix not in (*_ENCODERS, ".png", "") or not path.name:
+        raise EmtError(
+            f"{show(path)}: clips are not written under such a name.",
+            "Pass -o with a name ending in .mp4, .webm or .gif, or a folder for PNG frames.",
+        )
+    if suffix == ".png" and not re.fullmatch(r"[^%]*%(0\d)?d[^%]*", path.name, re.DOTALL):
+        raise EmtError(f"{show(path)} names one image, but a clip is several.", "Pass a folder, or FOLDER/%04d.png.")
 
 
 def _encode(

@@ -16,7 +16,7 @@ import typer
 from emt import demo
 from emt.errors import EmtError, first_line
 from emt.remote import check_on_disk, distinct, is_url
-from emt.storage import check_replaceable, write_atomically
+from emt.storage import check_replaceable, unwritable, write_atomically
 from emt_cli.batch import journal
 from emt_cli.batch.inputs import read_table, read_text
 from emt_cli.batch.options import UsageError, check_device, usage_errors
@@ -112,6 +112,9 @@ def evaluate(
         check_replaceable(output, "file of measures", (b'{"reference"', b'{"summary"'))
         if len(distinct([*sources, output])) == len(sources):
             raise EmtError(f"--output {output} is the file that is read", "Name another file.")
+    for option, place in (("--output", output.parent if output else None), ("--plots", plots)):
+        if place is not None and (reason := unwritable(place)):
+            raise EmtError(f"{option} cannot be written: {reason}.", "Name another place.")
     folders = [Folder(source, say, fetch) for source in sources]
     unread: list[EmtError] = []
     found = [(folder, list(_pairs(folder.path, frames, unread))) for folder in folders]

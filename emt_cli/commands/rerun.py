@@ -116,6 +116,10 @@ def rerun(
         if is_url(output):
             check_writable(normal(output))
             here = Path(folder) / file_name(normal(output))
+        else:
+            from emt.video import check_place
+
+            check_place(output)
         place = shown(normal(output)) if is_url(output) else str(output)
         _make_again(made, clip, here, place, reporter, reference, model, addon or [], engine, device, kernels)
         if is_url(output):
