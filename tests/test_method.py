@@ -17,7 +17,7 @@ from emt.model_folder import find_model
 from emt.pipeline import load_pipeline
 from emt.train.teacher import Guidance, Teacher
 from emt.video import read_clip
-from emt_cli.batch.estimates import guidance_factor, memory, seconds, work
+from emt_cli.batch.estimates import PastTimings, activations, guidance_factor, memory, seconds, unfused, work
 from emt_cli.batch.generator import Generator
 from emt_cli.batch.jobs import Job, identify
 from emt_cli.batch.options import Method, Settings, TransferOptions, UsageError
@@ -96,11 +96,27 @@ def test_plan_says_how_much_longer_it_takes(tmp_path):
 
 def test_estimates_count_the_gradients():
     adapted, known = replace(GUIDED, method=Method.ADAPTER), find_model(str(model()), download=False)
-    assert guidance_factor(GUIDED.as_dict()) == pytest.approx(1.6)
+    assert guidance_factor(GUIDED.as_dict(), gpu=False) == pytest.approx(1.6)
+    assert guidance_factor(GUIDED.as_dict(), gpu=True) == pytest.approx(2.64), "without an adapter's kernels and graphs"
     assert work(GUIDED.as_dict()) == pytest.approx(1.6 * work(adapted.as_dict()))
-    assert guidance_factor({**GUIDED.as_dict(), "guidance": 1}) == pytest.approx(2.2), "without text guidance"
+    assert guidance_factor({**GUIDED.as_dict(), "guidance": 1}, gpu=False) == pytest.approx(2.2), "without text"
     assert seconds(known, GUIDED, gpu=False) > seconds(known, adapted, gpu=False)
-    assert memory(known, GUIDED) > memory(known, adapted)
+    assert memory(known, GUIDED) > memory(known, GUIDED, gpu=False) > memory(known, adapted)
+
+
+@pytest.mark.parametrize("device", ["cpu", "NVIDIA H200"])
+def test_earlier_clips_of_either_method_tell_of_both(device):
+    """Time and memory of an adapter's clips, from a journal of guided ones, are what an adapter's own would tell."""
+    gpu, adapted = device != "cpu", replace(GUIDED, method=Method.ADAPTER)
+
+    def past(settings):
+        own = settings.as_dict()
+        timings = {"steps": 3 * work(own) * unfused(own, gpu), "vae": 0.0}
+        line = {"state": "done", "model_sha256": "x", "device": device, "settings": own, "timings": timings, "bytes": 9}
+        return PastTimings.read([line | {"peak_memory": 1e9 * activations(own, gpu)}], "x", device)
+
+    assert past(GUIDED).seconds == pytest.approx(past(adapted).seconds) == pytest.approx(3)
+    assert past(GUIDED).memory == pytest.approx(past(adapted).memory)
 
 
 # ---- models -------------------------------------------------------------------------------------------------------

@@ -22,9 +22,14 @@ _GPU_RATE, _CPU_RATE = 336e12, 17e9
 #: A step of however small a network takes this long, in seconds: its layers are launched one by one.
 _SHORTEST_STEP = 0.02
 #: Motion guidance (`emt.train.teacher`): share of the steps with a gradient; passes of such a step: forward, again for
-#: the checkpointed layers, and back; activations as a multiple of those without gradients. 1.58 times an adapter's time
-#: and 1.8 to 1.86 times its activations were measured with the demo model on a CPU.
-_GUIDED_SHARE, _GRADIENT_PASSES, _GRADIENT_ACTIVATIONS = 0.6, 3, 1.9
+#: the checkpointed layers, and back. 1.58 times an adapter's time was measured with the demo model on a CPU.
+_GUIDED_SHARE, _GRADIENT_PASSES = 0.6, 3
+#: On a GPU it has neither an adapter's fused kernels nor CUDA graphs: 2.65 times an adapter's time was measured at
+#: Stable Diffusion 1.5's size, where the passes alone make 1.6.
+_UNFUSED = 1.65
+#: Its activations as a multiple of those without gradients: 1.8 to 1.86 were measured with the demo model on a CPU, and
+#: at Stable Diffusion 1.5's size on an H200 2.4 times those that are estimated for an adapter.
+_GRADIENT_ACTIVATIONS, _GRADIENT_ACTIVATIONS_OF_GPU = 1.9, 2.4
 #: A control network's pass as a share of the network's: it has its down and mid blocks, with half as much attention
 #: over time and none of the up blocks.
 _CONTROL_PASS = 0.35
@@ -32,18 +37,25 @@ _CONTROL_PASS = 0.35
 _CLIP_BYTES = 0.25
 
 
-def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True) -> float:
+def memory(model: Model, settings: Settings, clips: int = 1, half: bool = True, gpu: bool = True) -> float:
     """Estimated peak memory in bytes for denoising clips together; a model, not a measurement."""
     pixels = model.frames_at_once(settings.frames) * settings.height * settings.width
     together = [n for part, n in model.parameters.items() if part != "text_encoder" or not model.encodes_prompts_apart]
     weights = 2 * sum(together)
-    held = clips * model.facts.activation_bytes * pixels * activations(settings.as_dict())
+    held = clips * model.facts.activation_bytes * pixels * activations(settings.as_dict(), gpu)
     return (1 if half else 2) * (weights + held)
 
 
-def activations(settings: Mapping[str, Any]) -> float:
+def activations(settings: Mapping[str, Any], gpu: bool) -> float:
     """Activations of a job's method as a multiple of the adapter's."""
-    return _GRADIENT_ACTIVATIONS if settings.get("method") == "guidance" else 1.0
+    if settings.get("method") != "guidance":
+        return 1.0
+    return _GRADIENT_ACTIVATIONS_OF_GPU if gpu else _GRADIENT_ACTIVATIONS
+
+
+def unfused(settings: Mapping[str, Any], gpu: bool) -> float:
+    """Time of a job's passes as a multiple of the adapter's, for what they lack of its kernels."""
+    return _UNFUSED if gpu and settings.get("method") == "guidance" else 1.0
 
 
 def seconds(model: Model, settings: Settings, gpu: bool) -> float:
@@ -51,8 +63,8 @@ def seconds(model: Model, settings: Settings, gpu: bool) -> float:
     facts, window = model.facts, model.frames_at_once(settings.frames)
     positions = window * settings.height * settings.width / 64
     pass_flop = facts.flop * model.parameters.get("unet", 0) + facts.attention_flop * positions  # for each position
-    flop = pass_flop * work(settings.as_dict(), window)
-    passes = guidance_factor(settings.as_dict()) if settings.method is Method.GUIDANCE else 1.0
+    flop = pass_flop * work(settings.as_dict(), window) * unfused(settings.as_dict(), gpu)
+    passes = guidance_factor(settings.as_dict(), gpu) if settings.method is Method.GUIDANCE else 1.0
     shortest = _SHORTEST_STEP * settings.steps * settings.best_of * passes
     return max(flop / (_GPU_RATE if gpu else _CPU_RATE), shortest)
 
@@ -90,9 +102,10 @@ def work(settings: Mapping[str, Any], window: int | None = None) -> float:
     return positions * (steps + guided) * computed * settings.get("best_of", 1)
 
 
-def guidance_factor(settings: Mapping[str, Any]) -> float:
+def guidance_factor(settings: Mapping[str, Any], gpu: bool) -> float:
     """Time of a job by motion guidance as a multiple of an adapter's."""
-    return work({**settings, "method": "guidance"}) / work({**settings, "method": "adapter"})
+    guided = {**settings, "method": "guidance"}
+    return work(guided) * unfused(guided, gpu) / work({**settings, "method": "adapter"})
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,7 @@ class PastTimings:
     @classmethod
     def read(cls, lines: Iterable[dict[str, Any]], model_sha256: str, device: str) -> PastTimings | None:
         """The timings in a journal's lines; None if there is none with this model on this device."""
-        rows = []
+        rows, gpu = [], device != "cpu"
         for line in lines:
             if (line.get("state"), line.get("model_sha256"), line.get("device")) != ("done", model_sha256, device):
                 continue
@@ -129,10 +142,10 @@ class PastTimings:
                 window = line.get("window") or settings["frames"]
                 area, seconds = settings["height"] * settings["width"], timings["steps"] + timings["vae"]
                 memory, size = (
-                    line["peak_memory"] / (window * area) / activations(settings),
+                    line["peak_memory"] / (window * area) / activations(settings, gpu),
                     line["bytes"] / (settings["frames"] * area),
                 )
-                rows.append((seconds / work(settings, window), memory, size))
+                rows.append((seconds / work(settings, window) / unfused(settings, gpu), memory, size))
         if not rows:
             return None
         seconds, memory, size = (median(values) for values in zip(*rows))

@@ -151,11 +151,12 @@ def make_plan(options: TransferOptions) -> Plan:
             window = model.frames_at_once(settings.frames)
             pixels = window * settings.height * settings.width
             if past:
-                line.seconds = past.seconds * estimates.work(settings.as_dict(), window)
-                plan.memory = max(plan.memory, past.memory * pixels * estimates.activations(settings.as_dict()))
+                own = settings.as_dict()
+                line.seconds = past.seconds * estimates.work(own, window) * estimates.unfused(own, bool(gpu))
+                plan.memory = max(plan.memory, past.memory * pixels * estimates.activations(own, bool(gpu)))
             else:
                 line.seconds = estimates.seconds(model, settings, bool(gpu))
-                plan.memory = max(plan.memory, estimates.memory(model, settings, half=half))
+                plan.memory = max(plan.memory, estimates.memory(model, settings, half=half, gpu=bool(gpu)))
             plan.disk += estimates.clip_bytes(settings, past) + _CONTAINER_BYTES
     if gpu and plan.memory > total:
         plan.problems.append(f"the largest clip needs about {size(plan.memory)}, {gpu} has {size(total)}")

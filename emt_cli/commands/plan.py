@@ -52,11 +52,11 @@ def show(options: TransferOptions) -> None:
         raise typer.Exit(1)
 
 
-def _describe(settings: Settings) -> str:
+def _describe(settings: Settings, gpu: bool) -> str:
     """Note on a job that takes longer than others: its candidates, its method and what that costs."""
     notes = [f"the best of {settings.best_of}"] if settings.best_of > 1 else []
     if settings.method is Method.GUIDANCE:
-        factor = guidance_factor(settings.as_dict())
+        factor = guidance_factor(settings.as_dict(), gpu)
         notes.append(f"by motion guidance, about {factor:.1f} times as long as by an adapter")
     return ", ".join(notes)
 
@@ -79,7 +79,7 @@ def _print_table(plan: Plan) -> None:
         style = {"problem": "red", "failed": "red", "replaces": "yellow", "done": "green"}.get(job.state, "")
         note = message(job.error.problem, job.error.hint) if job.error else ""
         if not note and isinstance(item, Job):
-            note = _describe(item.settings)
+            note = _describe(item.settings, plan.device != "cpu")
         seconds = duration(job.seconds) if job.state in TO_DO else ""
         table.add_row(Text(job.state, style), Text(printable(title)), seconds, Text(printable(note)))
     console.print(table)
