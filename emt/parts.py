@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from emt.checkpoints import check_keys, check_varied, opened_files, read_checkpoint, without_adapter, without_memory
+from emt.checkpoints import check_keys, check_varied, opened_files, read_checkpoint, without_memory, without_zeros
 from emt.errors import first_line
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def open_network(network: type[N], folder: Path, dtype: torch.dtype) -> N:
     own = {name: tensor.shape for name, tensor in made.state_dict().items()}
     where = f"{folder.name} of the model {folder.parent}"
     check_keys(where, state, own)
-    check_varied(where, without_adapter(made, state))
+    check_varied(where, without_zeros(made, state))
     made.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return nn.Module.to(made, dtype).eval()
 

@@ -737,6 +737,15 @@ def test_k2_weights_of_one_value_throughout_are_named(opener: Any, part: str, mo
     assert lines(caught) <= 8
 
 
+def test_k1_a_motion_module_that_changes_nothing_yet_is_opened(model: Path, tmp_path: Path) -> None:
+    """AnimateDiff's training begins with zeros in its last layer."""
+
+    def begun(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: torch.zeros_like(x) if ".temporal_transformer.proj_out." in k else x for k, x in state.items()}
+
+    assert open_model(changed(model, tmp_path / "m", "unet", begun)) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_k2_weights_of_one_value_are_found_in_any_dtype_and_no_others(dtype: torch.dtype) -> None:
     """Norms begin at one, and rows of zeros are words that nothing trained."""

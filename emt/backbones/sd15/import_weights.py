@@ -33,7 +33,7 @@ from emt.backbones.sd15.stable_diffusion import (
     tokenizer_files,
 )
 from emt.backbones.sd15.unet import MotionTransferUNet
-from emt.checkpoints import M, Origin, allocate, check_keys, check_varied, shorten, without_adapter
+from emt.checkpoints import M, Origin, allocate, check_keys, check_varied, shorten, without_zeros
 from emt.errors import EmtError, first_line
 from emt.hub import OnFetch, locate
 from emt.importing import ImportReport, Progress, Steps, import_card
@@ -315,5 +315,5 @@ def _check_values(what: str, model: nn.Module, dtype: str) -> None:
             f"{len(bad)} weights of the {what} are not finite in {dtype}{shorten([bad])}",
             "Store it with --dtype fp32." if dtype == "fp16" else "The source is damaged: download it again.",
         )
-    weights = without_adapter(model, dict(model.named_parameters()))
+    weights = without_zeros(model, dict(model.named_parameters()))
     check_varied(what, weights, "The source is damaged: download it again.")
