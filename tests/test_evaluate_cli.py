@@ -224,7 +224,7 @@ def test_the_table_names_every_measure_and_the_output_file_has_the_lines(clips, 
         "motion fidelity",
         "temporal consistency",
         "camera pan x, Pearson",
-        "1 clips",
+        "1 clip, mean",
     ):
         assert words in text, words
     assert len(lines((tmp_path / "deep" / "out.jsonl").read_text())) == 2

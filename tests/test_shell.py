@@ -475,7 +475,7 @@ def test_evaluate_and_report_at_the_end_of_a_run_show_the_measures(tmp_path):
     arguments = ("transfer", "a.mp4", "-p", "x", "-m", str(model()), "--device", "cpu", "--evaluate", "--report")
     ended = emt(*arguments, folder=tmp_path, environment=environment(tmp_path))
     assert ended.code == 0, ended.err
-    assert "evaluated 1 clips: " in ended.err
+    assert "evaluated 1 clip: " in ended.err
     [row, summary] = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
     assert row["result"].endswith("x-0.mp4")
     assert summary["clips"] == 1

@@ -351,18 +351,19 @@ class Generator:
     def _encode_prompts(self, device: Device) -> PromptEncoder:
         """Encode known prompts while the device has room for the text encoder."""
         from emt.prompts import PromptEncoder
+        from emt.video.names import count
 
         silence_libraries()
         encoder = PromptEncoder.of_model(self.model.folder, self.cache_dir, self._shared)
         prompts = dict.fromkeys(["", *self.prompts])
         try:
-            count = encoder.encode(prompts, device.torch_device)
+            encoded = encoder.encode(prompts, device.torch_device)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            count = encoder.encode(prompts, "cpu")
-        if count:
-            self._say(f"{count} prompts encoded; their encodings are kept for later runs")
+            encoded = encoder.encode(prompts, "cpu")
+        if encoded:
+            self._say(f"{count(encoded, 'prompt')} encoded and kept for later runs")
         return encoder
 
     def check(self, job: Job) -> None:

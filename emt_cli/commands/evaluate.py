@@ -174,6 +174,7 @@ def evaluate_results(out: Path, device: str) -> str:
     """
     from emt.evaluate.measures import MEASURES
     from emt.evaluate.pairs import summarise
+    from emt.video.names import count
     from emt_cli.report.published import Folder
 
     folder = Folder(out, say)
@@ -190,7 +191,7 @@ def evaluate_results(out: Path, device: str) -> str:
         if summary[name].clips and name != "seconds"
     ]
     failed = sum(row.error is not None for row in rows)
-    text = f"evaluated {len(rows) - failed} clips: {', '.join(means)}"
+    text = f"evaluated {count(len(rows) - failed, 'clip')}: {', '.join(means)}"
     return f"{text}; {failed} could not be measured" if failed else text
 
 
@@ -296,6 +297,7 @@ def _pair_of(source: Path, where: str, fields: dict[str, Any], frames: int | Non
 def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
     """The finished jobs of an output folder, by its journal; the last word on each output counts."""
     from emt.evaluate.pairs import Pair
+    from emt.video.names import count
 
     if not journal.exists(folder):
         raise EmtError(
@@ -322,7 +324,7 @@ def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
             record=record,
         )
     if absent:
-        say(f"note: {len(absent)} references behind URLs are not on this machine; --fetch downloads them")
+        say(f"note: {count(len(absent), 'reference')} behind URLs not on this machine; --fetch downloads")
 
 
 def _words(line: dict[str, Any]) -> str | None:
@@ -424,6 +426,7 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
     from rich.text import Text
 
     from emt.evaluate.measures import MEASURES
+    from emt.video.names import count
 
     console = Console()
     measured = sorted((row for row in rows if row.error is None), key=lambda row: row.values["motion_fidelity"] or 0.0)
@@ -447,7 +450,9 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
         table.add_row(Text(printable(names[str(row.pair.result)])), *reference, *prompt, *cells)
     console.print(table)
     totals = Table(
-        title=f"{len(measured)} clips, mean and 95% confidence interval", title_justify="left", box=box.SIMPLE_HEAD
+        title=f"{count(len(measured), 'clip')}, mean and 95% confidence interval",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     for title in ("measure", "mean", "95% interval", "clips"):
         totals.add_column(title, justify="left" if title == "measure" else "right", no_wrap=True)

@@ -126,6 +126,7 @@ def train(
 
     from emt.device import is_out_of_memory
     from emt.train.trainer import Trainer, TrainingSettings
+    from emt.video.names import count
 
     for library in (diffusers, transformers):  # bars for files that load in a second
         library.utils.logging.disable_progress_bar()
@@ -148,7 +149,7 @@ def train(
         trainer = Trainer(folder, pairs, output, settings, resume=start, say=_say)
         weights = sum(p.numel() for p in trainer.trained.values())
         trainer.say(
-            f"{len(trainer.dataset.pairs)} pairs, {weights:,} trained weights, "
+            f"{count(len(trainer.dataset.pairs), 'pair')}, {weights:,} trained weights, "
             f"{trainer.accelerator.num_processes} × {trainer.accelerator.device.type}, "
             f"from step {trainer.step} to {steps}"
         )

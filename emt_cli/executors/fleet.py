@@ -328,7 +328,7 @@ class FleetExecutor:
             else:
                 slot.starts, slot.counts["done"] = 0, slot.counts["done"] + 1
         slot.starts += 1
-        self.listener.say(f"{slot.writer} has died ({reason}); {len(parcels)} jobs were in its hands")
+        self.listener.say(f"{slot.writer} has died ({reason}); jobs in its hands: {len(parcels)}")
         if held:
             self._give_up(number, held)
         elif slot.starts < (_MOST_DEATHS if parcels else _MOST_STARTS):
