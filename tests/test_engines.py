@@ -657,6 +657,7 @@ def test_a_compiler_error_is_tried_once_more(model, tmp_path, logs, capfd):
         "compiling vae_decoder for 32x32: CppCompileError: ‘int_array_792’ was not declared; trying once more"
     ]
     assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "seen").read_text() == "None"
 
 
 def test_a_step_in_this_process_is_tried_once_more_too(logs):

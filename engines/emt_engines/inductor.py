@@ -293,6 +293,9 @@ def _compile_apart(pipe: Any, job: _Job, log: Path) -> None:
         os.dup2(file, stream)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent process ends this one
+    # Locks that libraries make have no name then, which a process that is killed would leave behind, with a warning.
+    if "fork" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method("fork", force=True)
     try:
         networks = job.networks.make(job.request.device)
         pipe.send(_compile(networks, job, pipe.send))
