@@ -436,7 +436,7 @@ class TestErrors:
             wide, words = (change.get(name, config[name]) for name in ("hidden_size", "vocab_size"))
             sizes = {config["hidden_size"]: wide, config["vocab_size"]: words}
             made = {
-                name: torch.zeros([sizes.get(n, n) for n in weight.shape], dtype=weight.dtype)
+                name: torch.rand([sizes.get(n, n) for n in weight.shape], dtype=weight.dtype)
                 for name, weight in weights.items()
             }
             save_file(made, path.with_name("model.safetensors"))

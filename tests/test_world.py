@@ -152,7 +152,8 @@ def test_families_are_held_out(seed: int):
 @given(SEEDS, st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]))
 @settings(max_examples=20, deadline=None)
 def test_subjects_stay_in_the_frame_and_apart(seed: int, held_out: bool, camera: float, two: float):
-    motions = w.draw_motions(64, rng(seed), held_out=held_out, camera=camera, two_subjects=two)
+    # So many that the share of those that overlap, a twentieth where motions are held out, is known to 2%.
+    motions = w.draw_motions(512, rng(seed), held_out=held_out, camera=camera, two_subjects=two)
     present = motions.scale > 0
     assert (present.all(1).sum(-1) == motions.subjects).all()
     assert (motions.family[:, 1] == -1).equal(motions.subjects == 1)
