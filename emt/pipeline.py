@@ -41,7 +41,7 @@ from emt.sampling import (
     run_sampler,
 )
 from emt.scratch import scratch_array
-from emt.text_encoding import TextReader
+from emt.text_encoding import TextReader, embeddings_of
 from emt.vocabulary import Vocabulary
 from emt.windowed import denoiser, read_in_windows
 from emt.windows import Windows, windows_over
@@ -621,7 +621,7 @@ def _check_numbers(pipe: MotionTransfer, model: str | Path) -> None:
     expect(tokens <= positions, "model_max_length of the tokenizer", tokens, f"up to {positions}")
     around = pipe.tokenizer("").input_ids  # each prompt is cut to fit between these
     expect(len(around) == 2, "what the tokenizer makes of no text", around, "a token before a prompt and one after it")
-    words = max(pipe.tokenizer.get_vocab().values(), default=0) + 1  # numbers may have gaps
+    words = embeddings_of(pipe.tokenizer)
     expect(words <= text.vocab_size, "the vocabulary of the tokenizer", words, f"up to {text.vocab_size}")
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emt.errors import EmtError
 from emt.prompt_syntax import Chunk, chunks_of, parse, parse_schedule, shares
+
+
+def embeddings_of(tokenizer: Any) -> int:
+    """Number of embeddings that a text encoder needs for a tokenizer's tokens, whose ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=0) + 1
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from emt.hub import OnFetch, locate
 from emt.importing import ImportReport, Progress, Steps, import_card
 from emt.model_folder import UNTRAINED, new_folder
 from emt.pipeline import MotionTransferPipeline
+from emt.text_encoding import embeddings_of
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
 _MODEL = "Stable Diffusion 1.5 with motion modules and the motion transfer adapter"
@@ -224,7 +225,7 @@ def _read_tokenizer(
     except Exception as error:  # damaged files fail in any way in the parsers of tokenizers
         reason = "it has code of its own, which is not run" if "trust_remote_code" in str(error) else first_line(error)
         raise EmtError(f"the tokenizer {name} cannot be loaded: {reason}", hint) from error
-    words = max(tokenizer.get_vocab().values(), default=0) + 1  # numbers may have gaps
+    words = embeddings_of(tokenizer)
     if words > config.vocab_size:
         raise EmtError(f"the tokenizer {name} has {words} tokens, the text encoder knows {config.vocab_size}", hint)
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
