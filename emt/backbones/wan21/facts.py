@@ -16,17 +16,22 @@ def default_reference_blocks(layers: int) -> range:
     Guidance reads motion best in the middle: in block 14 (FastVMT) or 15 of 30 and 20 of 42 (DiTFlow, Pondaven et al.
     2025, arXiv 2412.07776); the last 65% can be left out (DeT); the deepest third is about appearance.
     """
-    return range(round(layers * 4 / 30), max(round(layers * 19 / 30), 1))
+    return _in_proportion(4, 19, layers)
 
 
 def trained_reference_blocks(layers: int) -> range:
     """Blocks that an adapter to be trained has if none are given: 8 to 17 of 30, as many in proportion of others.
 
-    A third in the middle follows a reference as all of `default_reference_blocks` do, within the intervals of the small
-    transformer's ablations, at two thirds of the cost (docs/wan.md).
+    In the small transformer's ablations the intervals of a third in the middle do not tell it from all of
+    `default_reference_blocks`, though it reads lower throughout; it has two thirds of the cost (docs/wan.md).
     """
-    first = round(layers * 8 / 30)
-    return range(first, max(round(layers * 18 / 30), first + 1))
+    return _in_proportion(8, 18, layers)
+
+
+def _in_proportion(first: int, end: int, layers: int) -> range:
+    """Blocks of a network of `layers`, at least one, that lie where `first` to `end` do among 30."""
+    begin = round(layers * first / 30)
+    return range(begin, max(round(layers * end / 30), begin + 1))
 
 
 def facts(config: Mapping[str, Any]) -> Facts:
