@@ -94,7 +94,7 @@ def batch(out: Path, **more: Any) -> dict[str, Any]:
 
 
 def events(entry: dict[str, Any]) -> dict[str, Any]:
-    """What happened to a workflow: ComfyUI's messages by their names."""
+    """Execution messages of a workflow, by their names."""
     return dict(entry["status"]["messages"])
 
 

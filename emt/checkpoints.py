@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from emt.errors import EmtError, first_line
+from emt.errors import EmtError, count, first_line
 from emt.signatures import LENGTH, kind_of
 from emt.storage import check_readable, open_file, sha256_of
 
@@ -473,8 +473,8 @@ def check_varied(part: str, weights: Mapping[str, Tensor], hint: str = "Download
         f"{name} {tuple(x.shape)}: all {x.flatten()[0].item():g}" for name, x in weights.items() if _has_one_value(x)
     ]
     if flat:
-        count = "1 weight" if len(flat) == 1 else f"{len(flat)} weights"
-        raise EmtError(f"{count} of the {part} have one value throughout, so were never trained{shorten([flat])}", hint)
+        some = count(len(flat), "weight")
+        raise EmtError(f"{some} of the {part} have one value throughout, so were never trained{shorten([flat])}", hint)
 
 
 def _has_one_value(x: Tensor) -> bool:

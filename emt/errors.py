@@ -1,4 +1,4 @@
-"""The errors that a user is meant to read."""
+"""The errors that a user is meant to read, and words of messages."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ class EmtError(Exception):
 def first_line(error: BaseException) -> str:
     """First line of the message of another library's error; its class name if it has none."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def count(number: int, noun: str) -> str:
+    """Number with its noun: `1 frame`, `16 frames`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

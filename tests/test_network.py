@@ -792,7 +792,7 @@ class TestCompilers:
     @torch.no_grad()
     @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
     def test_compiles_as_one_graph(self, backend):
-        """What compilers make of that graph is in the tests of engines."""
+        """Export alone; compiling the exported graph is tested in test_engines.py."""
         unet = tiny_unet()
         sample, text = inputs(2, 4, 8, 8)
         motion = unet.prepare(unet.encode_reference(sample[:1], 400, text[:1]))

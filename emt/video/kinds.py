@@ -7,8 +7,8 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
-from emt.errors import EmtError
-from emt.video.names import count, natural_key, show, unusable
+from emt.errors import EmtError, count
+from emt.video.names import natural_key, show, unusable
 from emt.video.pictures import IMAGE_SUFFIXES, is_animation, is_image_name
 
 VIDEO_SUFFIXES: frozenset[str] = frozenset({

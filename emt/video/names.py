@@ -21,11 +21,6 @@ def quote(path: Path) -> str:
     return shlex.quote(str(path)) if str(path).isprintable() else repr(str(path))
 
 
-def count(number: int, noun: str) -> str:
-    """Number with its noun: `1 frame`, `16 frames`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def describe_part(start: float, duration: float | None) -> str:
     """Part of a clip after its number of frames: ` in the part from 2 s on`; start and duration in seconds."""
     return f" in the part from {start:g} s" + (" on" if duration is None else f" lasting {duration:g} s")

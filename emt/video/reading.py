@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emt.errors import EmtError
+from emt.errors import EmtError, count
 from emt.scratch import scratch_array
 from emt.signatures import picture_format
 from emt.video.clip import (
@@ -25,7 +25,7 @@ from emt.video.clip import (
     half_gap,
 )
 from emt.video.kinds import ANIMATED_SUFFIXES, check_readable, not_video
-from emt.video.names import count, describe_part, show
+from emt.video.names import describe_part, show
 from emt.video.pictures import Animation, Images
 from emt.video.stream import Video
 

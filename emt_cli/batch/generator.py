@@ -18,7 +18,7 @@ from emt import __version__
 from emt.backbone import module_of
 from emt.cache import ContentIndex, default_dir
 from emt.device import BusyClock, Device, cuda_driver, is_out_of_memory, start_gpu
-from emt.errors import EmtError
+from emt.errors import EmtError, count
 from emt.model_folder import Model
 from emt.prompt_syntax import PLAIN, WEBUI
 from emt_cli import messages
@@ -351,7 +351,6 @@ class Generator:
     def _encode_prompts(self, device: Device) -> PromptEncoder:
         """Encode known prompts while the device has room for the text encoder."""
         from emt.prompts import PromptEncoder
-        from emt.video.names import count
 
         silence_libraries()
         encoder = PromptEncoder.of_model(self.model.folder, self.cache_dir, self._shared)

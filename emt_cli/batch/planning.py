@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emt.cache import ContentIndex, default_dir
-from emt.errors import EmtError
+from emt.errors import EmtError, count
 from emt.model_folder import Model, find_model
 from emt.remote import Downloads, is_url
 from emt.storage import check_readable
@@ -203,7 +203,7 @@ def _planned(
     known: journal.Known,
     elsewhere: Sequence[tuple[Path, journal.Known]],
 ) -> Iterator[PlannedJob]:
-    from emt.video.names import count, describe_part
+    from emt.video.names import describe_part
 
     precision = numerics(options, engine_id(options.engine))
     downloads = Downloads(say)

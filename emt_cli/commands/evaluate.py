@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emt import demo
-from emt.errors import EmtError, first_line
+from emt.errors import EmtError, count, first_line
 from emt.remote import check_on_disk, distinct, is_url
 from emt.storage import check_replaceable, unwritable, write_atomically
 from emt_cli.batch import journal
@@ -174,7 +174,6 @@ def evaluate_results(out: Path, device: str) -> str:
     """
     from emt.evaluate.measures import MEASURES
     from emt.evaluate.pairs import summarise
-    from emt.video.names import count
     from emt_cli.report.published import Folder
 
     folder = Folder(out, say)
@@ -297,7 +296,6 @@ def _pair_of(source: Path, where: str, fields: dict[str, Any], frames: int | Non
 def _from_results(folder: Path, frames: int | None) -> Iterator[Pair]:
     """The finished jobs of an output folder, by its journal; the last word on each output counts."""
     from emt.evaluate.pairs import Pair
-    from emt.video.names import count
 
     if not journal.exists(folder):
         raise EmtError(
@@ -426,7 +424,6 @@ def _print_table(rows: Sequence[Row], summary: dict[str, Estimate]) -> None:
     from rich.text import Text
 
     from emt.evaluate.measures import MEASURES
-    from emt.video.names import count
 
     console = Console()
     measured = sorted((row for row in rows if row.error is None), key=lambda row: row.values["motion_fidelity"] or 0.0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emt.errors import EmtError
+from emt.errors import EmtError, count
 from emt.remote import check_on_disk
 from emt_cli.messages import NOTE, keep, shows
 from emt_cli.messages import console as stderr_console
@@ -126,7 +126,6 @@ def train(
 
     from emt.device import is_out_of_memory
     from emt.train.trainer import Trainer, TrainingSettings
-    from emt.video.names import count
 
     for library in (diffusers, transformers):  # bars for files that load in a second
         library.utils.logging.disable_progress_bar()

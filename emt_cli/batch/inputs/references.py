@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from emt.errors import EmtError
+from emt.errors import EmtError, count
 from emt.remote import Downloads, MissingError, child, copy_of, files, is_url, matching, normal, shown, stat, to_path
 from emt.storage import open_file
 from emt_cli.batch import journal
@@ -90,7 +90,6 @@ class Finder:
 
     def find(self, arguments: Iterable[str]) -> list[Path | Rejected]:
         """Absolute paths of the clips, each once, in the order of the arguments and in natural order of names."""
-        from emt.video.names import count
 
         found: list[Path | Rejected] = []
         named = list(dict.fromkeys(argument for argument in arguments if argument != "-"))
@@ -123,7 +122,6 @@ class Finder:
     def _named(self, argument: str, alone: bool) -> list[Path]:
         """The clips that an argument names, the only one or one of several."""
         from emt.video import is_clip
-        from emt.video.names import count
 
         path = Path(argument)
         if not os.path.lexists(argument):
@@ -192,7 +190,6 @@ class Finder:
             made: It is, or is in, another run's output folder that was found on the way.
         """
         from emt.video import is_clip, natural_key
-        from emt.video.names import count
 
         self._look_for_unread(folder)
         clips, passed, results = [], 0, 0
